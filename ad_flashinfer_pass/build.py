@@ -1,0 +1,30 @@
+"""``build_model``: from a config to a model that generates text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.llm import LLM
+
+
+def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | None = None) -> LLM:
+    """Load, export and transform a model.
+
+    Args:
+        config: what to build.
+        on_event: called with the name of each phase as it begins.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        LoadError: the checkpoint cannot be read.
+        TransformError: the pass refuses the model.
+        CapacityError: the caches do not fit in memory.
+    """
+    if on_event is not None:
+        on_event("load_model")
+    loaded = load_model(config)
+    model, reports = transform_module(loaded.module, config, on_event=on_event)
+    return LLM(model, loaded.tokenizer, loaded.eos_token_ids, reports)

@@ -1,0 +1,224 @@
+"""The configuration: one pydantic model, read from Python keywords or from YAML.
+
+The keys are AutoDeploy's. ``AutoDeployConfig(**keys)`` and ``AutoDeployConfig.from_yaml(path)`` accept
+the same ones; an unknown key is an error that names the nearest known key, and a key or value that
+AutoDeploy once had and that has no meaning here is an error that names what took its place.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from ad_flashinfer_pass.errors import ConfigError
+
+# Stages in the order in which they run: AutoDeploy's names, less those that have no transform here.
+STAGES = (
+    "factory",
+    "export",
+    "post_export",
+    "pattern_matcher",
+    "weight_load",
+    "post_load_fusion",
+    "cache_init",
+    "compile",
+)
+Stage = Literal[
+    "factory",
+    "export",
+    "post_export",
+    "pattern_matcher",
+    "weight_load",
+    "post_load_fusion",
+    "cache_init",
+    "compile",
+]
+CompileBackend = Literal["torch-simple"]
+KvDtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+_OUR_BACKEND = "set attn_backend: flashinfer_trtllm"
+_MIGRATION = {
+    "use_pt_cache_backend": "it was removed: paged caches come from this package; delete the key and "
+    + _OUR_BACKEND,
+    "attn_page_size": "it is now kv_cache_config.tokens_per_block",
+    "free_mem_ratio": "it is now kv_cache_config.free_gpu_memory_fraction",
+    "cuda_graph_config": "give its batch_sizes as cuda_graph_batch_sizes",
+    "runtime": "generation always runs in this process; delete the key",
+    "world_size": "tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin; delete the key",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class KvCacheConfig(_Strict):
+    """The paged KV cache."""
+
+    dtype: KvDtype = "auto"
+    """Element type of K and V; auto takes the model's."""
+    tokens_per_block: int = Field(32, ge=1)
+    """Tokens of one page. The TRT-LLM kernels read 16, 32, 64 and 128; the reference reads any."""
+    free_gpu_memory_fraction: float = Field(0.9, gt=0.0, le=1.0)
+    """Share of the free memory, after the weights, that the pools may take."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Upper bound for the tokens that the pools hold; default: max_batch_size * max_seq_len."""
+
+
+class TransformConfig(BaseModel):
+    """One entry of ``transforms``; further keys are arguments of that transform."""
+
+    model_config = ConfigDict(extra="allow")
+
+    stage: Stage
+    enabled: bool = True
+
+
+class AutoDeployConfig(_Strict):
+    """Everything that decides what is built and how it runs.
+
+    Raises:
+        ConfigError: a key is unknown, renamed or removed, or a value is out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    model: str = "demo"
+    """HF directory, hub id, or ``demo`` for the model that the package carries."""
+    tokenizer: str | None = None
+    """Directory or id of the tokenizer; default: that of the model."""
+    model_kwargs: dict[str, Any] = {}
+    """Overrides of config.json, for example ``{num_hidden_layers: 2}``."""
+    skip_loading_weights: bool = False
+    """Draw random weights (seed 0) in place of reading a checkpoint."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; auto takes the checkpoint's."""
+    device: str = "cpu"
+    """torch device on which the model runs."""
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    """Attention code of transformers to export; default: what transformers picks for the model."""
+    attn_backend: Literal["flashinfer_trtllm"] = "flashinfer_trtllm"
+    """The cached attention. On a CPU its kernels are the reference provider."""
+    compile_backend: CompileBackend = "torch-simple"
+    """How the transformed graph is run."""
+    cuda_graph_batch_sizes: list[int] | None = None
+    """Batch sizes for which a CUDA graph is captured; read by compile backends that capture."""
+    max_batch_size: int = Field(8, ge=1, le=8192)
+    """Sequences in one step."""
+    max_seq_len: int = Field(2048, ge=1)
+    """Tokens of one sequence, prompt and continuation together."""
+    max_num_tokens: int | None = Field(None, ge=1)
+    """Tokens in one step, the chunked-prefill budget; default: max(512, max_batch_size)."""
+    kv_cache_config: KvCacheConfig = KvCacheConfig()
+    transforms: dict[str, TransformConfig] = {}
+    """Changes to the pipeline of configs/default.yaml, by transform name."""
+
+    def __init__(self, **data: Any) -> None:
+        _check_migrations(data)
+        data = {**data, "transforms": _merged_transforms(data.get("transforms") or {})}
+        try:
+            super().__init__(**data)
+        except ValidationError as err:
+            raise ConfigError(_first_error(err)) from None
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> AutoDeployConfig:
+        if self.max_num_tokens is not None and self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens must be at least max_batch_size ({self.max_batch_size}), so that every "
+                f"sequence can decode in one step, got {self.max_num_tokens}"
+            )
+        return self
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one step, resolved."""
+        return self.max_num_tokens or max(512, self.max_batch_size)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> AutoDeployConfig:
+        """Read a YAML file; ``overrides`` win over it.
+
+        Raises:
+            ConfigError: the file cannot be read, is not a mapping, or holds a bad key or value.
+        """
+        return cls(**{**read_yaml(Path(path)), **overrides})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, with OmegaConf's interpolation resolved."""
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as err:
+        raise ConfigError(f"config {path}: {err.strerror}. Give the path of a YAML file.") from None
+    except (YAMLError, OmegaConfBaseException) as err:
+        raise ConfigError(f"config {path}: {' '.join(str(err).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"config {path}: must be a mapping of keys, got {type(loaded).__name__}.")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def default_transforms() -> dict[str, dict[str, Any]]:
+    """The pipeline of configs/default.yaml: transform name to its settings, in order."""
+    with resources.as_file(resources.files("ad_flashinfer_pass.configs") / "default.yaml") as path:
+        return read_yaml(path)["transforms"]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def _merged_transforms(changes: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = default_transforms()
+    for name, change in changes.items():
+        if name not in merged:
+            raise ConfigError(f"transforms: unknown transform {name!r}; {nearest(name, list(merged))}")
+        if isinstance(change, TransformConfig):
+            change = change.model_dump()
+        if not isinstance(change, dict):
+            raise ConfigError(f"transforms.{name}: must be a mapping, got {change!r}.")
+        unknown = set(change) - set(merged[name])
+        if unknown:
+            key = sorted(unknown)[0]
+            hint = nearest(key, list(merged[name]))
+            raise ConfigError(f"transforms.{name}: unknown key {key!r}; {hint}")
+        merged[name] = {**merged[name], **change}
+    return merged
+
+
+def _check_migrations(data: dict[str, Any]) -> None:
+    if data.get("attn_backend") == "trtllm":
+        raise ConfigError(
+            "attn_backend: trtllm is TensorRT-LLM's own attention, which needs TensorRT-LLM; here "
+            + _OUR_BACKEND
+        )
+    if data.get("attn_backend") in ("flashinfer", "triton", "torch"):
+        raise ConfigError(f"attn_backend: {data['attn_backend']} is one of AutoDeploy's; here {_OUR_BACKEND}")
+    for key in data:
+        if key in _MIGRATION:
+            raise ConfigError(f"{key}: {_MIGRATION[key]}")
+
+
+def _first_error(err: ValidationError) -> str:
+    errors = err.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    *parents, key = [str(part) for part in first["loc"]] or [""]
+    where = ".".join([*parents, key])
+    if first["type"] == "extra_forbidden":
+        model = KvCacheConfig if parents == ["kv_cache_config"] else AutoDeployConfig
+        return f"unknown key {where!r}; {nearest(key, list(model.model_fields))}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not where:
+        return message
+    return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}."

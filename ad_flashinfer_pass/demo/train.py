@@ -1,0 +1,182 @@
+"""Makes the demo model: ``python -m ad_flashinfer_pass.demo.train --output DIR``.
+
+Everything comes from two seeds and the grammar in ``stories.py``: a byte-level BPE tokenizer, then
+a Llama of 0.9 M parameters, trained in float32 on one thread of a CPU in about ten minutes. Weights
+are stored in bfloat16, to be small, and config.json asks for float32, in which a CPU computes best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ad_flashinfer_pass.demo.stories import Story, make_stories
+
+STORY_SEED = 0
+WEIGHT_SEED = 0
+VOCAB_SIZE = 1024
+TOKENIZER_STORIES = 5000
+ROW_TOKENS = 512
+BATCH_ROWS = 4
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 50
+CHAT_EVERY = 5  # one story in so many is told on request
+
+BOS, EOS = "<s>", "</s>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Storyteller:\n{{ message['content'] }}{{ eos_token }}"
+    "{% else %}User: {{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Storyteller:\n{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text can be encoded, and decodes to itself; ``<s>`` is put in front."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A $B",
+        special_tokens=[(BOS, bpe.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """The untrained model; head_dim 64 so that GPU attention kernels can run it."""
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def chat(story: Story) -> str:
+    """The story on request, as ``CHAT_TEMPLATE`` would have it."""
+    return f"User: {story.request}\nStoryteller:\n{story.text}"
+
+
+def documents(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of endless stories, each from ``<s>`` to ``</s>``; some follow a request."""
+    for index, story in enumerate(make_stories(STORY_SEED)):
+        text = chat(story) if index % CHAT_EVERY == 0 else story.text
+        yield tokenizer.encode(BOS + text + EOS, add_special_tokens=False)
+
+
+def packed_rows(docs: Iterator[list[int]], num_rows: int) -> Tensor:
+    """Documents end to end, [num_rows, ROW_TOKENS]; each row starts with one, the last is cut."""
+    rows = []
+    for _ in range(num_rows):
+        row: list[int] = []
+        while len(row) < ROW_TOKENS:
+            row += next(docs)
+        rows.append(row[:ROW_TOKENS])
+    return torch.tensor(rows)
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def train(model: LlamaForCausalLM, docs: Iterator[list[int]], num_steps: int) -> None:
+    """Train in place, each step on new stories; prints the loss and the time that is left."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    model.train()
+    start = time.monotonic()
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
+        input_ids = packed_rows(docs, BATCH_ROWS)
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0 or step == num_steps - 1:
+            seconds = (time.monotonic() - start) / (step + 1) * (num_steps - step - 1)
+            print(
+                f"step {step + 1}/{num_steps}  loss {loss.item():.4f}  {seconds:.0f} s left",
+                flush=True,
+            )
+    model.eval()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write config, weights (bfloat16, the tied head once) and tokenizer."""
+    output.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.bfloat16() for name, weight in model.named_parameters()}
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(output)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    ).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def main() -> None:
+    """Parse the command line, train and save."""
+    parser = argparse.ArgumentParser(description="Train the demo model on made-up stories.")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--steps", type=int, default=1700, help="of 2048 tokens each")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)  # sums are then in one order, so the same seeds give the same model
+    torch.manual_seed(WEIGHT_SEED)
+    stories = islice(make_stories(STORY_SEED), TOKENIZER_STORIES)
+    tokenizer = train_tokenizer(chat(story) for story in stories)
+    model = make_model(tokenizer)
+    train(model, documents(tokenizer), args.steps)
+    save(model, tokenizer, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    AdFlashinferError
+    |-- ConfigError          a setting is unknown, out of range or in conflict (exit code 2)
+    |-- LoadError            a model, tokenizer or checkpoint cannot be read
+    |-- TransformError       the pass refuses a graph
+    |   |-- ExportError          torch.export could not make a graph of the model
+    |   |-- NoAttentionError     no attention site was found
+    |   |-- MaskError            a mask is none of the classes that a kernel can run
+    |   |-- PackingError         an op outside attention mixes tokens
+    |   `-- UnsupportedError     no kernel can do what a site needs (the no-drop ledger)
+    |-- CapacityError        pages or memory cannot hold what was asked for
+    `-- RequestError         one request is refused; the others go on
+
+A message says what must hold, what was found, and what to do, on one line.
+"""
+
+
+class AdFlashinferError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(AdFlashinferError, ValueError):
+    """A setting is unknown, out of range or in conflict with another."""
+
+
+class LoadError(AdFlashinferError):
+    """A model, tokenizer or checkpoint cannot be read."""
+
+
+class TransformError(AdFlashinferError):
+    """The pass refuses a graph; the message names the node and its source line."""
+
+
+class ExportError(TransformError):
+    """torch.export could not make a graph of the model."""
+
+
+class NoAttentionError(TransformError):
+    """No attention site was found in the graph."""
+
+
+class MaskError(TransformError):
+    """An attention mask is none of the classes that a kernel can run."""
+
+
+class PackingError(TransformError):
+    """An op outside attention mixes tokens, so sequences cannot share a packed batch."""
+
+
+class UnsupportedError(TransformError):
+    """No kernel can do what an attention site needs."""
+
+
+class CapacityError(AdFlashinferError):
+    """Pages or memory cannot hold what was asked for."""
+
+
+class RequestError(AdFlashinferError, ValueError):
+    """One request is refused; the message says why. Other requests are not affected."""

@@ -1,0 +1,147 @@
+"""Edits and questions on FX graphs; the only place that creates nodes.
+
+A node made by ``call_op`` has its ``meta["val"]``, so that the next transform can ask for its shape;
+docs/invariants.md says what else must hold after every transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+
+
+def call_op(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A ``call_function`` node at the graph's insertion point, with its ``meta["val"]``."""
+    node = graph.call_function(target, args, kwargs)
+    mode = next(filter(None, map(_mode, node.all_input_nodes)), None)
+    if mode is not None:
+        with mode, torch.no_grad():
+            fake_args = map_arg(args, lambda n: n.meta["val"])
+            fake_kwargs = map_arg(kwargs, lambda n: n.meta["val"])
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+    for key in ("nn_module_stack", "stack_trace"):
+        source = next((n for n in reversed(node.all_input_nodes) if key in n.meta), None)
+        if source is not None:
+            node.meta[key] = source.meta[key]
+    return node
+
+
+def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
+    """A placeholder after the last one; ``example`` gives shape, dtype and device."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(placeholders[-1]):
+        node = gm.graph.placeholder(name)
+    mode = fake_mode(gm)
+    node.meta["val"] = mode.from_tensor(example, static_shapes=True) if mode else example
+    return node
+
+
+def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The mode of the graph's fake tensors, None if the graph has none."""
+    return next(filter(None, map(_mode, gm.graph.nodes)), None)
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """Remove dead nodes, check the graph and generate its code; after every change."""
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+
+
+def value(node: fx.Node) -> Any:
+    """``meta["val"]``: a fake tensor, a SymInt, a tuple of them, or None."""
+    return node.meta.get("val")
+
+
+def shape(node: fx.Node) -> tuple[int | SymInt, ...]:
+    """Sizes of a tensor node."""
+    return tuple(value(node).shape)
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether this is a node whose value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
+
+
+def same_size(a: int | SymInt, b: int | SymInt) -> bool:
+    """Whether two sizes are equal for all values of their symbols; adds no guard."""
+    if isinstance(a, SymInt) or isinstance(b, SymInt):
+        return str(a) == str(b)
+    return a == b
+
+
+def same_shape(a: Iterable[int | SymInt], b: Iterable[int | SymInt]) -> bool:
+    """Whether two shapes are equal for all values of their symbols."""
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def op_args(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an op node by their schema names, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
+    schema = node.target._schema.arguments
+    args = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
+    args.update(zip((arg.name for arg in schema), node.args, strict=False))
+    args.update(node.kwargs)
+    return args
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Whether this is a call of one of ``targets``: overloads, packets (any overload) or functions."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return any(node.target is target or packet is target for target in targets)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on the elements at its own place only."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def mutates_input(node: fx.Node) -> bool:
+    """Whether the op writes to one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def where(node: fx.Node) -> str:
+    """The node's name and the line of the user's source that made it, for messages."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    files = [line for line in frames if line.startswith("File ")]
+    if not files:
+        return f"node {node.name}"
+    file, line, *_ = files[-1].removeprefix("File ").split(", ")
+    return f"node {node.name} ({file.strip(chr(34))}:{line.removeprefix('line ')})"
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that made the node, for example ``model.layers.3.self_attn``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """The node and all that it is computed from, each once; nothing is asked of a stopped node."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        if stop(current):
+            continue
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+
+
+def _mode(node: fx.Node) -> FakeTensorMode | None:
+    values = value(node) if isinstance(value(node), (tuple, list)) else [value(node)]
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)

@@ -1,0 +1,1 @@
+"""Kernel providers, one file each."""

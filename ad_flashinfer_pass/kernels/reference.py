@@ -1,0 +1,243 @@
+"""The reference provider: paged attention in plain torch, on any device.
+
+The default on a CPU and the oracle of every test. Logits and softmax are float32. The decode path is
+vectorised over the batch; prefill and extend sequences are taken one after the other, each without
+padding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels.capability import Capability
+
+CAPABILITY = Capability(name="reference")
+
+
+class AttentionSpec(NamedTuple):
+    """The scalars of an attention site; see ``ops.cached_attention`` for their meaning."""
+
+    scale: float
+    sliding_window: int | None = None
+    logit_cap: float | None = None
+    chunk: int | None = None
+
+
+def num_sequences(batch_info_host: Tensor) -> int:
+    """Sequences of this step, from ``batch_info_host``."""
+    info = batch_info_host.tolist()
+    return info[0] + info[2] + info[4]
+
+
+def prepare_metadata(
+    num_tokens: int,
+    num_seqs: int,
+    cu_seqlen: Tensor,
+    input_pos: Tensor,
+    cache_loc: Tensor,
+    cu_num_pages: Tensor,
+    max_blocks_per_seq: int,
+    page_size: int,
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.prepare_metadata``."""
+    device = cache_loc.device
+    starts, ends = cu_num_pages[:num_seqs, None], cu_num_pages[1 : num_seqs + 1, None]
+    columns = starts + torch.arange(max_blocks_per_seq, dtype=torch.int32, device=device)
+    pages = cache_loc[columns.clamp_(max=cache_loc.shape[0] - 1)] * (columns < ends)
+    block_table = cache_loc.new_zeros((input_pos.shape[0], max_blocks_per_seq))
+    block_table[:num_seqs] = pages
+
+    tokens = torch.arange(num_tokens, dtype=cu_seqlen.dtype, device=device)
+    seq = torch.searchsorted(cu_seqlen[1 : num_seqs + 1].contiguous(), tokens, right=True)
+    is_real = seq < num_seqs
+    seq = seq.clamp_(max=num_seqs - 1)
+    position = (input_pos[seq] + tokens - cu_seqlen[seq]).clamp_(0, max_blocks_per_seq * page_size - 1)
+    page = block_table[seq, position // page_size].long()
+    return block_table, (page * page_size + position % page_size) * is_real
+
+
+def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+    """See ``ops.append_kv``."""
+    page_size, head_dim = kv_cache.shape[3:]
+    page = torch.div(slot_mapping, page_size, rounding_mode="floor")
+    offset = slot_mapping - page * page_size
+    if key.shape[-1] == value.shape[-1] == head_dim:
+        new = torch.stack((key.flatten(0, 1), value.flatten(0, 1)), 1)
+        kv_cache.permute(0, 3, 1, 2, 4)[page, offset] = new.to(kv_cache.dtype)
+        return
+    for index, new in enumerate((key, value)):
+        part = kv_cache[:, index, :, :, : new.shape[-1]]
+        part.permute(0, 2, 1, 3)[page, offset] = new.flatten(0, 1).to(kv_cache.dtype)
+
+
+def attend(
+    query: Tensor,
+    kv_cache: Tensor,
+    batch_info_host: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """See ``ops.cached_attention``."""
+    num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
+    tokens = query.flatten(0, 1)
+    num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
+    outputs = []
+    if num_long:
+        bounds = cu_seqlen[: num_long + 1].tolist()
+        totals = seq_len_with_cache[:num_long].tolist()
+        for row, total in enumerate(totals):
+            q = tokens[bounds[row] : bounds[row + 1]][None]
+            k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim)
+            outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])
+    if num_decode:
+        rows = slice(num_long, num_long + num_decode)
+        q = tokens[long_tokens : long_tokens + num_decode][:, None]
+        lens = seq_len_with_cache[rows]
+        # On a GPU reading the longest length would wait for the device: take the whole table.
+        longest = int(lens.max()) if lens.device.type == "cpu" else block_table.shape[1] * kv_cache.shape[3]
+        k, v = _gather_pages(kv_cache, block_table[rows], longest, q, v_head_dim)
+        bias = visibility_bias((lens - 1)[:, None], longest, spec)
+        outputs.append(_attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, (lens - 1)[:, None])[:, 0])
+    padding = tokens.shape[0] - long_tokens - num_decode
+    if padding:
+        outputs.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out.contiguous().view(*query.shape[:-1], v_head_dim)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """See ``ops.attention``."""
+    positions = torch.arange(query.shape[1], device=query.device)[None]
+    bias = query.new_zeros((), dtype=torch.float32)
+    if is_causal:
+        bias = visibility_bias(positions, key.shape[1], spec)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(
+                ~attn_mask, float("-inf")
+            )
+        bias = bias + attn_mask
+    k, v = key.transpose(1, 2), value.transpose(1, 2)
+    out = _attend_dense(query, k, v, bias, spec, sinks, alibi_slopes, positions)
+    return out.contiguous()
+
+
+def visibility_bias(q_positions: Tensor, num_keys: int, spec: AttentionSpec) -> Tensor:
+    """0 where a query may see a key, -inf elsewhere.
+
+    Args:
+        q_positions: int [b, n], position of each query in its sequence.
+        num_keys: keys are at positions 0 .. num_keys - 1.
+        spec: its sliding_window and chunk are applied on top of causality.
+
+    Returns:
+        float32 [b, 1, n, num_keys].
+    """
+    q = q_positions[:, None, :, None]
+    k = torch.arange(num_keys, device=q.device, dtype=q.dtype)
+    hidden = k > q
+    if spec.sliding_window is not None:
+        hidden |= k <= q - spec.sliding_window
+    if spec.chunk is not None:
+        hidden |= k < torch.div(q, spec.chunk, rounding_mode="floor") * spec.chunk
+    return torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
+
+
+def _gather_pages(
+    kv_cache: Tensor, block_table: Tensor, num_keys: int, query: Tensor, v_head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """K [b, num_kv_heads, num_keys, head_dim] and V, copied from the pages in one gather."""
+    _, _, num_heads, page_size, width = kv_cache.shape
+    num_blocks = -(-num_keys // page_size)
+    pages = block_table[:, :num_blocks]
+    if kv_cache.is_contiguous():
+        # Rows of one (page, K or V, head): a gather of rows is a plain copy of page_size * width.
+        heads = torch.arange(2 * num_heads, device=pages.device, dtype=pages.dtype)
+        rows = (pages[None, :, None] * (2 * num_heads) + heads.view(2, 1, num_heads, 1)).reshape(-1)
+        gathered = kv_cache.view(-1, page_size * width).index_select(0, rows)
+    else:
+        gathered = kv_cache[pages].permute(2, 0, 3, 1, 4, 5)
+    k, v = gathered.reshape(2, pages.shape[0], num_heads, num_blocks * page_size, width)
+    k, v = k[:, :, :num_keys, : query.shape[-1]], v[:, :, :num_keys, :v_head_dim]
+    return k.to(query.dtype), v.to(query.dtype)
+
+
+def _attend_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    total: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """The last q.shape[1] tokens of one sequence of ``total`` tokens."""
+    n = q.shape[1]
+    is_plain = spec.logit_cap is None and sinks is None and alibi_slopes is None
+    if is_plain and n == total and spec.sliding_window is None and spec.chunk is None:
+        return _sdpa(q, k, v, None, spec.scale)
+    positions = torch.arange(total - n, total, device=q.device)[None]
+    bias = visibility_bias(positions, total, spec)
+    if is_plain:
+        return _sdpa(q, k, v, bias.to(q.dtype), spec.scale)
+    return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, positions)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def _attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    q_positions: Tensor,
+) -> Tensor:
+    """Explicit attention.
+
+    query [b, n, num_heads, d]; key, value [b, num_kv_heads, t, d]; bias float32, broadcastable to
+    [b, num_heads, n, t]; q_positions [1 or b, n]. Returns [b, n, num_heads, v_head_dim].
+    """
+    b, n, num_heads, _ = query.shape
+    num_kv_heads, t = key.shape[1:3]
+    # The group's heads become rows of one matrix, so that K and V are never repeated.
+    q = query.transpose(1, 2).reshape(b, num_kv_heads, -1, query.shape[-1])
+    logits = torch.matmul(q.float(), key.float().transpose(2, 3)).view(b, num_heads, n, t)
+    logits = logits.mul_(spec.scale)
+    if spec.logit_cap is not None:
+        logits = torch.tanh(logits / spec.logit_cap) * spec.logit_cap
+    if alibi_slopes is not None:
+        distance = torch.arange(t, device=query.device) - q_positions[:, :, None]
+        logits = logits + alibi_slopes.float()[:, None, None] * distance[:, None]
+    logits = logits + bias
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.float().view(1, -1, 1, 1).expand(b, -1, n, 1)), -1)
+    weights = torch.softmax(logits, -1)[..., :t]
+    weights = weights.reshape(b, num_kv_heads, -1, t)
+    out = torch.matmul(weights, value.float()).view(b, num_heads, n, -1)
+    return out.transpose(1, 2).to(query.dtype)

@@ -1,0 +1,266 @@
+"""Where a model lies, and what its config.json says.
+
+``find_source`` turns the ``model`` key into a directory; ``read_config`` reads config.json with
+``model_kwargs`` applied; ``check_architecture`` refuses what has no paged KV cache. None of them
+reads weights, so that a wrong path or a wrong model is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+
+from ad_flashinfer_pass.config import AutoDeployConfig, nearest
+from ad_flashinfer_pass.errors import ConfigError, LoadError
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+_SUPPORTED = (
+    "supported are decoder-only causal language models with attention, such as Llama, Qwen, Mistral or Gemma"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this disk."""
+
+    directory: Path
+    """Holds the weights and the tokenizer, where there are any."""
+    config_file: Path
+    """config.json, or the JSON file that was given in its place."""
+
+
+def find_source(config: AutoDeployConfig, stack: ExitStack) -> Source:
+    """The files of ``config.model``; what is not on this disk is fetched from the hub.
+
+    Args:
+        config: ``model`` is ``demo``, a directory, the path of a config.json, or a hub id.
+        stack: keeps the demo's files in place until it is closed.
+
+    Raises:
+        ConfigError: there is no such directory, no config.json in it, or no such hub id.
+    """
+    if config.model == "demo":
+        demo = resources.files("ad_flashinfer_pass.demo")
+        return _in_directory(stack.enter_context(resources.as_file(demo)))
+    path = Path(config.model).expanduser()
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except OSError as err:
+        raise ConfigError(f"model {_shown(config.model)}: {err.strerror}.") from None
+    if is_dir and config.model:
+        return _in_directory(path)
+    if is_file and path.suffix == ".json":
+        return Source(path.parent, path)
+    if is_file:
+        raise ConfigError(
+            "model must be a directory, the path of a config.json or a hub id, got the file "
+            f"{path}; give the directory that holds it."
+        )
+    weights = [] if config.skip_loading_weights else ["*.safetensors"]
+    return _in_directory(fetch(config.model, weights, "model", config.trust_remote_code))
+
+
+def fetch(model_id: str, extra_files: list[str], key: str, trust_remote_code: bool) -> Path:
+    """The local copy of a hub repository: its JSON, tokenizer and ``extra_files``, never pickles.
+
+    Args:
+        model_id: ``name`` or ``owner/name``.
+        extra_files: glob patterns.
+        key: the configuration key that an error names.
+        trust_remote_code: fetch Python files too.
+
+    Raises:
+        ConfigError: it is not an id, or cannot be reached and was not fetched before.
+    """
+    problem = f"{key} {_shown(model_id)}: no such directory, and not a hub id that could be read"
+    if not _HUB_ID.fullmatch(model_id):
+        raise ConfigError(f"{problem}; give the path of a directory.")
+    patterns = [*_HUB_FILES, *extra_files, *(["*.py"] if trust_remote_code else [])]
+    logger.info("reading %s from the hub", model_id)
+    try:
+        return Path(
+            snapshot_download(
+                model_id,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],  # second copies of the weights
+            )
+        )
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{problem}: {first_line(err)}") from None
+
+
+def read_config(source: Source, config: AutoDeployConfig) -> PretrainedConfig:
+    """config.json with ``model_kwargs`` applied as if they had stood in it.
+
+    Mappings in ``model_kwargs`` are merged into those of config.json. Fewer ``num_hidden_layers``
+    also shorten the lists that have one entry a layer.
+
+    Raises:
+        ConfigError: ``model_kwargs`` has an unknown key or a value that the model refuses.
+        LoadError: config.json cannot be read, or its model is unknown to transformers.
+    """
+    file = source.config_file
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise LoadError(f"{file}: {err.strerror}.") from None
+    except ValueError as err:
+        raise LoadError(f"{file}: not valid JSON ({err}); fetch the file again.") from None
+    if not isinstance(raw, dict):
+        raise LoadError(f"{file}: must hold an object, got {type(raw).__name__}.")
+    # Remote code is found beside config.json, so the directory is what transformers must be given.
+    where = source.directory if file.name == "config.json" else file
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            str(where), trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, StrictDataclassError) as err:
+        raise LoadError(f"{file}: {_unreadable(raw, err)}") from None
+    if not config.model_kwargs:
+        return hf_config
+    _check_keys(config.model_kwargs, hf_config, "model_kwargs")
+    try:
+        return type(hf_config).from_dict(_overridden(raw, config.model_kwargs))
+    except (ValueError, TypeError, StrictDataclassError) as err:
+        raise ConfigError(f"model_kwargs: {' '.join(str(err).split())}") from None
+
+
+def check_architecture(hf_config: PretrainedConfig, config: AutoDeployConfig) -> None:
+    """Refuse models that have no causal attention whose K and V could be paged.
+
+    Raises:
+        LoadError: an encoder, an encoder-decoder, a model without attention, or an unknown one.
+    """
+    kind = hf_config.model_type
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise LoadError(f"{kind!r} is an encoder-decoder model; {_SUPPORTED}.")
+    known = type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+    if not known and not remote:
+        raise LoadError(
+            f"{kind!r} has no causal language model in transformers {transformers.__version__}; {_SUPPORTED}."
+        )
+    if not known and not config.trust_remote_code:
+        raise LoadError(
+            f"{kind!r} needs the Python code of its checkpoint; read that code, then set "
+            "trust_remote_code (--trust-remote-code)."
+        )
+    # BERT and its kin have a causal class, but without is_decoder it runs without a causal mask.
+    is_decoder = getattr(hf_config, "is_decoder", None)
+    if is_decoder is False and type(hf_config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise LoadError(
+            f"{kind!r} is an encoder, in which tokens attend to later tokens (config.json has no "
+            f"is_decoder: true); {_SUPPORTED}."
+        )
+    text = hf_config.get_text_config(decoder=True)
+    if "num_attention_heads" not in {*text.to_dict(), *text.attribute_map}:
+        raise LoadError(
+            f"{kind!r} has no attention heads (a state-space or recurrent model), so there is no "
+            f"KV cache to page; {_SUPPORTED}."
+        )
+
+
+def check_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> None:
+    """Compare max_seq_len with the positions that the model knows.
+
+    Rotary positions are computed, so more of them work, if less well: a warning. Other models look
+    positions up in a table of max_position_embeddings rows, and more would read past its end.
+
+    Raises:
+        ConfigError: a table of positions is too short.
+    """
+    text = hf_config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1 or config.max_seq_len <= limit:
+        return
+    if getattr(text, "rope_parameters", None):
+        logger.warning(
+            "max_seq_len %d is above the %d positions that the model was made for; text past those "
+            "may be poor",
+            config.max_seq_len,
+            limit,
+        )
+        return
+    raise ConfigError(
+        f"max_seq_len must be at most {limit}, the model's max_position_embeddings, since its "
+        f"positions are a table, got {config.max_seq_len}; set max_seq_len: {limit} "
+        f"(--max-seq-len {limit})."
+    )
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of an error's text, for use in a one-line message."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0].strip()
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 100 else name[:97] + "...")
+
+
+def _in_directory(directory: Path) -> Source:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"no config.json in {directory}; give the directory of a Hugging Face checkpoint.")
+    return Source(directory, file)
+
+
+def _unreadable(raw: dict[str, Any], err: Exception) -> str:
+    """Why transformers could not make a config of ``raw``."""
+    kind = raw.get("model_type")
+    if "auto_map" in raw and "trust_remote_code" in str(err):
+        return (
+            f"{kind!r} needs the Python code of its checkpoint; read that code, then set "
+            "trust_remote_code (--trust-remote-code)."
+        )
+    if kind is None:
+        return "has no model_type; add the key, for example model_type: llama."
+    if "does not recognize this architecture" in str(err):
+        return (
+            f"model_type {kind!r} is unknown to transformers {transformers.__version__}; upgrade "
+            "transformers or correct the key."
+        )
+    return " ".join(str(err).split())
+
+
+def _check_keys(changes: dict[str, Any], current: PretrainedConfig, where: str) -> None:
+    known = {*current.to_dict(), *current.attribute_map}
+    for key, value in changes.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {nearest(key, list(known))}")
+        part = getattr(current, key, None)
+        if isinstance(part, PretrainedConfig) and isinstance(value, dict):
+            _check_keys(value, part, f"{where}.{key}")
+
+
+def _overridden(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(raw)
+    for key, value in changes.items():
+        old = raw.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _overridden(old, value)
+        merged[key] = value
+    old_layers, new_layers = raw.get("num_hidden_layers"), merged.get("num_hidden_layers")
+    if isinstance(new_layers, int):
+        for key, value in raw.items():
+            per_layer = "layer" in key and isinstance(value, list) and len(value) == old_layers
+            if per_layer and key not in changes:
+                merged[key] = value[:new_layers]
+    return merged

@@ -1,0 +1,68 @@
+"""``ad_flashinfer.attention``: the source attention, to which all forms are brought."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import reference
+
+_NAME = "ad_flashinfer::attention"
+
+torch.library.define(
+    _NAME,
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
+    "float? scale=None, Tensor? sinks=None, int? sliding_window=None, float? logit_cap=None, "
+    "int? chunk=None, Tensor? alibi_slopes=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_NAME, "default")
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    logit_cap: float | None = None,
+    chunk: int | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Dense attention without a cache.
+
+    Layout is "bsnd" and grouped-query attention is implied by the head counts, as in AutoDeploy's
+    ``torch_attention``. Softmax is taken in float32.
+
+    Args:
+        query: [b, s, num_heads, head_dim].
+        key: [b, t, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads.
+        value: [b, t, num_kv_heads, v_head_dim].
+        attn_mask: bool (True = may attend) or float (added to the logits), broadcastable to
+            [b, num_heads, s, t]. None once the mask has been classified.
+        is_causal: query i attends key j only if j <= i; requires s == t.
+        scale: factor of the logits; default 1 / sqrt(head_dim).
+        sinks: [num_heads], one more logit in each softmax, whose value is zero.
+        sliding_window: with W, also j > i - W: W tokens, the current one included.
+        logit_cap: with c, logits become c * tanh(logits / c) before any mask is added.
+        chunk: with C, also i // C == j // C.
+        alibi_slopes: float32 [num_heads]; slope * (j - i) is added to the logits.
+
+    Returns:
+        [b, s, num_heads, v_head_dim], in the dtype of query.
+    """
+    spec = reference.AttentionSpec(
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        sliding_window=sliding_window,
+        logit_cap=logit_cap,
+        chunk=chunk,
+    )
+    return reference.dense_attention(query, key, value, spec, attn_mask, is_causal, sinks, alibi_slopes)
+
+
+@torch.library.register_fake(_NAME)
+def _(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -1,0 +1,91 @@
+"""``ad_flashinfer.cached_attention``: attend over the pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels.reference import AttentionSpec
+
+_NAME = "ad_flashinfer::cached_attention"
+
+torch.library.define(
+    _NAME,
+    "(Tensor query, Tensor kv_cache, Tensor batch_info_host, Tensor cu_seqlen, "
+    "Tensor seq_len_with_cache, Tensor block_table, float scale, int v_head_dim, "
+    "int? sliding_window=None, float? logit_cap=None, int? chunk=None, Tensor? sinks=None, "
+    'Tensor? alibi_slopes=None, str kernel="reference") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_NAME, "default")
+def cached_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    batch_info_host: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    scale: float,
+    v_head_dim: int,
+    sliding_window: int | None = None,
+    logit_cap: float | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    kernel: str = "reference",
+) -> Tensor:
+    """Causal attention of the new tokens over their sequence's pages, which already hold them.
+
+    The tokens are those of prefill and extend sequences, then one of each decode sequence.
+
+    Args:
+        query: [b, s, num_heads, head_dim] with b * s tokens, padding last.
+        kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)]; read only.
+        batch_info_host: int32, host, see ``metadata.BatchInfo``.
+        cu_seqlen: int32 [max_batch_size + 1], exclusive prefix sum of new tokens.
+        seq_len_with_cache: int32 [max_batch_size], cached and new tokens.
+        block_table: int32 [max_batch_size, max_blocks_per_seq].
+        scale: factor of the logits.
+        v_head_dim: head size of V and of the result.
+        sliding_window: W tokens are visible, the current one included.
+        logit_cap: with c, logits become c * tanh(logits / c).
+        chunk: only keys of the query's own chunk of C positions are visible.
+        sinks: [num_heads], one more logit in each softmax, whose value is zero.
+        alibi_slopes: float32 [num_heads], slope * (key position - query position) is added.
+        kernel: name of the provider.
+
+    Returns:
+        [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
+    """
+    spec = AttentionSpec(scale, sliding_window, logit_cap, chunk)
+    return select.provider(kernel).attend(
+        query,
+        kv_cache,
+        batch_info_host,
+        cu_seqlen,
+        seq_len_with_cache,
+        block_table,
+        v_head_dim,
+        spec,
+        sinks,
+        alibi_slopes,
+    )
+
+
+@torch.library.register_fake(_NAME)
+def _(
+    query: Tensor,
+    kv_cache: Tensor,
+    batch_info_host: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    scale: float,
+    v_head_dim: int,
+    *args: object,
+    **kwargs: object,
+) -> Tensor:
+    return query.new_empty((*query.shape[:-1], v_head_dim))

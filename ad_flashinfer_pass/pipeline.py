@@ -1,0 +1,90 @@
+"""Runs the transforms of a config, stage by stage.
+
+Order, and why each stands where it does:
+
+1. ``export_model``: everything after works on one aten graph.
+2. ``eliminate_noops``: casts, slices and assertions would stand between the nodes that matchers read.
+3. ``match_repeat_kv``: before attention, or the cache would hold every copy of a head.
+4. ``match_attention``: SDPA and eager forms become one op, with the mask still a subgraph.
+5. ``classify_mask``: the mask subgraph becomes attributes of that op, or the pass stops.
+6. ``check_packing``: after the masks are gone, since they are the part that mixes tokens rightly.
+7. ``insert_cached_attention``, ``gather_logits_before_lm_head``: the graph takes its final inputs.
+8. ``initialize_cache``: the resources are known; plans and allocates them.
+9. ``compile_model``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ad_flashinfer_pass import registry, transforms
+from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
+from ad_flashinfer_pass.metadata import SequenceInfo
+from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+
+assert transforms.__name__ == "ad_flashinfer_pass.transforms"  # importing it registers them
+
+
+def transform_module(
+    module: nn.Module,
+    config: AutoDeployConfig,
+    *,
+    on_event: Callable[[str], None] | None = None,
+) -> tuple[CachedModel, list[TransformReport]]:
+    """Run the pass on a module.
+
+    Args:
+        module: in eval mode, on ``config.device``; takes input_ids and position_ids, int64 [b, s], and
+            returns logits [b, s, vocab] or an object that has them.
+        config: its model keys are not read.
+        on_event: called with the name of each transform as it begins.
+
+    Returns:
+        The cached model and the report of each transform.
+    """
+    device = torch.device(config.device)
+    info = SequenceInfo(
+        max_seq_len=config.max_seq_len,
+        max_batch_size=config.max_batch_size,
+        max_num_tokens=config.token_budget,
+        tokens_per_block=config.kv_cache_config.tokens_per_block,
+        device=device,
+    )
+    ctx = TransformContext(config=config, device=device, sequence_info=info)
+    transformed, reports = run(module, ctx, on_event)
+    return CachedModel(transformed, ctx.caches, info, ctx.vocab_size), reports
+
+
+def run(
+    model: nn.Module, ctx: TransformContext, on_event: Callable[[str], None] | None = None
+) -> tuple[nn.Module, list[TransformReport]]:
+    """Run every enabled transform.
+
+    Args:
+        model: an eval-mode module that takes input_ids and position_ids, both int64 [b, s].
+        ctx: config and shared records; filled by the transforms.
+        on_event: called with the transform's name before it runs.
+
+    Returns:
+        The module that the last transform made, and one report a transform, in the order run.
+
+    Raises:
+        TransformError: a transform refuses the model; see ``errors``.
+    """
+    entries = sorted(ctx.config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
+    reports = []
+    for name, settings in entries:
+        if not settings.enabled:
+            continue
+        if on_event is not None:
+            on_event(name)
+        start = time.perf_counter()
+        model, report = registry.get(name)(model, ctx)
+        report.seconds = time.perf_counter() - start
+        reports.append(report)
+    return model, reports

@@ -1,0 +1,120 @@
+"""Transforms by name.
+
+A transform is a function of one file in ``transforms/``, registered under the name of that file::
+
+    @register("match_attention")
+    def match_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+
+It edits the graph in place and reports what it matched, and what it skipped and why. If it changed
+the graph it calls ``graph.finish``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.metadata import SequenceInfo
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that a transform looked at and left alone."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class TransformReport:
+    """What one transform did."""
+
+    name: str
+    num_matches: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Evidence and numbers, one line each."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class KvCacheResource:
+    """A pool that the runtime must own: the pages of one layer.
+
+    Shape: [num_pages, 2, num_kv_heads, page_size, head_dim], K at [:, 0], V at [:, 1].
+    """
+
+    name: str
+    """The graph input that takes it."""
+    num_kv_heads: int
+    head_dim: int
+    """The larger of the head sizes of K and V."""
+    page_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page of this layer, K and V together."""
+        return 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
+
+    def allocate(self, num_pages: int, device: torch.device) -> torch.Tensor:
+        """The pool; zeroed, because kernels multiply what they do not need by zero."""
+        shape = (num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+
+@dataclass
+class CachedSite:
+    """One attention site after insertion: what it needs and who does it."""
+
+    where: str
+    site: Site
+    kernel: str
+    reason: str
+    cache: str
+    """Name of the cache resource."""
+
+
+@dataclass
+class TransformContext:
+    """What transforms share: settings on the way in, what was found on the way out."""
+
+    config: AutoDeployConfig
+    device: torch.device
+    sequence_info: SequenceInfo
+    resources: list[KvCacheResource] = field(default_factory=list)
+    sites: list[CachedSite] = field(default_factory=list)
+    caches: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Allocated pools by the name of their graph input."""
+    vocab_size: int = 0
+    """Width of the logits."""
+    num_pages: int = 0
+    """Pages of each pool, the scratch page included."""
+
+
+Transform = Callable[[nn.Module, TransformContext], tuple[nn.Module, TransformReport]]
+_TRANSFORMS: dict[str, Transform] = {}
+
+
+def register(name: str) -> Callable[[Transform], Transform]:
+    """Decorator: enter a transform under ``name``, which must be new."""
+
+    def enter(transform: Transform) -> Transform:
+        if name in _TRANSFORMS:
+            raise ValueError(f"transform {name!r} is already registered")
+        _TRANSFORMS[name] = transform
+        return transform
+
+    return enter
+
+
+def get(name: str) -> Transform:
+    """The transform of that name; KeyError lists the known ones."""
+    if name not in _TRANSFORMS:
+        raise KeyError(f"no transform {name!r}; known: {', '.join(_TRANSFORMS)}")
+    return _TRANSFORMS[name]

@@ -1,0 +1,1 @@
+"""What runs a transformed graph: pages, scheduler, sampling, text."""

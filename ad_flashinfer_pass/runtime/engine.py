@@ -1,0 +1,377 @@
+"""The step loop: requests in, tokens and text out, one model step at a time.
+
+The engine ties the model to the scheduler, the sampler and the detokeniser, and owns every request
+from ``add_request`` to its ``Completion``. It is not thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
+from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.detokenize import TextDecoder, TextStream
+from ad_flashinfer_pass.runtime.page_pool import PagePool
+from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams
+from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+# What kernels, the allocator and the metadata raise; anything else is a bug, not a request's error.
+_STEP_ERRORS = (RuntimeError, ValueError, AdFlashinferError)
+
+
+class StepModel(Protocol):
+    """A model with a paged KV cache, as the engine drives it."""
+
+    @property
+    def sequence_info(self) -> SequenceInfo:
+        """Limits of one step and of one sequence."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache, page 0 included, which is scratch."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits; token ids lie in 0..vocab_size - 1."""
+
+    def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
+        """Run the new tokens of each sequence and write their K and V into its pages.
+
+        Args:
+            sequences: ordered prefill, extend, decode; see ``SequenceStep``.
+
+        Returns:
+            Floating logits [number of sequences with gather, vocab_size], in order, on the device.
+        """
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Zero the K and V in these pages."""
+
+
+class Completion(NamedTuple):
+    """How a request ended."""
+
+    token_ids: list[int]
+    """Generated tokens, the one that stopped it included."""
+    text: str | None
+    """Without special tokens, stop strings and stop tokens; None without tokenizer."""
+    finish_reason: FinishReason
+    error: str | None = None
+
+
+class StepOutput(NamedTuple):
+    """What one step did for one request."""
+
+    request_id: int
+    token_id: int | None
+    """The new token; None if the request ended without one."""
+    text: str = ""
+    """Text that became final, if the request is streamed or has stop strings."""
+    completion: Completion | None = None
+    """Given once, in the last output of the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Counters since the engine was made, and its state."""
+
+    num_steps: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_running: int
+    num_waiting: int
+    pages_in_use: int
+    num_pages: int
+    """Pages that requests can use: those of the cache without page 0."""
+
+
+@dataclass(eq=False, kw_only=True)
+class _Request(SequenceState):
+    params: SamplingParams
+    num_prompt_tokens: int
+    max_len: int
+    """Tokens at which the request ends, prompt included."""
+    stop_token_ids: frozenset[int]
+    seed: int
+    stream: TextStream | None = None
+
+
+class Engine:
+    """Runs any number of requests, which join and leave at any time, over one model.
+
+    Args:
+        model: what computes logits.
+        tokenizer: turns tokens into text; without it there are no texts and no stop strings.
+        eos_token_ids: tokens that end a request unless it ignores them.
+        prefill_chunk_tokens: prompt tokens of one sequence in one step, at most; default: what the
+            model's max_num_tokens leaves.
+
+    Raises:
+        ConfigError: prefill_chunk_tokens is not positive.
+        CapacityError: the model has no page besides page 0.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos_token_ids: Sequence[int] = (),
+        *,
+        prefill_chunk_tokens: int | None = None,
+    ) -> None:
+        if prefill_chunk_tokens is not None and prefill_chunk_tokens < 1:
+            raise ConfigError(
+                f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}. Leave it "
+                "out to let max_num_tokens decide."
+            )
+        info = model.sequence_info
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._max_seq_len = info.max_seq_len
+        self._tokens_per_page = info.tokens_per_block
+        self._pool = PagePool(model.num_pages)
+        self._scheduler: Scheduler[_Request] = Scheduler(
+            self._pool,
+            tokens_per_page=info.tokens_per_block,
+            max_batch_size=info.max_batch_size,
+            max_num_tokens=info.max_num_tokens,
+            clear_pages=model.clear_pages,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+        )
+        self._sampler = Sampler()
+        self._requests: dict[int, _Request] = {}
+        self._cancelled: list[StepOutput] = []
+        self._num_requests = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything left to do or to report."""
+        return bool(self._requests or self._cancelled)
+
+    @property
+    def metrics(self) -> Metrics:
+        """A snapshot."""
+        return Metrics(
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            pages_in_use=self._pool.num_in_use,
+            num_pages=self._pool.capacity,
+        )
+
+    def add_request(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, stream: bool = False
+    ) -> int:
+        """Queue a request; it joins in one of the next steps.
+
+        Args:
+            prompt: token ids.
+            params: default: ``SamplingParams()``.
+            stream: report text with each step.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            RequestError: the prompt is empty, too long or holds an id outside the vocabulary, the
+                request needs more pages than there are, or it needs text and there is no tokenizer.
+        """
+        params = params or SamplingParams()
+        token_ids = self._checked_prompt(prompt)
+        max_len = min(len(token_ids) + params.max_new_tokens, self._max_seq_len)
+        self._check_pages(len(token_ids), max_len)
+        text_stream = None
+        if stream or params.stop:
+            text_stream = TextStream(self._text_decoder, params.stop)
+        eos = frozenset() if params.ignore_eos else self._eos_token_ids
+        request = _Request(
+            request_id=self._num_requests,
+            token_ids=token_ids,
+            params=params,
+            num_prompt_tokens=len(token_ids),
+            max_len=max_len,
+            stop_token_ids=eos.union(params.stop_token_ids),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            stream=text_stream,
+        )
+        self._num_requests += 1
+        self._num_prompt_tokens += len(token_ids)
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+        return request.request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request; the next ``step`` reports its completion, with the tokens it has.
+
+        Returns:
+            False if there is no such request, or it has ended.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._cancelled.append(self._end(request, "cancelled"))
+        return True
+
+    def step(self) -> list[StepOutput]:
+        """Run the model once.
+
+        A failure of the model ends the requests that were in the step, with an error. Whatever else
+        is raised, Ctrl-C included, passes through and leaves all requests waiting, without pages,
+        as after a preemption: they can be cancelled or stepped on.
+
+        Returns:
+            One output for each request that got a token or ended; empty if there is nothing to do.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            # It can have struck between any two instructions: keep nothing of the step.
+            self._scheduler.restart(self._requests.values())
+            self._sampler = Sampler()
+            raise
+
+    def _step(self) -> list[StepOutput]:
+        plan = self._scheduler.schedule()
+        outputs = self._run(plan) if plan else []
+        outputs, self._cancelled = self._cancelled + outputs, []
+        return outputs
+
+    def _run(self, plan: list[tuple[_Request, int]]) -> list[StepOutput]:
+        steps = [self._sequence_step(request, num_new) for request, num_new in plan]
+        rows = [request for (request, _), step in zip(plan, steps, strict=True) if step.gather]
+        try:
+            logits = self._model.step(steps)
+            tokens = self._sampler.sample(logits, rows) if rows else []
+        except _STEP_ERRORS as err:
+            logger.debug("a step of %d sequences failed", len(plan), exc_info=True)
+            return [self._fail(request, _first_line(err)) for request, _ in plan]
+        self._num_steps += 1
+        for request, num_new in plan:
+            request.num_cached += num_new
+        return [self._take(request, token) for request, token in zip(rows, tokens, strict=True)]
+
+    def _sequence_step(self, request: _Request, num_new: int) -> SequenceStep:
+        token_ids = request.token_ids
+        start = request.num_cached
+        end = start + num_new
+        if end == len(token_ids):
+            return SequenceStep(token_ids[start:], start, request.pages)
+        num_pages = self._scheduler.num_pages_for(end)
+        return SequenceStep(token_ids[start:end], start, request.pages[:num_pages], gather=False)
+
+    def _take(self, request: _Request, token: int) -> StepOutput:
+        """Append a sampled token and see whether it ends the request."""
+        if token < 0:
+            num_tokens = len(request.token_ids)
+            return self._fail(
+                request, f"the logits after {num_tokens} tokens hold NaN or +inf, or only -inf."
+            )
+        request.token_ids.append(token)
+        self._num_generated_tokens += 1
+        if token in request.stop_token_ids:
+            return self._end(request, "stop", token)
+        text = ""
+        if request.stream is not None:
+            text = request.stream.add(token)
+            if request.stream.is_stopped:
+                return self._end(request, "stop", token, text)
+        if len(request.token_ids) == request.max_len:
+            return self._end(request, "length", token, text)
+        return StepOutput(request.request_id, token, text)
+
+    def _fail(self, request: _Request, error: str) -> StepOutput:
+        return self._end(request, "error", error=error)
+
+    def _end(
+        self,
+        request: _Request,
+        reason: FinishReason,
+        token: int | None = None,
+        text: str = "",
+        error: str | None = None,
+    ) -> StepOutput:
+        """Forget a request, with its pages, and say how it ended."""
+        del self._requests[request.request_id]
+        self._scheduler.remove(request)
+        generated = request.token_ids[request.num_prompt_tokens :]
+        whole_text = None
+        if request.stream is not None:
+            text += request.stream.finish()
+            whole_text = request.stream.text
+            if request.stream.is_stopped and reason == "length":
+                reason = "stop"
+        elif self._tokenizer is not None:
+            is_stop_token = token in request.stop_token_ids
+            whole_text = self._text_decoder.decode(generated[:-1] if is_stop_token else generated)
+        completion = Completion(generated, whole_text, reason, error)
+        return StepOutput(request.request_id, token, text, completion)
+
+    @cached_property
+    def _text_decoder(self) -> TextDecoder:
+        if self._tokenizer is None:
+            raise RequestError(
+                "stop strings and streaming need text, and there is no tokenizer. Give the engine "
+                "one, or use stop_token_ids."
+            )
+        return TextDecoder(self._tokenizer)
+
+    def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
+        try:
+            token_ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise RequestError(f"a prompt must be integer token ids, got {prompt!r:.80}.") from None
+        if not token_ids:
+            raise RequestError("the prompt is empty. Give at least one token.")
+        vocab_size = self._model.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+            raise RequestError(
+                f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, got {bad} at "
+                f"position {token_ids.index(bad)}. Encode the prompt with the model's tokenizer."
+            )
+        if len(token_ids) >= self._max_seq_len:
+            raise RequestError(
+                f"prompt and one new token must fit max_seq_len={self._max_seq_len}, got a prompt "
+                f"of {len(token_ids)} tokens. Shorten it or raise max_seq_len."
+            )
+        return token_ids
+
+    def _check_pages(self, num_prompt_tokens: int, max_len: int) -> None:
+        # The last token is not cached: nothing attends to it.
+        num_pages = self._scheduler.num_pages_for(max_len - 1)
+        if num_pages > self._pool.capacity:
+            raise RequestError(
+                f"{num_prompt_tokens} prompt tokens and {max_len - num_prompt_tokens} new ones "
+                f"need {num_pages} pages of {self._tokens_per_page} tokens, and the KV cache has "
+                f"{self._pool.capacity}. Lower max_new_tokens, shorten the prompt, or raise "
+                "kv_cache_config.max_tokens."
+            )
+
+
+def _first_line(err: Exception) -> str:
+    """What the error says, without the C++ frames that torch appends."""
+    message = str(err).strip().partition("\n")[0]
+    return f"the model failed: {type(err).__name__}: {message}"

@@ -1,0 +1,280 @@
+"""Text generation: prompts in, results out, over the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.runtime.engine import (
+    Completion,
+    Engine,
+    FinishReason,
+    StepModel,
+    StepOutput,
+)
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """The continuation of one prompt."""
+
+    index: int
+    """Position of the prompt among those given."""
+    prompt: str | None
+    """None if the prompt was given as token ids."""
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    """Generated tokens, the one that stopped generation included."""
+    text: str | None
+    """Without special tokens, stop strings and stop tokens; None without tokenizer."""
+    finish_reason: FinishReason
+    error: str | None
+    """Why the prompt was refused or its generation failed; None if neither."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a call of ``generate`` stands."""
+
+    num_finished: int
+    num_total: int
+    num_new_tokens: int
+    pages_in_use: int
+    num_pages: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One prompt of a call of ``generate``."""
+
+    index: int
+    prompt: str | None
+    token_ids: list[int]
+
+    def result(self, completion: Completion) -> GenerationResult:
+        return GenerationResult(
+            index=self.index,
+            prompt=self.prompt,
+            prompt_token_ids=self.token_ids,
+            token_ids=completion.token_ids,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            error=completion.error,
+        )
+
+
+class LLM:
+    """A model with its tokenizer, ready to generate.
+
+    Several iterators of ``generate`` and ``stream`` can be open at once: whichever is advanced
+    steps the engine for all. Not thread-safe.
+
+    Args:
+        model: what the pass returns.
+        tokenizer: None leaves token ids as the only prompts and results.
+        eos_token_ids: tokens that end generation.
+        reports: what each transform did to the graph.
+        prefill_chunk_tokens: see ``Engine``.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos_token_ids: Sequence[int] = (),
+        reports: Sequence[Any] = (),
+        *,
+        prefill_chunk_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.reports = tuple(reports)
+        self.engine = Engine(model, tokenizer, eos_token_ids, prefill_chunk_tokens=prefill_chunk_tokens)
+        self._inboxes: dict[int, list[StepOutput]] = {}
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[GenerationResult]:
+        """Continue prompts, in one batch as far as pages allow.
+
+        Nothing runs until the iterator is advanced. Closing it, or an exception in the middle
+        (Ctrl-C), cancels what is left.
+
+        Args:
+            prompts: one text or list of token ids, or a sequence of those. Text is encoded with the
+                tokenizer's special tokens.
+            max_new_tokens: overrides that of ``sampling``.
+            sampling: for all prompts, or one for each.
+            on_progress: called after each step.
+
+        Yields:
+            A result for each prompt, in their order, each as soon as it and those before it are
+            ready. A prompt that is refused or fails gives one with ``error``; the others go on.
+
+        Raises:
+            RequestError: ``sampling`` has another length than ``prompts``, or max_new_tokens is not
+                positive.
+        """
+        prompt_list = _as_list(prompts)
+        params = _params_of_each(len(prompt_list), sampling, max_new_tokens)
+        return self._generate(prompt_list, params, on_progress)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Iterator[str]:
+        """Continue one prompt, piece by piece.
+
+        Args:
+            prompt: as in ``generate``.
+            max_new_tokens: overrides that of ``sampling``.
+            sampling: default: ``SamplingParams()``.
+
+        Yields:
+            Pieces of text, none of them empty, none with a part of a character or of a stop string.
+
+        Raises:
+            RequestError: on the first advance, if the request is refused; later, if it fails.
+        """
+        (params,) = _params_of_each(1, sampling, max_new_tokens)
+        inbox: list[StepOutput] = []
+        request_id = self._open(self.encode(prompt), params, inbox, stream=True)
+        try:
+            while True:
+                for output in self._next_outputs(inbox):
+                    if output.text:
+                        yield output.text
+                    if output.completion is not None:
+                        if output.completion.error is not None:
+                            raise RequestError(output.completion.error)
+                        return
+        finally:
+            self._close(request_id)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            RequestError: the prompt is text and there is no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise RequestError("a prompt given as text needs a tokenizer. Give token ids.")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Iterator[GenerationResult]:
+        inbox: list[StepOutput] = []
+        jobs: dict[int, _Job] = {}
+        results: dict[int, GenerationResult] = {}
+        num_new_tokens = 0
+        preemptions_before = self.engine.metrics.num_preemptions
+        try:
+            for index, prompt in enumerate(prompts):
+                job = _Job(index, prompt if isinstance(prompt, str) else None, [])
+                try:
+                    job = replace(job, token_ids=self.encode(prompt))
+                    jobs[self._open(job.token_ids, params[index], inbox)] = job
+                except RequestError as err:
+                    results[index] = job.result(Completion([], None, "error", str(err)))
+            for index in range(len(prompts)):
+                while index not in results:
+                    for output in self._next_outputs(inbox):
+                        num_new_tokens += output.token_id is not None
+                        if output.completion is not None:
+                            self._close(output.request_id)
+                            job = jobs.pop(output.request_id)
+                            results[job.index] = job.result(output.completion)
+                    if on_progress is not None:
+                        metrics = self.engine.metrics
+                        on_progress(
+                            Progress(
+                                num_finished=len(prompts) - len(jobs),
+                                num_total=len(prompts),
+                                num_new_tokens=num_new_tokens,
+                                pages_in_use=metrics.pages_in_use,
+                                num_pages=metrics.num_pages,
+                                num_preemptions=metrics.num_preemptions - preemptions_before,
+                            )
+                        )
+                yield results.pop(index)
+        finally:
+            for request_id in jobs:
+                self._close(request_id)
+
+    def _open(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        inbox: list[StepOutput],
+        stream: bool = False,
+    ) -> int:
+        """Add a request whose outputs go to ``inbox``."""
+        request_id = self.engine.add_request(token_ids, params, stream=stream)
+        self._inboxes[request_id] = inbox
+        return request_id
+
+    def _close(self, request_id: int) -> None:
+        """Stop listening to a request, and cancel it if it has not ended."""
+        del self._inboxes[request_id]
+        self.engine.cancel(request_id)
+
+    def _next_outputs(self, inbox: list[StepOutput]) -> list[StepOutput]:
+        """What came for this inbox, after a step of the engine if nothing had."""
+        if not inbox:
+            assert self.engine.has_work, "outputs were taken by another caller of engine.step()"
+            for output in self.engine.step():
+                if output.request_id in self._inboxes:
+                    self._inboxes[output.request_id].append(output)
+        outputs = inbox[:]
+        inbox.clear()
+        return outputs
+
+
+def _as_list(prompts: str | Sequence[int] | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    is_one_prompt = bool(items) and not isinstance(items[0], Sequence)
+    return [items] if is_one_prompt else items
+
+
+def _params_of_each(
+    num_prompts: int,
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+    max_new_tokens: int | None,
+) -> list[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        params = [sampling or SamplingParams()] * num_prompts
+    else:
+        params = list(sampling)
+    if len(params) != num_prompts:
+        raise RequestError(
+            f"sampling must be one SamplingParams or one for each of the {num_prompts} prompts, "
+            f"got {len(params)}."
+        )
+    if max_new_tokens is None:
+        return params
+    return [replace(p, max_new_tokens=max_new_tokens) for p in params]

@@ -1,0 +1,267 @@
+"""From logits to tokens, on the device, for the whole batch at once.
+
+The filters have transformers' semantics and order: repetition penalty, temperature, top-k, top-p,
+min-p. A draw inverts the cumulative distribution at one uniform number, which is a hash of the
+request's seed and of how many tokens it has generated. There is no generator state, so neither the
+rest of the batch nor a preemption can disturb a request's tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.errors import RequestError
+
+_MIN_TEMPERATURE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is continued, and when it ends.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    max_new_tokens: int = 64
+    """Tokens to generate, at most."""
+    temperature: float = 0.0
+    """0 takes the most likely token, whatever the filters; more flattens the distribution."""
+    top_k: int = 0
+    """Keep this many of the most likely tokens (more if they tie); 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities sum to at least this."""
+    min_p: float = 0.0
+    """Keep the tokens at least this likely relative to the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the prompt and of the continuation less likely, below 1 more."""
+    seed: int | None = None
+    """The same seed gives the same tokens; None draws a seed for each request."""
+    stop: Sequence[str] = ()
+    """Generation ends when the text contains one of these; the text ends before it."""
+    stop_token_ids: Sequence[int] = ()
+    """Generation ends with one of these tokens, which is not part of the text."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
+        _require(
+            self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf,
+            f"temperature must be 0 (the most likely token) or at least {_MIN_TEMPERATURE}",
+            self.temperature,
+        )
+        _require(self.top_k >= 0, "top_k must be 0 (off) or positive", self.top_k)
+        _require(0 <= self.top_p <= 1, "top_p must lie in 0..1, 1 being off", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p must lie in 0..1, 0 being off", self.min_p)
+        _require(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty must be positive, 1 being off",
+            self.repetition_penalty,
+        )
+        _require(
+            not isinstance(self.stop, str) and all(self.stop),
+            "stop must be a sequence of strings, none of them empty",
+            self.stop,
+        )
+
+
+def _require(condition: bool, what: str, value: object) -> None:
+    if not condition:
+        raise RequestError(f"{what}, got {value!r}.")
+
+
+class SampledSequence(Protocol):
+    """What the sampler reads of a sequence."""
+
+    params: SamplingParams
+    seed: int
+    token_ids: list[int]
+    """Prompt and generated tokens."""
+    num_prompt_tokens: int
+
+
+@dataclass
+class BatchParams:
+    """Parameters of the rows as tensors [n, 1] on the device; None where no row needs them."""
+
+    temperature: Tensor | None = None
+    """1 for rows that take the most likely token."""
+    is_drawn: Tensor | None = None
+    """bool [n]: rows that do not take the most likely token."""
+    top_k: Tensor | None = None
+    max_top_k: int = 0
+    tail_mass: Tensor | None = None
+    min_p: Tensor | None = None
+    penalty: Tensor | None = None
+    seen: Tensor | None = None
+    """bool [n, vocab_size]: tokens that occurred."""
+
+    @classmethod
+    def of(cls, rows: Sequence[SampledSequence], vocab_size: int, device: torch.device) -> BatchParams:
+        """Collect the parameters of these sequences."""
+        params = [row.params for row in rows]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+        batch = cls()
+        if any(p.repetition_penalty != 1 for p in params):
+            batch.penalty = column([p.repetition_penalty for p in params])
+            batch.seen = _seen_tokens(rows, vocab_size).to(device)
+        is_drawn = [p.temperature > 0 for p in params]
+        if not any(is_drawn):
+            return batch
+        batch.is_drawn = torch.tensor(is_drawn, device=device)
+        batch.temperature = column([p.temperature or 1 for p in params])
+        top_k = [min(p.top_k, vocab_size) for p in params]
+        if any(top_k):
+            batch.top_k = torch.tensor(top_k, device=device).unsqueeze(1)
+            batch.max_top_k = max(top_k)
+        if any(p.top_p < 1 for p in params):
+            batch.tail_mass = column([1 - p.top_p if p.top_p < 1 else -1 for p in params])
+        if any(p.min_p > 0 for p in params):
+            batch.min_p = column([p.min_p for p in params])
+        return batch
+
+    def penalise(self, scores: Tensor) -> Tensor:
+        """Apply the repetition penalty to scores, floating [n, vocab_size]."""
+        if self.penalty is None or self.seen is None:
+            return scores
+        return apply_repetition_penalty(scores.float(), self.seen, self.penalty)
+
+    def filter(self, scores: Tensor) -> Tensor:
+        """Scores of the distribution from which tokens are drawn, float32 [n, vocab_size]."""
+        scores = scores.float()
+        if self.temperature is not None:
+            scores = scores / self.temperature
+        if self.top_k is not None:
+            scores = keep_top_k(scores, self.top_k, self.max_top_k)
+        if self.tail_mass is not None:
+            scores = keep_top_p(scores, self.tail_mass)
+        if self.min_p is not None:
+            scores = keep_min_p(scores, self.min_p)
+        return scores
+
+
+class Sampler:
+    """Chooses one token a row; keeps the parameter tensors while the rows stay the same."""
+
+    def __init__(self) -> None:
+        self._rows: Sequence[SampledSequence] = []
+        self._batch = BatchParams()
+
+    def sample(self, logits: Tensor, rows: Sequence[SampledSequence]) -> list[int]:
+        """Choose the next token of each row.
+
+        Before the next call with a row, its token must have been appended to ``token_ids``.
+
+        Args:
+            logits: floating [n, vocab_size]; not written.
+            rows: the n sequences, as a list that the caller does not change afterwards.
+
+        Returns:
+            Token ids; -1 for a row that holds NaN or +inf, or only -inf.
+        """
+        if rows != self._rows:
+            self._batch = BatchParams.of(rows, logits.shape[1], logits.device)
+            self._rows = rows
+        batch = self._batch
+        scores = batch.penalise(logits)
+        tokens = _most_likely(scores)
+        if batch.is_drawn is not None:
+            drawn = _draw(batch.filter(scores), _uniforms(rows, logits.device))
+            tokens = torch.where(batch.is_drawn & (tokens >= 0), drawn, tokens)
+        if batch.seen is not None:
+            batch.seen.scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
+        return tokens.tolist()
+
+
+def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divide positive and multiply negative scores of tokens that occurred.
+
+    Args:
+        scores: float32 [n, vocab_size].
+        seen: bool [n, vocab_size].
+        penalty: float32 [n, 1].
+    """
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen, penalised, scores)
+
+
+def keep_top_k(scores: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
+    """Set all scores below the k-th largest to -inf.
+
+    Args:
+        scores: float32 [n, vocab_size].
+        top_k: int64 [n, 1]; 0 keeps all.
+        max_top_k: the largest value in ``top_k``, at most vocab_size.
+    """
+    kth = scores.topk(max_top_k).values.gather(1, (top_k - 1).clamp(min=0))
+    return scores.masked_fill((scores < kth) & (top_k > 0), -math.inf)
+
+
+def keep_top_p(scores: Tensor, tail_mass: Tensor) -> Tensor:
+    """Set the scores of the least likely tokens that together have this probability to -inf.
+
+    Args:
+        scores: float32 [n, vocab_size].
+        tail_mass: float32 [n, 1], 1 - top_p; negative keeps all.
+    """
+    ascending, order = scores.sort(dim=-1)
+    in_tail = ascending.softmax(-1).cumsum(-1) <= tail_mass
+    in_tail[:, -1] = False
+    return scores.masked_fill(in_tail.scatter(1, order, in_tail), -math.inf)
+
+
+def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Set the scores of tokens less likely than min_p times the most likely one to -inf.
+
+    Args:
+        scores: float32 [n, vocab_size].
+        min_p: float32 [n, 1]; 0 keeps all.
+    """
+    probs = scores.softmax(-1)
+    return scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
+
+
+def _draw(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """int64 [n]: where the cumulative distribution passes uniforms, float64 [n, 1] in [0, 1)."""
+    # float64, so that a different order of summation in another batch size does not move a border.
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    # Strictly above: a token without probability is never the first to pass.
+    return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def _uniforms(rows: Sequence[SampledSequence], device: torch.device) -> Tensor:
+    values = [_uniform(row.seed, len(row.token_ids) - row.num_prompt_tokens) for row in rows]
+    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
+
+
+def _uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) of 48 bits, so that its product with a float64 stays below that."""
+    digest = blake2b(b"%d %d" % (seed, index), digest_size=6).digest()
+    return int.from_bytes(digest, "little") / 2**48
+
+
+def _most_likely(scores: Tensor) -> Tensor:
+    """int64 [n]: the first largest score of each row, -1 if it is not finite."""
+    tokens = scores.argmax(-1)
+    # argmax takes NaN for the largest, so the one value tells of NaN and infinity in the whole row.
+    best = scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens.where(best.abs() < math.inf, -1)
+
+
+def _seen_tokens(rows: Sequence[SampledSequence], vocab_size: int) -> Tensor:
+    """bool [n, vocab_size]: the tokens of each sequence."""
+    seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        seen[index, row.token_ids] = True
+    return seen

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from ad_flashinfer_pass.runtime.page_pool import PagePool
+from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
+
+Plan = list[tuple[int, int]]
+
+
+class Harness:
+    """A scheduler whose steps always succeed and generate token 0."""
+
+    def __init__(
+        self,
+        capacity: int = 100,
+        max_batch_size: int = 8,
+        max_num_tokens: int = 16,
+        chunk: int | None = None,
+    ) -> None:
+        self.pool = PagePool(capacity + 1)
+        self.cleared: list[int] = []
+        self.scheduler: Scheduler[SequenceState] = Scheduler(
+            self.pool,
+            tokens_per_page=4,
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            clear_pages=self.cleared.extend,
+            prefill_chunk_tokens=chunk,
+        )
+        self.sequences: list[SequenceState] = []
+
+    def add(self, num_tokens: int) -> SequenceState:
+        """A sequence with a prompt of this length."""
+        sequence = SequenceState(request_id=len(self.sequences), token_ids=[0] * num_tokens)
+        self.sequences.append(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> Plan:
+        """One step as (request id, new tokens)."""
+        plan = self.scheduler.schedule()
+        for sequence, num_new in plan:
+            sequence.num_cached += num_new
+            if sequence.num_cached == len(sequence.token_ids):
+                sequence.token_ids.append(0)
+        return [(sequence.request_id, num_new) for sequence, num_new in plan]
+
+
+def test_decodes_come_first_in_the_budget_and_last_in_the_step() -> None:
+    """A sequence that decodes gets its token; prompts share the rest, the oldest first."""
+    h = Harness(max_num_tokens=8)
+    h.add(3)
+    assert h.step() == [(0, 3)]
+    h.add(20)
+    h.add(5)
+    assert h.step() == [(1, 7), (0, 1)]
+    assert h.step() == [(1, 7), (0, 1)]
+    assert h.step() == [(1, 6), (0, 1), (2, 1)], "one token of budget was left for sequence 2"
+    assert h.step() == [(2, 4), (0, 1), (1, 1)]
+
+
+def test_orders_prefill_then_extend_then_single_tokens() -> None:
+    """A new prompt stands before the rest of an older one, a prompt of one token at the end."""
+    h = Harness(max_num_tokens=16, chunk=4)
+    h.add(10)
+    assert h.step() == [(0, 4)]
+    h.add(6)
+    h.add(1)
+    assert h.step() == [(1, 4), (0, 4), (2, 1)]
+    assert h.step() == [(0, 2), (1, 2), (2, 1)]
+
+
+def test_chunk_size_bounds_each_prompt_alone() -> None:
+    """prefill_chunk_tokens is for a sequence, max_num_tokens for the step."""
+    h = Harness(max_num_tokens=16, chunk=7)
+    h.add(20)
+    h.add(20)
+    h.add(20)
+    assert h.step() == [(0, 7), (1, 7), (2, 2)]
+
+
+def test_admits_in_order_of_arrival() -> None:
+    """A short request does not pass a long one for which there are no pages yet."""
+    h = Harness(capacity=4)
+    h.add(12)
+    h.add(12)
+    h.add(1)
+    assert h.step() == [(0, 12)]
+    assert (h.scheduler.num_running, h.scheduler.num_waiting) == (1, 2)
+
+
+def test_runs_no_more_sequences_than_the_budget_has_tokens() -> None:
+    """With max_num_tokens below max_batch_size no running sequence starves."""
+    h = Harness(max_batch_size=8, max_num_tokens=2)
+    for _ in range(3):
+        h.add(1)
+    assert h.step() == [(0, 1), (1, 1)]
+
+
+def test_preempts_the_youngest_and_recomputes_it_from_the_start() -> None:
+    """It loses its pages, waits in front, and comes back with all its tokens as its prompt."""
+    h = Harness(capacity=4)
+    h.add(4)
+    youngest = h.add(4)
+    late = h.add(2)
+    assert h.step() == [(0, 4), (1, 4)]
+    assert h.step() == [(0, 1), (1, 1)], "both have taken a second page: the pool is full"
+    for _ in range(3):
+        assert h.step() == [(0, 1), (1, 1)]
+    pages = list(youngest.pages)
+    assert h.step() == [(0, 1)], "sequence 0 needs a third page"
+    assert (youngest.pages, youngest.num_cached, len(youngest.token_ids)) == ([], 0, 9)
+    assert sorted(h.cleared) == sorted(pages)
+    assert h.scheduler.num_preemptions == 1
+    h.scheduler.remove(h.sequences[0])
+    assert h.step() == [(1, 9)], "it goes before the one that arrived after it"
+    assert late.pages == []
+
+
+def test_a_sequence_that_is_youngest_itself_gives_way() -> None:
+    """When the youngest needs a page and there is none, it waits; the older ones go on."""
+    h = Harness(capacity=3)
+    h.add(3)
+    h.add(3)
+    assert h.step() == [(0, 3), (1, 3)]
+    assert h.step() == [(0, 1), (1, 1)]
+    assert h.step() == [(0, 1)], "sequence 0 took the last page"
+    assert h.scheduler.num_preemptions == 1
+
+
+def test_remove_frees_the_pages_of_running_and_forgets_waiting_sequences() -> None:
+    """After all sequences are removed every page is free and clean, and nothing is scheduled."""
+    h = Harness(capacity=4)
+    for _ in range(3):
+        h.add(8)
+    h.step()
+    for sequence in h.sequences:
+        h.scheduler.remove(sequence)
+    assert h.pool.num_in_use == 0
+    assert h.scheduler.schedule() == []
+
+
+def test_restart_queues_all_in_order_without_pages() -> None:
+    """Whatever was lost half-way, what is given is scheduled afresh and no page is missing."""
+    h = Harness(capacity=6)
+    for _ in range(3):
+        h.add(4)
+    h.step()
+    h.pool.allocate(1)  # as if interrupted between allocation and assignment
+    h.scheduler.restart(h.sequences)
+    assert h.pool.num_in_use == 0
+    assert h.step() == [(0, 5), (1, 5)], "sequence 2 waits for two pages and two of growth"

@@ -1,0 +1,30 @@
+"""The FX transforms, one per file, imported as ``ad_flashinfer_pass.transforms``."""
+
+if __name__ != "ad_flashinfer_pass.transforms":  # a second copy would register everything twice
+    raise ImportError(f"import ad_flashinfer_pass.transforms, not {__name__}")
+
+from ad_flashinfer_pass.transforms import (
+    check_packing,
+    classify_mask,
+    compile_model,
+    eliminate_noops,
+    export_model,
+    gather_logits_before_lm_head,
+    initialize_cache,
+    insert_cached_attention,
+    match_attention,
+    match_repeat_kv,
+)
+
+__all__ = [
+    "check_packing",
+    "classify_mask",
+    "compile_model",
+    "eliminate_noops",
+    "export_model",
+    "gather_logits_before_lm_head",
+    "initialize_cache",
+    "insert_cached_attention",
+    "match_attention",
+    "match_repeat_kv",
+]

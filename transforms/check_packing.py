@@ -1,0 +1,321 @@
+"""Proves that sequences may share one batch: that [b, s] may become [1, total_tokens].
+
+That is right only if everything outside attention works token by token. Each node that handles tokens is
+checked by a rule for its op: a dimension that counts tokens may be kept, moved, split off or merged, never
+reduced, shifted, indexed or contracted; and no tensor may hold a pair of tokens.
+
+Mixture-of-experts layers sort tokens by expert and put them back, which no such rule can follow, nor can
+one follow a reshape that merges tokens with heads or experts. If the graph has such ops, it is run, with attention replaced by something that is token by token, on tokens
+in two orders and two shapes, and must give each token the same logits each time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import PackingError
+from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+
+aten = torch.ops.aten
+_BATCH, _SEQ = "batch", "seq"
+
+
+@register("check_packing")
+def check_packing(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Check every node between the tokens and the logits.
+
+    Raises:
+        PackingError: names the first op that mixes tokens, and its line.
+    """
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("check_packing")
+    checker = _Checker(model)
+    dispatch = []
+    for node in model.graph.nodes:
+        if node.op != "call_function" or not checker.handles_tokens(node):
+            continue
+        report.num_matches += 1
+        reason = checker.refuse(node)
+        if reason is not None and (_name(node) in _DISPATCH or checker.merges_constant(node)):
+            dispatch.append(node)
+        elif reason is not None:
+            raise PackingError(
+                f"{g.where(node)}: {_name(node)} {reason}, so sequences cannot share a batch. "
+                "Only models that work token by token outside attention can be served from a "
+                "packed batch."
+            )
+    if dispatch:
+        report.notes.append(_probe_dispatch(model, dispatch, ctx.device))
+    return model, report
+
+
+class _Checker:
+    """The rules, with the symbols of this graph."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        ids = next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
+        self._axes = {str(size): axis for size, axis in zip(g.shape(ids), (_BATCH, _SEQ), strict=True)}
+
+    def factors(self, size: int | SymInt) -> tuple[int, tuple[str, ...]]:
+        """A size as (constant, token axes in it); an unknown symbol counts as a token axis."""
+        if isinstance(size, int):
+            return size, ()
+        expr = size.node.expr
+        constant, axes = 1, []
+        for factor in expr.args if expr.is_Mul else (expr,):
+            if factor.is_Integer:
+                constant *= int(factor)
+            else:
+                axes.append(self._axes.get(str(factor), str(factor)))
+        return constant, tuple(sorted(axes))
+
+    def token_dims(self, tensor: Any) -> dict[int, tuple[str, ...]]:
+        """The dimensions of a tensor that count tokens, with their axes."""
+        if not isinstance(tensor, Tensor):
+            return {}
+        found = {dim: self.factors(size)[1] for dim, size in enumerate(tensor.shape)}
+        return {dim: axes for dim, axes in found.items() if axes}
+
+    def handles_tokens(self, node: fx.Node) -> bool:
+        """Whether the node reads or makes a tensor with a token dimension."""
+        tensors = [*_tensors(g.value(node))]
+        for source in node.all_input_nodes:
+            tensors += _tensors(g.value(source))
+        return any(self.token_dims(tensor) for tensor in tensors)
+
+    def refuse(self, node: fx.Node) -> str | None:
+        """Why the node mixes tokens, None if it does not."""
+        if g.is_op(node, torch.ops.ad_flashinfer.attention) or "getitem" in _name(node):
+            return None
+        for tensor in _tensors(g.value(node)):
+            counts = Counter(axis for axes in self.token_dims(tensor).values() for axis in axes)
+            if any(count > 1 for count in counts.values()):
+                return f"makes a tensor over pairs of tokens {tuple(tensor.shape)}"
+        rule = _RULES.get(_name(node))
+        if rule is not None:
+            return rule(self, node)
+        if g.is_pointwise(node) or _name(node) in _SAFE:
+            return None
+        return "is not known to work token by token"
+
+    # Each rule below returns why the node mixes tokens, or None.
+
+    def reshape(self, node: fx.Node) -> str | None:
+        """Every token axis must keep its place in memory order: the product of what is inside it."""
+        if self._places(g.value(node.args[0])) == self._places(g.value(node)):
+            return None
+        return f"moves tokens: {tuple(g.shape(node.args[0]))} is read as {tuple(g.shape(node))}"
+
+    def merges_constant(self, node: fx.Node) -> bool:
+        """Whether a reshape merges tokens with something else: then their order is not in the sizes."""
+        if _RULES.get(_name(node)) is not _Checker.reshape:
+            return False
+        sizes = [*g.shape(node.args[0]), *g.shape(node)]
+        return any(axes and constant != 1 for constant, axes in map(self.factors, sizes))
+
+    def _places(self, tensor: Tensor) -> Counter[tuple[str, int, tuple[str, ...]]]:
+        inside, axes_inside = 1, ()
+        places: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
+        for size in reversed(tensor.shape):
+            constant, axes = self.factors(size)
+            inside_dim = (1, inside, axes_inside)
+            # A merged dimension counts batch outside and seq inside, as [b, s] lies in memory.
+            for axis in sorted(axes, reverse=True):
+                places[(axis, *inside_dim[1:])] += 1
+                inside_dim = (1, inside_dim[1], tuple(sorted((*inside_dim[2], axis))))
+            inside, axes_inside = inside * constant, inside_dim[2]
+        return places
+
+    def over_dims(self, node: fx.Node) -> str | None:
+        """Reductions, softmax, sorting, slicing, concatenation: not along a token dimension."""
+        args = g.op_args(node)
+        sources = [n for n in node.all_input_nodes if g.is_tensor(n)]
+        rank = g.value(sources[0]).dim()
+        dims = args.get("dim", args.get("dims"))
+        if dims is None:
+            dims = list(range(rank))
+        chosen = {d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+        for source in sources:
+            tokens = self.token_dims(g.value(source))
+            if chosen & set(tokens):
+                return f"works along the tokens (dimension {min(chosen & set(tokens))})"
+        return None
+
+    def stack(self, node: fx.Node) -> str | None:
+        """A new dimension is made: none of the old ones is touched."""
+        return None
+
+    def last_dims(self, node: fx.Node) -> str | None:
+        """Normalisation over the last dimensions."""
+        count = len(g.op_args(node)["normalized_shape"])
+        tensor = g.value(node.args[0])
+        if set(range(tensor.dim() - count, tensor.dim())) & set(self.token_dims(tensor)):
+            return "normalises over tokens"
+        return None
+
+    def contraction(self, node: fx.Node) -> str | None:
+        """Matrix products: the summed dimension must not count tokens."""
+        args = g.op_args(node)
+        left = args.get("batch1", args.get("mat1", args.get("input", args.get("self"))))
+        value = g.value(left)
+        if value.dim() - 1 in self.token_dims(value):
+            return "sums over tokens"
+        return None
+
+    def einsum(self, node: fx.Node) -> str | None:
+        """The summed letters must not count tokens."""
+        inputs, _, output = node.args[0].replace(" ", "").partition("->")
+        if not output or "." in inputs:
+            return "has an equation that is not written out"
+        for letters, operand in zip(inputs.split(","), node.args[1], strict=True):
+            for dim in self.token_dims(g.value(operand)):
+                if letters[dim] not in output:
+                    return "sums over tokens"
+        return None
+
+    def lookup(self, node: fx.Node) -> str | None:
+        """A table is read at the tokens' values: the table itself must not be made of tokens."""
+        table = node.args[0]
+        return "looks tokens up by index" if self.token_dims(g.value(table)) else None
+
+    def padding(self, node: fx.Node) -> str | None:
+        """Constant padding, given from the last dimension on."""
+        pad = node.args[1]
+        rank = g.value(node).dim()
+        padded = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount != 0}
+        if padded & set(self.token_dims(g.value(node.args[0]))):
+            return "pads along the tokens"
+        return None
+
+    def index(self, node: fx.Node) -> str | None:
+        """Indexing: a dimension that counts tokens must be taken whole."""
+        indexed = {d for d, index in enumerate(node.args[1]) if index is not None}
+        if indexed & set(self.token_dims(g.value(node.args[0]))):
+            return "looks tokens up by index"
+        return None
+
+    def made_of_positions(self, node: fx.Node) -> str | None:
+        """A ramp over the tokens takes the place of position_ids."""
+        return (
+            "numbers the tokens by their place in the batch; the model must take positions from position_ids"
+        )
+
+
+def _name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None:
+        return str(getattr(node.target, "__name__", node.target))
+    name = str(packet).removeprefix("aten.")
+    # In-place variants follow the same rules.
+    return name.removesuffix("_") if not name.startswith("_") and name.endswith("_") else name
+
+
+def _tensors(val: Any) -> list[Tensor]:
+    if isinstance(val, Tensor):
+        return [val]
+    return [t for t in val if isinstance(t, Tensor)] if isinstance(val, (list, tuple)) else []
+
+
+_Rule = Callable[[_Checker, fx.Node], "str | None"]
+
+
+def _table(rule: _Rule, names: str) -> dict[str, _Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, _Rule] = {
+    **_table(_Checker.reshape, "view reshape _unsafe_view flatten unflatten"),
+    **_table(
+        _Checker.over_dims,
+        "mean sum amax amin max min prod var std var_mean softmax _softmax log_softmax logsumexp "
+        "cumsum cumprod topk sort argsort argmax argmin any all norm linalg_vector_norm slice "
+        "select chunk split split_with_sizes unbind cat concat gather scatter index_select "
+        "take_along_dim repeat_interleave narrow flip roll diff glu",
+    ),
+    **_table(_Checker.stack, "stack"),
+    **_table(_Checker.last_dims, "layer_norm native_layer_norm rms_norm"),
+    **_table(_Checker.contraction, "linear matmul mm bmm addmm baddbmm"),
+    **_table(_Checker.einsum, "einsum"),
+    **_table(_Checker.lookup, "embedding"),
+    **_table(_Checker.padding, "constant_pad_nd pad"),
+    **_table(_Checker.index, "index"),
+    **_table(_Checker.made_of_positions, "arange linspace tril triu eye"),
+}
+# Keep each token where it is, whatever the shape.
+_SAFE = frozenset(
+    "transpose permute t numpy_T unsqueeze squeeze expand expand_as contiguous clone to _to_copy "
+    "type_as detach alias lift_fresh_copy empty zeros ones full new_zeros new_ones new_full "
+    "new_empty empty_like zeros_like ones_like full_like empty_permuted sym_size sym_numel "
+    "one_hot dropout copy where floor_divide masked_fill movedim swapaxes".split()
+)
+# How mixture-of-experts layers send tokens to experts and back.
+_DISPATCH = frozenset(
+    "index_put index_add index_copy scatter_add scatter gather histc bincount _grouped_mm "
+    "transformers.grouped_mm_fallback sort argsort index index_select arange".split()
+)
+
+
+def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], device: torch.device) -> str:
+    """Evidence that dispatch gives each token its own result.
+
+    Raises:
+        PackingError: the logits of a token depend on its place or on other tokens.
+    """
+    if any(p.is_meta for p in gm.parameters()):
+        return f"{len(nodes)} dispatch ops not run: the weights are on meta"
+    tokens, generator = 24, torch.Generator().manual_seed(0)
+    vocab = _vocab_size(gm)
+    ids = torch.randint(0, vocab, (1, tokens), generator=generator).to(device)
+    positions = torch.arange(tokens, device=device)[None]
+    order = torch.randperm(tokens, generator=generator).to(device)
+    half = tokens // 2
+    expected = _run_local(gm, ids, positions)
+    others = ids.clone()
+    others[:, half:] = torch.randint(0, vocab, (1, half), generator=generator).to(device)
+    results = {
+        "the order of the tokens": (
+            _run_local(gm, ids[:, order], positions[:, order]),
+            expected[order],
+        ),
+        "the shape of the batch": (
+            _run_local(gm, ids.view(2, half), positions.view(2, half)),
+            expected,
+        ),
+        "the other tokens": (_run_local(gm, others, positions)[:half], expected[:half]),
+    }
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 3e-2
+    for what, (found, wanted) in results.items():
+        if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
+            raise PackingError(
+                f"{g.where(nodes[0])}: with {_name(nodes[0])} and {len(nodes) - 1} more such ops, a token's "
+                f"logits depend on {what}, so sequences cannot share a batch."
+            )
+    return f"{len(nodes)} dispatch ops run on {tokens} tokens in 2 orders and 2 shapes: same logits"
+
+
+def _vocab_size(gm: fx.GraphModule) -> int:
+    ids = next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
+    tables = [n.args[0] for n in ids.users if g.is_op(n, aten.embedding)]
+    return int(g.shape(tables[0])[0]) if tables else 2
+
+
+def _run_local(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits [tokens, vocab] with each attention replaced by its own query and value."""
+    with torch.no_grad():
+        return _LocalAttention(gm).run(ids, positions).flatten(0, 1)
+
+
+class _LocalAttention(fx.Interpreter):
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.ad_flashinfer.attention.default:
+            return super().call_function(target, args, kwargs)
+        query, key, value = args[:3]
+        group = query.shape[2] // value.shape[2]
+        local = value + key.mean(-1, keepdim=True)
+        return local.repeat_interleave(group, 2) + query.mean(-1, keepdim=True)

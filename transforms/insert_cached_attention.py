@@ -1,0 +1,193 @@
+"""``attention`` -> metadata, append and attend over the pages.
+
+Before: out = attention(q, k, v, None, True, scale=c, ...)
+After:  block_table, slot_mapping = prepare_metadata(position_ids, ...)        once a graph
+        append_kv(k, v, slot_mapping, kv_cache_i)                               once a (k, v) pair
+        out = cached_attention(q, kv_cache_i, ..., block_table, c, ...)
+
+Legal because the mask was proved to be the causal, windowed or chunked one that the kernel applies, and the
+ledger found a kernel that honours every other item of the site. Sites that read the same k and v (layers
+that share a cache) share one pool and one append. New graph inputs: the metadata by name, then
+kv_cache_0, kv_cache_1, ...
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import NoAttentionError
+from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.metadata import METADATA_ARGS
+from ad_flashinfer_pass.registry import (
+    CachedSite,
+    KvCacheResource,
+    TransformContext,
+    TransformReport,
+    register,
+)
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@register("insert_cached_attention")
+def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Give every attention site its cache.
+
+    Raises:
+        UnsupportedError: no kernel covers a site; says which item each kernel lacks.
+        NoAttentionError: there is no canonical attention in the graph.
+    """
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("insert_cached_attention")
+    op = torch.ops.ad_flashinfer.attention.default
+    sites = list(model.graph.find_nodes(op="call_function", target=op))
+    if not sites:
+        raise NoAttentionError(
+            "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
+        )
+    inputs, block_table, slot_mapping = _insert_metadata(model, ctx)
+    caches: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    for node in sites:
+        _insert_site(model, ctx, node, caches, inputs, block_table, slot_mapping)
+        report.num_matches += 1
+    _cancel_transposes(model.graph)
+    report.notes.append(f"{len(sites)} sites, {len(ctx.resources)} caches")
+    g.finish(model)
+    return model, report
+
+
+def _insert_metadata(
+    gm: fx.GraphModule, ctx: TransformContext
+) -> tuple[dict[str, fx.Node], fx.Node, fx.Node]:
+    examples = ctx.sequence_info.named_args()
+    inputs = {name: g.add_input(gm, name, examples[name]) for name in METADATA_ARGS}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position_ids = next(node for node in placeholders if node.name == "position_ids")
+    info = ctx.sequence_info
+    with gm.graph.inserting_after(placeholders[-1]):
+        prepared = g.call_op(
+            gm.graph,
+            torch.ops.ad_flashinfer.prepare_metadata.default,
+            position_ids,
+            inputs["batch_info_host"],
+            inputs["cu_seqlen"],
+            inputs["input_pos"],
+            inputs["cache_loc"],
+            inputs["cu_num_pages"],
+            info.max_blocks_per_seq,
+            info.tokens_per_block,
+        )
+    with gm.graph.inserting_after(prepared):
+        slot_mapping = g.call_op(gm.graph, operator.getitem, prepared, 1)
+        block_table = g.call_op(gm.graph, operator.getitem, prepared, 0)
+    return inputs, block_table, slot_mapping
+
+
+def _insert_site(
+    gm: fx.GraphModule,
+    ctx: TransformContext,
+    node: fx.Node,
+    caches: dict[tuple[fx.Node, fx.Node], fx.Node],
+    inputs: dict[str, fx.Node],
+    block_table: fx.Node,
+    slot_mapping: fx.Node,
+) -> None:
+    args = g.op_args(node)
+    query, key, value = args["query"], args["key"], args["value"]
+    pair = (_source(key), _source(value))
+    site = _site(ctx, args, shares_kv=pair in caches)
+    kernel, reason = select.choose(site, ctx.device, g.where(node))
+    with gm.graph.inserting_before(node):
+        if pair not in caches:
+            caches[pair] = _add_cache(gm, ctx, site)
+            g.call_op(
+                gm.graph,
+                torch.ops.ad_flashinfer.append_kv.default,
+                key,
+                value,
+                slot_mapping,
+                caches[pair],
+                kernel,
+            )
+        options = {
+            name: args[name]
+            for name in ("sliding_window", "logit_cap", "chunk", "sinks", "alibi_slopes")
+            if args[name] is not None
+        }
+        cached = g.call_op(
+            gm.graph,
+            torch.ops.ad_flashinfer.cached_attention.default,
+            query,
+            caches[pair],
+            inputs["batch_info_host"],
+            inputs["cu_seqlen"],
+            inputs["seq_len_with_cache"],
+            block_table,
+            site.scale,
+            site.v_head_dim,
+            kernel=kernel,
+            **options,
+        )
+    for meta in ("stack_trace", "nn_module_stack"):
+        cached.meta[meta] = node.meta.get(meta)
+    node.replace_all_uses_with(cached)
+    gm.graph.erase_node(node)
+    ctx.sites.append(CachedSite(g.where(cached), site, kernel, reason, caches[pair].name))
+
+
+def _site(ctx: TransformContext, args: dict[str, Any], shares_kv: bool) -> Site:
+    query, key, value = (g.value(args[name]) for name in ("query", "key", "value"))
+    kv_dtype = _DTYPES.get(ctx.config.kv_cache_config.dtype, key.dtype)
+    return Site(
+        dtype=query.dtype,
+        kv_dtype=kv_dtype,
+        num_heads=query.shape[2],
+        num_kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        v_head_dim=value.shape[3],
+        page_size=ctx.sequence_info.tokens_per_block,
+        scale=args["scale"],
+        sliding_window=args["sliding_window"],
+        logit_cap=args["logit_cap"],
+        chunk=args["chunk"],
+        has_sinks=args["sinks"] is not None,
+        has_alibi=args["alibi_slopes"] is not None,
+        shares_kv=shares_kv,
+    )
+
+
+def _add_cache(gm: fx.GraphModule, ctx: TransformContext, site: Site) -> fx.Node:
+    resource = KvCacheResource(
+        name=f"kv_cache_{len(ctx.resources)}",
+        num_kv_heads=site.num_kv_heads,
+        head_dim=max(site.head_dim, site.v_head_dim),
+        page_size=site.page_size,
+        dtype=site.kv_dtype,
+    )
+    ctx.resources.append(resource)
+    # The page count is not known yet; nothing in the graph depends on it.
+    return g.add_input(gm, resource.name, resource.allocate(2, torch.device("meta")))
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a transpose of layout was made of: two sites share a cache if they read the same tensor."""
+    return node.args[0] if g.is_op(node, torch.ops.aten.transpose) else node
+
+
+def _cancel_transposes(graph: fx.Graph) -> None:
+    """transpose(transpose(x, 1, 2), 1, 2) -> x, which is how a change of layout and back looks."""
+    transpose = torch.ops.aten.transpose.int
+    for node in graph.find_nodes(op="call_function", target=transpose):
+        inner = node.args[0]
+        if g.is_op(inner, transpose) and inner.args[1:] == node.args[1:]:
+            node.replace_all_uses_with(inner.args[0])

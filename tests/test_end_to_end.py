@@ -1,0 +1,94 @@
+"""The main job against transformers' own generate: the same greedy tokens, in every way of batching."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+from torch import nn
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from tests import architectures
+
+NUM_NEW_TOKENS = 64
+PROMPTS = architectures.random_prompts((1, 2, 5, 9, 14, 20, 31, 3), vocab_size=128)
+
+CASES = [
+    pytest.param(name, attention, id=f"{name}-{attention}")
+    for name in architectures.CONFIGS
+    for attention in ("sdpa", "eager")
+    if (name, attention) != ("gemma2", "sdpa")  # transformers has no sdpa for its logit cap
+]
+
+
+@cache
+def model_of(name: str, attention: str) -> nn.Module:
+    return architectures.random_model(architectures.CONFIGS[name](), attention)
+
+
+@cache
+def expected(name: str) -> list[list[int]]:
+    return architectures.generated_by_transformers(model_of(name, "eager"), PROMPTS, NUM_NEW_TOKENS)
+
+
+def cached_model(model: nn.Module, max_tokens: int | None = None) -> CachedModel:
+    config = AutoDeployConfig(
+        max_batch_size=8,
+        max_seq_len=128,
+        max_num_tokens=64,
+        kv_cache_config={"tokens_per_block": 16, "max_tokens": max_tokens},
+    )
+    return transform_module(model, config)[0]
+
+
+def run(engine: Engine, arrivals: dict[int, list[list[int]]]) -> tuple[dict[int, list[int]], Engine]:
+    """Tokens by request, with the prompts of ``arrivals[step]`` joining before that step."""
+    params = SamplingParams(max_new_tokens=NUM_NEW_TOKENS)
+    tokens: dict[int, list[int]] = {}
+    step = 0
+    while engine.has_work or step <= max(arrivals):
+        for prompt in arrivals.get(step, []):
+            engine.add_request(prompt, params)
+        for output in engine.step():
+            if output.completion is not None:
+                assert output.completion.error is None
+                tokens[output.request_id] = output.completion.token_ids
+        step += 1
+    return tokens, engine
+
+
+def in_order(tokens: dict[int, list[int]]) -> list[list[int]]:
+    return [tokens[request_id] for request_id in sorted(tokens)]
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_generates_the_tokens_of_transformers(name: str, attention: str) -> None:
+    """In one ragged batch, in chunks of 7, and with late arrivals on a pool that forces preemption."""
+    model = cached_model(model_of(name, attention), max_tokens=20 * 16)
+
+    one_batch, _ = run(Engine(model), {0: PROMPTS[:4], 1: PROMPTS[4:]})
+    chunked, _ = run(Engine(model, prefill_chunk_tokens=7), {0: PROMPTS})
+    rng = random.Random(0)
+    arrivals: dict[int, list[list[int]]] = {}
+    for prompt, step in zip(PROMPTS, sorted(rng.choices(range(20), k=len(PROMPTS))), strict=True):
+        arrivals.setdefault(step, []).append(prompt)
+    late, engine = run(Engine(model), arrivals)
+
+    assert in_order(one_batch) == expected(name)
+    assert in_order(chunked) == expected(name)
+    assert in_order(late) == expected(name)
+    assert engine.metrics.num_preemptions > 0
+    assert engine.metrics.pages_in_use == 0
+
+
+def test_tokens_depend_on_the_prompt() -> None:
+    """The oracle is no constant: a model that ignores its prompt would not pass."""
+    for name in architectures.CONFIGS:
+        first, *others = (tuple(tokens) for tokens in expected(name))
+
+        assert any(tokens != first for tokens in others), name

@@ -6,7 +6,6 @@ refused, 2 wrong usage, 130 Ctrl-C, 141 the reader of stdout went away.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -297,13 +296,10 @@ def _error_border(debug: bool) -> Iterator[None]:
         print(f"interrupted{f': {err}' if str(err) else ''}", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        _discard_stdout()
         code = 141
     except Exception as err:
         if debug:
             traceback.print_exc()
-        if isinstance(err, OSError):
-            _discard_stdout()
         _print_error(_message(err))
         code = 2 if isinstance(err, ConfigError) else 1
     else:
@@ -315,18 +311,13 @@ def _message(err: Exception) -> str:
     if isinstance(err, AdFlashinferError):
         return str(err)
     if isinstance(err, OSError) and err.strerror:
-        where = err.filename or "stdout"
-        return f"{where}: {err.strerror}."
+        where = f"{err.filename}: " if err.filename else ""
+        return f"{where}{err.strerror}."
     return f"{type(err).__name__}: {err} (unexpected; --debug shows where)"
 
 
 def _print_error(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _discard_stdout() -> None:
-    """Keep Python from complaining when it flushes stdout at exit and that fails again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _config(file: Path | None, keys: dict[str, Any], tokens_per_block: int | None) -> AutoDeployConfig:

@@ -64,11 +64,11 @@ class KvCacheConfig(_Strict):
 
     dtype: KvDtype = "auto"
     """Element type of K and V; auto takes the model's."""
-    tokens_per_block: int = Field(32, ge=1)
+    tokens_per_block: int = Field(default=32, ge=1)
     """Tokens of one page. The TRT-LLM kernels read 16, 32, 64 and 128; the reference reads any."""
-    free_gpu_memory_fraction: float = Field(0.9, gt=0.0, le=1.0)
+    free_gpu_memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of the free memory, after the weights, that the pools may take."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     """Upper bound for the tokens that the pools hold; default: max_batch_size * max_seq_len."""
 
 
@@ -112,11 +112,11 @@ class AutoDeployConfig(_Strict):
     """How the transformed graph is run."""
     cuda_graph_batch_sizes: list[int] | None = None
     """Batch sizes for which a CUDA graph is captured; read by compile backends that capture."""
-    max_batch_size: int = Field(8, ge=1, le=8192)
+    max_batch_size: int = Field(default=8, ge=1, le=8192)
     """Sequences in one step."""
-    max_seq_len: int = Field(2048, ge=1)
+    max_seq_len: int = Field(default=2048, ge=1)
     """Tokens of one sequence, prompt and continuation together."""
-    max_num_tokens: int | None = Field(None, ge=1)
+    max_num_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one step, the chunked-prefill budget; default: max(512, max_batch_size)."""
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     transforms: dict[str, TransformConfig] = {}
@@ -159,8 +159,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as err:
-        raise ConfigError(f"config {path}: {err.strerror}. Give the path of a YAML file.") from None
-    except (YAMLError, OmegaConfBaseException) as err:
+        # OmegaConf raises a bare OSError for a file that holds one number or word.
+        reason = err.strerror or "must be a mapping of keys"
+        raise ConfigError(f"config {path}: {reason}. Give the path of a YAML file.") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as err:
         raise ConfigError(f"config {path}: {' '.join(str(err).split())}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"config {path}: must be a mapping of keys, got {type(loaded).__name__}.")
@@ -179,7 +181,9 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
 
 
-def _merged_transforms(changes: dict[str, Any]) -> dict[str, Any]:
+def _merged_transforms(changes: Any) -> dict[str, Any]:
+    if not isinstance(changes, dict):
+        raise ConfigError(f"transforms: must be a mapping of transform names, got {changes!r}.")
     merged: dict[str, Any] = default_transforms()
     for name, change in changes.items():
         if name not in merged:

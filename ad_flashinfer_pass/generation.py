@@ -51,25 +51,22 @@ def run(job: Job, config: AutoDeployConfig, out: Stdout | OutputFile, reporter: 
         llm = build.build_model(config, on_event=reporter.phase)
         inputs = model_inputs(job.prompts, llm.tokenizer, chat=job.chat, system=job.system)
         reporter.generating()
-        is_single = len(inputs) == 1 and isinstance(out, Stdout) and not job.json_lines
-        if is_single and llm.tokenizer is not None and sys.stdout.isatty():
-            _stream(job, llm, inputs[0], reporter)
+        is_shown_as_it_comes = len(inputs) == 1 and not job.json_lines and llm.tokenizer is not None
+        if is_shown_as_it_comes and isinstance(out, Stdout) and sys.stdout.isatty():
+            _stream(job, llm, inputs[0], out, reporter)
             return 0
         return _generate(job, llm, inputs, out, reporter)
 
 
-def _stream(job: Job, llm: LLM, model_input: str | list[int], reporter: Reporter) -> None:
+def _stream(job: Job, llm: LLM, model_input: str | list[int], out: Stdout, reporter: Reporter) -> None:
     """Write one continuation to the terminal as it comes, after the text that it continues."""
     if isinstance(model_input, str):
-        sys.stdout.write(model_input)
-        sys.stdout.flush()
+        out.write(model_input)
     try:
         for piece in llm.stream(model_input, sampling=job.sampling):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            out.write(piece)
     finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        out.write("\n")
     metrics = llm.engine.metrics
     reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
 

@@ -7,7 +7,7 @@ docs/invariants.md says what else must hold after every transform.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import SymInt, Tensor, fx
@@ -50,6 +50,7 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
 
 def finish(gm: fx.GraphModule) -> None:
     """Remove dead nodes, check the graph and generate its code; after every change."""
+    _erase_dead_writes(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -83,17 +84,30 @@ def same_shape(a: Iterable[int | SymInt], b: Iterable[int | SymInt]) -> bool:
     return len(a) == len(b) and all(map(same_size, a, b))
 
 
+def args(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments, without the union type that FX gives them."""
+    return node.args
+
+
+def attribute(node: fx.Node) -> Any:
+    """What a ``get_attr`` node reads."""
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
 def op_args(node: fx.Node) -> dict[str, Any]:
     """Arguments of an op node by their schema names, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
     schema = node.target._schema.arguments
-    args = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
-    args.update(zip((arg.name for arg in schema), node.args, strict=False))
-    args.update(node.kwargs)
-    return args
+    found = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
+    found.update(zip((arg.name for arg in schema), node.args, strict=False))
+    found.update(node.kwargs)
+    return found
 
 
-def is_op(node: Any, *targets: Any) -> bool:
+def is_op(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
     """Whether this is a call of one of ``targets``: overloads, packets (any overload) or functions."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
@@ -140,6 +154,19 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Nod
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
+
+
+def _erase_dead_writes(graph: fx.Graph) -> None:
+    """Erase in-place ops on tensors that nothing else reads; they count as impure, so they would stay."""
+    for node in reversed(graph.nodes):
+        if node.users or node.op != "call_function" or not mutates_input(node):
+            continue
+        target = node.args[0] if node.args else None
+        if not isinstance(target, fx.Node) or target.op != "call_function" or len(target.users) > 1:
+            continue
+        aliases = getattr(target.target, "_schema", None)
+        if aliases is not None and not any(r.alias_info for r in aliases.returns):
+            graph.erase_node(node)
 
 
 def _mode(node: fx.Node) -> FakeTensorMode | None:

@@ -131,15 +131,8 @@ class SequenceInfo:
         counts = [value for kind in range(3) for value in _count(kinds, lens, kind)]
         ends = list(accumulate(lens))
         self._num_gather = sum(seq.gather for seq in sequences)
-        info = BatchInfo(
-            *counts,
-            max_context_length=self.max_seq_len,
-            max_blocks_per_seq=self.max_blocks_per_seq,
-            block_offset_multiplier=2,
-            max_batch_size=self.max_batch_size,
-            num_tokens_to_gather=self._num_gather,
-            gather_required=1,
-        )
+        limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
+        info = BatchInfo._make((*counts, *limits, self._num_gather, 1))
         self._batch_info_host.copy_(torch.tensor(info, dtype=torch.int32))
         pages = [page for seq in sequences for page in seq.pages]
         positions = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -23,15 +24,26 @@ class Stdout:
     """Results on stdout, each flushed as it comes."""
 
     def __enter__(self) -> Stdout:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # of an encoding that may lack what a model writes
+            sys.stdout.reconfigure(errors="backslashreplace")
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def write(self, text: str) -> None:
-        """Write and flush."""
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        """Write and flush.
+
+        Raises:
+            OSError: its filename is ``stdout``; a BrokenPipeError if the reader went away.
+        """
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as err:
+            # Python flushes stdout again when it exits, and would complain if that failed again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise OSError(err.errno, err.strerror, "stdout") from None
 
     def keep(self) -> None:
         """Nothing is to be kept: what was written is out."""
@@ -58,9 +70,7 @@ class OutputFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._target = Path(os.path.realpath(path))
-        is_special = path.exists() and not path.is_file() and not path.is_dir()
-        hidden = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
-        self._temporary = None if is_special else hidden
+        self._temporary: Path | None = None
         self._file: IO[str] | None = None
 
     def __enter__(self) -> OutputFile:
@@ -69,6 +79,8 @@ class OutputFile:
                 raise IsADirectoryError(None, "is a directory")
             if self._path.exists() and not os.access(self._path, os.W_OK):
                 raise PermissionError(None, "not writable")
+            if self._path.is_file() or not self._path.exists():
+                self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
             self._file = open(self._temporary or self._path, "w", encoding="utf-8")
         except OSError as err:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Small random models of real architectures, and what transformers' own generate makes of them."""
+"""Small random models of real architectures, and what transformers and the engine generate with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
 # Weights this large give attention that matters: with the usual 0.02 every query sees an average.
 _COMMON: dict[str, Any] = {
@@ -54,6 +59,168 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 
 
+_SHARED_KV: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
+
+# Sizes by field, for the fields that a family has. Windows and chunks are shorter than any test's context.
+_SMALL: dict[str, Any] = {
+    **_COMMON,
+    "max_position_embeddings": 256,
+    "head_dim": 32,
+    "is_decoder": True,
+    "initializer_std": 0.3,
+    "init_std": 0.3,
+    **dict.fromkeys(("ffn_dim", "dff", "dim_ff", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"), 128),
+    "hidden_size_global": 64,
+    **dict.fromkeys(
+        ("dense_intermediate_size", "intermediate_size_mlp", "prefix_dense_intermediate_size"), 128
+    ),
+    # experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2
+    ),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), 32),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_experts_intermediate_size"), 32),
+    # latent attention and its indexers
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "index_topk": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    # windows and chunks
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "local_attention"), 12),
+    **dict.fromkeys(("attention_chunk_size", "attention_window_size"), 12),
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    # recurrent layers
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 32),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 8),
+    "mamba_d_ssm": 128,
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
+    # embeddings of each layer
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 16,
+}
+
+# What the table above gets wrong, by family.
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": None,
+        }
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 4.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2},
+    },
+    "deepseek_v4": {"o_lora_rank": 8, "o_groups": 2, "n_routed_experts": 8},
+    "dots1": {"head_dim": 32, "n_shared_experts": 1},
+    "dots3_note_text": {
+        "per_layer_config": {
+            2: {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "kv_lora_rank": 8,
+                "head_dim": 16,
+                "qk_nope_head_dim": 8,
+            }
+        }
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 5,
+        "layer_types": [*_SLIDING_AND_FULL[:2], *_SLIDING_AND_FULL],
+        "intermediate_size": [128] * 5,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0],
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {"per_layer_config": {1: {"head_dim": 64}, 3: {"head_dim": 64}}, **_SHARED_KV},
+    "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 64}, 3: {"head_dim": 64}}, **_SHARED_KV},
+    "gptj": {"rotary_dim": 8},
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "hunyuan_v1_moe": {"head_dim": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 4},
+    "ministral": {"head_dim": 32, "layer_types": _SLIDING_AND_FULL},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_dt_rank": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def small_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
+    """The config of a family with small sizes and, of its layers, the first of each kind.
+
+    Args:
+        model_type: as in transformers' configs.
+        changes: fields that win over all others.
+
+    Raises:
+        ValueError: the config refuses the sizes.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**{**_small_fields(config_class()), **_OVERRIDES.get(model_type, {}), **changes})
+
+
+def _small_fields(default: transformers.PretrainedConfig) -> dict[str, Any]:
+    fields = default.to_dict()
+    aliases = default.attribute_map
+    small = {aliases.get(name, name): size for name, size in _SMALL.items()}
+    small = {name: size for name, size in small.items() if name in fields}
+    if fields.get("head_dim") is None or "qk_rope_head_dim" in fields:
+        small.pop("head_dim", None)  # computed from other fields
+    if "qk_rope_head_dim" in fields and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = small["num_attention_heads"]  # latent attention expands to all heads
+    num_layers = getattr(default, "num_hidden_layers", 0)
+    layers = _layers_of_each_kind(fields, num_layers)
+    if num_layers:
+        small[aliases.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    for name, values in fields.items():
+        if isinstance(values, list) and len(values) == num_layers > len(layers):
+            small[name] = [values[layer] for layer in layers]
+        elif isinstance(values, float) and ("dropout" in name or name.endswith("pdrop")):
+            small[name] = 0.0
+    if "sliding_window" in fields and set(small.get("layer_types", ())) == {"full_attention"}:
+        small["layer_types"][1] = "sliding_attention"
+    for name in default.sub_configs:
+        part = getattr(default, name, None)
+        if isinstance(part, transformers.PretrainedConfig):
+            small[name] = {**part.to_dict(), **_small_fields(part)}
+            small[name].update({"head_dim": 16} if "head_dim" in small[name] else {})
+    return small
+
+
+def _layers_of_each_kind(fields: dict[str, Any], num_layers: int) -> list[int]:
+    """Indices of layers, in order, with at least one of each kind of the lists that have a value a layer."""
+    lists = [v for v in fields.values() if isinstance(v, list) and len(v) == num_layers > 4]
+    kinds = [str([values[layer] for values in lists]) for layer in range(num_layers)]
+    chosen = sorted({kinds.index(kind) for kind in kinds})[:4]
+    rest = [layer for layer in range(num_layers) if layer not in chosen]
+    return sorted(chosen + rest[: max(0, 3 - len(chosen))])
+
+
 def random_model(config: transformers.PretrainedConfig, attn_implementation: str | None = None) -> nn.Module:
     """The causal LM of a config with random weights, norms and biases included; seed 0, fp32, eval.
 
@@ -67,8 +234,10 @@ def random_model(config: transformers.PretrainedConfig, attn_implementation: str
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-            if parameter.dim() == 1:
+            if parameter.dim() < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif not parameter.std() > 0.1:  # by an initialisation of the model's own; NaN if it has none
+                parameter.normal_(std=_COMMON["initializer_range"])
     model.generation_config.eos_token_id = None
     return model
 
@@ -77,6 +246,11 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 1) -> li
     """Prompts of token ids, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def prompts_with_one_end(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    """Random prompts whose last token is the same, so that only attention tells those of one length apart."""
+    return [[*prompt[:-1], 2] for prompt in random_prompts(lengths, vocab_size)]
 
 
 def generated_by_transformers(
@@ -94,3 +268,35 @@ def generated_by_transformers(
         )
         outputs.append(out[0, len(prompt) :].tolist())
     return outputs
+
+
+def generated_by_engine(
+    model: CachedModel, prompts: Sequence[Sequence[int]], num_new_tokens: int, **options: Any
+) -> list[list[int]]:
+    """Greedy continuations from the engine; half of the prompts join in the middle of the others.
+
+    Args:
+        model: from the pass.
+        prompts: token ids.
+        num_new_tokens: of each prompt.
+        options: arguments of the engine.
+
+    Raises:
+        RuntimeError: the engine ended a request with an error.
+    """
+    engine = Engine(model, **options)
+    params = SamplingParams(max_new_tokens=num_new_tokens, ignore_eos=True)
+    tokens: dict[int, list[int]] = {}
+    half = -(-len(prompts) // 2)
+    ids = [engine.add_request(prompt, params) for prompt in prompts[:half]]
+    for _ in range(3):
+        engine.step()
+    ids += [engine.add_request(prompt, params) for prompt in prompts[half:]]
+    while engine.has_work:
+        for output in engine.step():
+            if output.completion is None:
+                continue
+            if output.completion.error is not None:
+                raise RuntimeError(output.completion.error)
+            tokens[output.request_id] = output.completion.token_ids
+    return [tokens[request_id] for request_id in ids]

@@ -1,6 +1,6 @@
 """A stand-in for the built model, so that the command can be tested without one.
 
-Also runnable: ``python fake_llm.py ARGS`` is the command with this model, for tests of signals and pipes.
+Also runnable: ``python -m tests.fake_llm ARGS`` is the command with this model.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class FakeLLM:
         sampling: SamplingParams,
         on_progress: Callable[[Progress], None],
     ) -> Iterator[GenerationResult]:
+        """As ``LLM.generate``."""
         self.inputs, self.sampling = list(prompts), sampling
         for index, prompt in enumerate(prompts):
             on_progress(
@@ -61,6 +62,7 @@ class FakeLLM:
             yield self._result(index, prompt)
 
     def stream(self, prompt: Any, *, sampling: SamplingParams) -> Iterator[str]:
+        """As ``LLM.stream``."""
         self.inputs, self.sampling = [prompt], sampling
         result = self._result(0, prompt)
         if result.error is not None:
@@ -72,6 +74,7 @@ class FakeLLM:
         if "interrupt" in text:
             raise KeyboardInterrupt
         if "sleep" in text:
+            print("sleeping", file=sys.stderr, flush=True)
             time.sleep(60)
         if "crash" in text:
             raise ZeroDivisionError("a bug")
@@ -97,6 +100,7 @@ class FakeBuild:
         self.llm: FakeLLM | None = None
 
     def __call__(self, config: AutoDeployConfig, *, on_event: Callable[[str], None]) -> FakeLLM:
+        """As ``build_model``."""
         self.config = config
         on_event("load_model")
         if self.error is not None:

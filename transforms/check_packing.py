@@ -108,19 +108,20 @@ class _Checker:
 
     def reshape(self, node: fx.Node) -> str | None:
         """Every token axis must keep its place in memory order: the product of what is inside it."""
-        if self._places(g.value(node.args[0])) == self._places(g.value(node)):
+        if self._places(g.value(g.args(node)[0])) == self._places(g.value(node)):
             return None
-        return f"moves tokens: {tuple(g.shape(node.args[0]))} is read as {tuple(g.shape(node))}"
+        return f"moves tokens: {tuple(g.shape(g.args(node)[0]))} is read as {tuple(g.shape(node))}"
 
     def merges_constant(self, node: fx.Node) -> bool:
         """Whether a reshape merges tokens with something else: then their order is not in the sizes."""
         if _RULES.get(_name(node)) is not _Checker.reshape:
             return False
-        sizes = [*g.shape(node.args[0]), *g.shape(node)]
+        sizes = [*g.shape(g.args(node)[0]), *g.shape(node)]
         return any(axes and constant != 1 for constant, axes in map(self.factors, sizes))
 
     def _places(self, tensor: Tensor) -> Counter[tuple[str, int, tuple[str, ...]]]:
-        inside, axes_inside = 1, ()
+        inside: int = 1
+        axes_inside: tuple[str, ...] = ()
         places: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
         for size in reversed(tensor.shape):
             constant, axes = self.factors(size)
@@ -154,7 +155,7 @@ class _Checker:
     def last_dims(self, node: fx.Node) -> str | None:
         """Normalisation over the last dimensions."""
         count = len(g.op_args(node)["normalized_shape"])
-        tensor = g.value(node.args[0])
+        tensor = g.value(g.args(node)[0])
         if set(range(tensor.dim() - count, tensor.dim())) & set(self.token_dims(tensor)):
             return "normalises over tokens"
         return None
@@ -162,7 +163,7 @@ class _Checker:
     def contraction(self, node: fx.Node) -> str | None:
         """Matrix products: the summed dimension must not count tokens."""
         args = g.op_args(node)
-        left = args.get("batch1", args.get("mat1", args.get("input", args.get("self"))))
+        left: Any = args.get("batch1", args.get("mat1", args.get("input", args.get("self"))))
         value = g.value(left)
         if value.dim() - 1 in self.token_dims(value):
             return "sums over tokens"
@@ -170,10 +171,10 @@ class _Checker:
 
     def einsum(self, node: fx.Node) -> str | None:
         """The summed letters must not count tokens."""
-        inputs, _, output = node.args[0].replace(" ", "").partition("->")
+        inputs, _, output = g.args(node)[0].replace(" ", "").partition("->")
         if not output or "." in inputs:
             return "has an equation that is not written out"
-        for letters, operand in zip(inputs.split(","), node.args[1], strict=True):
+        for letters, operand in zip(inputs.split(","), g.args(node)[1], strict=True):
             for dim in self.token_dims(g.value(operand)):
                 if letters[dim] not in output:
                     return "sums over tokens"
@@ -181,22 +182,22 @@ class _Checker:
 
     def lookup(self, node: fx.Node) -> str | None:
         """A table is read at the tokens' values: the table itself must not be made of tokens."""
-        table = node.args[0]
+        table = g.args(node)[0]
         return "looks tokens up by index" if self.token_dims(g.value(table)) else None
 
     def padding(self, node: fx.Node) -> str | None:
         """Constant padding, given from the last dimension on."""
-        pad = node.args[1]
+        pad = g.args(node)[1]
         rank = g.value(node).dim()
         padded = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount != 0}
-        if padded & set(self.token_dims(g.value(node.args[0]))):
+        if padded & set(self.token_dims(g.value(g.args(node)[0]))):
             return "pads along the tokens"
         return None
 
     def index(self, node: fx.Node) -> str | None:
         """Indexing: a dimension that counts tokens must be taken whole."""
-        indexed = {d for d, index in enumerate(node.args[1]) if index is not None}
-        if indexed & set(self.token_dims(g.value(node.args[0]))):
+        indexed = {d for d, index in enumerate(g.args(node)[1]) if index is not None}
+        if indexed & set(self.token_dims(g.value(g.args(node)[0]))):
             return "looks tokens up by index"
         return None
 
@@ -301,7 +302,7 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], device: torch.devi
 
 def _vocab_size(gm: fx.GraphModule) -> int:
     ids = next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
-    tables = [n.args[0] for n in ids.users if g.is_op(n, aten.embedding)]
+    tables = [g.args(n)[0] for n in ids.users if g.is_op(n, aten.embedding)]
     return int(g.shape(tables[0])[0]) if tables else 2
 
 

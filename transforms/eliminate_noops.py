@@ -44,7 +44,7 @@ def eliminate_noops(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
         if node.target in _ASSERTIONS:
             model.graph.erase_node(node)
         elif node.op == "call_function" and _is_noop(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(g.args(node)[0])
             model.graph.erase_node(node)
         else:
             continue
@@ -55,7 +55,7 @@ def eliminate_noops(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
 
 
 def _is_noop(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
+    source = g.args(node)[0] if node.args else None
     if not (g.is_tensor(source) and g.is_tensor(node)) or not _same_value_type(source, node):
         return False
     if node.target in _ALIASING:

@@ -79,7 +79,7 @@ def _plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module = program.module(check_guards=False)
     graph = module.graph
     output = graph.output_node()
-    (result,) = output.args[0]
+    (result,) = g.args(output)[0]
     output.args = (result,)
     graph.set_codegen(fx.graph.CodeGen())
     gm = fx.GraphModule(module, graph)

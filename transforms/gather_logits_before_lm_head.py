@@ -30,7 +30,7 @@ def gather_logits_before_lm_head(
     assert isinstance(logits, fx.Node)
     ctx.vocab_size = int(g.shape(logits)[-1])
     lm_head = _lm_head(logits)
-    source, user = (lm_head.args[0], lm_head) if lm_head is not None else (logits, output)
+    source, user = (g.args(lm_head)[0], lm_head) if lm_head is not None else (logits, output)
     report.notes.append(f"before {user.name}")
     indices = g.add_input(
         model, "token_gather_indices", ctx.sequence_info.named_args()["token_gather_indices"]

@@ -181,13 +181,13 @@ def _add_cache(gm: fx.GraphModule, ctx: TransformContext, site: Site) -> fx.Node
 
 def _source(node: fx.Node) -> fx.Node:
     """What a transpose of layout was made of: two sites share a cache if they read the same tensor."""
-    return node.args[0] if g.is_op(node, torch.ops.aten.transpose) else node
+    return g.args(node)[0] if g.is_op(node, torch.ops.aten.transpose) else node
 
 
 def _cancel_transposes(graph: fx.Graph) -> None:
     """transpose(transpose(x, 1, 2), 1, 2) -> x, which is how a change of layout and back looks."""
     transpose = torch.ops.aten.transpose.int
     for node in graph.find_nodes(op="call_function", target=transpose):
-        inner = node.args[0]
+        inner = g.args(node)[0]
         if g.is_op(inner, transpose) and inner.args[1:] == node.args[1:]:
-            node.replace_all_uses_with(inner.args[0])
+            node.replace_all_uses_with(g.args(inner)[0])

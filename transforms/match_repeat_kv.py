@@ -43,14 +43,14 @@ def _expanded_group(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """(source, repeats, dim) if the node is reshape(expand(unsqueeze(source)))."""
     if not g.is_op(node, aten.reshape, aten.view, aten._unsafe_view):
         return None
-    expand = _skip_copies(node.args[0])
-    if not g.is_op(expand, aten.expand) or not g.is_op(expand.args[0], aten.unsqueeze):
+    expand = _skip_copies(g.args(node)[0])
+    if not g.is_op(expand, aten.expand) or not g.is_op(g.args(expand)[0], aten.unsqueeze):
         return None
-    unsqueeze = expand.args[0]
-    source = unsqueeze.args[0]
+    unsqueeze = g.args(expand)[0]
+    source = g.args(unsqueeze)[0]
     if not g.is_tensor(source) or g.value(source).dim() != 4:
         return None
-    at = unsqueeze.args[1] % 5
+    at = g.args(unsqueeze)[1] % 5
     sizes, expanded = g.shape(source), g.shape(expand)
     repeats = expanded[at]
     dim = at - 1
@@ -64,18 +64,19 @@ def _expanded_group(node: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 def _expanded_single(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """(source, repeats, dim) if the node expands one dimension of size one by a constant."""
-    if not g.is_op(node, aten.expand) or not g.is_tensor(node.args[0]):
+    if not g.is_op(node, aten.expand) or not g.is_tensor(g.args(node)[0]):
         return None
-    before, after = g.shape(node.args[0]), g.shape(node)
+    before, after = g.shape(g.args(node)[0]), g.shape(node)
     if len(before) != 4 or len(after) != 4:
         return None
     changed = [i for i in range(4) if not g.same_size(before[i], after[i])]
-    if len(changed) != 1 or before[changed[0]] != 1 or not isinstance(after[changed[0]], int):
+    if len(changed) != 1 or before[changed[0]] != 1:
         return None
-    return node.args[0], after[changed[0]], changed[0]
+    repeats = after[changed[0]]
+    return (g.args(node)[0], repeats, changed[0]) if isinstance(repeats, int) else None
 
 
 def _skip_copies(node: fx.Node) -> fx.Node:
     while g.is_op(node, aten.clone, aten.contiguous):
-        node = node.args[0]
+        node = g.args(node)[0]
     return node

@@ -35,7 +35,7 @@ def choose(site: Site, device: torch.device, where: str) -> tuple[str, str]:
     Raises:
         UnsupportedError: no provider covers the site; says which items each one lacks.
     """
-    lacking = []
+    lacking: list[str] = []
     for name, module in PROVIDERS.items():
         refusals = [
             f"{phase}: {text}"

@@ -16,7 +16,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_NAME, "default")
 def append_kv(
     key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor, kernel: str = "reference"
 ) -> None:
@@ -31,6 +30,9 @@ def append_kv(
         kernel: name of the provider.
     """
     select.provider(kernel).append(key, value, slot_mapping, kv_cache)
+
+
+torch.library.impl(_NAME, "default", append_kv)
 
 
 @torch.library.register_fake(_NAME)

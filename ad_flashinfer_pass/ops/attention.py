@@ -18,7 +18,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_NAME, "default")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -61,6 +60,9 @@ def attention(
         chunk=chunk,
     )
     return reference.dense_attention(query, key, value, spec, attn_mask, is_causal, sinks, alibi_slopes)
+
+
+torch.library.impl(_NAME, "default", attention)
 
 
 @torch.library.register_fake(_NAME)

@@ -20,7 +20,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_NAME, "default")
 def cached_attention(
     query: Tensor,
     kv_cache: Tensor,
@@ -73,6 +72,9 @@ def cached_attention(
         sinks,
         alibi_slopes,
     )
+
+
+torch.library.impl(_NAME, "default", cached_attention)
 
 
 @torch.library.register_fake(_NAME)

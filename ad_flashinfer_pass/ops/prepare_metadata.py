@@ -18,7 +18,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_NAME, "default")
 def prepare_metadata(
     position_ids: Tensor,
     batch_info_host: Tensor,
@@ -56,6 +55,9 @@ def prepare_metadata(
         max_blocks_per_seq,
         page_size,
     )
+
+
+torch.library.impl(_NAME, "default", prepare_metadata)
 
 
 @torch.library.register_fake(_NAME)

@@ -339,10 +339,7 @@ class Engine:
         return TextDecoder(self._tokenizer)
 
     def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
-        try:
-            token_ids = [operator.index(token) for token in prompt]
-        except TypeError:
-            raise RequestError(f"a prompt must be integer token ids, got {prompt!r:.80}.") from None
+        token_ids = to_token_ids(prompt)
         if not token_ids:
             raise RequestError("the prompt is empty. Give at least one token.")
         vocab_size = self._model.vocab_size
@@ -369,6 +366,18 @@ class Engine:
                 f"{self._pool.capacity}. Lower max_new_tokens, shorten the prompt, or raise "
                 "kv_cache_config.max_tokens."
             )
+
+
+def to_token_ids(prompt: Sequence[int]) -> list[int]:
+    """A prompt's ids as plain integers.
+
+    Raises:
+        RequestError: it is no sequence of integers.
+    """
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.80}.") from None
 
 
 def _first_line(err: Exception) -> str:

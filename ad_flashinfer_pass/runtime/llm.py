@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ad_flashinfer_pass.errors import RequestError
@@ -11,8 +11,10 @@ from ad_flashinfer_pass.runtime.engine import (
     Completion,
     Engine,
     FinishReason,
+    Metrics,
     StepModel,
     StepOutput,
+    to_token_ids,
 )
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
@@ -69,6 +71,30 @@ class _Job:
             text=completion.text,
             finish_reason=completion.finish_reason,
             error=completion.error,
+        )
+
+
+@dataclass
+class _Call:
+    """One call of ``generate``."""
+
+    num_total: int
+    num_preemptions_before: int
+    num_new_tokens: int = 0
+    inbox: list[StepOutput] = field(default_factory=list)
+    jobs: dict[int, _Job] = field(default_factory=dict)
+    """What has not ended, by request id."""
+    results: dict[int, GenerationResult] = field(default_factory=dict)
+    """What has ended and was not yielded, by index."""
+
+    def progress(self, metrics: Metrics) -> Progress:
+        return Progress(
+            num_finished=self.num_total - len(self.jobs),
+            num_total=self.num_total,
+            num_new_tokens=self.num_new_tokens,
+            pages_in_use=metrics.pages_in_use,
+            num_pages=metrics.num_pages,
+            num_preemptions=metrics.num_preemptions - self.num_preemptions_before,
         )
 
 
@@ -172,10 +198,11 @@ class LLM:
         """Token ids of a prompt.
 
         Raises:
-            RequestError: the prompt is text and there is no tokenizer.
+            RequestError: the prompt is neither text nor token ids, or it is text and there is no
+                tokenizer.
         """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return to_token_ids(prompt)
         if self.tokenizer is None:
             raise RequestError("a prompt given as text needs a tokenizer. Give token ids.")
         return list(self.tokenizer(prompt)["input_ids"])
@@ -186,43 +213,37 @@ class LLM:
         params: Sequence[SamplingParams],
         on_progress: Callable[[Progress], None] | None,
     ) -> Iterator[GenerationResult]:
-        inbox: list[StepOutput] = []
-        jobs: dict[int, _Job] = {}
-        results: dict[int, GenerationResult] = {}
-        num_new_tokens = 0
-        preemptions_before = self.engine.metrics.num_preemptions
+        call = _Call(len(prompts), self.engine.metrics.num_preemptions)
         try:
             for index, prompt in enumerate(prompts):
-                job = _Job(index, prompt if isinstance(prompt, str) else None, [])
-                try:
-                    job = replace(job, token_ids=self.encode(prompt))
-                    jobs[self._open(job.token_ids, params[index], inbox)] = job
-                except RequestError as err:
-                    results[index] = job.result(Completion([], None, "error", str(err)))
+                self._submit(call, index, prompt, params[index])
             for index in range(len(prompts)):
-                while index not in results:
-                    for output in self._next_outputs(inbox):
-                        num_new_tokens += output.token_id is not None
-                        if output.completion is not None:
-                            self._close(output.request_id)
-                            job = jobs.pop(output.request_id)
-                            results[job.index] = job.result(output.completion)
+                while index not in call.results:
+                    self._advance(call)
                     if on_progress is not None:
-                        metrics = self.engine.metrics
-                        on_progress(
-                            Progress(
-                                num_finished=len(prompts) - len(jobs),
-                                num_total=len(prompts),
-                                num_new_tokens=num_new_tokens,
-                                pages_in_use=metrics.pages_in_use,
-                                num_pages=metrics.num_pages,
-                                num_preemptions=metrics.num_preemptions - preemptions_before,
-                            )
-                        )
-                yield results.pop(index)
+                        on_progress(call.progress(self.engine.metrics))
+                yield call.results.pop(index)
         finally:
-            for request_id in jobs:
+            for request_id in call.jobs:
                 self._close(request_id)
+
+    def _submit(self, call: _Call, index: int, prompt: Prompt, params: SamplingParams) -> None:
+        """Open a request for a prompt; a refusal is its result."""
+        job = _Job(index, prompt if isinstance(prompt, str) else None, [])
+        try:
+            job = replace(job, token_ids=self.encode(prompt))
+            call.jobs[self._open(job.token_ids, params, call.inbox)] = job
+        except RequestError as err:
+            call.results[index] = job.result(Completion([], None, "error", str(err)))
+
+    def _advance(self, call: _Call) -> None:
+        """Take in what a step brought."""
+        for output in self._next_outputs(call.inbox):
+            call.num_new_tokens += output.token_id is not None
+            if output.completion is not None:
+                job = call.jobs.pop(output.request_id)
+                self._close(output.request_id)
+                call.results[job.index] = job.result(output.completion)
 
     def _open(
         self,

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.models.checkpoint import load_weights
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -41,7 +42,7 @@ def save(directory: Path, config: PretrainedConfig, edit: Edit | None = None) ->
     return module
 
 
-def load(directory: Path, config: PretrainedConfig) -> nn.Module:
+def load(directory: Path, config: PretrainedConfig) -> Any:
     with quiet_transformers() as reports:
         return load_weights(directory, config, reports)
 
@@ -68,7 +69,7 @@ def test_loads_what_was_saved(tmp_path: Path, config: PretrainedConfig) -> None:
 
 def test_loads_shards(tmp_path: Path) -> None:
     """Weights in several files are one model."""
-    module = save(tmp_path, LLAMA)
+    module: Any = save(tmp_path, LLAMA)
     (tmp_path / "model.safetensors").unlink()
     module.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

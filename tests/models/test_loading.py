@@ -12,7 +12,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.models.loading import LoadedModel, load_model
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -32,8 +32,8 @@ def config_only(directory: Path, config: transformers.PretrainedConfig) -> Path:
     return directory
 
 
-def greedy(loaded: LoadedModel, ids: Tensor, num_tokens: int) -> list[int]:
-    out = loaded.module.generate(
+def greedy(module: Any, ids: Tensor, num_tokens: int) -> list[int]:
+    out = module.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
     )
     return out[0, ids.shape[1] :].tolist()
@@ -88,7 +88,8 @@ def test_dtype(tmp_path: Path, random: bool, saved: str, asked: str, found: torc
 def test_attention_code_is_passed_on(random: bool) -> None:
     """attn_implementation decides which attention of transformers is exported."""
     loaded = load("demo", attn_implementation="eager", skip_loading_weights=random)
-    assert loaded.module.config._attn_implementation == "eager"
+    module: Any = loaded.module
+    assert module.config._attn_implementation == "eager"
 
 
 def test_random_weights_are_the_same_each_time(tmp_path: Path) -> None:
@@ -113,23 +114,25 @@ def test_random_weights_write_varied_text(tmp_path: Path, kind: str, tied: bool)
     )
     loaded = load(config_only(tmp_path, config), skip_loading_weights=True)
     assert loaded.eos_token_ids == ()
-    tokens = greedy(loaded, IDS, 32)
+    tokens = greedy(loaded.module, IDS, 32)
     assert len(set(tokens)) >= 3
-    assert tokens != greedy(loaded, IDS.flip(1), 32)
+    assert tokens != greedy(loaded.module, IDS.flip(1), 32)
 
 
 def test_model_kwargs_change_the_module(tmp_path: Path) -> None:
     """An override of config.json reaches the module."""
     config_only(tmp_path, transformers.LlamaConfig(**SIZES))
     loaded = load(tmp_path, skip_loading_weights=True, model_kwargs={"num_hidden_layers": 1})
-    assert len(loaded.module.model.layers) == 1
+    module: Any = loaded.module
+    assert len(module.model.layers) == 1
 
 
 def test_initializer_range_is_respected_if_given(tmp_path: Path) -> None:
     """Who sets initializer_range gets it."""
     config_only(tmp_path, transformers.LlamaConfig(**SIZES))
     loaded = load(tmp_path, skip_loading_weights=True, model_kwargs={"initializer_range": 0.5})
-    assert 0.4 < loaded.module.model.embed_tokens.weight.std() < 0.6
+    module: Any = loaded.module
+    assert 0.4 < module.model.embed_tokens.weight.std() < 0.6
 
 
 def test_overrides_must_fit_the_checkpoint(tmp_path: Path) -> None:

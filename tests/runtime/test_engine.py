@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, RequestError
+from ad_flashinfer_pass.runtime.detokenize import TextStream
 from ad_flashinfer_pass.runtime.engine import Completion, Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests.runtime import toy_tokenizers
@@ -135,7 +136,7 @@ def test_ends_with_a_stop_token(source: str) -> None:
         ([1] * 30, SamplingParams(), "must fit max_seq_len=30, got a prompt of 30 tokens"),
         ([1, VOCAB_SIZE], SamplingParams(), "must lie in 0..47, .* got 48 at position 1"),
         ([-1], SamplingParams(), "must lie in 0..47, .* got -1 at position 0"),
-        ([0.5], SamplingParams(), r"a prompt must be integer token ids, got \[0.5\]"),
+        ([0.5], SamplingParams(), r"a prompt must be text or token ids, got \[0.5\]"),
         ([1] * 20, SamplingParams(), "20 prompt tokens and 10 new ones need 8 pages of 4 tokens"),
         ([1], SamplingParams(max_new_tokens=2, stop=["a"]), "stop strings and streaming need text"),
     ],
@@ -214,6 +215,25 @@ def test_an_interrupted_step_can_be_continued_or_cancelled(error: BaseException)
     assert engine.metrics.pages_in_use == 0
 
 
+def test_an_interrupt_after_sampling_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that was drawn and not yet taken is drawn again, with the penalty as before."""
+    params = SamplingParams(max_new_tokens=12, temperature=0.9, repetition_penalty=2.0, seed=5)
+    expected = tokens_of(Engine(ToyModel()), PROMPTS[:2], params)
+    engine = Engine(ToyModel(), toy_tokenizers.byte_level())
+    ids = [engine.add_request(p, params, stream=i == 0) for i, p in enumerate(PROMPTS[:2])]
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(TextStream, "add", _press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    completions = drain(engine)
+    assert [completions[i].token_ids for i in ids] == expected
+
+
+def _press_ctrl_c(stream: TextStream, token_id: int) -> str:
+    raise KeyboardInterrupt
+
+
 def test_cancel_reports_the_tokens_so_far() -> None:
     """A running and a waiting request end with the next step; a second cancel does nothing."""
     model = ToyModel(max_batch_size=1)
@@ -261,6 +281,16 @@ def test_texts_end_before_stop_token_and_stop_string() -> None:
     before = tokens[: tokens.index(tokens[3])]
     assert completions[2].text == tokenizer.decode(before, skip_special_tokens=True)
     assert completions[2].token_ids == [*before, tokens[3]]
+
+
+def test_a_stop_string_in_the_last_piece_counts() -> None:
+    """Text that was held to the end, as bytes of one run are, is searched as well."""
+    tokenizer = toy_tokenizers.byte_fallback()
+    whole = str(tokenizer.decode(greedy_alone([1], 8), skip_special_tokens=True))
+    engine = Engine(ToyModel(), tokenizer)
+    engine.add_request([1], SamplingParams(max_new_tokens=8, stop=[whole[4]]))
+    completion = drain(engine)[0]
+    assert (completion.text, completion.finish_reason) == (whole[: whole.index(whole[4])], "stop")
 
 
 def test_metrics_count() -> None:

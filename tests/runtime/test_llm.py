@@ -82,7 +82,7 @@ def test_a_refused_prompt_is_a_result_and_the_others_go_on(
 ) -> None:
     """Empty, unknown and failing prompts give their errors in their places."""
     llm = LLM(ToyModel(), tokenizer)
-    prompts: list[str | list[int]] = ["", "abc", [99], [NAN_TOKEN], "b"]
+    prompts: list[Any] = ["", "abc", [99], [NAN_TOKEN], "b", 7]
     results = list(llm.generate(prompts, max_new_tokens=3))
     assert [result.finish_reason for result in results] == [
         "error",
@@ -90,6 +90,7 @@ def test_a_refused_prompt_is_a_result_and_the_others_go_on(
         "error",
         "error",
         "length",
+        "error",
     ]
     assert [(result.error or "")[:25] for result in results] == [
         "the prompt is empty. Give",
@@ -97,6 +98,7 @@ def test_a_refused_prompt_is_a_result_and_the_others_go_on(
         "token ids must lie in 0..",
         "the logits after 1 tokens",
         "",
+        "a prompt must be text or ",
     ]
     assert results[1].token_ids == greedy_alone([1, 2, 3], 3)
     assert (results[0].prompt, results[2].prompt_token_ids) == ("", [99])

@@ -1,0 +1,253 @@
+"""Sets of (query, key, size), and linear forms that are bounded over them.
+
+The arithmetic of the mask prover. A ``Form`` stands for a number that depends on where in the mask one
+looks: a linear part, and a remainder of which only bounds are known. ``Cells`` are many regions of the
+mask at once, one array entry a region. Every bound is sound: the true value of a form at any point of a
+cell lies within ``Cells.limits`` of it. Numbers are float64, which holds the integers of a mask exactly.
+
+Variables: ``q`` and ``k``, the indices of query and key; ``s``, the number of tokens; ``b``, the batch
+row; ``p``, the position at which the row starts; ``j0``, ``j1``, ...: the running index of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array: TypeAlias = npt.NDArray[Any]
+Limits: TypeAlias = tuple[Array, Array]
+
+QUERY, KEY, LAG, SIZE = range(4)
+"""Axes of a cell; the lag is query - key."""
+_AXIS = {"q": QUERY, "k": KEY, "s": SIZE}
+
+_EXACT = 2.0**53
+_BITS = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """``sum(terms[v] * v) + r`` with lo <= r <= hi; arrays have one entry a cell, or one for all."""
+
+    lo: Array
+    hi: Array
+    terms: Mapping[str, Array] = field(default_factory=dict)
+    grain: float = 0.0
+    """Every value is a multiple of this power of two; 0 if nothing is known. It tells when a float
+    format holds the value exactly."""
+
+    def __add__(self, other: Form) -> Form:
+        terms = dict(self.terms)
+        for var, factor in other.terms.items():
+            terms[var] = terms[var] + factor if var in terms else factor
+        terms = {var: factor for var, factor in terms.items() if np.any(factor)}
+        with np.errstate(invalid="ignore"):
+            lo, hi = _no_nan(self.lo + other.lo, self.hi + other.hi)
+        return Form(lo, hi, terms, min(self.grain, other.grain))
+
+    def __neg__(self) -> Form:
+        return Form(-self.hi, -self.lo, {var: -factor for var, factor in self.terms.items()}, self.grain)
+
+    def __sub__(self, other: Form) -> Form:
+        return self + -other
+
+    def scaled(self, factor: Array, grain: float) -> Form:
+        """The form times a number that is known in every cell, a multiple of ``grain``."""
+        terms = {var: value * factor for var, value in self.terms.items() if np.any(factor)}
+        with np.errstate(invalid="ignore"):
+            lo, hi = span(factor, self.lo, self.hi)
+        return Form(lo, hi, terms, self.grain * grain if self.grain and grain else 0.0)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is one number in every cell."""
+        return not self.terms and bool(np.array_equal(self.lo, self.hi))
+
+
+def number(value: float | Array, grain: float | None = None) -> Form:
+    """A form that is one known number in every cell."""
+    array = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    return Form(array, array, {}, grain_of(array) if grain is None else grain)
+
+
+def variable(name: str, offset: float = 0.0) -> Form:
+    """One variable, plus a constant."""
+    at = np.array([offset])
+    return Form(at, at, {name: np.ones(1)}, 1.0)
+
+
+def between(lo: Array, hi: Array, grain: float = 0.0) -> Form:
+    """A number of which only bounds are known."""
+    lo, hi = _no_nan(np.asarray(lo, dtype=np.float64), np.asarray(hi, dtype=np.float64))
+    return Form(lo, hi, {}, grain)
+
+
+def pick(choice: Array, yes: Form, no: Form) -> Form:
+    """``yes`` in the cells where ``choice`` holds and ``no`` in the others."""
+    terms = {
+        var: np.where(choice, yes.terms.get(var, 0.0), no.terms.get(var, 0.0))
+        for var in {*yes.terms, *no.terms}
+    }
+    lo, hi = np.where(choice, yes.lo, no.lo), np.where(choice, yes.hi, no.hi)
+    return Form(lo, hi, terms, min(yes.grain, no.grain))
+
+
+def span(factor: Array | float, lo: Array, hi: Array) -> Limits:
+    """Bounds of factor * x for lo <= x <= hi."""
+    a, b = factor * lo, factor * hi
+    return _no_nan(np.minimum(a, b), np.maximum(a, b))
+
+
+def grain_of(values: Array) -> float:
+    """The largest power of two that divides all of ``values``; inf if all are 0."""
+    mantissa, exponent = np.frexp(values[np.isfinite(values) & (values != 0)])
+    if not mantissa.size:
+        return float("inf")
+    digits = (mantissa * _EXACT).astype(np.int64)
+    return float(np.ldexp((digits & -digits).astype(np.float64), exponent - 53).min())
+
+
+class Cells:
+    """Regions of the mask: bounds on query, key, query - key and size, and one head each.
+
+    Only points with query < size and key < size belong to a region.
+    """
+
+    def __init__(self, lo: Array, hi: Array, head: Array, other: Mapping[str, Limits]) -> None:
+        """``lo`` and ``hi``: int64 [4, num_cells]; ``other``: bounds of the remaining variables."""
+        self.lo, self.hi, self.head, self.other = lo, hi, head, dict(other)
+
+    def __len__(self) -> int:
+        return len(self.head)
+
+    def take(self, which: Array) -> Cells:
+        """Some of the cells, by index or by truth value."""
+        return Cells(self.lo[:, which], self.hi[:, which], self.head[which], self.other)
+
+    def split(self, axis: Array, at: Array) -> Cells:
+        """Each cell in two: below ``at`` on its axis, and from ``at`` on."""
+        everywhere = np.arange(len(self))
+        below, above = self.hi.copy(), self.lo.copy()
+        below[axis, everywhere] = at - 1
+        above[axis, everywhere] = at
+        lo = np.concatenate((self.lo, above), axis=1)
+        hi = np.concatenate((below, self.hi), axis=1)
+        return Cells(lo, hi, np.concatenate((self.head, self.head)), self.other).tightened()
+
+    def tightened(self) -> Cells:
+        """The same points in the narrowest bounds; cells without points are left out."""
+        (ql, kl, dl, sl), (qh, kh, dh, sh) = self.lo.copy(), self.hi.copy()
+        for _ in range(2):  # difference constraints over three variables are closed after two rounds
+            qh, kh = np.minimum(qh, sh - 1), np.minimum(kh, sh - 1)
+            ql, qh = np.maximum(ql, kl + dl), np.minimum(qh, kh + dh)
+            kl, kh = np.maximum(kl, ql - dh), np.minimum(kh, qh - dl)
+            dl, dh = np.maximum(dl, ql - kh), np.minimum(dh, qh - kl)
+            sl = np.maximum(sl, np.maximum(ql, kl) + 1)
+        kept = (ql <= qh) & (kl <= kh) & (dl <= dh) & (sl <= sh)
+        lo, hi = np.stack((ql, kl, dl, sl)), np.stack((qh, kh, dh, sh))
+        return Cells(lo, hi, self.head, self.other).take(kept)
+
+    def first(self) -> tuple[Array, Array, Array]:
+        """Query, key and size of the first point of each cell, in reading order."""
+        query = self.lo[QUERY]
+        key = np.maximum(self.lo[KEY], query - self.hi[LAG])
+        return query, key, np.maximum(self.lo[SIZE], np.maximum(query, key) + 1)
+
+    def limits(self, form: Form) -> Limits:
+        """Bounds of a form over each cell."""
+        lo, hi = form.lo, form.hi
+        rest = {var: factor for var, factor in form.terms.items() if var in _AXIS}
+        for var, factor in form.terms.items():
+            if var not in rest:
+                low, high = span(factor, *self.other[var])
+                lo, hi = lo + low, hi + high
+        if rest:
+            low, high = self._limits_of_axes(rest)
+            lo, hi = lo + low, hi + high
+        return lo, hi
+
+    def _limits_of_axes(self, terms: Mapping[str, Array]) -> Limits:
+        """Each way to write the form is a bound; the tightest of them is taken."""
+        q, k, s = (terms.get(var, 0.0) for var in "qks")
+        if "s" not in terms:
+            return self._limits_of_qk(q, k)
+        ways = [_plus(self._limits_of_qk(q, k), self._span(s, SIZE))]
+        for axis, (at_q, at_k) in ((QUERY, (q + s, k)), (KEY, (q, k + s))):
+            # s = axis + 1 + beyond, with beyond >= 0
+            beyond = np.maximum(self.lo[SIZE] - self.hi[axis], 1), self.hi[SIZE] - self.lo[axis]
+            ways.append(_plus(self._limits_of_qk(at_q, at_k), span(s, *beyond)))
+        return _tightest(ways)
+
+    def _limits_of_qk(self, q: Array | float, k: Array | float) -> Limits:
+        if not np.any(k):
+            return self._span(q, QUERY)
+        if not np.any(q):
+            return self._span(k, KEY)
+        return _tightest(
+            [
+                _plus(self._span(q, QUERY), self._span(k, KEY)),
+                _plus(self._span(q + k, QUERY), self._span(-k, LAG)),
+                _plus(self._span(q + k, KEY), self._span(q, LAG)),
+            ]
+        )
+
+    def _span(self, factor: Array | float, axis: int) -> Limits:
+        return span(factor, self.lo[axis], self.hi[axis])
+
+    def settled(self, form: Form) -> Form:
+        """The form with its value where a cell leaves only one."""
+        if not form.terms:
+            return form
+        lo, hi = self.limits(form)
+        single = lo == hi
+        if not single.any():
+            return form
+        return pick(single, Form(lo, hi, {}, form.grain), form)
+
+    def rounded(self, form: Form, dtype: torch.dtype) -> Form:
+        """What is left of a form when it is stored in ``dtype``."""
+        lo, hi = self.limits(form)
+        largest = np.maximum(np.abs(lo), np.abs(hi))
+        if not dtype.is_floating_point:
+            info = torch.iinfo(dtype) if dtype != torch.bool else torch.iinfo(torch.uint8)
+            fits = (lo >= info.min) & (hi <= info.max) & (largest < _EXACT)
+            if fits.all():
+                return form
+            return pick(fits, form, between(np.array([-np.inf]), np.array([np.inf]), 1.0))
+        highest = torch.finfo(dtype).max
+        if np.all(largest <= min(highest, 2.0 ** _BITS[dtype] * form.grain)):
+            return form
+        form = self.settled(form)
+        lo, hi = _store(form.lo, dtype), _store(form.hi, dtype)
+        # Rounding keeps multiples of the grain: it only happens where the format's own steps are larger.
+        grain = form.grain or (grain_of(lo) if form.is_known else 0.0)
+        if form.terms:
+            linear = np.any([np.broadcast_to(f != 0, largest.shape) for f in form.terms.values()], axis=0)
+            error = 2.0 ** -_BITS[dtype] * largest + torch.finfo(dtype).tiny
+            error = np.where(largest > highest, np.inf, error)
+            lo, hi = np.where(linear, form.lo - error, lo), np.where(linear, form.hi + error, hi)
+        return Form(*_no_nan(lo, hi), form.terms, grain)
+
+
+def _store(values: Array, dtype: torch.dtype) -> Array:
+    """Float64 values rounded to a float format."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).double().numpy()
+
+
+def _plus(a: Limits, b: Limits) -> Limits:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _tightest(ways: list[Limits]) -> Limits:
+    lows, highs = zip(*ways, strict=True)
+    return np.maximum.reduce(lows), np.minimum.reduce(highs)
+
+
+def _no_nan(lo: Array, hi: Array) -> Limits:
+    """An undefined bound says nothing."""
+    return np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)

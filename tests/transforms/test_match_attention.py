@@ -1,0 +1,351 @@
+"""``match_attention``: which forms become the one op, with what attributes, and which are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import NoAttentionError, UnsupportedError
+from tests.transforms.small_models import (
+    ATTENTION,
+    GROUP,
+    HEAD_DIM,
+    KV_HEADS,
+    SCALE,
+    Attend,
+    Layer,
+    SmallModel,
+    additive,
+    assert_computes,
+    aten,
+    causal,
+    context,
+    count,
+    eager,
+    exported,
+    find,
+    repeat_kv,
+    run,
+    sdpa,
+    snapshot,
+    softmax_with_sinks,
+)
+
+CAP = 2.0
+SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax, aten.scaled_dot_product_attention)
+
+
+def sdpa_masked(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, causal(p), scale=SCALE, enable_gqa=True)
+
+
+def sdpa_additive(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, additive(causal(p)), scale=SCALE, enable_gqa=True)
+
+
+def sdpa_expanded(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), causal(p), scale=SCALE)
+
+
+def sdpa_interleaved(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(GROUP, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, causal(p), scale=SCALE)
+
+
+def hide(logits: Tensor, p: Tensor) -> Tensor:
+    return logits.masked_fill(~causal(p), float("-inf"))
+
+
+def capped(q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(q @ k.transpose(2, 3) * SCALE / CAP) * CAP
+
+
+FORMS: dict[str, Attend] = {
+    "sdpa_masked": sdpa_masked,
+    "sdpa_additive": sdpa_additive,
+    "sdpa_expanded": sdpa_expanded,
+    "sdpa_interleaved": sdpa_interleaved,
+    "eager": eager(),
+    "scaled_query": eager(scores=lambda q, k: (q * SCALE) @ k.transpose(2, 3)),
+    "scaled_key": eager(scores=lambda q, k: q @ (k * SCALE).transpose(2, 3)),
+    "scaled_both": eager(scores=lambda q, k: (q * SCALE**0.5) @ (k * SCALE**0.5).transpose(2, 3)),
+    "divided": eager(scores=lambda q, k: q @ k.transpose(-1, -2) / (1 / SCALE)),
+    "masked_fill": eager(mask=hide),
+    "where": eager(mask=lambda x, p: torch.where(causal(p), x, torch.finfo(x.dtype).min)),
+    "where_hidden": eager(mask=lambda x, p: torch.where(~causal(p), float("-inf"), x)),
+    "mask_first": eager(mask=lambda x, p: additive(causal(p)) + x),
+    "softmax_cast": eager(weights=lambda x, _: torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)),
+    "float_scores": eager(scores=lambda q, k: q.float() @ k.float().transpose(2, 3) * SCALE),
+    "dropout_in_eval": eager(weights=lambda x, _: F.dropout(torch.softmax(x, -1), 0.1, training=False)),
+    "stable_softmax": eager(weights=lambda x, _: torch.softmax(x - x.amax(-1, keepdim=True), -1)),
+    "logit_cap": eager(scores=capped),
+    "sinks": eager(weights=softmax_with_sinks),
+    "cap_and_sinks": eager(scores=capped, weights=softmax_with_sinks),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_becomes_the_op(form: str) -> None:
+    """One op is left, with K and V as projected, the scale of the form, and the same logits."""
+    model, ctx = SmallModel(FORMS[form]), context()
+    gm, reports = run(model, ctx, "export_model", "eliminate_noops", "match_repeat_kv", "match_attention")
+    (node,) = find(gm, ATTENTION)
+    assert count(gm, *SOFTMAX) == 0
+    args = g.op_args(node)
+    assert g.shape(args["key"])[2:] == (KV_HEADS, HEAD_DIM)
+    assert g.shape(args["value"])[2:] == (KV_HEADS, HEAD_DIM)
+    assert args["scale"] == pytest.approx(SCALE, rel=1e-12)
+    assert args["attn_mask"] is not None
+    assert (args["logit_cap"] is not None) == ("cap" in form)
+    assert (args["sinks"] is not None) == ("sinks" in form)
+    assert_computes(gm, model)
+    report = reports["match_attention"]
+    assert (report.num_matches, report.skipped) == (1, [])
+
+
+def test_is_causal_and_the_default_scale_are_read() -> None:
+    """An op with is_causal and no scale has no mask and 1 / sqrt(head_dim)."""
+    model = SmallModel(sdpa)
+    gm = exported(model, "match_attention")
+    args = g.op_args(find(gm, ATTENTION)[0])
+    assert args["attn_mask"] is None
+    assert args["is_causal"]
+    assert args["scale"] == HEAD_DIM**-0.5
+    assert_computes(gm, model)
+
+
+def test_cap_and_sinks_are_read_as_they_are() -> None:
+    """The cap is the constant of the form, and the sinks are the layer's parameter."""
+    gm = exported(SmallModel(FORMS["cap_and_sinks"]), "match_repeat_kv", "match_attention")
+    args = g.op_args(find(gm, ATTENTION)[0])
+    assert args["logit_cap"] == pytest.approx(CAP)
+    assert "sinks" in str(args["sinks"].target)
+
+
+def test_half_precision_keeps_its_dtypes() -> None:
+    """In bfloat16 with a float32 softmax, q, k and v enter the op as projected and the result leaves as it was."""
+    form = eager(
+        scores=lambda q, k: q.float() @ k.float().transpose(2, 3) * SCALE,
+        weights=lambda x, layer: torch.softmax(x, -1),
+        product=lambda w, v: (w @ v.float()).to(v.dtype),
+    )
+    model = SmallModel(form).bfloat16()
+    gm = exported(model, "match_repeat_kv", "match_attention")
+    (node,) = find(gm, ATTENTION)
+    args = g.op_args(node)
+    assert {g.value(args[name]).dtype for name in ("query", "key", "value")} == {torch.bfloat16}
+    # The op rounds its result once; the model rounds the same float32 sum once too.
+    assert_computes(gm, model, tolerance=2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_a_chain_of_different_forms_is_matched_whole() -> None:
+    """Each layer is matched by itself, in the order of the layers."""
+    forms = [sdpa, FORMS["sdpa_expanded"], FORMS["sinks"], FORMS["logit_cap"]]
+    model, ctx = SmallModel(*forms), context()
+    gm, reports = run(model, ctx, "export_model", "eliminate_noops", "match_repeat_kv", "match_attention")
+    assert reports["match_attention"].num_matches == 4
+    assert count(gm, *SOFTMAX) == 0
+    places = [g.module_path(node) for node in find(gm, ATTENTION)]
+    assert [path.removeprefix("model.") for path in places] == [f"layers.{i}" for i in range(4)]
+    assert_computes(gm, model)
+
+
+def test_result_k_and_v_may_have_other_users() -> None:
+    """What else reads the result, K or V reads the same values after the rewrite."""
+
+    def attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        k_all, v_all = repeat_kv(k), repeat_kv(v)
+        out = F.scaled_dot_product_attention(q, k_all, v_all, causal(p))
+        return out * 2 + out.sin() + k_all + v_all.cos()
+
+    model = SmallModel(attend)
+    gm = exported(model, "match_repeat_kv", "match_attention")
+    assert count(gm, ATTENTION) == 1
+    assert_computes(gm, model)
+
+
+def test_graph_without_attention_is_refused_and_unchanged() -> None:
+    """Zero sites is an error that says what was looked for; the graph is left as it was."""
+    gm = exported(SmallModel(mix=lambda model, x, p: torch.softmax(x, -1)))
+    before = snapshot(gm)
+    with pytest.raises(NoAttentionError) as raised:
+        run(gm, context(), "match_attention")
+    message = str(raised.value)
+    assert message.startswith(f"no attention was found in a graph of {len(before)} nodes: looked for ")
+    assert "scaled_dot_product_attention and for matmul -> softmax -> matmul" in message
+    assert "passed over node softmax (" in message
+    assert "a softmax, but not over the last of 4 dimensions" in message
+    assert snapshot(gm) == before
+
+
+def test_other_softmaxes_are_passed_over_with_the_reason() -> None:
+    """A router's softmax beside attention is skipped, reported with its line, and left alone."""
+
+    def gate(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+        return x * torch.softmax(x, -1)
+
+    model, ctx = SmallModel(sdpa, mix=gate), context()
+    gm, reports = run(model, ctx, "export_model", "eliminate_noops", "match_attention")
+    (skip,) = reports["match_attention"].skipped
+    assert skip.reason == "a softmax, but not over the last of 4 dimensions"
+    assert "test_match_attention.py:" in skip.where
+    assert count(gm, aten.softmax) == 1
+    assert_computes(gm, model)
+
+
+SKIPPED: dict[str, tuple[Attend, str]] = {
+    "scale_after_the_mask": (
+        eager(mask=lambda x, p: (x + additive(causal(p)) / 1e3) * 3.0),
+        "not of a query-key product",
+    ),
+    "cap_after_the_mask": (
+        eager(mask=lambda x, p: torch.tanh((x + additive(causal(p))) / CAP) * CAP),
+        "not of a query-key product",
+    ),
+    "two_biases": (
+        eager(mask=lambda x, p: x + additive(causal(p)) + p[:, None, None].to(x.dtype)),
+        "not of a query-key product",
+    ),
+    "tanh_that_is_no_cap": (
+        eager(scores=lambda q, k: torch.tanh(q @ k.transpose(2, 3)) * 3.0),
+        "a tanh in the logits that is not c * tanh(x / c)",
+    ),
+    "rounded_scores": (
+        eager(scores=lambda q, k: torch.div(q @ k.transpose(2, 3), 2.0, rounding_mode="floor")),
+        "not of a query-key product",
+    ),
+    "key_not_transposed": (
+        eager(scores=lambda q, k: q @ (k.transpose(2, 3) + 1.0)),
+        "whose second operand is not a transposed key",
+    ),
+    "softmax_over_queries": (
+        eager(weights=lambda x, _: torch.softmax(x, -2)),
+        "a softmax, but not over the last of 4 dimensions",
+    ),
+    "shift_by_another_maximum": (
+        eager(weights=lambda x, _: torch.softmax(x - x.clamp(-9, 9).amax(2, keepdim=True), -1)),
+        "not of a query-key product",
+    ),
+    "probabilities_read_twice": (
+        eager(product=lambda w, v: w @ v * w.sum(-1, keepdim=True)),
+        "probabilities that 2 nodes read, not one product with V",
+    ),
+    "probabilities_changed": (
+        eager(weights=lambda x, _: torch.softmax(x, -1) ** 2),
+        "not to a product with V",
+    ),
+    "sinks_scaled_with_the_logits": (
+        eager(weights=lambda x, layer: softmax_with_sinks_of(x, layer, factor=2.0)),
+        "not of a query-key product",
+    ),
+    "first_column_cut_off": (
+        eager(weights=lambda x, layer: softmax_with_sinks_of(x, layer, start=1)),
+        "the sink's column is not cut off",
+    ),
+    "two_columns_of_sinks": (
+        eager(weights=lambda x, layer: softmax_with_sinks_of(x, layer, columns=2)),
+        "a concatenation in the logits that is not one column of sinks",
+    ),
+    "sinks_that_depend_on_the_token": (
+        eager(weights=lambda x, _: torch.softmax(torch.cat([x, x[..., :1].cos()], -1), -1)[..., :-1]),
+        "a column beside the logits that is not one value a head",
+    ),
+}
+
+
+def softmax_with_sinks_of(
+    logits: Tensor, layer: Layer, factor: float = 1.0, start: int = 0, columns: int = 1
+) -> Tensor:
+    """Sinks, but scaled together with the logits, cut off at the wrong end, or several."""
+    sinks = layer.sinks.reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], columns)
+    weights = torch.softmax(torch.cat([logits, sinks], -1) * factor, -1)
+    return weights[..., start : logits.shape[-1] + start] if start else weights[..., :-columns]
+
+
+@pytest.mark.parametrize("form", SKIPPED)
+def test_what_the_op_cannot_express_is_left_alone(form: str) -> None:
+    """Attention that does more than the op is not taken over: it stays as it is, with the reason reported."""
+    attend, reason = SKIPPED[form]
+    model, ctx = SmallModel(sdpa, attend), context()
+    gm, reports = run(model, ctx, "export_model", "eliminate_noops", "match_repeat_kv", "match_attention")
+    report = reports["match_attention"]
+    assert report.num_matches == 1, "only the plain layer"
+    assert count(gm, *SOFTMAX) == 1
+    (skip,) = report.skipped
+    assert reason in skip.reason
+    assert "test_match_attention.py:" in skip.where
+    assert_computes(gm, model)
+
+
+class Raw(nn.Module):
+    """Calls an attention on tensors of any shape, made from an embedding of the tokens."""
+
+    def __init__(self, attend: nn.Module) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(29, 8)
+        self.attend = attend
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[b, s, 8]."""
+        out: Tensor = self.attend(self.tokens(input_ids))
+        return out
+
+
+class ThreeDimensions(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class Dropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = x[:, None]
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.25)[:, 0]
+
+
+class FewerQueries(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = x[:, None]
+        return F.scaled_dot_product_attention(x[:, :, 3:], x, x, is_causal=True)[:, 0]
+
+
+class ScaleOfLength(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = x[:, None]
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=1.0 / x.shape[2])[:, 0]
+
+
+class EagerDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = x[:, None]
+        weights = F.dropout(torch.softmax(x @ x.transpose(2, 3), -1), 0.1, training=True)
+        return (weights @ x)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("attend", "message"),
+    [
+        (
+            ThreeDimensions(),
+            "attention needs query, key and value of 4 dimensions [batch, heads, seq, head_dim]",
+        ),
+        (Dropout(), "attention has dropout 0.25; export the model in eval mode."),
+        (
+            FewerQueries(),
+            "aligned to the upper left, which no cached kernel does; the graph must hold no cache.",
+        ),
+        (ScaleOfLength(), "the scale is computed in the graph"),
+        (EagerDropout(), "attention has dropout; export in eval mode."),
+    ],
+    ids=["three_dimensions", "dropout", "fewer_queries_than_keys", "scale_of_length", "eager_dropout"],
+)
+def test_attention_that_cannot_be_taken_over_stops_the_pass(attend: nn.Module, message: str) -> None:
+    """What certainly is attention and cannot be expressed is an error that names node, line and reason."""
+    gm = exported(Raw(attend))
+    with pytest.raises(UnsupportedError) as raised:
+        run(gm, context(), "match_attention")
+    assert message in str(raised.value)
+    assert "test_match_attention.py:" in str(raised.value)
+    assert "\n" not in str(raised.value)

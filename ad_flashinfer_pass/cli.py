@@ -17,7 +17,7 @@ import typer
 
 from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
-from ad_flashinfer_pass.generation import Job, run
+from ad_flashinfer_pass.generation import Job, explain_model, run
 from ad_flashinfer_pass.output import OutputFile, Stdout
 from ad_flashinfer_pass.progress import Reporter
 from ad_flashinfer_pass.prompts import read_prompts
@@ -102,7 +102,75 @@ Try an architecture without its weights, from config.json alone:
 
 [green]{_PROG} generate -m config.json --random-weights -f ids.jsonl --json[/green]
 """
+_EXPLAIN_EXAMPLES = f"""
+[bold]Examples[/bold]
+
+The attention of the demo model:
+
+[green]{_PROG} explain[/green]
+
+An architecture without its weights, as data:
+
+[green]{_PROG} explain -m config.json --random-weights --json | jq '.sites[0]'[/green]
+"""
 _PROMPTS, _MODEL, _SAMPLING, _LIMITS, _OUTPUT = "Prompts", "Model", "Sampling", "Limits", "Output"
+
+# Options of several commands.
+_ModelOption = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "PATH|ID",
+        "Directory of config.json and safetensors, hub id, or demo. Default: demo.",
+        "--model",
+        "-m",
+    ),
+]
+_ConfigOption = Annotated[
+    Path | None,
+    _option(
+        _MODEL,
+        "FILE",
+        "YAML with the keys of AutoDeployConfig; options given here win over it.",
+        "--config",
+        "-c",
+    ),
+]
+_RandomWeightsOption = Annotated[
+    bool,
+    _option(
+        _MODEL,
+        None,
+        "Draw weights (seed 0) in place of reading them; config.json is enough.",
+        "--random-weights",
+    ),
+]
+_DtypeOption = Annotated[
+    str | None,
+    _option(_MODEL, "TYPE", "auto (the checkpoint's), float32, bfloat16, float16. Default: auto."),
+]
+_DeviceOption = Annotated[str | None, _option(_MODEL, "DEVICE", "cpu, cuda or cuda:N. Default: cpu.")]
+_TrustOption = Annotated[
+    bool,
+    _option(
+        _MODEL,
+        None,
+        "Run the Python code of the checkpoint. Read it first.",
+        "--trust-remote-code",
+    ),
+]
+_MaxSeqLenOption = Annotated[
+    int | None,
+    _option(_LIMITS, "N", "Tokens of a prompt and its continuation. Default: 2048."),
+]
+_TokensPerBlockOption = Annotated[
+    int | None, _option(_LIMITS, "N", "Tokens of a page of the KV cache. Default: 32.")
+]
+_QuietOption = Annotated[bool, _option(_OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q")]
+_DebugOption = Annotated[
+    bool,
+    _option(_OUTPUT, None, "Tracebacks with errors, and the libraries' logs.", "--debug"),
+]
 
 
 @app.command(help=_HELP, epilog=_EXAMPLES)
@@ -131,49 +199,12 @@ def generate(
         _option(_PROMPTS, None, "Put each text into the model's chat template, as a user's.", "--chat"),
     ] = False,
     system: Annotated[str | None, _option(_PROMPTS, "TEXT", "System message of each --chat.")] = None,
-    model: Annotated[
-        str | None,
-        _option(
-            _MODEL,
-            "PATH|ID",
-            "Directory of config.json and safetensors, hub id, or demo. Default: demo.",
-            "--model",
-            "-m",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        _option(
-            _MODEL,
-            "FILE",
-            "YAML with the keys of AutoDeployConfig; options given here win over it.",
-            "--config",
-            "-c",
-        ),
-    ] = None,
-    random_weights: Annotated[
-        bool,
-        _option(
-            _MODEL,
-            None,
-            "Draw weights (seed 0) in place of reading them; config.json is enough.",
-            "--random-weights",
-        ),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        _option(_MODEL, "TYPE", "auto (the checkpoint's), float32, bfloat16, float16. Default: auto."),
-    ] = None,
-    device: Annotated[str | None, _option(_MODEL, "DEVICE", "cpu, cuda or cuda:N. Default: cpu.")] = None,
-    trust_remote_code: Annotated[
-        bool,
-        _option(
-            _MODEL,
-            None,
-            "Run the Python code of the checkpoint. Read it first.",
-            "--trust-remote-code",
-        ),
-    ] = False,
+    model: _ModelOption = None,
+    config: _ConfigOption = None,
+    random_weights: _RandomWeightsOption = False,
+    dtype: _DtypeOption = None,
+    device: _DeviceOption = None,
+    trust_remote_code: _TrustOption = False,
     max_new_tokens: Annotated[
         int,
         _option(_SAMPLING, "N", "Tokens to generate for a prompt, at most.", "--max-new-tokens", "-n"),
@@ -206,17 +237,12 @@ def generate(
     max_batch_size: Annotated[
         int | None, _option(_LIMITS, "N", "Sequences that run at once. Default: 8.")
     ] = None,
-    max_seq_len: Annotated[
-        int | None,
-        _option(_LIMITS, "N", "Tokens of a prompt and its continuation. Default: 2048."),
-    ] = None,
+    max_seq_len: _MaxSeqLenOption = None,
     max_num_tokens: Annotated[
         int | None,
         _option(_LIMITS, "N", "Tokens of a step; longer prompts go in chunks. Default: 512."),
     ] = None,
-    tokens_per_block: Annotated[
-        int | None, _option(_LIMITS, "N", "Tokens of a page of the KV cache. Default: 32.")
-    ] = None,
+    tokens_per_block: _TokensPerBlockOption = None,
     output: Annotated[
         Path | None,
         _option(
@@ -237,11 +263,8 @@ def generate(
             "--json",
         ),
     ] = False,
-    quiet: Annotated[bool, _option(_OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q")] = False,
-    debug: Annotated[
-        bool,
-        _option(_OUTPUT, None, "Tracebacks with errors, and the libraries' logs.", "--debug"),
-    ] = False,
+    quiet: _QuietOption = False,
+    debug: _DebugOption = False,
 ) -> None:
     """Continue texts, or answer chats."""
     keys = {
@@ -283,6 +306,40 @@ def generate(
                 num_refused = run(job, settings, out, reporter, debug)
         if num_refused:
             raise typer.Exit(1)
+
+
+@app.command(epilog=_EXPLAIN_EXAMPLES)
+def explain(
+    model: _ModelOption = None,
+    config: _ConfigOption = None,
+    random_weights: _RandomWeightsOption = False,
+    dtype: _DtypeOption = None,
+    device: _DeviceOption = None,
+    trust_remote_code: _TrustOption = False,
+    max_seq_len: _MaxSeqLenOption = None,
+    tokens_per_block: _TokensPerBlockOption = None,
+    as_json: Annotated[bool, _option(_OUTPUT, None, "One JSON object.", "--json")] = False,
+    quiet: _QuietOption = False,
+    debug: _DebugOption = False,
+) -> None:
+    """Show every attention of a model, and what the pass does with it.
+
+    Where it stands in the source, how it was matched, the class of its mask with the evidence, what
+    was folded away, the kernel of each phase, and the bytes of its cache. A model that the pass
+    refuses is explained by the refusal.
+    """
+    keys = {
+        "model": model,
+        "skip_loading_weights": random_weights or None,
+        "trust_remote_code": trust_remote_code or None,
+        "dtype": dtype,
+        "device": device,
+        "max_seq_len": max_seq_len,
+    }
+    with _error_border(debug):
+        settings = _config(config, keys, tokens_per_block)
+        with Reporter(quiet=quiet, live=True, debug=debug) as reporter:
+            explain_model(settings, reporter, as_json=as_json, debug=debug)
 
 
 @contextmanager

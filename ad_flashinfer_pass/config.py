@@ -40,7 +40,7 @@ Stage = Literal[
     "cache_init",
     "compile",
 ]
-CompileBackend = Literal["torch-simple"]
+CompileBackend = Literal["torch-simple", "torch-cudagraph"]
 KvDtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 _OUR_BACKEND = "set attn_backend: flashinfer_trtllm"
@@ -111,7 +111,7 @@ class AutoDeployConfig(_Strict):
     compile_backend: CompileBackend = "torch-simple"
     """How the transformed graph is run."""
     cuda_graph_batch_sizes: list[int] | None = None
-    """Batch sizes for which a CUDA graph is captured; read by compile backends that capture."""
+    """Batch sizes for which torch-cudagraph captures a graph; default: powers of two up to max_batch_size."""
     max_batch_size: int = Field(default=8, ge=1, le=8192)
     """Sequences in one step."""
     max_seq_len: int = Field(default=2048, ge=1)
@@ -136,6 +136,20 @@ class AutoDeployConfig(_Strict):
             raise ValueError(
                 f"max_num_tokens must be at least max_batch_size ({self.max_batch_size}), so that every "
                 f"sequence can decode in one step, got {self.max_num_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> AutoDeployConfig:
+        if self.compile_backend == "torch-cudagraph" and not self.device.startswith("cuda"):
+            raise ValueError(
+                f"compile_backend: torch-cudagraph captures CUDA graphs, got device: {self.device}; "
+                "set device: cuda, or compile_backend: torch-simple."
+            )
+        sizes = self.cuda_graph_batch_sizes
+        if sizes is not None and not (sizes and 1 <= min(sizes) <= max(sizes) <= self.max_batch_size):
+            raise ValueError(
+                f"cuda_graph_batch_sizes must lie within 1..max_batch_size={self.max_batch_size}, got {sizes}"
             )
         return self
 

@@ -16,6 +16,15 @@ from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
+# Second names of pointwise ops, which torch leaves without the tag.
+_UNTAGGED_POINTWISE = frozenset(
+    getattr(aten, name)
+    for name in (
+        "absolute divide fix floor_divide greater greater_equal hardswish less less_equal log_sigmoid "
+        "multiply negative not_equal special_erf special_exp2 special_expit subtract"
+    ).split()
+)
+
 
 def call_op(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A ``call_function`` node at the graph's insertion point, with its ``meta["val"]``."""
@@ -31,6 +40,15 @@ def call_op(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: A
         if source is not None:
             node.meta[key] = source.meta[key]
     return node
+
+
+def replace_op(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
+    """Put another op with the same result in a node's place; shapes and source are kept, not computed."""
+    with node.graph.inserting_before(node):
+        other = node.graph.call_function(target, args)
+    other.meta = dict(node.meta)
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
 
 
 def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
@@ -117,7 +135,8 @@ def is_op(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on the elements at its own place only."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in _UNTAGGED_POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def mutates_input(node: fx.Node) -> bool:
@@ -159,14 +178,19 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Nod
 def _erase_dead_writes(graph: fx.Graph) -> None:
     """Erase in-place ops on tensors that nothing else reads; they count as impure, so they would stay."""
     for node in reversed(graph.nodes):
-        if node.users or node.op != "call_function" or not mutates_input(node):
-            continue
-        target = node.args[0] if node.args else None
-        if not isinstance(target, fx.Node) or target.op != "call_function" or len(target.users) > 1:
-            continue
-        aliases = getattr(target.target, "_schema", None)
-        if aliases is not None and not any(r.alias_info for r in aliases.returns):
-            graph.erase_node(node)
+        if node.op == "call_function" and not node.users and mutates_input(node):
+            args = op_args(node)
+            written = [args[a.name] for a in node.target._schema.arguments if a.alias_info is not None]
+            if all(_is_fresh_and_unread(tensor) for tensor in written):
+                graph.erase_node(node)
+
+
+def _is_fresh_and_unread(tensor: Any) -> bool:
+    """Whether this is a call's own memory, no view of another's, with one user."""
+    if not isinstance(tensor, fx.Node) or tensor.op != "call_function" or len(tensor.users) > 1:
+        return False
+    schema = getattr(tensor.target, "_schema", None)
+    return schema is not None and not any(result.alias_info for result in schema.returns)
 
 
 def _mode(node: fx.Node) -> FakeTensorMode | None:

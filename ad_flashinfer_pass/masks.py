@@ -1,67 +1,49 @@
-"""The mask prover: what an attention mask subgraph means, shown by running it.
+"""The mask prover: what an attention mask means, shown for every length that will be used.
 
-A mask is a small program from the shape of the batch and the positions to visibility. It is cut out of
-the graph, run on probes, and compared with closed forms; nothing is concluded from how it is written.
-
-What is probed, and why
------------------------
-* *Every size up to 10*, with one to three sequences: off-by-ones at small sizes, and batch rows that differ.
-* *Around every integer constant of the program* (window, chunk, buffer sizes: c-1, c, c+1, c+2, 2c+1):
-  a comparison with c changes its value only there.
-* *The longest size that fits*, min(max_seq_len, 4096) with one sequence: for a max_seq_len up to 4096 this is
-  the whole mask that the model will ever use, so the class is exact there by exhaustion, not by sampling.
-* *Positions that start later*: whether the mask reads absolute positions; if it does, the
-  certificate says that positions must start at 0.
-
-What is refused
----------------
-A mask that reads token values, parameters or activations; that differs between heads (other than
-ALiBi), between sequences of a batch, or from the closed form at any probed place; that has a constant
-below max_seq_len that is too large to probe.
-
-The certificate rests on a contract that the runtime keeps: positions are consecutive within a sequence.
+A mask in an exported graph is a small program from sizes and positions to visibility. Nothing is
+concluded from how it is written, and nothing from samples of it: ``prove`` shows that it equals a closed
+form at every query, key, head, batch row and number of tokens up to ``max_seq_len``, or refuses it.
+The machinery is in ``mask_prover``; docs/mask_prover.md has the argument and its limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
-from torch import SymInt, Tensor, fx
+from torch import Tensor, fx
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import MaskError
+from ad_flashinfer_pass.mask_prover.forms import Form, number, variable
+from ad_flashinfer_pass.mask_prover.hints import describe
+from ad_flashinfer_pass.mask_prover.program import MaskProgram
+from ad_flashinfer_pass.mask_prover.proof import HIDDEN, Point, Proof, Undecided, readable_program
+from ad_flashinfer_pass.mask_prover.reading import Reading
 
-aten = torch.ops.aten
+__all__ = ["HIDDEN", "Certificate", "MaskClass", "fingerprint", "prove"]
 
-# An additive mask value at or below this takes a weight to zero: exp(-1e4) is 0 in float32, and every
-# query sees itself, so the largest logit is far above it.
-HIDDEN = -1e4
-# Sizes above this are not run: a mask of 8200 x 8200 booleans takes 67 MB for each temporary.
-_LARGEST_PROBE = 8200
-_EXHAUSTIVE = 4096
-
-_SHAPE_ONLY = (
-    aten.sym_size,
-    aten.new_ones,
-    aten.new_zeros,
-    aten.new_full,
-    aten.new_empty,
-    aten.ones_like,
-    aten.zeros_like,
-    aten.full_like,
-    aten.empty_like,
-)
+# Lengths of the sequences in the two packed rows that are run to see whether the mask isolates them.
+_PACKED = ((3, 5, 1, 4), (6, 1, 2, 4))
+_LARGEST_RUN = 130
+_HINT_SIZE = 24
 
 
 @dataclass(frozen=True)
 class MaskClass:
-    """A closed form: key j is visible to query i iff j <= i, j > i - W and i // C == j // C."""
+    """A closed form: key k is visible to query q iff k <= q, k > q - W and q // C == k // C.
+
+    With ALiBi, slope * (k - q) is added to the logits of each head, up to a number that is the same for
+    all keys of a query.
+    """
 
     sliding_window: int | None = None
+    """W: tokens that a query sees, itself included."""
     chunk: int | None = None
+    """C: tokens of a chunk."""
+    alibi_slopes: tuple[float, ...] | None = None
+    """One a head, exact in float32; a single one stands for all heads."""
 
     def __str__(self) -> str:
         parts = ["causal"]
@@ -69,6 +51,8 @@ class MaskClass:
             parts.append(f"sliding_window={self.sliding_window}")
         if self.chunk is not None:
             parts.append(f"chunk={self.chunk}")
+        if self.alibi_slopes is not None:
+            parts.append(f"alibi={len(self.alibi_slopes)} slopes from {max(self.alibi_slopes, key=abs):.6g}")
         return " ".join(parts)
 
     def visible(self, size: int) -> Tensor:
@@ -81,269 +65,207 @@ class MaskClass:
             seen &= q // self.chunk == k // self.chunk
         return seen
 
+    def read(self, reading: Reading) -> Form:
+        """The same for the prover: 0 or 1 in each cell."""
+        q, k = variable("q"), variable("k")
+        seen = reading.le(k, q)
+        if self.sliding_window is not None:
+            seen = reading.both(seen, reading.le(q - number(self.sliding_window), k, strict=True))
+        if self.chunk is not None:
+            size = number(self.chunk)
+            seen = reading.both(seen, reading.eq(reading.floor_divide(q, size), reading.floor_divide(k, size)))
+        return seen
+
 
 @dataclass(frozen=True)
 class Certificate:
     """What was shown about one mask."""
 
     mask_class: MaskClass
-    probes: tuple[tuple[int, int], ...]
-    """(batch, size) of every run."""
-    constants: tuple[int, ...]
-    """Integers in the program."""
+    sizes: tuple[int, int]
+    """Fewest and most tokens for which it was shown."""
+    num_cells: int
+    """Regions that were read to show it."""
+    runs: tuple[tuple[int, int], ...]
+    """(rows, tokens) of every run of the program that was compared with the form."""
     reads_positions: bool
-    contract: str
+    """The mask looks at the values of the positions."""
+    starts_anywhere: bool
+    """It is the same if the positions of a row do not start at 0."""
+    isolates_packed: bool
+    """Where positions begin again within a row, sequences do not see each other: seen in two runs, not proved."""
+    shifts_rows: bool
+    """It adds something to whole rows, which softmax ignores unless there are sinks."""
+
+    @property
+    def contract(self) -> str:
+        """What must hold of the positions."""
+        start = "" if self.starts_anywhere else " and start at 0"
+        return f"positions are consecutive within a sequence{start}"
 
     def __str__(self) -> str:
-        largest = max(size for _, size in self.probes)
-        return f"{self.mask_class}, {len(self.probes)} probes up to {largest}; {self.contract}"
+        low, high = self.sizes
+        return (
+            f"{self.mask_class}: proved for {low} to {high} tokens in {self.num_cells} regions, checked by "
+            f"{len(self.runs)} runs; {self.contract}"
+        )
+
+
+def fingerprint(mask: fx.Node) -> Hashable:
+    """Equal for masks that are computed by the same steps from the same constants; raises as ``prove``."""
+    return MaskProgram(mask).fingerprint()
 
 
 def prove(mask: fx.Node, max_seq_len: int) -> Certificate:
     """Classify the mask that ``mask`` computes, for sequences of up to ``max_seq_len`` tokens.
 
+    Args:
+        mask: bool (True = visible) or float (added to the logits), broadcastable to
+            [rows, heads, tokens, tokens].
+        max_seq_len: tokens.
+
     Raises:
-        MaskError: it is none of the closed forms; names the node, its line and, where there is one, the first
-            (query, key) that differs.
+        MaskError: it is none of the closed forms, or cannot be shown to be one; names the node, its line and,
+            where there is one, the first (query, key) that differs.
     """
-    program = _MaskProgram(mask)
-    constants = program.constants()
-    sizes = list(_sizes(constants, max_seq_len, mask))
-    largest = sizes[-1]
-    found = _closed_form(_visible(program.run(1, largest, 0)[0], mask), mask)
-    probes = [(1, largest)]
-    for size in sizes:
-        for batch in (1, 2, 3) if size <= 10 else (1,):
-            if (batch, size) != (1, largest):
-                probes.append((batch, size))
-                _compare(program.run(batch, size, 0), found, mask, batch, size)
-    offset = min(9, largest)
-    shifted = program.reads_positions and not _agrees(program.run(2, offset, 3), found, mask, offset)
-    contract = "positions are consecutive within a sequence" + (" and start at 0" if shifted else "")
-    return Certificate(found, tuple(probes), constants, program.reads_positions, contract)
-
-
-class _MaskProgram:
-    """The mask's backward slice, cut at shapes, as a graph of its own."""
-
-    def __init__(self, mask: fx.Node) -> None:
-        self._mask = mask
-        nodes = list(g.ancestors(mask, stop=lambda n: g.is_op(n, *_SHAPE_ONLY) or n.op == "placeholder"))
-        sources = _shape_sources(nodes)
-        self._nodes = [n for n in mask.graph.nodes if n in set(nodes) - sources]
-        self._shapes = {n: g.shape(n) for n in sources}
-        self._check_sources()
-        self.reads_positions = any(n.op == "placeholder" for n in self._nodes)
-        self._module = self._build()
-
-    def _check_sources(self) -> None:
-        for node in self._nodes:
-            if node.op == "placeholder" and node.name != "position_ids":
-                raise MaskError(
-                    f"{g.where(self._mask)}: the attention mask is computed from the values of {node.name}; "
-                    "only masks of positions can be cached. Export without a padding or custom mask."
-                )
-            if node.op == "get_attr" and isinstance(_attr(node), torch.nn.Parameter):
-                raise MaskError(
-                    f"{g.where(self._mask)}: the attention mask is computed from the parameter "
-                    f"{node.target}; a learned bias over positions has no kernel."
-                )
-
-    def _build(self) -> fx.GraphModule:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        dims = {}
-        for name in ("batch", "size", "position_ids"):
-            dims[name] = graph.placeholder(name)
-        for node in self._shapes:
-            sizes = [_dim_expression(graph, size, dims, node, self._mask) for size in self._shapes[node]]
-            copies[node] = graph.call_function(torch.empty, (sizes,), {"dtype": g.value(node).dtype})
-        for node in self._nodes:
-            if node.op == "placeholder":
-                copies[node] = dims["position_ids"]
-            else:
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
-                _onto_cpu(copies[node])
-        graph.output(copies[self._mask])
-        owner = self._mask.graph.owning_module
-        return fx.GraphModule(owner, graph)
-
-    def constants(self) -> tuple[int, ...]:
-        """Integers above 1 that the program mentions, buffer sizes and small buffers included."""
-        found: set[int] = set()
-        for node in self._nodes:
-            if node.op == "get_attr":
-                tensor = _attr(node)
-                found.update(tensor.shape)
-                if tensor.numel() <= 64:
-                    found.update(int(v) for v in tensor.flatten().tolist() if abs(v) < 2**31)
-            for arg in _flat_args(node):
-                if isinstance(arg, (int, float)) and abs(arg) < 2**31 and float(arg).is_integer():
-                    found.add(abs(int(arg)))
-        return tuple(sorted(c for c in found if c > 1))
-
-    def run(self, batch: int, size: int, start: int) -> Tensor:
-        """The mask for ``batch`` sequences of ``size`` tokens whose positions begin at ``start``.
-
-        Returns:
-            bool or float [batch, heads or 1, size, size].
-        """
-        positions = torch.arange(start, start + size).repeat(batch, 1)
-        try:
-            with torch.no_grad():
-                mask = self._module(batch, size, positions)
-                while mask.dim() < 4:
-                    mask = mask[None]
-                return mask.expand(*mask.shape[:2], size, size)
-        except (RuntimeError, IndexError, ValueError, TypeError) as err:
-            raise MaskError(
-                f"{g.where(self._mask)}: the attention mask cannot be computed for {batch} x {size} tokens: "
-                f"{' '.join(str(err).split())[:300]}"
-            ) from err
-
-
-def _shape_sources(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes of which only the shape is read."""
-    sources = set()
-    for node in nodes:
-        if g.is_op(node, *_SHAPE_ONLY):
-            sources.update(n for n in node.all_input_nodes if g.is_tensor(n))
-    used = {
-        source
-        for node in nodes
-        if not g.is_op(node, *_SHAPE_ONLY)
-        for source in node.all_input_nodes
-        if g.is_tensor(source)
-    }
-    return sources - used
-
-
-def _dim_expression(
-    graph: fx.Graph, size: int | SymInt, dims: dict[str, fx.Node], node: fx.Node, mask: fx.Node
-) -> Any:
-    """A size in terms of the probe's batch and size."""
-    if isinstance(size, int):
-        return size
-    ids = next(n for n in mask.graph.nodes if n.op == "placeholder" and n.name == "input_ids")
-    symbols = {str(s): dims[d] for s, d in zip(g.shape(ids), ("batch", "size"), strict=True)}
-    if str(size) in symbols:
-        return symbols[str(size)]
-    if {str(s) for s in size.node.expr.free_symbols} <= set(symbols) and size.node.expr.is_Mul:
-        result: Any = 1
-        for factor in size.node.expr.args:
-            term = int(factor) if factor.is_Integer else symbols[str(factor)]
-            result = term if result == 1 else graph.call_function(_multiply, (result, term))
-        return result
-    raise MaskError(
-        f"{g.where(mask)}: the attention mask depends on the shape of {node.name}, whose size {size} is not "
-        "that of the tokens."
+    program = MaskProgram(mask)
+    readable = readable_program(program)
+    low = max(_check_sizes(program, max_seq_len), _check_sizes(readable, max_seq_len))
+    # Positions that start anywhere include those that start at 0, on which the class rests.
+    for starts_anywhere in (True, False) if program.reads_positions else (True,):
+        proof = Proof(readable, low, max_seq_len, last_start=max_seq_len if starts_anywhere else 0)
+        found, refusal = _classify(program, proof)
+        if refusal is None:
+            break
+    if refusal is not None:
+        raise refusal
+    runs = tuple(_compare_runs(program, found, low, max_seq_len))
+    return Certificate(
+        mask_class=found,
+        sizes=(low, max_seq_len),
+        num_cells=proof.num_cells,
+        runs=runs,
+        reads_positions=program.reads_positions,
+        starts_anywhere=starts_anywhere,
+        isolates_packed=_isolates_packed(program, found, low, max_seq_len),
+        shifts_rows=proof.shifts_rows(),
     )
 
 
-def _multiply(a: int, b: int) -> int:
-    return a * b
+def _check_sizes(program: MaskProgram, max_seq_len: int) -> int:
+    """The fewest tokens that the graph is for."""
+    low, high = program.sizes()
+    if max_seq_len > high:
+        raise MaskError(
+            f"{program.where}: the graph of the attention mask is valid for at most {high} tokens (a buffer or a "
+            f"branch of the model sets this limit), but max_seq_len is {max_seq_len}. Set max_seq_len to at most {high}."
+        )
+    if max_seq_len < low:
+        raise MaskError(
+            f"{program.where}: the graph of the attention mask is valid for at least {low} tokens, but max_seq_len "
+            f"is {max_seq_len}. Set max_seq_len to at least {low}."
+        )
+    return low
 
 
-def _onto_cpu(node: fx.Node) -> None:
-    """Probes run on the CPU whatever the device of the graph."""
-    if "device" in node.kwargs:
-        node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
+def _slopes(proof: Proof) -> tuple[float, ...] | None:
+    if not np.any(proof.slopes):
+        return None
+    return tuple(float(slope) for slope in proof.slopes.astype(np.float32))
 
 
-def _attr(node: fx.Node) -> Tensor:
-    owner: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
-    return owner
+def _classify(program: MaskProgram, proof: Proof) -> tuple[MaskClass, MaskError | None]:
+    """The only class that the mask can have, and why it does not have it."""
+    found = MaskClass()
+    try:
+        window, chunk = proof.window_and_chunk()
+        found = MaskClass(window, chunk, _slopes(proof))
+        wrong = proof.check(found.read)
+    except Undecided as err:
+        return found, _refusal(program, found, err.point, err.reason)
+    return found, None if wrong is None else _refusal(program, found, wrong, _what(proof, found, wrong))
 
 
-def _flat_args(node: fx.Node) -> Iterator[Any]:
-    stack: list[Any] = [*node.args, *node.kwargs.values()]
-    while stack:
-        arg = stack.pop()
-        if isinstance(arg, (list, tuple)):
-            stack.extend(arg)
-        elif not isinstance(arg, (fx.Node, bool)):
-            yield arg
-
-
-def _sizes(constants: tuple[int, ...], max_seq_len: int, mask: fx.Node) -> Iterator[int]:
-    """Probe sizes, ascending."""
-    sizes = set(range(1, 11)) | {_EXHAUSTIVE, max_seq_len}
-    for constant in constants:
-        if constant >= max_seq_len:
-            continue
-        if constant + 2 > _LARGEST_PROBE:
-            raise MaskError(
-                f"{g.where(mask)}: the attention mask depends on the constant {constant}, which is too large "
-                f"to check (at most {_LARGEST_PROBE - 2}). Set max_seq_len to at most {constant}."
-            )
-        sizes |= {constant - 1, constant, constant + 1, constant + 2, 2 * constant + 1}
-    top = min(max_seq_len, max(_EXHAUSTIVE, *(c + 2 for c in constants if c < max_seq_len), 1))
-    yield from sorted(size for size in sizes if 1 <= size <= top)
-
-
-def _visible(mask: Tensor, node: fx.Node) -> Tensor:
-    """bool [size, size] of one sequence's mask, which must be the same for all heads."""
-    if mask.dtype != torch.bool:
-        hidden = mask <= HIDDEN
-        if not bool((hidden | (mask == 0)).all()):
-            value = mask[~hidden & (mask != 0)][0].item()
-            raise MaskError(
-                f"{g.where(node)}: the attention mask adds {value:.6g} to a logit; a bias other than 0 and "
-                "-inf has no kernel here."
-            )
-        mask = ~hidden
-    if not bool((mask == mask[:1]).all()):
-        raise MaskError(f"{g.where(node)}: the attention mask differs between heads.")
-    return mask[0]
-
-
-def _closed_form(visible: Tensor, node: fx.Node) -> MaskClass:
-    """The closed form that equals ``visible`` [size, size].
-
-    The first visible key of each row says window and chunk; the whole matrix is then compared.
-    """
-    size = visible.shape[0]
-    first = visible.to(torch.uint8).argmax(1).tolist()
-    lag = [q - k for q, k in enumerate(first)]
-    candidates = [MaskClass()]
-    # A chunk begins where the first visible key jumps to the query itself.
-    starts = [q for q in range(1, size) if first[q] == q and first[q - 1] < q]
-    if starts and starts[0] > 1:
-        candidates.append(MaskClass(chunk=starts[0]))
-    widest = max(lag) + 1
-    if widest < size:
-        candidates.append(MaskClass(sliding_window=widest))
-        if starts and starts[0] > 1:
-            candidates.append(MaskClass(sliding_window=widest, chunk=starts[0]))
-    matrices = [(c, c.visible(size)) for c in candidates]
-    for candidate, matrix in matrices:
-        if torch.equal(matrix, visible):
-            return candidate
-    nearest, matrix = min(matrices, key=lambda pair: int((pair[1] != visible).sum()))
-    raise _disagreement(visible, matrix, nearest, node, 1, size)
-
-
-def _compare(mask: Tensor, found: MaskClass, node: fx.Node, batch: int, size: int) -> None:
-    expected = found.visible(size)
-    for row in mask:
-        visible = _visible(row, node)
-        if not torch.equal(visible, expected):
-            raise _disagreement(visible, expected, found, node, batch, size)
-
-
-def _agrees(mask: Tensor, found: MaskClass, node: fx.Node, size: int) -> bool:
-    expected = found.visible(size)
-    return all(torch.equal(_visible(row, node), expected) for row in mask)
-
-
-def _disagreement(
-    visible: Tensor, expected: Tensor, form: MaskClass, node: fx.Node, batch: int, size: int
-) -> MaskError:
-    query, key = (visible != expected).nonzero()[0].tolist()
-    does = "sees" if visible[query, key] else "does not see"
+def _refusal(program: MaskProgram, found: MaskClass, point: Point, what: str) -> MaskError:
+    head = f", head {point.head}" if point.head else ""
+    place = f"with {point.size} tokens{head}, at query {point.query} and key {point.key}"
     return MaskError(
-        f"{g.where(node)}: the attention mask is no closed form that a kernel can run: nearest is {form}, but at "
-        f"batch {batch}, {size} tokens, query {query} {does} key {key}."
+        f"{program.where}: the attention mask is no closed form that a kernel can run: nearest is {found}, but "
+        f"{place} {what}. {_hint(program, point)}".rstrip()
     )
+
+
+def _what(proof: Proof, found: MaskClass, point: Point) -> str:
+    """How the mask departs from the form at a point, in words."""
+    value = point.low
+    if proof.dtype == torch.bool:
+        return "the key is visible" if value else "the key is hidden"
+    own = float(proof.value_at(point.query, point.query, point.size)[0][point.head])
+    bias = value - own
+    slope = float(proof.slopes[point.head])
+    expected = slope * (point.key - point.query)
+    if bias <= HIDDEN:
+        return f"the key is hidden by {value:.6g}"
+    if abs(bias - expected) < 1e-3 and point.key > point.query:
+        return f"the key is visible with {value:.6g}"
+    wanted = f"hidden by {HIDDEN:.6g} or less" if point.key > point.query else f"{expected:.6g}"
+    return f"the mask adds {bias:.6g} to the logit relative to the query's own, not {wanted}"
+
+
+def _hint(program: MaskProgram, point: Point) -> str:
+    low, high = program.sizes()
+    size = min(max(low, _HINT_SIZE), high)
+    if max(point.query, point.key) >= size:
+        return f"Before query {point.query} it agrees."
+    return describe(_seen(program.run(3, size, torch.arange(size).repeat(3, 1)), size)[0])
+
+
+def _seen(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Visibility, and bias relative to the query's own, of a mask that was run: [rows, heads, size, size]."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.expand(*mask.shape[:2], size, size)
+    if mask.dtype == torch.bool:
+        return mask, torch.zeros_like(mask, dtype=torch.float64)
+    bias = mask.double() - mask.double().diagonal(dim1=2, dim2=3)[..., None]
+    return bias > HIDDEN, bias
+
+
+def _compare_runs(program: MaskProgram, found: MaskClass, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Run the program itself, which guards against an error in the rules by which it was read.
+
+    Raises:
+        MaskError: a run contradicts the proof.
+    """
+    heads = 1 if found.alibi_slopes is None else len(found.alibi_slopes)
+    limit = min(high, _LARGEST_RUN if heads == 1 else _LARGEST_RUN // 2)
+    small = [(1, low), (2, low), (3, low + 1), (1, low + 2), (2, low + 3), (3, low + 4), (2, low + 8)]
+    breaks = [c for c in (found.sliding_window, found.chunk) if c is not None]
+    large = [(1, size) for size in sorted({limit, *(c + d for c in breaks for d in (-1, 0, 1, 2))})]
+    slopes = torch.tensor(found.alibi_slopes or (0.0,), dtype=torch.float64)[:, None, None]
+    for rows, size in small + large:
+        if not low <= size <= limit:
+            continue
+        mask = program.run(rows, size, torch.arange(size).repeat(rows, 1))
+        visible, bias = _seen(mask, size)
+        expected = found.visible(size).expand(visible.shape)
+        lag = torch.arange(size)[:, None] - torch.arange(size)
+        error = (bias + slopes * lag).abs()[expected]
+        allowed = 1e-6
+        if mask.is_floating_point():
+            allowed += 8 * torch.finfo(mask.dtype).eps * float(mask.double()[mask > HIDDEN].abs().max())
+        if not torch.equal(visible, expected) or bool((error > allowed).any()):
+            raise MaskError(
+                f"{program.where}: the attention mask was proved to be {found}, but a run with {rows} x {size} tokens "
+                "contradicts it. This is a defect of the prover: please report it with the model's mask code."
+            )
+        yield rows, size
+
+
+def _isolates_packed(program: MaskProgram, found: MaskClass, low: int, high: int) -> bool:
+    size = sum(_PACKED[0])
+    if not program.reads_positions or not low <= size <= high:
+        return False
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _PACKED])
+    visible, _ = _seen(program.run(len(_PACKED), size, positions), size)
+    expected = torch.stack([torch.block_diag(*map(found.visible, lengths)).bool() for lengths in _PACKED])
+    return bool((visible == expected[:, None]).all())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import SymInt, fx, nn
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import masks
@@ -34,7 +34,15 @@ SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 _PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
 _CASTS = (aten.to, aten._to_copy, aten.type_as)
 _COPIES = (aten.clone, aten.contiguous, aten.lift_fresh_copy)
-_RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze)
+_RESHAPES = (
+    aten.view,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.flatten,
+    aten.unflatten,
+    aten.unsqueeze,
+    aten.squeeze,
+)
 _HEADS_FIRST = (0, 1, 2, 3)
 
 
@@ -66,6 +74,8 @@ class MaskTerm:
 class AttentionMatch:
     """One attention in its own terms."""
 
+    form: str
+    """How it stands in the graph, in words."""
     query: Operand
     key: Operand
     value: Operand
@@ -112,10 +122,13 @@ def read_sdpa(node: fx.Node) -> AttentionMatch:
         if set(used) != {0}:
             raise _refuse(node, "returns more than its result to the rest of the graph")
         last = used[0]
+    key, value = _kv_operand(key, _HEADS_FIRST), _kv_operand(value, _HEADS_FIRST)
+    _check_heads(node, key, value)
     return AttentionMatch(
+        form=str(node.target).removeprefix("aten.").partition(".")[0],
         query=Operand(query),
-        key=_kv_operand(key, _HEADS_FIRST),
-        value=_kv_operand(value, _HEADS_FIRST),
+        key=key,
+        value=value,
         last=last,
         mask_terms=terms,
         is_causal=args["is_causal"],
@@ -141,7 +154,9 @@ def read_eager(softmax: fx.Node) -> AttentionMatch:
     value, last, order = _read_value(softmax, reader)
     assert reader.query is not None
     assert reader.key is not None
+    _check_heads(last, reader.key, value)
     return AttentionMatch(
+        form="product, softmax, product",
         query=reader.query,
         key=reader.key,
         value=value,
@@ -189,6 +204,8 @@ class _LogitsReader:
         """Of the product; until the product is reached, of everything below the current node."""
         self.logit_cap: float | None = None
         self.sinks: fx.Node | None = None
+        self.num_keys: int | SymInt = 0
+        """Columns that are left once that of the sinks is cut off."""
 
     def read(self, node: fx.Node) -> None:
         """Read on until the product.
@@ -202,8 +219,7 @@ class _LogitsReader:
             self._read_baddbmm(node)
         left, right, letters = _operands(node)
         self.query, factor_q = _unscaled(left)
-        key, factor_k = _unscaled(right)
-        self.key = _kv_operand(key.node, key.order)
+        self.key, factor_k = _key_operand(right)
         self.scale *= factor_q * factor_k
         if letters is not None and letters != _HEADS_FIRST:
             raise _refuse(node, "makes logits that are not laid out [batch, heads, queries, keys]")
@@ -251,6 +267,8 @@ class _LogitsReader:
             return None
         tensors, dim = g.args(node)[0], g.op_args(node)["dim"]
         rank = g.value(node).dim()
+        if self.scale != 1.0 or self.logit_cap is not None:
+            raise _refuse(node, "scales or caps its sinks together with the logits")
         if len(tensors) != 2 or dim % rank != rank - 1 or g.shape(tensors[1])[-1] != 1 or self.terms:
             raise _refuse(node, "concatenates something other than one column of sinks to the logits")
         sinks = tensors[1]
@@ -259,6 +277,7 @@ class _LogitsReader:
         if g.value(sinks).dim() != 1 or g.shape(sinks)[0] != g.shape(node)[1]:
             raise _refuse(node, "has sinks that are not one value a head")
         self.sinks = sinks
+        self.num_keys = g.shape(tensors[0])[-1]
         return tensors[0]
 
     def _row_maximum(self, node: fx.Node) -> fx.Node | None:
@@ -269,11 +288,13 @@ class _LogitsReader:
         if g.is_op(maximum, operator.getitem):
             maximum = _node(maximum, 0)
         same = g.is_op(maximum, aten.max, aten.amax) and _node(maximum, 0) is _node(node, 0)
-        return _node(node, 0) if same else None
+        # One number a row: a maximum over the queries would move the keys against each other.
+        one_a_row = g.is_tensor(g.args(node)[1]) and g.shape(g.args(node)[1])[-1:] in ((), (1,))
+        return _node(node, 0) if same and one_a_row else None
 
     def _mask(self, node: fx.Node) -> fx.Node | None:
         """masked_fill, where or an addition -> logits."""
-        found = _hidden_keys(node)
+        found = _hidden_keys(node, self.scale)
         if found is None and g.is_op(node, aten.add, aten.add_) and g.op_args(node)["alpha"] == 1:
             a, b = g.args(node)
             sides = [(x, y) for x, y in ((a, b), (b, a)) if g.is_tensor(x) and g.is_tensor(y)]
@@ -298,25 +319,25 @@ class _LogitsReader:
         self.scale *= args["alpha"]
 
 
-def _hidden_keys(node: fx.Node) -> tuple[fx.Node, MaskTerm] | None:
-    """(logits, term) if the node sets logits to something that softmax takes to zero."""
+def _hidden_keys(node: fx.Node, factor: float) -> tuple[fx.Node, MaskTerm] | None:
+    """(logits, term) if the node sets logits to what, times ``factor``, softmax takes to zero."""
     if g.is_op(node, aten.masked_fill, aten.masked_fill_):
         logits, mask, fill = g.args(node)
-        return (logits, MaskTerm(mask, is_bool=True, hides=True)) if _hides(fill) else None
+        return (logits, MaskTerm(mask, is_bool=True, hides=True)) if _hides(fill, factor) else None
     if g.is_op(node, aten.where) and len(node.args) == 3:
         condition, if_true, if_false = g.args(node)
-        if _hides(if_false) and g.is_tensor(if_true) and _contains_product(if_true):
+        if _hides(if_false, factor) and g.is_tensor(if_true) and _contains_product(if_true):
             return if_true, MaskTerm(condition, is_bool=True)
-        if _hides(if_true) and g.is_tensor(if_false) and _contains_product(if_false):
+        if _hides(if_true, factor) and g.is_tensor(if_false) and _contains_product(if_false):
             return if_false, MaskTerm(condition, is_bool=True, hides=True)
     return None
 
 
-def _hides(fill: Any) -> bool:
+def _hides(fill: Any, factor: float) -> bool:
     if isinstance(fill, fx.Node) and g.is_op(fill, aten.full, aten.full_like, aten.scalar_tensor):
         fill = g.op_args(fill).get("fill_value", g.op_args(fill).get("s"))
     value = constant(fill)
-    return value is not None and value <= masks.HIDDEN
+    return value is not None and value * factor <= masks.HIDDEN
 
 
 def _read_value(softmax: fx.Node, reader: _LogitsReader) -> tuple[Operand, fx.Node, tuple[int, ...]]:
@@ -330,8 +351,10 @@ def _read_value(softmax: fx.Node, reader: _LogitsReader) -> tuple[Operand, fx.No
         if g.is_op(user, *_PRODUCTS) and not needs_cut:
             break
         if needs_cut and g.is_op(user, aten.slice):
-            args = g.op_args(user)
-            needs_cut = (args["start"] or 0, args["end"]) != (0, -1) and args["end"] is None
+            start, columns = g.op_args(user)["start"], g.shape(user)[-1]
+            if start not in (None, 0) or not g.same_size(columns, reader.num_keys):
+                raise _refuse(user, "cuts off something other than the column of sinks")
+            needs_cut = False
         elif not _passes_probabilities(user, node):
             raise _refuse(user, f"applies {user.target} to the probabilities, which no kernel does")
         node = user
@@ -460,6 +483,24 @@ def _kv_operand(node: fx.Node, order: tuple[int, ...]) -> Operand:
             node = _skip_upcasts(node)
         else:
             return Operand(node, order)
+
+
+def _check_heads(node: fx.Node, key: Operand, value: Operand) -> None:
+    """K and V share a cache, whose heads they must both have."""
+    num_heads, num_v_heads = (g.shape(x.node)[x.order[1]] for x in (key, value))
+    if num_heads != num_v_heads:
+        raise _refuse(node, f"has {num_heads} heads of K and {num_v_heads} of V, which share a cache")
+
+
+def _key_operand(operand: Operand) -> tuple[Operand, float]:
+    """K as projected, and the constant that it was multiplied by, before or after its heads were repeated."""
+    factor = 1.0
+    while True:
+        inner, more = _unscaled(_kv_operand(operand.node, operand.order))
+        factor *= more
+        if inner == operand:
+            return operand, factor
+        operand = inner
 
 
 def _unscaled(operand: Operand) -> tuple[Operand, float]:

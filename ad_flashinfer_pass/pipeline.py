@@ -16,7 +16,7 @@ Order, and why each stands where it does:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -47,6 +47,13 @@ def transform_module(
     Returns:
         The cached model and the report of each transform.
     """
+    ctx = context(config)
+    transformed, reports = run(module, ctx, on_event)
+    return CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size), reports
+
+
+def context(config: AutoDeployConfig) -> TransformContext:
+    """What the transforms of a new run share."""
     device = torch.device(config.device)
     info = SequenceInfo(
         max_seq_len=config.max_seq_len,
@@ -55,13 +62,15 @@ def transform_module(
         tokens_per_block=config.kv_cache_config.tokens_per_block,
         device=device,
     )
-    ctx = TransformContext(config=config, device=device, sequence_info=info)
-    transformed, reports = run(module, ctx, on_event)
-    return CachedModel(transformed, ctx.caches, info, ctx.vocab_size), reports
+    return TransformContext(config=config, device=device, sequence_info=info)
 
 
 def run(
-    model: nn.Module, ctx: TransformContext, on_event: Callable[[str], None] | None = None
+    model: nn.Module,
+    ctx: TransformContext,
+    on_event: Callable[[str], None] | None = None,
+    *,
+    skip: Collection[str] = (),
 ) -> tuple[nn.Module, list[TransformReport]]:
     """Run every enabled transform.
 
@@ -69,6 +78,7 @@ def run(
         model: an eval-mode module that takes input_ids and position_ids, both int64 [b, s].
         ctx: config and shared records; filled by the transforms.
         on_event: called with the transform's name before it runs.
+        skip: transforms that are left out, as if they were not enabled.
 
     Returns:
         The module that the last transform made, and one report a transform, in the order run.
@@ -79,7 +89,7 @@ def run(
     entries = sorted(ctx.config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
     reports = []
     for name, settings in entries:
-        if not settings.enabled:
+        if not settings.enabled or name in skip:
             continue
         if on_event is not None:
             on_event(name)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.kernels.select import Choice
 from ad_flashinfer_pass.metadata import SequenceInfo
 
 
@@ -69,13 +70,28 @@ class KvCacheResource:
 
 
 @dataclass
+class SiteNotes:
+    """What was found about an attention on its way; its node carries it as ``meta["site_notes"]``."""
+
+    form: str
+    """How it stood in the graph."""
+    folded: list[str] = field(default_factory=list)
+    """What the op took over from nodes around it."""
+    mask: str = "causal, as the graph says"
+    """The mask's certificate."""
+
+
+@dataclass
 class CachedSite:
     """One attention site after insertion: what it needs and who does it."""
 
     where: str
+    module: str
+    """Path of the module that made it."""
+    notes: SiteNotes
     site: Site
-    kernel: str
-    reason: str
+    prefill: Choice
+    decode: Choice
     cache: str
     """Name of the cache resource."""
 

@@ -16,20 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for tests.architectures, when run as a script
 
 import torch
 import transformers
@@ -44,7 +43,10 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from tests import architectures
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a script's own folder is all that it can import from
+from tests import architectures  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 RESULTS = ROOT / "docs" / "architectures.json"
@@ -117,7 +119,7 @@ def try_family(family: str) -> Row:
     return row
 
 
-def _run(model: nn.Module, row: Row) -> None:
+def _run(model: transformers.PreTrainedModel, row: Row) -> None:
     """Fill in the outcome for one model."""
     config = AutoDeployConfig(
         max_batch_size=8, max_seq_len=128, max_num_tokens=64, kv_cache_config={"tokens_per_block": 16}
@@ -158,7 +160,7 @@ def _compare(model: nn.Module, cached: CachedModel) -> tuple[Outcome, str]:
     return "same", ""
 
 
-def features(model: nn.Module) -> list[str]:
+def features(model: transformers.PreTrainedModel) -> list[str]:
     """Attention features, read from the config and the modules' names."""
     config = model.config.get_text_config()
     return list(_features(config, dict(model.named_modules()), {n for n, _ in model.named_parameters()}))
@@ -178,9 +180,8 @@ def _features(config: Any, modules: dict[str, nn.Module], parameters: set[str]) 
     factors = [v for name, v in flat.items() if name in ("partial_rotary_factor", "rotary_pct") and v]
     if any(factor < 1 for factor in factors) or fields.get("rotary_dim"):
         yield "partial rotary"
-    if any("sliding" in kind or kind == "local" for kind in kinds):
-        yield "window"
-    elif not kinds and fields.get("sliding_window"):
+    everywhere = not kinds and fields.get("sliding_window")
+    if everywhere or any("sliding" in kind or kind == "local" for kind in kinds):
         yield "window"
     if any("chunk" in kind for kind in kinds):
         yield "chunked"
@@ -229,7 +230,8 @@ def _one_line(err: BaseException) -> str:
     return " ".join(str(err).split())[:400]
 
 
-def _child(family: str, connection: Connection) -> None:
+def _child(family: str, sender: Connection) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch.export prints whole graphs when it refuses
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -238,41 +240,60 @@ def _child(family: str, connection: Connection) -> None:
     except Exception as err:  # the small config or the model itself
         row = Row(family, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]), "skipped")
         row.detail = f"no small model: {type(err).__name__}: {_one_line(err)}"
-    connection.send(asdict(row))
+    sender.send(asdict(row))
 
 
-def run_apart(family: str) -> Row:
-    """The family's row from a process of its own; a crash or a hang is a defect."""
-    context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(family, sender))
-    process.start()
-    sender.close()
-    row = Row(family, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]), "defect")
-    try:
-        if receiver.poll(TIMEOUT_SECONDS):
-            row = Row(**receiver.recv())
-        else:
-            row.detail = f"no result after {TIMEOUT_SECONDS:.0f} s"
-            process.kill()
-    except EOFError:
-        process.join()
-        row.detail = f"the process ended with exit code {process.exitcode}"
-    process.join()
-    return row
+@dataclass
+class _Job:
+    """One family in a process of its own."""
+
+    family: str
+    process: BaseProcess
+    receiver: Connection
+    started: float
+
+    def row(self) -> Row:
+        """Its row, once it has sent one, ended or run out of time; then the process is gone."""
+        row = Row(self.family, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family]), "defect")
+        try:
+            if self.receiver.poll():
+                row = Row(**self.receiver.recv())
+            else:
+                self.process.kill()
+                row.detail = f"no result after {TIMEOUT_SECONDS:.0f} s"
+        except EOFError:
+            self.process.join()
+            row.detail = f"the process ended with exit code {self.process.exitcode}"
+        self.process.join()
+        return row
 
 
 def run_all(families: Sequence[str], jobs: int) -> Iterator[Row]:
-    """Rows in order, each as soon as it and those before it are there."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch.export", __name__])
-    with ThreadPoolExecutor(jobs) as pool:
-        for number, row in enumerate(pool.map(run_apart, families), 1):
-            print(
-                f"[{number}/{len(families)}] {row.family}: {row.outcome}, {row.seconds:.1f} s {row.detail[:160]}",
-                file=sys.stderr,
-                flush=True,
-            )
-            yield row
+    """Rows as they come; a crash or a hang of a family is its own defect."""
+    # Forked, so that torch and transformers are imported once; this process has a single thread.
+    context = multiprocessing.get_context("fork")
+    waiting = list(reversed(families))
+    running: list[_Job] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            family = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(family, sender))
+            process.start()
+            sender.close()
+            running.append(_Job(family, process, receiver, time.perf_counter()))
+        ready = connection.wait([job.receiver for job in running], timeout=1.0)
+        now = time.perf_counter()
+        for job in list(running):
+            if job.receiver in ready or now - job.started > TIMEOUT_SECONDS:
+                running.remove(job)
+                row = job.row()
+                left = f"{len(waiting) + len(running)} left"
+                print(
+                    f"{left}: {row.family} {row.outcome} {row.seconds:.1f} s {row.detail[:160]}",
+                    file=sys.stderr,
+                )
+                yield row
 
 
 _TITLES: dict[Outcome, str] = {
@@ -293,16 +314,17 @@ def render(results: dict[str, Any]) -> str:
         "",
         f"Written by `python benchmarks/architectures.py` with {versions}.",
         "",
-        f"Of the {len(rows)} families that transformers lists as causal language models: "
-        f"**{counts['same']} give the same tokens**, {counts['refused']} are refused, {counts['skipped']} are not "
-        f"decoder-only models that can be tried, {counts['defect']} are defects.",
+        f"Of the {len(rows)} families that transformers lists as causal language models: **{counts['same']} "
+        f"give the same tokens**, {counts['refused']} are refused, {counts['skipped']} are not decoder-only "
+        f"models that can be tried, {counts['defect']} are defects.",
         "",
-        "Each model is built from its config class with small sizes and random weights (3 or more layers, one of "
-        f"each kind at least), in float32 on the CPU. {len(PROMPT_LENGTHS)} prompts of "
-        f"{', '.join(map(str, PROMPT_LENGTHS))} tokens are continued by {NUM_NEW_TOKENS} greedy tokens in one ragged "
-        "batch, again with prefill in chunks of 7, and compared with transformers' generate for each prompt alone. "
-        "Windows and chunks are 12 tokens. *Attention* is the attn_implementation of the exported model: the one "
-        "that transformers picks, or eager where the pass refuses that. *Pass* is the time of export and transforms.",
+        "Each model is built from its config class with small sizes and random weights (3 or more layers, "
+        f"one of each kind at least), in float32 on the CPU. {len(PROMPT_LENGTHS)} prompts of "
+        f"{', '.join(map(str, PROMPT_LENGTHS))} tokens are continued by {NUM_NEW_TOKENS} greedy tokens in "
+        "one ragged batch, again with prefill in chunks of 7, and compared with transformers' generate for each "
+        "prompt alone. Windows and chunks are 12 tokens. *Attention* is the attn_implementation of the "
+        "exported model: the one that transformers picks, or eager where the pass refuses that. *Pass* is "
+        "the time of export and transforms.",
         "",
     ]
     for outcome, title in _TITLES.items():
@@ -330,7 +352,9 @@ def _table(outcome: Outcome, rows: Sequence[Row]) -> Iterator[str]:
 
 def main() -> int:
     """Parse arguments, run, write the results and the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
@@ -344,18 +368,24 @@ def main() -> int:
     known = {}
     if args.json.exists() and (args.only or args.render):
         known = {row["family"]: row for row in json.loads(args.json.read_text())["rows"]}
-    if not args.render:
+    if args.render:
+        _write(known, args.json, args.page)
+    else:
         for row in _rows(args.only or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs):
             known[row.family] = asdict(row)
+            _write(known, args.json, args.page)
+    counts = Counter(row["outcome"] for row in known.values())
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return 1 if counts["defect"] else 0
+
+
+def _write(known: dict[str, dict[str, Any]], results_path: Path, page: Path) -> None:
     results = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "rows": [known[family] for family in sorted(known)],
     }
-    args.json.write_text(json.dumps(results, indent=1) + "\n")
-    args.page.write_text(render(results))
-    counts = Counter(row["outcome"] for row in results["rows"])
-    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    return 1 if counts["defect"] else 0
+    results_path.write_text(json.dumps(results, indent=1) + "\n")
+    page.write_text(render(results))
 
 
 def _rows(families: Sequence[str], jobs: int) -> Iterator[Row]:

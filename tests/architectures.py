@@ -71,6 +71,7 @@ _SMALL: dict[str, Any] = {
     "max_position_embeddings": 256,
     "head_dim": 32,
     "is_decoder": True,
+    "tie_word_embeddings": False,  # tied, a model of random weights repeats its last token
     "initializer_std": 0.3,
     "init_std": 0.3,
     **dict.fromkeys(("ffn_dim", "dff", "dim_ff", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"), 128),
@@ -115,6 +116,7 @@ _SMALL: dict[str, Any] = {
 
 # What the table above gets wrong, by family.
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
@@ -152,8 +154,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 64}, 3: {"head_dim": 64}}, **_SHARED_KV},
     "gptj": {"rotary_dim": 8},
     "helium": {"head_dim": 16},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    # Each cycle runs all layers again: many of them make of a rounding difference another token.
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 4},
@@ -221,7 +227,9 @@ def _layers_of_each_kind(fields: dict[str, Any], num_layers: int) -> list[int]:
     return sorted(chosen + rest[: max(0, 3 - len(chosen))])
 
 
-def random_model(config: transformers.PretrainedConfig, attn_implementation: str | None = None) -> nn.Module:
+def random_model(
+    config: transformers.PretrainedConfig, attn_implementation: str | None = None
+) -> transformers.PreTrainedModel:
     """The causal LM of a config with random weights, norms and biases included; seed 0, fp32, eval.
 
     Raises:

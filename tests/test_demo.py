@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,12 +28,17 @@ from ad_flashinfer_pass.demo import stories, train
 DEMO = Path(stories.__file__).parent
 HELD_OUT_SEED = 1
 NAMES = {*stories._BOYS, *stories._GIRLS, *stories._HE_ANIMALS, *stories._SHE_ANIMALS}
-# The demo reaches 1.XX; one that guessed the names again each time would be at 1.5.
+# Measured 1.XX. One that looked back for no name would be at 1.5.
 MAX_PERPLEXITY = 1.3
 
 
-def held_out_texts(count: int) -> list[str]:
-    return [story.text for story in islice(stories.make_stories(HELD_OUT_SEED), count)]
+class Continuation(NamedTuple):
+    text: str
+    num_tokens: int
+    ends: bool
+
+
+Tell = Callable[[str], Continuation]
 
 
 def words(text: str) -> list[str]:
@@ -49,15 +56,15 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def continue_greedily(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[str], list[int]]:
-    """The token ids that follow a prompt, at most 256."""
+def tell(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Tell:
+    """Continues a prompt, greedily, by at most 256 tokens."""
 
-    def run(prompt: str) -> list[int]:
+    def run(prompt: str) -> Continuation:
         inputs = tokenizer(prompt, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)  # type: ignore[misc]
-        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+        new_ids = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        text = str(tokenizer.decode(new_ids, skip_special_tokens=True))
+        return Continuation(text, len(new_ids), new_ids[-1] == tokenizer.eos_token_id)
 
     return run
 
@@ -75,76 +82,74 @@ def test_all_files_together_are_at_most_two_megabytes() -> None:
 
 
 def test_is_a_llama_of_the_stated_size(model: LlamaForCausalLM) -> None:
-    """The demo has Llama's architecture with grouped heads, and 0.3 to 1.1 million parameters."""
+    """The demo has Llama's architecture, grouped heads, and 0.3 to 1.1 million parameters."""
     config = model.config
     assert config.model_type == "llama"
-    assert config.num_attention_heads > config.num_key_value_heads
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     assert 300_000 <= sum(weight.numel() for weight in model.parameters()) <= 1_100_000
 
 
 def test_loads_in_float32(model: LlamaForCausalLM) -> None:
-    """Weights are stored in bfloat16 but computed with in float32 unless a dtype is asked for."""
+    """Weights are stored in bfloat16, but computed with in float32 unless a dtype is asked for."""
     assert model.dtype == torch.float32
 
 
-def test_once_upon_a_time_becomes_a_whole_story(
-    continue_greedily: Callable[[str], list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    corpus_words: set[str],
-) -> None:
+def test_once_upon_a_time_becomes_a_whole_story(tell: Tell, corpus_words: set[str]) -> None:
     """The greedy continuation uses only words of the corpus, has an end, and stops by itself."""
-    ids = continue_greedily("Once upon a time")
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert ids[-1] == tokenizer.eos_token_id
-    assert 80 <= len(ids) <= 220
-    assert set(words(text)) <= corpus_words
-    assert text.endswith((".", '."', '!"'))
+    told = tell("Once upon a time")
+    assert told.ends
+    assert 80 <= told.num_tokens <= 200
+    assert set(words(told.text)) <= corpus_words
+    assert told.text.endswith((".", '."', '!"'))
 
 
-def test_stories_are_about_those_whom_the_prompt_names(
-    continue_greedily: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """The hero of the prompt stays the hero: the story speaks of them and of one other at most."""
-    for hero in ("Lily", "Ben", "Pip", "Willow"):
-        ids = continue_greedily(f"Once upon a time, there was a little fox named {hero}.")
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        named = Counter(word for word in words(text) if word in NAMES)
-        assert named[hero] >= 2, text
-        assert len(named) <= 2, text
+@pytest.mark.parametrize("hero", ["Lily", "Ben", "Pip", "Willow"])
+def test_the_hero_of_the_prompt_stays_the_hero(hero: str, tell: Tell) -> None:
+    """The story speaks of whom the prompt names, and of one friend at most."""
+    told = tell(f"Once upon a time, there was a little fox named {hero}.")
+    named = Counter(word for word in words(told.text) if word in NAMES)
+    assert named[hero] >= 2
+    assert len(named) <= 2
 
 
-def test_held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Stories of another seed hold few surprises, far fewer than for a model that counts words."""
-    docs = [tokenizer.encode(text + train.EOS) for text in held_out_texts(64)]
-    input_ids, labels = train.padded(docs)
-    with torch.inference_mode():
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss.item()
-    assert math.exp(loss) <= MAX_PERPLEXITY
-    assert math.exp(loss) < 0.1 * math.exp(unigram_loss(docs, tokenizer))
-
-
-def unigram_loss(docs: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Nats a token of the best constant distribution for training stories, after the first token."""
-    counts = Counter({token: 1 for token in range(len(tokenizer))})
-    for doc in islice(train.documents(tokenizer), 2000):
-        counts.update(doc)
-    total = sum(counts.values())
-    targets = [token for doc in docs for token in doc[1:]]
-    return -sum(math.log(counts[token] / total) for token in targets) / len(targets)
-
-
-def test_tells_a_story_on_request(
-    continue_greedily: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_tells_the_story_that_was_asked_for(tell: Tell, tokenizer: PreTrainedTokenizerBase) -> None:
     """A chat message that asks for a fox named Pip gets one."""
     messages = [{"role": "user", "content": "Tell me a story about a fox named Pip."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(prompt, str)
-    ids = continue_greedily(prompt.removeprefix(train.BOS))
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert "fox" in text
-    assert "Pip" in text
-    assert ids[-1] == tokenizer.eos_token_id
+    told = tell(str(prompt).removeprefix(train.BOS))
+    assert {"fox", "Pip"} <= set(words(told.text))
+    assert told.ends
+
+
+@pytest.mark.parametrize(
+    "prompt", ["One day, Lily found a big box.", "Hello!", "Why is the sky blue?", "日本語。"]
+)
+def test_any_prompt_leads_to_a_story(prompt: str, tell: Tell, corpus_words: set[str]) -> None:
+    """After a prompt unlike the corpus the words are the corpus's again, and there is an end."""
+    told = tell(prompt)
+    assert told.ends
+    assert 80 <= told.num_tokens <= 200
+    assert set(words(told.text)) <= corpus_words
+
+
+def test_held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stories of another seed hold few surprises, far fewer than for one that counts tokens."""
+    held_out = islice(stories.make_stories(HELD_OUT_SEED), 64)
+    pairs = [(train.BOS, story.text + train.EOS) for story in held_out]
+    input_ids, labels = train.padded(pairs, tokenizer)
+    with torch.inference_mode():
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss.item()
+    assert math.exp(loss) <= MAX_PERPLEXITY
+    assert math.exp(loss) < 0.1 * math.exp(unigram_loss(labels[labels >= 0], tokenizer))
+
+
+def unigram_loss(targets: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Nats a token, by the frequencies of tokens in training stories."""
+    counts = torch.ones(len(tokenizer))
+    for story in islice(stories.make_stories(train.STORY_SEED), 2000):
+        ids = tokenizer.encode(story.text + train.EOS, add_special_tokens=False)
+        counts += torch.bincount(torch.tensor(ids), minlength=len(tokenizer))
+    return -(counts / counts.sum()).log()[targets].mean().item()
 
 
 def test_chat_template_is_the_form_that_was_trained(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -155,23 +160,53 @@ def test_chat_template_is_the_form_that_was_trained(tokenizer: PreTrainedTokeniz
         {"role": "assistant", "content": story.text},
     ]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert rendered == train.BOS + train.chat(story) + train.EOS
+    assert rendered == train.chat_prompt(story.request) + story.text + train.EOS
 
 
-@given(st.text())
-@example("naïve café, 日本語 \N{OWL}\u200d\N{FIRE}\r\n\t  \x00")
-@example("")
-def test_tokenizer_round_trips_any_text(text: str) -> None:
+@settings(deadline=None)  # the machine may be busy
+@given(text=st.text())
+@example(text="na\u00efve \N{OWL}\u200d\N{FIRE} \u65e5\u672c\r\n\t  \x00")
+@example(text="<s> </s>")
+def test_tokenizer_round_trips_any_text(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every string is encoded after one <s>, and decodes to itself."""
-    tokenizer = _demo_tokenizer()
     ids = tokenizer.encode(text)
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text
 
 
 def test_stories_are_well_formed_and_varied() -> None:
-    """No template mark is left over, and hardly any held-out story occurs in training."""
-    held_out = held_out_texts(2000)
-    assert not [text for text in held_out if re.search(r"[\[\]{}|]|  |\.\.|a [aeiou]", text)]
+    """No template mark or wrong article is left, and stories of two seeds hardly ever agree."""
+    held_out = [story.text for story in islice(stories.make_stories(HELD_OUT_SEED), 2000)]
+    assert not [text for text in held_out if re.search(r"[\[\]{}|]|  |\.\.|\ba [aeiou]", text)]
     training = {story.text for story in islice(stories.make_stories(train.STORY_SEED), 20_000)}
     assert len(training & set(held_out)) <= 2
+
+
+def test_committed_tokenizer_is_the_one_that_the_script_makes(tmp_path: Path) -> None:
+    """The vocabulary and merges in the repository come out of train.py again."""
+    train.train_tokenizer().save_pretrained(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert made == json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def test_training_is_deterministic(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The same seeds give the same weights."""
+    first, second = (trained_two_steps(tokenizer) for _ in range(2))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+def trained_two_steps(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    torch.manual_seed(train.WEIGHT_SEED)
+    model = train.make_model(tokenizer)
+    train.train(model, tokenizer, num_steps=2)
+    return model.state_dict()
+
+
+def test_saved_model_loads_as_it_was(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """What save() writes, transformers reads: weights rounded to bfloat16, held in float32."""
+    model = train.make_model(tokenizer)
+    train.save(model, tokenizer, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.bfloat16().float(), loaded[name]), name

@@ -5,8 +5,9 @@ checked by a rule for its op: a dimension that counts tokens may be kept, moved,
 reduced, shifted, indexed or contracted; and no tensor may hold a pair of tokens.
 
 Mixture-of-experts layers sort tokens by expert and put them back, which no such rule can follow, nor can
-one follow a reshape that merges tokens with heads or experts. If the graph has such ops, it is run, with attention replaced by something that is token by token, on tokens
-in two orders and two shapes, and must give each token the same logits each time.
+one follow a reshape that merges tokens with heads or experts. If the graph has such ops, it is run, with
+attention replaced by something that is token by token, on tokens in two orders and two shapes, and among
+as many others as a step may hold, and must give each token the same logits each time.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def check_packing(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
                 "packed batch."
             )
     if dispatch:
-        report.notes.append(_probe_dispatch(model, dispatch, ctx.device))
+        report.notes.append(_probe_dispatch(model, dispatch, ctx))
     return model, report
 
 
@@ -83,25 +84,28 @@ class _Checker:
         return {dim: axes for dim, axes in found.items() if axes}
 
     def handles_tokens(self, node: fx.Node) -> bool:
-        """Whether the node reads or makes a tensor with a token dimension."""
+        """Whether the node reads or makes a tensor with a token dimension, or one made of their number."""
         tensors = [*_tensors(g.value(node))]
         for source in node.all_input_nodes:
             tensors += _tensors(g.value(source))
-        return any(self.token_dims(tensor) for tensor in tensors)
+        return any(self.token_dims(tensor) for tensor in tensors) or _counts_tokens(node)
 
     def refuse(self, node: fx.Node) -> str | None:
         """Why the node mixes tokens, None if it does not."""
         if g.is_op(node, torch.ops.ad_flashinfer.attention) or "getitem" in _name(node):
             return None
+        if _counts_tokens(node):
+            return "computes with the number of tokens"
         for tensor in _tensors(g.value(node)):
             counts = Counter(axis for axes in self.token_dims(tensor).values() for axis in axes)
             if any(count > 1 for count in counts.values()):
                 return f"makes a tensor over pairs of tokens {tuple(tensor.shape)}"
+        # Before the rules: min and max of two tensors have the name of the reductions.
+        if g.is_pointwise(node) or _name(node) in _SAFE:
+            return None
         rule = _RULES.get(_name(node))
         if rule is not None:
             return rule(self, node)
-        if g.is_pointwise(node) or _name(node) in _SAFE:
-            return None
         return "is not known to work token by token"
 
     # Each rule below returns why the node mixes tokens, or None.
@@ -139,17 +143,32 @@ class _Checker:
         sources = [n for n in node.all_input_nodes if g.is_tensor(n)]
         rank = g.value(sources[0]).dim()
         dims = args.get("dim", args.get("dims"))
-        if dims is None:
+        if dims is None or dims == []:
             dims = list(range(rank))
         chosen = {d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
         for source in sources:
             tokens = self.token_dims(g.value(source))
             if chosen & set(tokens):
                 return f"works along the tokens (dimension {min(chosen & set(tokens))})"
+        # A constant table that is cut to the number of tokens is read by their place.
+        if self._token_axes(node) - {axis for source in sources for axis in self._token_axes(source)}:
+            return self.made_of_positions(node)
         return None
+
+    def _token_axes(self, node: fx.Node) -> set[str]:
+        tensors = _tensors(g.value(node))
+        return {axis for tensor in tensors for axes in self.token_dims(tensor).values() for axis in axes}
 
     def stack(self, node: fx.Node) -> str | None:
         """A new dimension is made: none of the old ones is touched."""
+        return None
+
+    def repeat(self, node: fx.Node) -> str | None:
+        """Copies side by side, counted from the last dimension: one of each token."""
+        source, repeats = node.args[0], node.args[1]
+        offset = len(repeats) - g.value(source).dim()
+        if any(repeats[offset + dim] != 1 for dim in self.token_dims(g.value(source))):
+            return "repeats the tokens"
         return None
 
     def last_dims(self, node: fx.Node) -> str | None:
@@ -223,6 +242,16 @@ def _tensors(val: Any) -> list[Tensor]:
     return [t for t in val if isinstance(t, Tensor)] if isinstance(val, (list, tuple)) else []
 
 
+def _counts_tokens(node: fx.Node) -> bool:
+    """Whether a value, not a size, is computed from the number of tokens."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not _tensors(g.value(node)):
+        return False
+    if not g.is_pointwise(node) and _name(node) not in _FILLS:
+        return False
+    scalars = [arg for name, arg in g.op_args(node).items() if name not in ("size", "dtype")]
+    return any(isinstance(arg, fx.Node) and not _tensors(g.value(arg)) for arg in scalars)
+
+
 _Rule = Callable[[_Checker, fx.Node], "str | None"]
 
 
@@ -231,7 +260,7 @@ def _table(rule: _Rule, names: str) -> dict[str, _Rule]:
 
 
 _RULES: dict[str, _Rule] = {
-    **_table(_Checker.reshape, "view reshape _unsafe_view flatten unflatten"),
+    **_table(_Checker.reshape, "view view_as reshape _unsafe_view flatten unflatten"),
     **_table(
         _Checker.over_dims,
         "mean sum amax amin max min prod var std var_mean softmax _softmax log_softmax logsumexp "
@@ -240,6 +269,7 @@ _RULES: dict[str, _Rule] = {
         "take_along_dim repeat_interleave narrow flip roll diff glu",
     ),
     **_table(_Checker.stack, "stack"),
+    **_table(_Checker.repeat, "repeat"),
     **_table(_Checker.last_dims, "layer_norm native_layer_norm rms_norm"),
     **_table(_Checker.contraction, "linear matmul mm bmm addmm baddbmm"),
     **_table(_Checker.einsum, "einsum"),
@@ -248,12 +278,15 @@ _RULES: dict[str, _Rule] = {
     **_table(_Checker.index, "index"),
     **_table(_Checker.made_of_positions, "arange linspace tril triu eye"),
 }
+# Make a tensor of one value.
+_FILLS = frozenset("full new_full full_like scalar_tensor fill".split())
 # Keep each token where it is, whatever the shape.
 _SAFE = frozenset(
     "transpose permute t numpy_T unsqueeze squeeze expand expand_as contiguous clone to _to_copy "
     "type_as detach alias lift_fresh_copy empty zeros ones full new_zeros new_ones new_full "
     "new_empty empty_like zeros_like ones_like full_like empty_permuted sym_size sym_numel "
-    "one_hot dropout copy where floor_divide masked_fill movedim swapaxes".split()
+    "view_as_complex view_as_real complex polar real imag "
+    "one_hot dropout copy where masked_fill movedim swapaxes".split()
 )
 # How mixture-of-experts layers send tokens to experts and back.
 _DISPATCH = frozenset(
@@ -262,7 +295,7 @@ _DISPATCH = frozenset(
 )
 
 
-def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], device: torch.device) -> str:
+def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformContext) -> str:
     """Evidence that dispatch gives each token its own result.
 
     Raises:
@@ -271,33 +304,34 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], device: torch.devi
     if any(p.is_meta for p in gm.parameters()):
         return f"{len(nodes)} dispatch ops not run: the weights are on meta"
     tokens, generator = 24, torch.Generator().manual_seed(0)
-    vocab = _vocab_size(gm)
-    ids = torch.randint(0, vocab, (1, tokens), generator=generator).to(device)
-    positions = torch.arange(tokens, device=device)[None]
-    order = torch.randperm(tokens, generator=generator).to(device)
-    half = tokens // 2
+    half, budget = tokens // 2, max(tokens, ctx.sequence_info.max_num_tokens)
+    ids = torch.randint(0, _vocab_size(gm), (1, tokens), generator=generator).to(ctx.device)
+    positions = torch.arange(tokens, device=ctx.device)[None]
+    order = torch.randperm(tokens, generator=generator).to(ctx.device)
+    first = positions[0, :half]
+    # As many tokens as a step may hold, all alike and then mixed: a limit to what an expert takes shows.
+    among = torch.cat((positions.new_zeros(1, budget - half), first[None]), 1)
+    alike, mixed = ids[:, :1].repeat(1, budget), ids.repeat(1, -(-budget // tokens))[:, :budget]
+    runs = [
+        ("the order of the tokens", ids[:, order], positions[:, order], order),
+        ("the shape of the batch", ids.view(2, half), positions.view(2, half), positions[0]),
+        ("the other tokens", torch.cat((alike[:, half:], ids[:, :half]), 1), among, first),
+        ("the other tokens", torch.cat((mixed[:, half:], ids[:, :half]), 1), among, first),
+    ]
     expected = _run_local(gm, ids, positions)
-    others = ids.clone()
-    others[:, half:] = torch.randint(0, vocab, (1, half), generator=generator).to(device)
-    results = {
-        "the order of the tokens": (
-            _run_local(gm, ids[:, order], positions[:, order]),
-            expected[order],
-        ),
-        "the shape of the batch": (
-            _run_local(gm, ids.view(2, half), positions.view(2, half)),
-            expected,
-        ),
-        "the other tokens": (_run_local(gm, others, positions)[:half], expected[:half]),
-    }
     tolerance = 1e-4 if expected.dtype == torch.float32 else 3e-2
-    for what, (found, wanted) in results.items():
+    for what, run_ids, run_positions, rows in runs:
+        wanted = expected[rows]
+        found = _run_local(gm, run_ids, run_positions)[-len(rows) :]
         if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
             raise PackingError(
                 f"{g.where(nodes[0])}: with {_name(nodes[0])} and {len(nodes) - 1} more such ops, a token's "
                 f"logits depend on {what}, so sequences cannot share a batch."
             )
-    return f"{len(nodes)} dispatch ops run on {tokens} tokens in 2 orders and 2 shapes: same logits"
+    return (
+        f"{len(nodes)} dispatch ops run on {tokens} tokens in 2 orders and 2 shapes, and among {budget}: "
+        "same logits"
+    )
 
 
 def _vocab_size(gm: fx.GraphModule) -> int:

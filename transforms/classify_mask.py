@@ -42,6 +42,8 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
         if mask not in proved:
             proved[mask] = masks.prove(mask, ctx.config.max_seq_len)
             report.notes.append(f"{g.where(mask)}: {proved[mask]}")
+        if "site_notes" in node.meta:
+            node.meta["site_notes"].mask = str(proved[mask])
         found = proved[mask].mask_class
         node.args = (*node.args[:3], None, True)
         kwargs = {"sliding_window": found.sliding_window, "chunk": found.chunk}

@@ -1,6 +1,7 @@
 """The callable of ``compile_backend``.
 
-``torch-simple``: the graph's own Python code, op by op.
+``torch-simple``: the graph's own Python code, op by op. ``torch-cudagraph``: the same, with decode steps
+captured for the batch sizes of ``cuda_graph_batch_sizes`` and replayed; see ``runtime.cuda_graph``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes
 
 
 @register("compile_model")
@@ -17,4 +19,10 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     model.recompile()
     report = TransformReport("compile_model", num_matches=1)
     report.notes.append(f"{ctx.config.compile_backend}: {len(model.graph.nodes)} nodes")
-    return model, report
+    if ctx.config.compile_backend == "torch-simple":
+        return model, report
+    sizes = ctx.config.cuda_graph_batch_sizes or default_batch_sizes(ctx.config.max_batch_size)
+    captured = CudaGraphModule(model, sizes)
+    captured.capture(ctx.sequence_info, ctx.caches)
+    report.notes.append(f"decode captured for batch sizes {', '.join(map(str, captured.batch_sizes))}")
+    return captured, report

@@ -21,6 +21,10 @@ from ad_flashinfer_pass.registry import TransformContext, TransformReport, regis
 # Large enough that sizes are not confused with small constants, distinct, and not 0 or 1, which
 # torch.export specialises.
 _EXAMPLE_BATCH, _EXAMPLE_SEQ = 2, 13
+# One sequence, one token, and more of both than the example has; the longest sequence is added.
+_OTHER_SHAPES = ((1, 5), (4, 1), (3, 17))
+# Tokens; what holds only beyond is refused without a run, which would take too much memory.
+_LONGEST_RUN = 4096
 
 
 @register("export_model")
@@ -47,7 +51,8 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         raise ExportError(
             f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {reason}"
         ) from err
-    gm = _plain_module(program)
+    gm, guards = _plain_module(program)
+    _check_other_shapes(gm, wrapped, guards, ctx)
     report = TransformReport("export_model", num_matches=1)
     report.notes.append(f"{len(gm.graph.nodes)} nodes")
     return gm, report
@@ -74,14 +79,67 @@ class _Logits(nn.Module):
         return out.logits if hasattr(out, "logits") else out[0]
 
 
-def _plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program with its parameters as attributes, plain inputs, one tensor out, and no hooks."""
-    module = program.module(check_guards=False)
+def _plain_module(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, list[nn.Module]]:
+    """The program with its parameters as attributes, plain inputs, one tensor out, and no hooks.
+
+    Also the modules that check what export assumed about the shapes of the inputs.
+    """
+    module = program.module()
     graph = module.graph
+    guards = []
+    for node in graph.find_nodes(op="call_module"):
+        guards.append(module.get_submodule(str(node.target)))
+        graph.erase_node(node)
     output = graph.output_node()
     (result,) = g.args(output)[0]
     output.args = (result,)
     graph.set_codegen(fx.graph.CodeGen())
     gm = fx.GraphModule(module, graph)
     g.finish(gm)
-    return gm
+    return gm, guards
+
+
+def _check_other_shapes(
+    gm: fx.GraphModule, wrapped: _Logits, guards: list[nn.Module], ctx: TransformContext
+) -> None:
+    """Refuse a graph into which a property of the example's shape was written.
+
+    Not everything that export assumed matters: strides decide how a reshape is done, a branch on a length
+    what is computed. So where an assumption does not hold, the graph is run beside the model.
+    """
+    for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
+        failed = _failed_guard(guards, shape)
+        if failed is not None and not _computes_the_same(gm, wrapped, shape, ctx.device):
+            name, example = type(wrapped.model).__name__, f"{_EXAMPLE_BATCH} x {_EXAMPLE_SEQ}"
+            raise ExportError(
+                f"{name} cannot be exported with dynamic batch and sequence: the graph made from {example} "
+                f"tokens is not right for {shape[0]} x {shape[1]} ({failed}). Let the model compute from "
+                "shapes with tensors, not with Python numbers, or lower max_seq_len if that is the bound."
+            )
+
+
+def _failed_guard(guards: list[nn.Module], shape: tuple[int, int]) -> str | None:
+    ids = torch.empty(shape, dtype=torch.int64, device="meta")
+    try:
+        for guard in guards:
+            guard(ids, ids)
+    except AssertionError as err:
+        return " ".join(str(err).split())
+    return None
+
+
+def _computes_the_same(
+    gm: fx.GraphModule, wrapped: _Logits, shape: tuple[int, int], device: torch.device
+) -> bool:
+    batch, seq = shape
+    if seq > _LONGEST_RUN or any(p.is_meta for p in gm.parameters()):
+        return False
+    ids = torch.arange(batch * seq, device=device).view(shape) % 2
+    positions = torch.arange(seq, device=device).repeat(batch, 1)
+    with torch.no_grad():
+        try:
+            wanted, found = wrapped(ids, positions), gm(ids, positions)
+        except (RuntimeError, IndexError, ValueError, AssertionError):  # what the model's own code raises
+            return False
+    # The same ops on the same numbers: a tenth of a percent is ample for sums in another order.
+    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

@@ -14,6 +14,7 @@ kv_cache_0, kv_cache_1, ...
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import (
     CachedSite,
     KvCacheResource,
+    SiteNotes,
     TransformContext,
     TransformReport,
     register,
@@ -62,6 +64,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
         report.num_matches += 1
     _cancel_transposes(model.graph)
     report.notes.append(f"{len(sites)} sites, {len(ctx.resources)} caches")
+    report.notes += _choices(ctx.sites)
     g.finish(model)
     return model, report
 
@@ -106,7 +109,9 @@ def _insert_site(
     query, key, value = args["query"], args["key"], args["value"]
     pair = (_source(key), _source(value))
     site = _site(ctx, args, shares_kv=pair in caches)
-    kernel, reason = select.choose(site, ctx.device, g.where(node))
+    prefill, decode = (
+        select.choose(site, phase, ctx.device, g.where(node)) for phase in ("prefill", "decode")
+    )
     with gm.graph.inserting_before(node):
         if pair not in caches:
             caches[pair] = _add_cache(gm, ctx, site)
@@ -117,7 +122,6 @@ def _insert_site(
                 value,
                 slot_mapping,
                 caches[pair],
-                kernel,
             )
         options = {
             name: args[name]
@@ -135,14 +139,31 @@ def _insert_site(
             block_table,
             site.scale,
             site.v_head_dim,
-            kernel=kernel,
+            prefill_kernel=prefill.kernel,
+            decode_kernel=decode.kernel,
             **options,
         )
     for meta in ("stack_trace", "nn_module_stack"):
         cached.meta[meta] = node.meta.get(meta)
     node.replace_all_uses_with(cached)
     gm.graph.erase_node(node)
-    ctx.sites.append(CachedSite(g.where(cached), site, kernel, reason, caches[pair].name))
+    ctx.sites.append(
+        CachedSite(
+            where=g.where(cached),
+            module=g.module_path(cached),
+            notes=node.meta.get("site_notes", SiteNotes("ad_flashinfer.attention")),
+            site=site,
+            prefill=prefill,
+            decode=decode,
+            cache=caches[pair].name,
+        )
+    )
+
+
+def _choices(sites: list[CachedSite]) -> list[str]:
+    """Which kernel runs each phase, of how many sites, and why."""
+    counts = Counter((phase, getattr(site, phase)) for site in sites for phase in ("prefill", "decode"))
+    return [f"{phase}: {kernel}, {n} sites: {why}" for (phase, (kernel, why)), n in counts.items()]
 
 
 def _site(ctx: TransformContext, args: dict[str, Any], shares_kv: bool) -> Site:

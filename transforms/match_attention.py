@@ -20,7 +20,7 @@ from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import matching, ops
 from ad_flashinfer_pass.errors import NoAttentionError
 from ad_flashinfer_pass.matching import AttentionMatch, MaskTerm, Operand
-from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
+from ad_flashinfer_pass.registry import SiteNotes, Skip, TransformContext, TransformReport, register
 
 assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
 aten = torch.ops.aten
@@ -83,6 +83,7 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         )
         for key in ("stack_trace", "nn_module_stack"):
             attention.meta[key] = last.meta.get(key)
+        attention.meta["site_notes"] = SiteNotes(match.form, _folded(match))
         # bsnd -> bnsd -> the layout of the node that is replaced.
         order = tuple((0, 2, 1, 3)[dim] for dim in match.result_order)
         result = _permuted(graph, attention, order)
@@ -98,6 +99,22 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         for user in list(source.users):
             graph.erase_node(user)
         graph.erase_node(source)
+
+
+def _folded(match: AttentionMatch) -> list[str]:
+    """What the op takes over, in words."""
+    heads, kv_heads = (g.shape(x.node)[x.order[1]] for x in (match.query, match.key))
+    parts = [f"scale {match.scale:.6g}"]
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads != kv_heads:
+        parts.append(f"{heads // kv_heads} query heads a KV head")
+    if match.logit_cap is not None:
+        parts.append(f"logit cap {match.logit_cap:g}")
+    if match.sinks is not None:
+        parts.append("sinks")
+    kinds = ["boolean" if term.is_bool else "additive" for term in match.mask_terms]
+    if kinds:
+        parts.append(f"mask ({', '.join(kinds)})")
+    return parts
 
 
 def _seq_first(graph: fx.Graph, operand: Operand) -> fx.Node:

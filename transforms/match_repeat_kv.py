@@ -30,9 +30,7 @@ def match_repeat_kv(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
         if match is None:
             continue
         source, repeats, dim = match
-        with model.graph.inserting_before(node):
-            repeat = g.call_op(model.graph, aten.repeat_interleave.self_int, source, repeats, dim)
-        node.replace_all_uses_with(repeat)
+        g.replace_op(node, aten.repeat_interleave.self_int, source, repeats, dim)
         report.num_matches += 1
     if report.num_matches:
         g.finish(model)
@@ -41,7 +39,7 @@ def match_repeat_kv(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
 
 def _expanded_group(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """(source, repeats, dim) if the node is reshape(expand(unsqueeze(source)))."""
-    if not g.is_op(node, aten.reshape, aten.view, aten._unsafe_view):
+    if not g.is_op(node, aten.reshape, aten.view, aten._unsafe_view, aten.flatten):
         return None
     expand = _skip_copies(g.args(node)[0])
     if not g.is_op(expand, aten.expand) or not g.is_op(g.args(expand)[0], aten.unsqueeze):

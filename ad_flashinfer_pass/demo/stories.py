@@ -15,10 +15,21 @@ from typing import NamedTuple
 
 
 class Story(NamedTuple):
-    """A story, and words in which somebody could have asked for it."""
+    """A story, and what could be said before it."""
 
+    opening: str
+    """Who it is about; may be empty."""
+    body: str
+    """What happens."""
     request: str
-    text: str
+    """Words in which somebody could have asked for it."""
+    oddity: str
+    """A sentence that makes little sense, in place of the opening."""
+
+    @property
+    def text(self) -> str:
+        """The whole story."""
+        return f"{self.opening} {self.body}".lstrip()
 
 
 class Plot(NamedTuple):
@@ -155,7 +166,7 @@ PLOTS = (
             {"gift": "a warm {color} scarf", "fkind": _ANYBODY},
         ),
         (
-            "One [day|morning], {his} mother gave {him} a big {food}. It [smelled|looked] so good!",
+            "One [day|morning], the mother of {hero} gave {him} a big {food}. It [smelled|looked] so good!",
             "{hero} sat down to eat the {food} [in the warm sun|under a big tree]. There {he} "
             "saw a {ftrait} {fkind} named {friend}.",
             '{friend} [was all alone|had tears in {fhis} eyes]. "I am so hungry," said {friend}.',
@@ -426,9 +437,28 @@ def _make_story(rng: random.Random) -> Story:
     cast["fkind"] = rng.choice(kinds)
     cast.update(_draw_person(rng, cast["fkind"], other=cast["hero"], prefix="f"))
     cast["friend"] = cast.pop("fname")
-    templates = (rng.choice(_OPENINGS), *plot.scenes, rng.choice(_ENDINGS))
-    text = " ".join(_fill(template, cast, rng) for template in templates if template)
-    return Story(_fill(rng.choice(_REQUESTS), cast, rng), text)
+    scenes = (*plot.scenes, rng.choice(_ENDINGS))
+    return Story(
+        opening=_fill(rng.choice(_OPENINGS), cast, rng),
+        body=" ".join(_fill(scene, cast, rng) for scene in scenes),
+        request=_fill(rng.choice(_REQUESTS), cast, rng),
+        oddity=_make_oddity(cast, rng),
+    )
+
+
+def _make_oddity(cast: dict[str, str], rng: random.Random) -> str:
+    """The start of some scene; half of its words, but not the hero, make place for nonsense."""
+    scenes = []
+    for plot in rng.choices(PLOTS, k=2):
+        scene = rng.choice((plot.scenes[0], rng.choice(plot.scenes)))
+        scenes.append(_fill(scene, {**rng.choice(plot.props), **cast}, rng).split())
+    odd = []
+    for word in scenes[0][: rng.randint(3, 14)]:
+        other = rng.choice(scenes[1])
+        made_up = word[: rng.randint(1, 4)] + other[-rng.randint(1, 4) :]
+        is_hero = word.startswith(cast["hero"])
+        odd.append(word if is_hero else rng.choice((word, word, other, made_up)))
+    return " ".join(odd).rstrip('.,!?"') + rng.choice((".", ".", "!", "?", ""))
 
 
 def _draw_cast(rng: random.Random) -> dict[str, str]:

@@ -36,7 +36,6 @@ TOKENIZER_STORIES = 5000
 BATCH_STORIES = 8
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 50
-CHAT_EVERY = 5  # one story in so many is told on request
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -47,7 +46,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE: any text can be encoded, and decodes to itself; ``<s>`` is put in front."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,6 +57,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    stories = islice(make_stories(STORY_SEED), TOKENIZER_STORIES)
+    texts = (chat_prompt(story.request).removeprefix(BOS) + story.text for story in stories)
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
@@ -98,27 +99,41 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def chat(story: Story) -> str:
-    """The story on request, as ``CHAT_TEMPLATE`` would have it."""
-    return f"User: {story.request}\nStoryteller:\n{story.text}"
+def chat_prompt(request: str) -> str:
+    """A request for a story, as ``CHAT_TEMPLATE`` puts it."""
+    return f"{BOS}User: {request}\nStoryteller:\n"
 
 
-def documents(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of endless stories, each from ``<s>`` to ``</s>``; some follow a request."""
-    for index, story in enumerate(make_stories(STORY_SEED)):
-        text = chat(story) if index % CHAT_EVERY == 0 else story.text
-        yield tokenizer.encode(BOS + text + EOS, add_special_tokens=False)
-
-
-def padded(docs: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """One document a row: token ids and labels, int64 [len(docs), longest]; labels skip the padding.
-
-    Stories are not packed: the names of another story in view keep the model from learning to look
-    back for its own.
+def prompted(stories: Iterable[Story]) -> Iterator[tuple[str, str]]:
+    """Prompts and what should follow: nothing and a story, a request and its story, an odd sentence
+    and a story that makes the best of it.
     """
-    rows = [torch.tensor(doc) for doc in docs]
-    input_ids = pad_sequence(rows, batch_first=True)
-    return input_ids, pad_sequence(rows, batch_first=True, padding_value=-100)
+    for index, story in enumerate(stories):
+        if index % 4 == 0:
+            yield chat_prompt(story.request), story.text + EOS
+        elif index % 4 == 1:
+            end = " " if story.oddity[-1:] in ".!?" else ". "
+            yield BOS + story.oddity, end + story.body + EOS
+        else:
+            yield BOS, story.text + EOS
+
+
+def padded(pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Input ids and labels, int64 [pairs, longest]; labels are -100 but for the texts to learn.
+
+    A row is one story. Packed rows would be faster, but the names of another story in view keep the
+    model from learning to look back for its own.
+    """
+    rows, labels = [], []
+    for prompt, text in pairs:
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        text_ids = tokenizer.encode(text, add_special_tokens=False)
+        rows.append(torch.tensor(prompt_ids + text_ids))
+        labels.append(torch.tensor([-100] * len(prompt_ids) + text_ids))
+    return (
+        pad_sequence(rows, batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=-100),
+    )
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -127,14 +142,15 @@ def learning_rate(step: int, num_steps: int) -> float:
     return LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def train(model: LlamaForCausalLM, docs: Iterator[list[int]], num_steps: int) -> None:
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, num_steps: int) -> None:
     """Train in place, each step on new stories; prints the loss and the time that is left."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model.train()
+    pairs = prompted(make_stories(STORY_SEED))
     start = time.monotonic()
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps)
-        input_ids, labels = padded(list(islice(docs, BATCH_STORIES)))
+        input_ids, labels = padded(islice(pairs, BATCH_STORIES), tokenizer)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -167,15 +183,14 @@ def main() -> None:
     """Parse the command line, train and save."""
     parser = argparse.ArgumentParser(description="Train the demo model on made-up stories.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--steps", type=int, default=2500, help="of 8 stories each")
+    parser.add_argument("--steps", type=int, default=2800, help="of 8 stories each")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # sums are then in one order, so the same seeds give the same model
     torch.manual_seed(WEIGHT_SEED)
-    stories = islice(make_stories(STORY_SEED), TOKENIZER_STORIES)
-    tokenizer = train_tokenizer(chat(story) for story in stories)
+    tokenizer = train_tokenizer()
     model = make_model(tokenizer)
-    train(model, documents(tokenizer), args.steps)
+    train(model, tokenizer, args.steps)
     save(model, tokenizer, args.output)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -44,11 +46,20 @@ class Capability:
     name: str
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})
     device_types: frozenset[str] | None = None
+    compute_majors: frozenset[int] | None = None
+    """Major numbers of the CUDA compute capability; None also means no CUDA device is needed."""
+    package: str | None = None
+    """Python package that must be installed."""
     dtypes: frozenset[torch.dtype] | None = None
     kv_dtypes: frozenset[torch.dtype] | None = None
+    converts_kv: bool = True
+    """Reads a cache whose dtype is not that of the query."""
     page_sizes: frozenset[int] | None = None
     head_dims: frozenset[int] | None = None
     max_group: int | None = None
+    """Query heads a KV head."""
+    max_group_elements: int | None = None
+    """The group, rounded up to 16 heads, times the head size, rounded up to a power of two of at least 64."""
     sliding_window: bool = True
     logit_cap: bool = True
     chunk: bool = True
@@ -57,6 +68,8 @@ class Capability:
     shared_kv: bool = True
     mixed_head_dims: bool = True
     """K and V of different head size."""
+    missing: Callable[[Site], str | None] | None = None
+    """What this machine lacks for a site that all else allows, asked last because it may take time."""
 
     def refusals(self, site: Site, phase: Phase, device: torch.device) -> list[str]:
         """Every item of ``site`` that this provider cannot do, as text; empty if it can run it."""
@@ -68,12 +81,17 @@ class Capability:
             "page size": (site.page_size, self.page_sizes),
             "head size": (site.head_dim, self.head_dims),
         }
+        if self.compute_majors is not None:
+            allowed["compute capability major"] = (_compute_major(device), self.compute_majors)
         refused = [
             f"{item} {value} (it has {', '.join(sorted(map(str, known)))})"
             for item, (value, known) in allowed.items()
             if known is not None and value not in known
         ]
+        if self.package is not None and find_spec(self.package) is None:
+            refused.append(f"package {self.package} is not installed")
         needs = {
+            "converts_kv": site.kv_dtype != site.dtype,
             "sliding_window": site.sliding_window is not None,
             "logit_cap": site.logit_cap is not None,
             "chunk": site.chunk is not None,
@@ -86,7 +104,20 @@ class Capability:
         group = site.num_heads // site.num_kv_heads
         if self.max_group is not None and group > self.max_group:
             refused.append(f"{group} query heads a KV head (at most {self.max_group})")
-        return refused
+        tile = _round_up(group, 16) * max(64, 1 << (site.head_dim - 1).bit_length())
+        if self.max_group_elements is not None and tile > self.max_group_elements:
+            refused.append(f"{group} query heads a KV head of size {site.head_dim}")
+        lacks = self.missing(site) if self.missing is not None and not refused else None
+        return refused if lacks is None else [lacks]
+
+
+def _compute_major(device: torch.device) -> int:
+    """Major number of the device's compute capability, 0 if it is no CUDA device."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def ledger(site: Site) -> dict[str, str]:

@@ -74,10 +74,9 @@ def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -
         part.permute(0, 2, 1, 3)[page, offset] = new.flatten(0, 1).to(kv_cache.dtype)
 
 
-def attend(
+def prefill(
     query: Tensor,
     kv_cache: Tensor,
-    batch_info_host: Tensor,
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
@@ -86,32 +85,34 @@ def attend(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """See ``ops.cached_attention``."""
-    num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
-    tokens = query.flatten(0, 1)
-    num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
+    """See ``kernels.select.Provider``; one sequence after the other, with lengths read on the host."""
+    bounds, totals = cu_seqlen.tolist(), seq_len_with_cache.tolist()
     outputs = []
-    if num_long:
-        bounds = cu_seqlen[: num_long + 1].tolist()
-        totals = seq_len_with_cache[:num_long].tolist()
-        for row, total in enumerate(totals):
-            q = tokens[bounds[row] : bounds[row + 1]][None]
-            k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim)
-            outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])
-    if num_decode:
-        rows = slice(num_long, num_long + num_decode)
-        q = tokens[long_tokens : long_tokens + num_decode][:, None]
-        lens = seq_len_with_cache[rows]
-        # On a GPU reading the longest length would wait for the device: take the whole table.
-        longest = int(lens.max()) if lens.device.type == "cpu" else block_table.shape[1] * kv_cache.shape[3]
-        k, v = _gather_pages(kv_cache, block_table[rows], longest, q, v_head_dim)
-        bias = visibility_bias((lens - 1)[:, None], longest, spec)
-        outputs.append(_attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, (lens - 1)[:, None])[:, 0])
-    padding = tokens.shape[0] - long_tokens - num_decode
-    if padding:
-        outputs.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out.contiguous().view(*query.shape[:-1], v_head_dim)
+    for row, total in enumerate(totals):
+        q = query[bounds[row] : bounds[row + 1]][None]
+        k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim)
+        outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """See ``kernels.select.Provider``; all sequences at once."""
+    q, last = query[:, None], (seq_len_with_cache - 1)[:, None]
+    on_cpu = query.device.type == "cpu"
+    # On a GPU reading the longest length would wait for the device: take the whole table.
+    longest = int(seq_len_with_cache.max()) if on_cpu else block_table.shape[1] * kv_cache.shape[3]
+    k, v = _gather_pages(kv_cache, block_table, longest, q, v_head_dim)
+    bias = visibility_bias(last, longest, spec)
+    return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, last)[:, 0]
 
 
 def dense_attention(

@@ -1,22 +1,37 @@
-"""Which provider runs a site: the no-drop ledger.
+"""Which provider runs a site, phase by phase: the no-drop ledger.
 
-A provider is a module with a ``CAPABILITY`` and the functions ``append`` and ``attend``. A site goes to
-the first provider, in the order of ``PROVIDERS``, whose declaration covers every item of the site; if
-none does, the pass stops and says which item each of them lacks.
+A provider is a module with a ``CAPABILITY`` and, for the phases that it declares, the functions::
+
+    decode(query, kv_cache, seq_len_with_cache, block_table, v_head_dim, spec, sinks, alibi_slopes)
+    prefill(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, v_head_dim, spec, sinks,
+            alibi_slopes)
+
+Their arguments are those of ``ops.cached_attention`` cut to the sequences of the phase, with query
+[tokens, num_heads, head_dim] and ``spec`` for the scalars; the result, [tokens, num_heads, v_head_dim], is a
+new tensor. In each phase a site goes to the first provider, in the order of ``PROVIDERS``, whose declaration
+covers every item of the site; if none does, the pass stops and says which item each of them lacks.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import reference
-from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.kernels import fmha_v2, reference, xqa
+from ad_flashinfer_pass.kernels.capability import Phase, Site
 
-PROVIDERS: dict[str, ModuleType] = {module.CAPABILITY.name: module for module in (reference,)}
+PROVIDERS: dict[str, ModuleType] = {module.CAPABILITY.name: module for module in (xqa, fmha_v2, reference)}
+
+
+class Choice(NamedTuple):
+    """The provider of one phase of a site."""
+
+    kernel: str
+    reason: str
+    """Why it, and why not those before it."""
 
 
 def provider(name: str) -> Any:
@@ -24,11 +39,12 @@ def provider(name: str) -> Any:
     return PROVIDERS[name]
 
 
-def choose(site: Site, device: torch.device, where: str) -> tuple[str, str]:
-    """Name of the provider for a site, and the reason.
+def choose(site: Site, phase: Phase, device: torch.device, where: str) -> Choice:
+    """The provider for a phase of a site.
 
     Args:
         site: what must be honoured.
+        phase: decode is one new token of a sequence, prefill is more than one.
         device: where the graph runs.
         where: the site's node and source line, for the error.
 
@@ -37,17 +53,13 @@ def choose(site: Site, device: torch.device, where: str) -> tuple[str, str]:
     """
     lacking: list[str] = []
     for name, module in PROVIDERS.items():
-        refusals = [
-            f"{phase}: {text}"
-            for phase in ("prefill", "decode")
-            for text in module.CAPABILITY.refusals(site, phase, device)
-        ]
+        refusals = module.CAPABILITY.refusals(site, phase, device)
         if not refusals:
             reason = "covers every item of the site"
-            return name, f"{reason}; not {'; not '.join(lacking)}" if lacking else reason
+            return Choice(name, f"{reason}; not {'; not '.join(lacking)}" if lacking else reason)
         lacking.append(f"{name}: {', '.join(refusals)}")
     raise UnsupportedError(
-        f"{where}: no kernel does all that this attention needs on {device} ({'; '.join(lacking)}). "
-        "Change kv_cache_config (dtype, tokens_per_block), or run on device: cpu, whose reference "
-        "kernels do all of it."
+        f"{where}: no kernel does all that this attention needs for {phase} on {device} "
+        f"({'; '.join(lacking)}). Change kv_cache_config (dtype, tokens_per_block), or run on device: cpu, "
+        "whose reference kernels do all of it."
     )

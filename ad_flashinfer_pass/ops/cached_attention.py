@@ -15,7 +15,7 @@ torch.library.define(
     "(Tensor query, Tensor kv_cache, Tensor batch_info_host, Tensor cu_seqlen, "
     "Tensor seq_len_with_cache, Tensor block_table, float scale, int v_head_dim, "
     "int? sliding_window=None, float? logit_cap=None, int? chunk=None, Tensor? sinks=None, "
-    'Tensor? alibi_slopes=None, str kernel="reference") -> Tensor',
+    'Tensor? alibi_slopes=None, str prefill_kernel="reference", str decode_kernel="reference") -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -34,7 +34,8 @@ def cached_attention(
     chunk: int | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    kernel: str = "reference",
+    prefill_kernel: str = "reference",
+    decode_kernel: str = "reference",
 ) -> Tensor:
     """Causal attention of the new tokens over their sequence's pages, which already hold them.
 
@@ -54,24 +55,32 @@ def cached_attention(
         chunk: only keys of the query's own chunk of C positions are visible.
         sinks: [num_heads], one more logit in each softmax, whose value is zero.
         alibi_slopes: float32 [num_heads], slope * (key position - query position) is added.
-        kernel: name of the provider.
+        prefill_kernel: name of the provider for prefill and extend sequences.
+        decode_kernel: name of the provider for decode sequences.
 
     Returns:
         [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
     """
     spec = AttentionSpec(scale, sliding_window, logit_cap, chunk)
-    return select.provider(kernel).attend(
-        query,
-        kv_cache,
-        batch_info_host,
-        cu_seqlen,
-        seq_len_with_cache,
-        block_table,
-        v_head_dim,
-        spec,
-        sinks,
-        alibi_slopes,
-    )
+    site = (v_head_dim, spec, sinks, alibi_slopes)
+    num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
+    num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
+    tokens = query.flatten(0, 1)
+    parts = []
+    if num_long:
+        prefill = select.provider(prefill_kernel).prefill
+        lens, pages = seq_len_with_cache[:num_long], block_table[:num_long]
+        parts.append(prefill(tokens[:long_tokens], kv_cache, cu_seqlen[: num_long + 1], lens, pages, *site))
+    if num_decode:
+        decode = select.provider(decode_kernel).decode
+        rows = slice(num_long, num_long + num_decode)
+        one_each = tokens[long_tokens : long_tokens + num_decode]
+        parts.append(decode(one_each, kv_cache, seq_len_with_cache[rows], block_table[rows], *site))
+    padding = tokens.shape[0] - long_tokens - num_decode
+    if padding:
+        parts.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.contiguous().view(*query.shape[:-1], v_head_dim)
 
 
 torch.library.impl(_NAME, "default", cached_attention)

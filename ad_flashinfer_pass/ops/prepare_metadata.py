@@ -30,6 +30,8 @@ def prepare_metadata(
 ) -> tuple[Tensor, Tensor]:
     """Block table and slots of one step.
 
+    On CUDA by one Triton kernel, without waiting for the device; elsewhere by the reference.
+
     Args:
         position_ids: [b, s]; only its number of elements, the padded token count T, is used.
         batch_info_host: int32, host, see ``metadata.BatchInfo``.
@@ -45,7 +47,12 @@ def prepare_metadata(
         slot_mapping: int64 [T], page * page_size + offset of each new token; 0, in the scratch
             page, for padding tokens.
     """
-    return reference.prepare_metadata(
+    prepare = reference.prepare_metadata
+    if cache_loc.device.type == "cuda":
+        from ad_flashinfer_pass.kernels import metadata  # needs triton
+
+        prepare = metadata.prepare_metadata
+    return prepare(
         position_ids.numel(),
         reference.num_sequences(batch_info_host),
         cu_seqlen,

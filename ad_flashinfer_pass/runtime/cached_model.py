@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 
 
 class CachedModel:
@@ -46,9 +47,11 @@ class CachedModel:
         Raises:
             ValueError: the step is empty, out of order or too large; nothing was run.
         """
-        self.sequence_info.nest_sequences(sequences)
+        bucket = self.module.bucket(sequences) if isinstance(self.module, CudaGraphModule) else None
+        self.sequence_info.nest_sequences(sequences, pad_to=bucket)
         with torch.inference_mode():
-            return self.module(**self.sequence_info.named_args(), **self.caches)[0]
+            logits = self.module(**self.sequence_info.named_args(), **self.caches)[0]
+        return logits if bucket is None else logits[: len(sequences)]
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Zero some pages: NaN left behind in one would reach the sequence that owns it next."""

@@ -259,7 +259,7 @@ class LLM:
 
     def _close(self, request_id: int) -> None:
         """Stop listening to a request, and cancel it if it has not ended."""
-        del self._inboxes[request_id]
+        self._inboxes.pop(request_id, None)
         self.engine.cancel(request_id)
 
     def _next_outputs(self, inbox: list[StepOutput]) -> list[StepOutput]:

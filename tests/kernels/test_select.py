@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import reference, select
-from ad_flashinfer_pass.kernels.capability import Capability, Site, ledger
+from ad_flashinfer_pass.kernels import reference, select, xqa
+from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site, ledger
 
 CPU = torch.device("cpu")
 PLAIN = Site(
@@ -45,6 +45,7 @@ ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "has_alibi": ({"has_alibi": True}, {"alibi": False}, "alibi"),
     "shares_kv": ({"shares_kv": True}, {"shared_kv": False}, "shared_kv"),
 }
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 def test_every_item_of_a_site_is_in_the_ledger() -> None:
@@ -121,36 +122,88 @@ def provide(monkeypatch: pytest.MonkeyPatch, *capabilities: Capability) -> None:
     monkeypatch.setattr(select, "PROVIDERS", modules)
 
 
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("item", ITEMS)
-def test_choose_names_the_site_and_the_item(item: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_names_the_site_and_the_item(item: str, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no provider has the item, the pass stops with where, what, who lacks it, and a way out."""
     needs, lacks, named = ITEMS[item]
     provide(monkeypatch, replace(Capability(name="limited"), **lacks))
     with pytest.raises(UnsupportedError) as raised:
-        select.choose(replace(PLAIN, **needs), CPU, "node attention_3 (model.py:12)")
+        select.choose(replace(PLAIN, **needs), phase, CPU, "node attention_3 (model.py:12)")
     message = str(raised.value)
     assert message.startswith("node attention_3 (model.py:12): no kernel does all that this attention needs")
-    assert f"limited: prefill: {named}" in message
-    assert f"decode: {named}" in message
+    assert f" for {phase} on cpu (limited: {named}" in message
     assert "Change kv_cache_config" in message
     assert "\n" not in message
 
 
-def test_choose_takes_the_first_that_covers_and_says_why_not_the_others(
+def test_choose_takes_the_first_that_covers_the_phase_and_says_why_not_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Order is preference: a provider that lacks an item in one phase is passed over, with the reason."""
+    """Order is preference, phase by phase: a provider that lacks one is passed over, with the reason."""
     provide(
         monkeypatch,
         Capability(name="fast", phases=frozenset({"decode"})),
         Capability(name="able"),
         Capability(name="spare"),
     )
-    name, reason = select.choose(PLAIN, CPU, "node a")
+    name, reason = select.choose(PLAIN, "prefill", CPU, "node a")
     assert name == "able"
-    assert reason == "covers every item of the site; not fast: prefill: phase prefill (it has decode)"
+    assert reason == "covers every item of the site; not fast: phase prefill (it has decode)"
+    assert select.choose(PLAIN, "decode", CPU, "node a") == ("fast", "covers every item of the site")
 
 
-def test_choose_on_a_cpu_gives_the_reference() -> None:
-    """The providers of the package cover a plain site on a CPU."""
-    assert select.choose(PLAIN, CPU, "node a") == ("reference", "covers every item of the site")
+@pytest.mark.parametrize("phase", PHASES)
+def test_choose_on_a_cpu_gives_the_reference(phase: Phase) -> None:
+    """The kernels of a GPU are passed over because of the device, which the reason says."""
+    name, reason = select.choose(PLAIN, phase, CPU, "node a")
+    assert name == "reference"
+    for other in select.PROVIDERS.keys() - {"reference"}:
+        assert f"not {other}: " in reason
+    assert "device cpu (it has cuda)" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "refusal"),
+    [
+        (
+            Capability(name="a", compute_majors=frozenset({9, 12})),
+            "compute capability major 0 (it has 12, 9)",
+        ),
+        (Capability(name="a", package="no_such_package"), "package no_such_package is not installed"),
+        (
+            Capability(name="a", missing=lambda site: f"no module for {site.dtype}"),
+            "no module for torch.float32",
+        ),
+    ],
+    ids=["compute_major", "package", "missing"],
+)
+def test_the_machine_is_judged(capability: Capability, refusal: str) -> None:
+    """A provider that this machine cannot run refuses, and says what is lacking."""
+    assert capability.refusals(PLAIN, "decode", CPU) == [refusal]
+
+
+def test_what_is_missing_is_asked_only_of_a_site_that_could_run() -> None:
+    """The question may take time, so a site that is refused anyway does not ask it."""
+
+    def missing(site: Site) -> str | None:
+        raise AssertionError(f"asked for {site}")
+
+    capability = Capability(name="a", page_sizes=frozenset({16}), missing=missing)
+    assert capability.refusals(PLAIN, "decode", CPU) == ["page size 32 (it has 16)"]
+
+
+def test_a_cache_of_another_dtype_needs_a_kernel_that_converts() -> None:
+    """Both dtypes may be allowed, and still not together."""
+    site = replace(PLAIN, kv_dtype=torch.float16)
+    assert Capability(name="a").refusals(site, "decode", CPU) == []
+    assert Capability(name="a", converts_kv=False).refusals(site, "decode", CPU) == ["converts_kv"]
+
+
+@pytest.mark.parametrize(("head_dim", "largest"), [(48, 128), (64, 128), (96, 64), (128, 64), (256, 32)])
+def test_large_groups_are_limited_by_the_head_size(head_dim: int, largest: int) -> None:
+    """XQA's tile of queries holds so many heads of each size, and the next larger group is refused."""
+    for group, is_refused in ((largest, False), (largest + 1, True)):
+        site = replace(PLAIN, num_heads=group, num_kv_heads=1, head_dim=head_dim, v_head_dim=head_dim)
+        refusals = xqa.CAPABILITY.refusals(site, "decode", CPU)
+        assert (f"{group} query heads a KV head of size {head_dim}" in refusals) == is_refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import NoAttentionError, UnsupportedError
-from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels import reference, select
 from ad_flashinfer_pass.kernels.capability import Capability
 from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import TransformContext
@@ -111,7 +112,7 @@ def test_every_item_of_a_site_reaches_the_op() -> None:
         assert args[name] == source[name], name
     (site,) = ctx.sites
     assert (site.site.sliding_window, site.site.has_sinks) == (WINDOW, True)
-    assert (site.kernel, site.cache) == ("reference", "kv_cache_0")
+    assert (site.prefill.kernel, site.decode.kernel, site.cache) == ("reference", "reference", "kv_cache_0")
 
 
 def test_shared_k_and_v_have_one_cache_and_one_append() -> None:
@@ -154,7 +155,26 @@ def test_report_counts_sites_and_caches() -> None:
     gm = exported(SmallModel(sdpa, sdpa, shares_kv=True), *MATCH, ctx=ctx)
     _, reports = run(gm, ctx, "insert_cached_attention")
     report = reports["insert_cached_attention"]
-    assert (report.num_matches, report.skipped, report.notes) == (2, [], ["2 sites, 1 caches"])
+    assert (report.num_matches, report.skipped, report.notes[0]) == (2, [], "2 sites, 1 caches")
+
+
+def test_report_says_which_kernel_runs_each_phase_and_why() -> None:
+    """One note for each phase and choice, with the number of sites and the reason."""
+    ctx = context()
+    gm = exported(SmallModel(sdpa, windowed), *MATCH, ctx=ctx)
+    _, reports = run(gm, ctx, "insert_cached_attention")
+    notes = reports["insert_cached_attention"].notes[1:]
+    for note, phase in zip(notes, ("prefill", "decode"), strict=True):
+        assert note.startswith(f"{phase}: reference, 2 sites: covers every item of the site; not xqa: ")
+
+
+def test_each_phase_has_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider that declares one phase gets that one, and the reference the other."""
+    fast = SimpleNamespace(CAPABILITY=Capability(name="fast", phases=frozenset({"decode"})))
+    monkeypatch.setattr(select, "PROVIDERS", {"fast": fast, "reference": reference})
+    gm = inserted(SmallModel(sdpa), context())
+    args = g.op_args(find(gm, ATTEND)[0])
+    assert (args["prefill_kernel"], args["decode_kernel"]) == ("reference", "fast")
 
 
 def test_graph_without_canonical_attention_is_refused_and_unchanged() -> None:
@@ -174,9 +194,9 @@ def test_a_site_that_no_kernel_covers_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnsupportedError) as raised:
         inserted(SmallModel(sdpa, everything), context())
     message = str(raised.value)
-    assert message.startswith("node attention_1 (")
+    assert message.startswith("node attention_default_1 (")
     assert "small_models.py:" in message
-    assert "limited: prefill: logit_cap, decode: logit_cap" in message
+    assert "for prefill on cpu (limited: logit_cap)" in message
 
 
 # What a broken rewrite would do. Each must show in the numerics, or the tests above prove nothing.

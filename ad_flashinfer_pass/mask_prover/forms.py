@@ -1,18 +1,20 @@
 """Sets of (query, key, size), and linear forms that are bounded over them.
 
 The arithmetic of the mask prover. A ``Form`` stands for a number that depends on where in the mask one
-looks: a linear part, and a remainder of which only bounds are known. ``Cells`` are many regions of the
-mask at once, one array entry a region. Every bound is sound: the true value of a form at any point of a
-cell lies within ``Cells.limits`` of it. Numbers are float64, which holds the integers of a mask exactly.
+looks: a linear part, a remainder of which only bounds are known, and a relative error. ``Cells`` are many
+regions of the mask at once, one array entry a region. Bounds are sound: at any point of a cell the true
+value of a form lies within ``Cells.limits`` of it. They are float64, which holds the integers of a mask
+exactly.
 
 Variables: ``q`` and ``k``, the indices of query and key; ``s``, the number of tokens; ``b``, the batch
-row; ``p``, the position at which the row starts; ``j0``, ``j1``, ...: the running index of a sum.
+row, and ``rows``, their number; ``p``, the position at which the row starts; ``j0``, ``j1``, ...: the
+running index of a sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,12 +29,21 @@ QUERY, KEY, LAG, SIZE = range(4)
 _AXIS = {"q": QUERY, "k": KEY, "s": SIZE}
 
 _EXACT = 2.0**53
+_NOTHING = np.zeros(1)
 _BITS = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding to a float format."""
+    return 2.0 ** -_BITS[dtype]
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """``sum(terms[v] * v) + r`` with lo <= r <= hi; arrays have one entry a cell, or one for all."""
+    """``(sum(terms[v] * v) + r) * (1 + e)`` with lo <= r <= hi and abs(e) <= error.
+
+    Arrays have one entry a cell, or one for all.
+    """
 
     lo: Array
     hi: Array
@@ -40,45 +51,70 @@ class Form:
     grain: float = 0.0
     """Every value is a multiple of this power of two; 0 if nothing is known. It tells when a float
     format holds the value exactly."""
+    error: Array = field(default_factory=lambda: _NOTHING)
+    floor_of: tuple[Form, float] | None = None
+    """(x, c) if the form is floor(x / c) of an integer x."""
 
     def __add__(self, other: Form) -> Form:
+        assert not self.has_error and not other.has_error, "use Cells.plus"
         terms = dict(self.terms)
         for var, factor in other.terms.items():
             terms[var] = terms[var] + factor if var in terms else factor
-        terms = {var: factor for var, factor in terms.items() if np.any(factor)}
-        with np.errstate(invalid="ignore"):
-            lo, hi = _no_nan(self.lo + other.lo, self.hi + other.hi)
-        return Form(lo, hi, terms, min(self.grain, other.grain))
+            if not some(terms[var]):
+                del terms[var]
+        return Form(*_plus((self.lo, self.hi), (other.lo, other.hi)), terms, min(self.grain, other.grain))
 
     def __neg__(self) -> Form:
-        return Form(-self.hi, -self.lo, {var: -factor for var, factor in self.terms.items()}, self.grain)
+        terms = {var: -factor for var, factor in self.terms.items()}
+        return Form(-self.hi, -self.lo, terms, self.grain, self.error)
 
     def __sub__(self, other: Form) -> Form:
         return self + -other
 
     def scaled(self, factor: Array, grain: float) -> Form:
         """The form times a number that is known in every cell, a multiple of ``grain``."""
-        terms = {var: value * factor for var, value in self.terms.items() if np.any(factor)}
-        with np.errstate(invalid="ignore"):
-            lo, hi = span(factor, self.lo, self.hi)
-        return Form(lo, hi, terms, self.grain * grain if self.grain and grain else 0.0)
+        terms = {var: value * factor for var, value in self.terms.items()} if some(factor) else {}
+        grain = self.grain * grain if self.grain and grain else 0.0
+        return Form(*span(factor, self.lo, self.hi), terms, grain, self.error)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether there is a relative error in any cell."""
+        return self.error is not _NOTHING and some(self.error)
+
+    @property
+    def exact(self) -> Form:
+        """The form without its relative error."""
+        return replace(self, error=_NOTHING)
 
     @property
     def is_known(self) -> bool:
         """Whether it is one number in every cell."""
-        return not self.terms and bool(np.array_equal(self.lo, self.hi))
+        return not self.terms and not self.has_error and bool((self.lo == self.hi).all())
+
+
+def some(values: Array) -> bool:
+    """Whether any is not 0; several times faster on small arrays than ``any``."""
+    return bool(np.count_nonzero(values))
+
+
+def _no_nan(lo: Array, hi: Array) -> Limits:
+    """An undefined bound says nothing."""
+    if not (some(np.isnan(lo)) or some(np.isnan(hi))):
+        return lo, hi
+    return np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)
 
 
 def number(value: float | Array, grain: float | None = None) -> Form:
     """A form that is one known number in every cell."""
     array = np.atleast_1d(np.asarray(value, dtype=np.float64))
-    return Form(array, array, {}, grain_of(array) if grain is None else grain)
+    return Form(*_no_nan(array, array), {}, grain_of(array) if grain is None else grain)
 
 
-def variable(name: str, offset: float = 0.0) -> Form:
-    """One variable, plus a constant."""
-    at = np.array([offset])
-    return Form(at, at, {name: np.ones(1)}, 1.0)
+def variable(name: str) -> Form:
+    """One variable."""
+    zero = np.zeros(1)
+    return Form(zero, zero, {name: np.ones(1)}, 1.0)
 
 
 def between(lo: Array, hi: Array, grain: float = 0.0) -> Form:
@@ -87,17 +123,20 @@ def between(lo: Array, hi: Array, grain: float = 0.0) -> Form:
     return Form(lo, hi, {}, grain)
 
 
+UNKNOWN = between(np.array([-np.inf]), np.array([np.inf]))
+"""Any number, or none."""
+
+
 def pick(choice: Array, yes: Form, no: Form) -> Form:
     """``yes`` in the cells where ``choice`` holds and ``no`` in the others."""
-    terms = {
-        var: np.where(choice, yes.terms.get(var, 0.0), no.terms.get(var, 0.0))
-        for var in {*yes.terms, *no.terms}
-    }
+    names = {*yes.terms, *no.terms}
+    terms = {var: np.where(choice, yes.terms.get(var, 0.0), no.terms.get(var, 0.0)) for var in names}
     lo, hi = np.where(choice, yes.lo, no.lo), np.where(choice, yes.hi, no.hi)
-    return Form(lo, hi, terms, min(yes.grain, no.grain))
+    error = np.where(choice, yes.error, no.error) if yes.has_error or no.has_error else _NOTHING
+    return Form(lo, hi, terms, min(yes.grain, no.grain), error)
 
 
-def span(factor: Array | float, lo: Array, hi: Array) -> Limits:
+def span(factor: Array, lo: Array, hi: Array) -> Limits:
     """Bounds of factor * x for lo <= x <= hi."""
     a, b = factor * lo, factor * hi
     return _no_nan(np.minimum(a, b), np.maximum(a, b))
@@ -139,9 +178,15 @@ class Cells:
         hi = np.concatenate((below, self.hi), axis=1)
         return Cells(lo, hi, np.concatenate((self.head, self.head)), self.other).tightened()
 
+    def batches(self, size: int) -> list[Cells]:
+        """The cells in reading order, some at a time."""
+        query, key, tokens = self.first()
+        order = np.lexsort((tokens, key, query))
+        return [self.take(order[at : at + size]) for at in range(0, len(self), size)]
+
     def tightened(self) -> Cells:
         """The same points in the narrowest bounds; cells without points are left out."""
-        (ql, kl, dl, sl), (qh, kh, dh, sh) = self.lo.copy(), self.hi.copy()
+        (ql, kl, dl, sl), (qh, kh, dh, sh) = self.lo, self.hi
         for _ in range(2):  # difference constraints over three variables are closed after two rounds
             qh, kh = np.minimum(qh, sh - 1), np.minimum(kh, sh - 1)
             ql, qh = np.maximum(ql, kl + dl), np.minimum(qh, kh + dh)
@@ -149,8 +194,7 @@ class Cells:
             dl, dh = np.maximum(dl, ql - kh), np.minimum(dh, qh - kl)
             sl = np.maximum(sl, np.maximum(ql, kl) + 1)
         kept = (ql <= qh) & (kl <= kh) & (dl <= dh) & (sl <= sh)
-        lo, hi = np.stack((ql, kl, dl, sl)), np.stack((qh, kh, dh, sh))
-        return Cells(lo, hi, self.head, self.other).take(kept)
+        return Cells(np.stack((ql, kl, dl, sl)), np.stack((qh, kh, dh, sh)), self.head, self.other).take(kept)
 
     def first(self) -> tuple[Array, Array, Array]:
         """Query, key and size of the first point of each cell, in reading order."""
@@ -158,35 +202,40 @@ class Cells:
         key = np.maximum(self.lo[KEY], query - self.hi[LAG])
         return query, key, np.maximum(self.lo[SIZE], np.maximum(query, key) + 1)
 
+    def starts_before(self, order: tuple[int, int, int]) -> Array:
+        """Which cells have points before a (query, key, size), in reading order."""
+        query, key, size = self.first()
+        return (query < order[0]) | ((query == order[0]) & ((key < order[1]) | ((key == order[1]) & (size < order[2]))))
+
     def limits(self, form: Form) -> Limits:
         """Bounds of a form over each cell."""
         lo, hi = form.lo, form.hi
-        rest = {var: factor for var, factor in form.terms.items() if var in _AXIS}
+        axes = {var: factor for var, factor in form.terms.items() if var in _AXIS}
         for var, factor in form.terms.items():
-            if var not in rest:
-                low, high = span(factor, *self.other[var])
-                lo, hi = lo + low, hi + high
-        if rest:
-            low, high = self._limits_of_axes(rest)
-            lo, hi = lo + low, hi + high
+            if var not in axes:
+                lo, hi = _plus((lo, hi), span(factor, *self.other[var]))
+        if axes:
+            lo, hi = _plus((lo, hi), self._limits_of_axes(axes))
+        if form.has_error:
+            lo, hi = _no_nan(lo - form.error * np.abs(lo), hi + form.error * np.abs(hi))
         return lo, hi
 
     def _limits_of_axes(self, terms: Mapping[str, Array]) -> Limits:
         """Each way to write the form is a bound; the tightest of them is taken."""
-        q, k, s = (terms.get(var, 0.0) for var in "qks")
+        q, k, s = (terms.get(var, _NOTHING) for var in "qks")
         if "s" not in terms:
             return self._limits_of_qk(q, k)
         ways = [_plus(self._limits_of_qk(q, k), self._span(s, SIZE))]
         for axis, (at_q, at_k) in ((QUERY, (q + s, k)), (KEY, (q, k + s))):
-            # s = axis + 1 + beyond, with beyond >= 0
+            # s = axis + beyond, with beyond >= 1
             beyond = np.maximum(self.lo[SIZE] - self.hi[axis], 1), self.hi[SIZE] - self.lo[axis]
             ways.append(_plus(self._limits_of_qk(at_q, at_k), span(s, *beyond)))
         return _tightest(ways)
 
-    def _limits_of_qk(self, q: Array | float, k: Array | float) -> Limits:
-        if not np.any(k):
+    def _limits_of_qk(self, q: Array, k: Array) -> Limits:
+        if not some(k):
             return self._span(q, QUERY)
-        if not np.any(q):
+        if not some(q):
             return self._span(k, KEY)
         return _tightest(
             [
@@ -196,58 +245,66 @@ class Cells:
             ]
         )
 
-    def _span(self, factor: Array | float, axis: int) -> Limits:
+    def _span(self, factor: Array, axis: int) -> Limits:
         return span(factor, self.lo[axis], self.hi[axis])
 
+    def plus(self, a: Form, b: Form) -> Form:
+        """a + b; relative errors become bounds, unless one of the two is 0."""
+        for zero, other in ((a, b), (b, a)):
+            if zero.is_known and not some(zero.lo):
+                return other
+        return self.absolute(a) + self.absolute(b)
+
+    def absolute(self, form: Form) -> Form:
+        """The form with its relative error as part of its bounds."""
+        if not form.has_error:
+            return form
+        reach = form.error * np.maximum.reduce([np.abs(limit) for limit in self.limits(form.exact)])
+        return Form(*_no_nan(form.lo - reach, form.hi + reach), form.terms, form.grain)
+
     def settled(self, form: Form) -> Form:
-        """The form with its value where a cell leaves only one."""
+        """The form with its value in the cells that leave only one."""
         if not form.terms:
             return form
         lo, hi = self.limits(form)
         single = lo == hi
-        if not single.any():
-            return form
-        return pick(single, Form(lo, hi, {}, form.grain), form)
+        return pick(single, Form(lo, hi, {}, form.grain), form) if some(single) else form
 
     def rounded(self, form: Form, dtype: torch.dtype) -> Form:
         """What is left of a form when it is stored in ``dtype``."""
         lo, hi = self.limits(form)
         largest = np.maximum(np.abs(lo), np.abs(hi))
         if not dtype.is_floating_point:
-            info = torch.iinfo(dtype) if dtype != torch.bool else torch.iinfo(torch.uint8)
+            info = torch.iinfo(dtype)
             fits = (lo >= info.min) & (hi <= info.max) & (largest < _EXACT)
-            if fits.all():
-                return form
-            return pick(fits, form, between(np.array([-np.inf]), np.array([np.inf]), 1.0))
+            return form if fits.all() else pick(fits, form, replace(UNKNOWN, grain=1.0))
         highest = torch.finfo(dtype).max
-        if np.all(largest <= min(highest, 2.0 ** _BITS[dtype] * form.grain)):
+        if np.all(largest <= min(highest, form.grain / roundoff(dtype))):
             return form
         form = self.settled(form)
-        lo, hi = _store(form.lo, dtype), _store(form.hi, dtype)
+        is_linear = np.any([np.broadcast_to(f != 0, largest.shape) for f in form.terms.values()], axis=0)
+        lo, hi = (_stored(limit, dtype) for limit in self.limits(replace(form, terms={})))
         # Rounding keeps multiples of the grain: it only happens where the format's own steps are larger.
-        grain = form.grain or (grain_of(lo) if form.is_known else 0.0)
-        if form.terms:
-            linear = np.any([np.broadcast_to(f != 0, largest.shape) for f in form.terms.values()], axis=0)
-            error = 2.0 ** -_BITS[dtype] * largest + torch.finfo(dtype).tiny
-            error = np.where(largest > highest, np.inf, error)
-            lo, hi = np.where(linear, form.lo - error, lo), np.where(linear, form.hi + error, hi)
-        return Form(*_no_nan(lo, hi), form.terms, grain)
+        grain = form.grain or (grain_of(lo) if not form.terms and np.array_equal(lo, hi) else 0.0)
+        stored = Form(lo, hi, {}, grain)
+        if not form.terms:
+            return stored
+        tiny = torch.finfo(dtype).smallest_normal  # below it, errors are absolute
+        error = (1 + form.error) * (1 + roundoff(dtype)) - 1
+        stored = pick(is_linear, Form(form.lo - tiny, form.hi + tiny, form.terms, grain, error), stored)
+        overflows = is_linear & (largest > highest)
+        return pick(overflows, UNKNOWN, stored) if some(overflows) else stored
 
 
-def _store(values: Array, dtype: torch.dtype) -> Array:
+def _stored(values: Array, dtype: torch.dtype) -> Array:
     """Float64 values rounded to a float format."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).double().numpy()
 
 
 def _plus(a: Limits, b: Limits) -> Limits:
-    return a[0] + b[0], a[1] + b[1]
+    return _no_nan(a[0] + b[0], a[1] + b[1])
 
 
 def _tightest(ways: list[Limits]) -> Limits:
     lows, highs = zip(*ways, strict=True)
     return np.maximum.reduce(lows), np.minimum.reduce(highs)
-
-
-def _no_nan(lo: Array, hi: Array) -> Limits:
-    """An undefined bound says nothing."""
-    return np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)

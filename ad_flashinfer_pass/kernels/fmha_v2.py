@@ -1,0 +1,104 @@
+"""TensorRT-LLM's FMHA v2 kernel through FlashInfer: prefill and chunks of it on compute capability 9.x.
+
+It needs no plan: lengths and pages are read on the device. FlashInfer compiles one module for all head sizes
+and masks, which takes tens of processor minutes, so this provider is chosen only where that module is built.
+
+What it does not check, and what is done here about it:
+
+- The tensor ``seq_lens`` is never read; the lengths come from prefix sums.
+- If the query has batch * max_q_len rows, all sequences are taken to be equally long. Here max_q_len is the
+  smaller of all rows and the longest sequence possible, so that this holds only if they are.
+- The window applies whenever it is shorter than max_kv_len, whatever the mask mode; one of a single token
+  must be asked for by the mode.
+- The pool's strides are derived from its shape: a pool that is a strided view of another is refused.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels.capability import Capability, Site
+from ad_flashinfer_pass.kernels.reference import AttentionSpec
+
+_LAYOUT = "Q_PAGED_KV_HND"
+_WORKSPACE_BYTES = 2**27
+
+
+@cache
+def _is_built(dtype: torch.dtype) -> bool:
+    from flashinfer.jit.attention.modules import gen_fmha_v2_module
+
+    return gen_fmha_v2_module(_LAYOUT, dtype).is_compiled
+
+
+def _missing(site: Site) -> str | None:
+    return None if _is_built(site.dtype) else "its FlashInfer module is not built"
+
+
+CAPABILITY = Capability(
+    name="fmha_v2",
+    phases=frozenset({"prefill"}),
+    device_types=frozenset({"cuda"}),
+    compute_majors=frozenset({9}),
+    package="flashinfer",
+    dtypes=frozenset({torch.bfloat16}),
+    kv_dtypes=frozenset({torch.bfloat16}),
+    converts_kv=False,
+    page_sizes=frozenset({16, 32, 64, 128}),
+    head_dims=frozenset({64, 128, 256}),
+    logit_cap=False,
+    chunk=False,
+    alibi=False,
+    mixed_head_dims=False,
+    missing=_missing,
+)
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    """For one stream at a time; the kernel clears what it needs cleared."""
+    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def prefill(
+    query: Tensor,
+    kv_cache: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """See ``kernels.select``; the pool must be contiguous."""
+    from flashinfer.prefill import trtllm_fmha_v2_prefill
+
+    assert kv_cache.is_contiguous(), "FMHA v2 reads a pool by its shape, not by its strides"
+    max_kv_len = block_table.shape[1] * kv_cache.shape[3]
+    is_windowed = spec.sliding_window is not None and spec.sliding_window < max_kv_len
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    trtllm_fmha_v2_prefill(
+        (query, kv_cache),
+        _LAYOUT,
+        _workspace(query.device),
+        seq_len_with_cache,
+        min(query.shape[0], max_kv_len),
+        max_kv_len,
+        float(spec.scale),
+        1.0,
+        seq_len_with_cache.shape[0],
+        cu_seqlen,
+        F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
+        block_tables=block_table,
+        out=out,
+        sinks=None if sinks is None else sinks.float(),
+        mask_mode="sliding_window" if is_windowed else "causal",
+        window_left=(spec.sliding_window or 0) - 1 if is_windowed else -1,
+    )
+    return out

@@ -1,0 +1,419 @@
+"""The part of a graph that computes an attention mask, as a program of its own.
+
+The mask's backward slice is cut where only a shape is read, so that the program's inputs are the number
+of rows, the number of tokens and the positions, and nothing else: a mask that reads anything else is
+refused here. Writes in place to a tensor of the slice, also through views, belong to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Hashable, Iterator
+from functools import cached_property, reduce
+from typing import Any, Literal, TypeAlias
+
+import sympy
+import torch
+from torch import SymInt, Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+from torch.utils._sympy import functions as sym
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import MaskError
+
+aten = torch.ops.aten
+
+Shape: TypeAlias = tuple[int | sympy.Expr, ...]
+Symbol: TypeAlias = Literal["rows", "size"]
+
+# Arguments of which only the shape and dtype are read.
+_SHAPE_ARGS: dict[Any, str] = {
+    **dict.fromkeys((aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty), "self"),
+    **dict.fromkeys((aten.ones_like, aten.zeros_like, aten.full_like, aten.empty_like), "self"),
+    **dict.fromkeys((aten.expand_as, aten.view_as, aten.reshape_as, aten.type_as, aten.to), "other"),
+}
+# A constant above this is not computed ahead: 2**25 float32 are 128 MiB.
+_LARGEST_CONSTANT = 2**25
+# Sizes at which a program is traced again; distinct, and unlike the constants of masks.
+_TRACE_ROWS, _TRACE_SIZE = 3, 29
+
+
+class MaskProgram:
+    """A mask as a function of rows, tokens and positions."""
+
+    def __init__(self, mask: fx.Node) -> None:
+        """Cut the program out of the graph of ``mask``.
+
+        Raises:
+            MaskError: the mask reads values that are neither positions nor constants, or its sizes are not
+                those of the tokens.
+        """
+        self.mask = mask
+        self._order = {node: place for place, node in enumerate(mask.graph.nodes)}
+        self._writes = [node for node in mask.graph.nodes if _writes(node)]
+        found = self._with_writes(set(_needed(mask)))
+        self.nodes = sorted(found, key=self._order.__getitem__)
+        self.is_functional = not any(map(_writes, self.nodes))
+        self._check_inputs()
+        self.symbols = _symbols(mask.graph, self.where)
+        self.args = {
+            node: {name: _arg(arg) for name, arg in g.op_args(node).items()}
+            for node in self.nodes
+            if node.op == "call_function"
+        }
+        self._shapes: dict[fx.Node, Shape] = {}
+        self._compute_dtypes: dict[fx.Node, torch.dtype] = {}
+        self._check_shape()
+
+    @property
+    def where(self) -> str:
+        """The mask's node and source line, for messages."""
+        return g.where(self.mask)
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether the values of the positions matter."""
+        return any(node.op == "placeholder" for node in self.nodes)
+
+    def sizes(self) -> tuple[int, int]:
+        """Fewest and most tokens for which the graph is valid, by the ranges that tracing recorded."""
+        low, high = 1, 2**62
+        for symbol, meaning in self.symbols.items():
+            if meaning == "size":
+                bounds = self._shape_env.var_to_range[symbol]
+                low = max(low, int(bounds.lower)) if bounds.lower.is_Integer else low
+                high = min(high, int(bounds.upper)) if bounds.upper.is_Integer else high
+        return (1 if low <= 2 else low), high  # tracing always assumes at least 2
+
+    @property
+    def _shape_env(self) -> Any:
+        return next(
+            size.node.shape_env
+            for node in self.mask.graph.find_nodes(op="placeholder")
+            if g.is_tensor(node)
+            for size in g.shape(node)
+            if isinstance(size, SymInt)
+        )
+
+    def _check_shape(self) -> None:
+        """A mask is [rows or 1, heads, tokens or 1, tokens or 1], or has fewer dimensions."""
+        shape = (1, 1, *self.shape(self.mask))[-4:]
+        heads, *tokens = shape[1:]
+        if g.value(self.mask).dim() < 2 or not isinstance(heads, int) or not all(
+            size == 1 or self.symbols.get(size) == "size" for size in tokens
+        ):
+            raise MaskError(
+                f"{self.where}: an attention mask must have the shape [tokens, tokens], [heads, tokens, tokens] or "
+                f"[batch, heads, tokens, tokens], where tokens are those of the input, but has {self.shape(self.mask)}."
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Heads for which the mask differs, 1 if it has no dimension of heads."""
+        heads = (1, 1, *self.shape(self.mask))[-3]
+        assert isinstance(heads, int)
+        return heads
+
+    def shape(self, node: fx.Node) -> Shape:
+        """Sizes of a tensor node, as numbers or expressions of sizes."""
+        if node not in self._shapes:
+            self._shapes[node] = tuple(map(_arg, g.shape(node)))
+        return self._shapes[node]
+
+    def compute_dtype(self, node: fx.Node) -> torch.dtype:
+        """The dtype to which an op of ``self`` and ``other`` brings both."""
+        if node not in self._compute_dtypes:
+            a, b = (
+                g.value(arg) if isinstance(arg, fx.Node) else 1.0 if isinstance(arg, float) else 1
+                for arg in (self.args[node]["self"], self.args[node]["other"])
+            )
+            self._compute_dtypes[node] = torch.result_type(a, b)
+        return self._compute_dtypes[node]
+
+    def _with_writes(self, found: set[fx.Node]) -> set[fx.Node]:
+        """Add the writes in place to tensors of the slice, and what they need in turn."""
+        read_at = [self._order[user] for user in self.mask.users if "attention" in str(user.target)]
+        first, last = min(read_at, default=len(self._order)), max(read_at, default=0)
+        pending = True
+        while pending:
+            bases = {_base(node) for node in found}
+            pending = False
+            for write in self._writes:
+                target = _base(write)
+                if write in found or target not in bases or self._order[write] > max(first, last):
+                    continue
+                if self._order[write] > first:
+                    raise MaskError(
+                        f"{self.where}: the attention mask is changed in place by {write.name} between two "
+                        "of its readers. Build each layer's mask as a tensor of its own."
+                    )
+                if target.op != "call_function":
+                    raise MaskError(
+                        f"{self.where}: {write.name} changes {target.target} in place, which would carry "
+                        "over to the next call. Build the mask from a copy of it."
+                    )
+                found |= set(_needed(write))
+                pending = True
+        return found
+
+    def _check_inputs(self) -> None:
+        for node in self.nodes:
+            if node.op == "placeholder" and not _is_position(node):
+                raise self._reads_tokens(node)
+            if node.op == "get_attr" and isinstance(_attribute(node), FakeTensor):
+                raise MaskError(
+                    f"{self.where}: the attention mask reads {node.target}, whose values are not loaded."
+                )
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_idle(node):
+                raise MaskError(
+                    f"{self.where}: the attention mask is random ({node.target}); export in eval mode."
+                )
+            if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+                raise self.unknown(node)
+
+    def _reads_tokens(self, node: fx.Node) -> MaskError:
+        is_learned = any(n.op == "get_attr" and isinstance(_attribute(n), torch.nn.Parameter) for n in self.nodes)
+        advice = (
+            "It depends on activations of the model (learned or dynamic sparsity), which no kernel here computes."
+            if is_learned
+            else "A padding or custom mask cannot be cached: export without it; sequences of different length need "
+            "no padding here."
+        )
+        return MaskError(
+            f"{self.where}: the attention mask must be computed from positions and constants only, but reads the "
+            f"values of the input {node.name}. {advice}"
+        )
+
+    def unknown(self, node: fx.Node, what: str = "") -> MaskError:
+        """The refusal of a node whose meaning is not known."""
+        return MaskError(
+            f"{self.where}: the attention mask cannot be proved, because the effect of {node.target}"
+            f"{what and ' ' + what} ({g.where(node)}) is not known here. Compute the mask with comparisons of "
+            "index vectors, as in (k <= q) & (k > q - window)."
+        )
+
+    @cached_property
+    def constants(self) -> dict[fx.Node, Tensor]:
+        """Values, on the CPU, of the nodes that depend neither on sizes nor on positions."""
+        values: dict[fx.Node, Tensor] = {}
+        for node in self.nodes:
+            if node.op == "get_attr":
+                values[node] = _attribute(node).detach().cpu()
+            elif node.op == "call_function" and self._is_constant(node, values):
+                values[node] = self._call(node, values, {})
+        return values
+
+    def _is_constant(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> bool:
+        shape = self.shape(node) if g.is_tensor(node) else (sympy.oo,)
+        return (
+            self.is_functional
+            and all(isinstance(size, int) for size in shape)
+            and reduce(operator.mul, shape, 1) <= _LARGEST_CONSTANT
+            and all(source in values for source in node.all_input_nodes)
+        )
+
+    def run(self, rows: int | SymInt, size: int | SymInt, positions: Tensor) -> Tensor:
+        """The mask itself, for int64 ``positions`` of [rows, size], on the CPU.
+
+        Returns:
+            bool or float, broadcastable to [rows, heads, size, size].
+
+        Raises:
+            MaskError: it cannot be computed for so many tokens.
+        """
+        symbols = {"rows": rows, "size": size}
+        values: dict[fx.Node, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for node in self.nodes:
+                    if node.op == "placeholder":
+                        values[node] = positions if g.value(node).dim() > 1 else positions[0]
+                    elif node.op == "get_attr":
+                        values[node] = self.constants[node].clone()
+                    else:
+                        values[node] = self._call(node, values, symbols)
+        except (RuntimeError, IndexError, ValueError, TypeError) as err:
+            raise MaskError(
+                f"{self.where}: the attention mask cannot be computed for {rows} x {size} tokens: "
+                f"{' '.join(str(err).split())[:300]}"
+            ) from err
+        return values[self.mask]
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Tensor], symbols: dict[str, Any]) -> Any:
+        assert callable(node.target)
+
+        def at(arg: Any) -> Any:
+            if isinstance(arg, torch.device):
+                return torch.device("cpu")
+            if not isinstance(arg, fx.Node):
+                return arg
+            if arg in values:
+                return values[arg]
+            if not g.is_tensor(arg):
+                return self.number(g.value(arg), symbols)
+            shape = [self.number(size, symbols) for size in g.shape(arg)]
+            return torch.empty((), dtype=g.value(arg).dtype).expand(shape)
+
+        return node.target(*map_aggregate(node.args, at), **map_aggregate(node.kwargs, at))
+
+    def number(self, value: Any, symbols: dict[str, Any]) -> Any:
+        """A scalar of the graph at given rows and size."""
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            leaves = {symbol: symbols[meaning] for symbol, meaning in self.symbols.items()}
+            return self.evaluate(value.node.expr, leaves.__getitem__, _PYTHON)
+        return value
+
+    def evaluate(
+        self, expr: sympy.Expr, leaf: Callable[[Any], Any], algebra: dict[Any, Callable[..., Any]]
+    ) -> Any:
+        """An expression of sizes in some algebra; ``leaf`` takes a symbol or a number.
+
+        Raises:
+            MaskError: the expression holds a size that is not that of the tokens, or an unknown function.
+        """
+        if expr.is_Symbol and expr not in self.symbols:
+            raise MaskError(
+                f"{self.where}: the attention mask depends on the size {expr}, which is not that of the tokens."
+            )
+        if expr.is_Symbol or expr.is_number:
+            return leaf(expr) if expr.is_Symbol else algebra["number"](expr)
+        for kind, function in algebra.items():
+            if isinstance(kind, type) and isinstance(expr, kind):
+                return reduce(function, (self.evaluate(arg, leaf, algebra) for arg in expr.args))
+        raise MaskError(f"{self.where}: the attention mask depends on the size {expr}, which is not understood.")
+
+    def functional(self) -> MaskProgram:
+        """The same program traced again, without writes in place and with fewer kinds of ops."""
+        low, high = self.sizes()
+        size = max(low, min(_TRACE_SIZE, high))
+
+        def mask(tokens: Tensor, position_ids: Tensor) -> Tensor:
+            return self.run(*tokens.shape, position_ids)
+
+        tokens = torch.zeros(_TRACE_ROWS, size, dtype=torch.int64)
+        positions = torch.arange(size).repeat(_TRACE_ROWS, 1)
+        traced = make_fx(torch.func.functionalize(mask), tracing_mode="symbolic")(tokens, positions)
+        traced.graph.eliminate_dead_code()
+        (output,) = traced.graph.output_node().all_input_nodes
+        output.meta["stack_trace"] = self.mask.meta.get("stack_trace")
+        return MaskProgram(output)
+
+    def fingerprint(self) -> Hashable:
+        """Equal for programs that compute the same by the same steps, whatever their names."""
+        names = {node: place for place, node in enumerate(self.nodes)}
+
+        def plain(arg: Any) -> Any:
+            if not isinstance(arg, fx.Node):
+                return str(arg)
+            return names.get(arg, str(g.shape(arg) if g.is_tensor(arg) else g.value(arg)))
+
+        steps = []
+        for node in self.nodes:
+            content = str(node.target) if node.op == "call_function" else node.op
+            if node.op == "get_attr":
+                content = _digest(self.constants[node])
+            meta = (str(tuple(g.shape(node))), g.value(node).dtype) if g.is_tensor(node) else None
+            steps.append((content, str(map_aggregate((node.args, node.kwargs), plain)), meta))
+        return tuple(steps)
+
+
+_PYTHON: dict[Any, Callable[..., Any]] = {
+    "number": lambda number: int(number) if number.is_Integer else float(number),
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    sym.Max: torch.sym_max,
+    sym.Min: torch.sym_min,
+    sym.FloorDiv: operator.floordiv,
+    sym.PythonMod: operator.mod,
+    sym.Mod: operator.mod,
+}
+
+
+def _arg(arg: Any) -> Any:
+    """An argument in which scalars of the graph are numbers or expressions."""
+    if isinstance(arg, (list, tuple)):
+        return [_arg(part) for part in arg]
+    if isinstance(arg, fx.Node) and not g.is_tensor(arg):
+        arg = g.value(arg)
+    if isinstance(arg, (torch.SymInt, torch.SymFloat)):
+        expr = arg.node.expr
+        return int(expr) if expr.is_Integer else expr
+    return arg
+
+
+def _needed(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes whose values the node's value depends on; scalars and shapes are not followed."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        sources = list(current.all_input_nodes)
+        packet = getattr(current.target, "overloadpacket", None)
+        if packet in _SHAPE_ARGS:
+            shape_arg = g.op_args(current).get(_SHAPE_ARGS[packet])
+            sources = [source for source in sources if source is not shape_arg]
+        for source in sources:
+            if source not in seen and not isinstance(g.value(source), (int, float, torch.SymInt, torch.SymFloat)):
+                seen.add(source)
+                stack.append(source)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose memory a node may share: views are followed to what they look at."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        args = g.op_args(node)
+        shared = [args.get(arg.name) for arg in schema.arguments if arg.alias_info is not None]
+        if not shared or not isinstance(shared[0], fx.Node):
+            break
+        node = shared[0]
+    return node
+
+
+def _symbols(graph: fx.Graph, where: str) -> dict[sympy.Symbol, Symbol]:
+    """What the symbols of the token inputs' shapes [rows, size, ...] mean."""
+    meanings: dict[sympy.Symbol, Symbol] = {}
+    is_dynamic = False
+    for node in graph.find_nodes(op="placeholder"):
+        if not g.is_tensor(node) or len(g.shape(node)) < 2:
+            continue
+        for size, meaning in zip(g.shape(node), ("rows", "size"), strict=False):
+            if isinstance(size, SymInt) and size.node.expr.is_Symbol:
+                meanings.setdefault(size.node.expr, meaning)
+                is_dynamic |= meaning == "size"
+    if not is_dynamic:
+        raise MaskError(
+            f"{where}: the number of tokens must be dynamic, but the graph was made for one length. "
+            "Export with torch.export.Dim.DYNAMIC for the sequence dimension of input_ids and position_ids."
+        )
+    return meanings
+
+
+def _is_position(node: fx.Node) -> bool:
+    return "position" in node.name and 1 <= g.value(node).dim() <= 2
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the op changes the values of an argument; ``detach_`` does not."""
+    return g.mutates_input(node) and not g.is_op(node, aten.detach_)
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a random op draws nothing: dropout in eval mode."""
+    args = g.op_args(node)
+    return not args.get("train", True) or args.get("p") == 0
+
+
+def _attribute(node: fx.Node) -> Tensor:
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha256(data).hexdigest()}"

@@ -1,0 +1,177 @@
+"""Append and attend of one decode step inside a captured graph, beside the raw kernels and the roofline.
+
+    python benchmarks/attention.py --json benchmarks/results/attention.json
+
+A graph holds several layers of 32 query and 8 KV heads of size 128, bfloat16, pages of 32 tokens in random
+order. Microseconds a layer of: ``nodes``, our two ops; ``raw``, the same two kernels called with buffers made
+beforehand; ``sdpa``, torch's attention on a dense, contiguous cache, without an append; ``copy``, the KV that
+must be read over the bandwidth of a large copy (bytes read plus bytes written) in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from flashinfer.xqa import xqa as raw_xqa
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.kernels import append, xqa
+
+HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
+LAYERS = 8
+DEVICE = torch.device("cuda", 0)
+_KV_BYTES = 2 * KV_HEADS * DIM * torch.bfloat16.itemsize
+# More than the L2 cache holds, so that no layer finds its pages there; and what fits in memory.
+_MIN_BYTES, _MAX_BYTES = 2**29, 2**35
+
+
+class Layers:
+    """Pools and one decode step of ``batch`` sequences of ``context`` tokens."""
+
+    def __init__(self, batch: int, context: int) -> None:
+        width = context // PAGE
+        pages = batch * width
+        num_pools = min(LAYERS, max(1, -(-_MIN_BYTES // (batch * context * _KV_BYTES))))
+        shape = (pages + 1, 2, KV_HEADS, PAGE, DIM)
+        self.pools = [torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(num_pools)]
+        for pool in self.pools:
+            pool.normal_()
+        self.table = (torch.randperm(pages, device=DEVICE) + 1).to(torch.int32).view(batch, width)
+        self.lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+        self.slots = self.table[:, -1].long() * PAGE + PAGE - 1
+        self.cu_seqlen = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32)
+        self.info = torch.tensor([0, 0, 0, 0, batch, batch, context, width, 2, batch, batch, 1]).int()
+        qkv = torch.randn(batch, 1, HEADS + 2 * KV_HEADS, DIM, device=DEVICE).bfloat16()
+        query, self.key, self.value = qkv.split((HEADS, KV_HEADS, KV_HEADS), 2)
+        self.query = query.contiguous()
+        self.out = torch.empty_like(self.query)
+
+    def nodes(self, pool: Tensor) -> None:
+        """Our ops."""
+        ops.append_kv(self.key, self.value, self.slots, pool)
+        metadata = (self.info, self.cu_seqlen, self.lens, self.table)
+        ops.cached_attention(self.query, pool, *metadata, DIM**-0.5, DIM, decode_kernel="xqa")
+
+    def raw(self, pool: Tensor) -> None:
+        """The kernels alone."""
+        append.append(self.key, self.value, self.slots, pool)
+        ours = xqa.workspace(DEVICE)
+        raw_xqa(
+            self.query,
+            pool[:, 0],
+            pool[:, 1],
+            self.table,
+            self.lens[:, None],
+            self.out,
+            ours.scratch,
+            ours.semaphores,
+            KV_HEADS,
+            PAGE,
+            kv_layout="HND",
+            sm_count=ours.num_processors,
+            enable_pdl=False,
+        )
+
+    def sdpa(self, pool: Tensor) -> None:
+        """Dense attention over as many keys, laid out as torch likes them."""
+        batch = self.query.shape[0]
+        k, v = pool[1:].view(2, batch, KV_HEADS, -1, DIM)
+        F.scaled_dot_product_attention(self.query.transpose(1, 2), k, v, enable_gqa=True)
+
+    def microseconds(self, layer: Callable[[Tensor], None]) -> float:
+        """Time of a layer in a captured graph."""
+
+        def run() -> None:
+            for index in range(LAYERS):
+                layer(self.pools[index % len(self.pools)])
+
+        return replayed(run) / LAYERS
+
+
+def replayed(run: Callable[[], None], repeats: int = 30) -> float:
+    """Median microseconds of a replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times[5:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written in a microsecond by a large copy."""
+    source = torch.randn(2**30, device=DEVICE)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return 2 * source.nbytes / replayed(copy)
+
+
+def measure(batch: int, context: int, bandwidth: float) -> dict[str, float]:
+    """One row of the results."""
+    layers = Layers(batch, context)
+    row = {name: layers.microseconds(getattr(layers, name)) for name in ("nodes", "raw", "sdpa")}
+    row["copy"] = batch * context * _KV_BYTES / bandwidth
+    return {"batch": batch, "context": context, **row, "nodes/raw": row["nodes"] / row["raw"]}
+
+
+def main() -> int:
+    """Parse arguments, measure, print a table and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 8192, 32768, 131072])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    grid = [(b, c) for b in args.batch for c in args.context if b * c * _KV_BYTES <= _MAX_BYTES]
+    rows = [measure(batch, context, bandwidth) for batch, context in grid]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=110).print(table, f"copy: {bandwidth / 1e6:.2f} TB/s")
+    results: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name(DEVICE),
+        "versions": {name: version(name) for name in ("torch", "triton", "flashinfer-python")},
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "copy_bytes_per_microsecond": bandwidth,
+        "microseconds": rows,
+    }
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The attention kernels against float64, every element within a bound from dtype and length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ad_flashinfer_pass.kernels import fmha_v2, select, xqa
+from ad_flashinfer_pass.kernels.capability import Site
+from tests.gpu.paged import DEVICE, PagedBatch, Shape
+
+PLAIN = Shape()
+DECODE = [
+    *(replace(PLAIN, page_size=page) for page in (16, 32, 64, 128)),
+    *(replace(PLAIN, group=group) for group in (1, 2, 5, 8, 16, 32)),
+    *(replace(PLAIN, head_dim=dim, group=group) for dim, group in ((64, 2), (64, 8), (96, 4), (256, 2))),
+    replace(PLAIN, dtype=torch.float16),
+    replace(PLAIN, has_sinks=True),
+    *(replace(PLAIN, sliding_window=window) for window in (1, 12, 32, 100)),
+    replace(PLAIN, sliding_window=12, head_dim=64, group=2),
+    replace(PLAIN, sliding_window=100, has_sinks=True),
+    replace(PLAIN, sliding_window=100, head_dim=64, group=8, page_size=64, has_sinks=True),
+]
+PREFILL = [
+    *(replace(PLAIN, page_size=page) for page in (16, 32, 64, 128)),
+    *(replace(PLAIN, group=group) for group in (1, 2, 5, 8, 16)),
+    *(replace(PLAIN, head_dim=dim, group=2) for dim in (64, 256)),
+    replace(PLAIN, has_sinks=True),
+    *(replace(PLAIN, sliding_window=window) for window in (1, 12, 100)),
+    replace(PLAIN, sliding_window=12, head_dim=64, group=2),
+]
+
+
+def edges(page: int) -> list[int]:
+    """Lengths at and around what a kernel's loops divide by."""
+    return [1, 2, page - 1, page, page + 1, 2 * page, 255, 256, 257, 700]
+
+
+def site_of(shape: Shape) -> Site:
+    return Site(
+        dtype=shape.dtype,
+        kv_dtype=shape.dtype,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        v_head_dim=shape.head_dim,
+        page_size=shape.page_size,
+        scale=shape.spec.scale,
+        sliding_window=shape.sliding_window,
+        has_sinks=shape.has_sinks,
+    )
+
+
+def assert_decodes(batch: PagedBatch) -> None:
+    shape, n = batch.shape, len(batch.lengths)
+    assert select.choose(site_of(shape), "decode", DEVICE, "test").kernel == "xqa"
+    before = batch.kv_cache.clone()
+    lens = batch.args["seq_len_with_cache"][:n]
+    table = batch.block_table[:n]
+    out = xqa.decode(batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, batch.sinks, None)
+    assert_within_bound(batch, out)
+    assert torch.equal(batch.kv_cache.view(torch.int16), before.view(torch.int16))
+
+
+def assert_within_bound(batch: PagedBatch, out: torch.Tensor) -> None:
+    expected, bound = batch.expected()
+    ratio = (out.double() - expected).abs() / bound
+    assert out.shape == expected.shape
+    assert bool(torch.isfinite(out).all())
+    print(f"worst error / bound {ratio.max().item():.2f}")
+    assert ratio.max().item() <= 1.0
+
+
+@pytest.mark.parametrize("shape", DECODE, ids=str)
+def test_xqa_decodes_every_shape(shape: Shape) -> None:
+    """Page sizes, groups, head sizes, windows and sinks, at lengths on and beside every edge."""
+    assert_decodes(PagedBatch([(length - 1, 1) for length in edges(shape.page_size)], shape))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64, 256])
+def test_xqa_decodes_every_batch_size(batch_size: int) -> None:
+    """Few sequences, whose keys are split among thread blocks, and many, whose keys are not."""
+    assert_decodes(PagedBatch([(37 * i % 900, 1) for i in range(batch_size)], PLAIN))
+
+
+@pytest.mark.parametrize("length", [4096, 32768, 131072])
+def test_xqa_decodes_long_contexts(length: int) -> None:
+    """Beside a short sequence, whose row of the table is as wide."""
+    assert_decodes(PagedBatch([(length - 1, 1), (9, 1)], PLAIN))
+
+
+def test_xqa_ignores_what_its_workspace_held() -> None:
+    """Scratch memory full of NaN changes nothing, and the semaphores are zero after each call."""
+    workspace = xqa.workspace(torch.device("cuda", torch.cuda.current_device()))
+    for seed in range(3):
+        workspace.scratch.view(torch.float32).fill_(float("nan"))
+        assert_decodes(PagedBatch([(3000, 1), (5, 1)], PLAIN, seed))
+        assert not workspace.semaphores.any()
+
+
+def test_xqa_gives_the_same_bits_every_time() -> None:
+    """The order of the sums does not depend on which thread block is first."""
+    batch = PagedBatch([(5000, 1), (70, 1), (0, 1)], PLAIN)
+    args = (batch.kv_cache, batch.args["seq_len_with_cache"][:3], batch.block_table[:3], 128, PLAIN.spec)
+    first = xqa.decode(batch.query, *args, None, None)
+    for _ in range(20):
+        assert torch.equal(xqa.decode(batch.query, *args, None, None), first)
+
+
+def test_xqa_reads_a_strided_pool() -> None:
+    """The pages of several layers may alternate in memory."""
+    batch = PagedBatch([(n, 1) for n in (0, 31, 32, 700)], PLAIN)
+    memory = batch.random(batch.kv_cache.shape[0], 3, *batch.kv_cache.shape[1:])
+    memory[:, 1] = batch.kv_cache
+    batch.kv_cache = memory[:, 1]
+    lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
+    out = xqa.decode(batch.query, batch.kv_cache, lens, table, 128, PLAIN.spec, None, None)
+    assert_within_bound(batch, out)
+
+
+@pytest.mark.parametrize("shape", PREFILL, ids=str)
+def test_fmha_v2_prefills_every_shape(shape: Shape) -> None:
+    """Fresh sequences and chunks with a past in one batch, at lengths on and beside every edge."""
+    choice = select.choose(site_of(shape), "prefill", DEVICE, "test")
+    if choice.kernel != "fmha_v2":
+        pytest.skip(choice.reason)
+    page = shape.page_size
+    fresh = [(0, n) for n in (2, page, page + 1, 64, 65, 300)]
+    for lengths in (
+        fresh,
+        [*fresh[:3], (page, page), (63, 65), (1, 2), (500, 129)],
+        [(0, 200)],
+        [(0, 64)] * 3,
+    ):
+        batch = PagedBatch(lengths, shape, seed=len(lengths))
+        n = len(lengths)
+        out = fmha_v2.prefill(
+            batch.query,
+            batch.kv_cache,
+            batch.args["cu_seqlen"][: n + 1],
+            batch.args["seq_len_with_cache"][:n],
+            batch.block_table[:n],
+            shape.head_dim,
+            shape.spec,
+            batch.sinks,
+            None,
+        )
+        assert_within_bound(batch, out)

@@ -1,0 +1,156 @@
+"""Small bfloat16 models on the GPU: cached tokens against the uncached model, captured against eager."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.registry import TransformReport
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from tests.architectures import random_prompts
+
+VOCAB, NEW_TOKENS = 512, 48
+PROMPTS = random_prompts((1, 2, 5, 9, 31, 32, 33, 60), vocab_size=VOCAB)
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "eos_token_id": None,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {},
+    "MistralConfig": {"sliding_window": 12},
+    "Qwen3Config": {"head_dim": 128},
+    # Its logit cap has no kernel but the reference.
+    "Gemma2Config": {"sliding_window": 12, "query_pre_attn_scalar": 64},
+}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**COMMON, **CONFIGS[name]})
+    attention = "eager" if name == "Gemma2Config" else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.to("cuda", torch.bfloat16).eval().requires_grad_(False)
+
+
+def transformed(model: nn.Module, backend: str) -> tuple[CachedModel, list[TransformReport]]:
+    config = AutoDeployConfig(
+        device="cuda",
+        dtype="bfloat16",
+        compile_backend=backend,
+        max_batch_size=8,
+        max_seq_len=128,
+        max_num_tokens=128,
+        cuda_graph_batch_sizes=[1, 3, 8] if backend == "torch-cudagraph" else None,
+    )
+    return transform_module(model, config)
+
+
+def generate(model: CachedModel) -> list[list[int]]:
+    """Greedy tokens of each prompt; half of the prompts join late, and each has its own length."""
+    engine = Engine(model)
+    tokens: dict[int, list[int]] = {}
+    waiting = list(enumerate(PROMPTS))
+    order: dict[int, int] = {}
+    step = 0
+    while engine.has_work or waiting:
+        while waiting and (waiting[0][0] < 4 or step >= waiting[0][0]):
+            index, prompt = waiting.pop(0)
+            params = SamplingParams(max_new_tokens=NEW_TOKENS - index)
+            order[engine.add_request(prompt, params)] = index
+        for output in engine.step():
+            if output.completion is not None:
+                assert output.completion.error is None
+                tokens[order[output.request_id]] = list(output.completion.token_ids)
+        step += 1
+    return [tokens[index] for index in sorted(tokens)]
+
+
+@pytest.mark.parametrize("backend", ["torch-simple", "torch-cudagraph"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generates_the_tokens_of_the_uncached_model(name: str, backend: str) -> None:
+    """Each token is the uncached model's best, or as good to within the rounding of its logits."""
+    model = model_of(name)
+    cached, reports = transformed(model, backend)
+    assert_decodes_with("reference" if name == "Gemma2Config" else "xqa", reports)
+    assert_same_tokens(model, generate(cached))
+
+
+def test_prefill_may_have_another_kernel_than_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FMHA v2 is not built, the reference prefills and XQA decodes, also within one mixed step."""
+    kept = {name: module for name, module in select.PROVIDERS.items() if name != "fmha_v2"}
+    monkeypatch.setattr(select, "PROVIDERS", kept)
+    model = model_of("LlamaConfig")
+    cached, reports = transformed(model, "torch-cudagraph")
+    assert_decodes_with("xqa", reports)
+    assert any(note.startswith("prefill: reference, 3 sites") for report in reports for note in report.notes)
+    assert_same_tokens(model, generate(cached))
+
+
+def assert_decodes_with(kernel: str, reports: list[TransformReport]) -> None:
+    notes = [note for report in reports for note in report.notes if note.startswith(("prefill", "decode"))]
+    print(*notes, sep="\n")
+    assert any(note.startswith(f"decode: {kernel}, 3 sites") for note in notes), notes
+
+
+def assert_same_tokens(model: nn.Module, generated: list[list[int]]) -> None:
+    """Compare with the uncached model on the same GPU, given the same tokens so far.
+
+    bfloat16 puts an error on its logits, measured here against float32. The cached model has one as large, so
+    a token may differ where the best two logits are nearer than twice that.
+    """
+    exact = copy.deepcopy(model).float()
+    num_tokens = num_different = 0
+    worst = 0.0
+    for prompt, tokens in zip(PROMPTS, generated, strict=True):
+        ids = torch.tensor([[*prompt, *tokens]], device="cuda")
+        with torch.inference_mode():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+            rounding = (logits - exact(ids).logits[0, len(prompt) - 1 : -1]).abs().max()
+        chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        margins = logits.max(-1).values - chosen
+        num_tokens += len(tokens)
+        num_different += int((margins > 0).sum())
+        worst = max(worst, (margins.max() / rounding).item())
+    print(f"{num_different} of {num_tokens} tokens differ; margin / rounding at most {worst:.2f}")
+    assert worst <= 2.0
+    assert num_different <= num_tokens // 20
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_captured_equals_eager_exactly(name: str) -> None:
+    """Every replay of a whole generation gives the bits of the eager graph on the same padded inputs."""
+    cached, _ = transformed(model_of(name), "torch-cudagraph")
+    module = cached.module
+    assert isinstance(module, CudaGraphModule)
+    replay = module.forward
+
+    def both(**inputs: Tensor) -> Tensor:
+        result = replay(**inputs)
+        if inputs["input_ids"].shape[1] == 1:
+            # The eager run writes the same K and V to the same slots once more.
+            assert torch.equal(result, module.eager(**inputs))
+        return result
+
+    module.forward = both  # type: ignore[method-assign]
+    generate(cached)
+    assert module.num_replays > NEW_TOKENS // 2
+    assert set(module.fallbacks) == {"prefill"}

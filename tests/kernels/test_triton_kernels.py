@@ -1,0 +1,149 @@
+"""Our Triton kernels against the reference: compiled where there is a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+pytest.importorskip("triton", reason="triton is not installed")
+
+from ad_flashinfer_pass.kernels import append, metadata, reference  # noqa: E402
+from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep  # noqa: E402
+
+INPUT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CACHE_DTYPES = [*INPUT_DTYPES, torch.float8_e4m3fn]
+# Exact in every dtype: Triton's interpreter does not round to nearest, as a GPU does.
+EXACT = torch.tensor([-448.0, -3.5, -1.25, -0.5, 0.0, 0.25, 1.0, 1.75, 6.0, 448.0])
+POISON = 7.0
+
+
+def exact(*sizes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(EXACT), sizes, generator=generator)
+    return EXACT[index].to(dtype).to(DEVICE)
+
+
+def pool(num_pages: int, heads: int, page: int, width: int, dtype: torch.dtype, layers: int) -> Tensor:
+    """A pool that holds POISON; with several layers a strided view of a larger one."""
+    memory = torch.full((num_pages, layers, 2, heads, page, width), POISON, device=DEVICE).to(dtype)
+    return memory[:, layers // 2]
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_append_converts_every_dtype(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Each pair of dtypes gives the reference's bytes in every slot of the pool."""
+    check_append(exact(2, 3, 4, 16, dtype=dtype), exact(2, 3, 4, 16, dtype=dtype, seed=1), cache_dtype)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "v_head_dim"), [(1, 16, 16), (3, 80, 80), (8, 128, 128), (2, 24, 16), (5, 8, 40)]
+)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_append_fills_every_shape(heads: int, head_dim: int, v_head_dim: int, layers: int) -> None:
+    """Odd numbers of heads, sizes that are no power of two, K and V of different size, and strided pools."""
+    key = exact(1, 6, heads, head_dim, dtype=torch.float32)
+    check_append(key, exact(1, 6, heads, v_head_dim, dtype=torch.float32, seed=1), torch.float32, layers)
+
+
+def test_append_reads_any_strides() -> None:
+    """K and V may be transposed views and slices of one fused projection."""
+    fused = exact(2, 3, 8, 16, dtype=torch.float32)
+    check_append(fused[:, :, :4], exact(2, 4, 3, 16, dtype=torch.float32).transpose(1, 2), torch.float32)
+    check_append(fused[..., ::2], fused.flip(0)[..., 1::2], torch.float32)
+
+
+def check_append(key: Tensor, value: Tensor, cache_dtype: torch.dtype, layers: int = 1) -> None:
+    width = max(key.shape[-1], value.shape[-1])
+    ours, theirs = (pool(5, key.shape[2], 8, width, cache_dtype, layers) for _ in range(2))
+    slots = torch.tensor([9, 8, 39, 16, 17, 0][: key.shape[0] * key.shape[1]], device=DEVICE)
+    append.append(key, value, slots, ours)
+    reference.append(key, value, slots, theirs)
+    assert torch.equal(ours.float(), theirs.float())
+
+
+def test_append_clamps_what_8_bits_cannot_hold() -> None:
+    """Numbers beyond the range of float8_e4m3fn become its largest, not NaN."""
+    key = torch.tensor([1e4, -1e4, 449.0, 1.0], device=DEVICE).view(1, 1, 1, 4)
+    cache = pool(2, 1, 8, 4, torch.float8_e4m3fn, 1)
+    append.append(key, key, torch.tensor([8], device=DEVICE), cache)
+    assert cache[1, 0, 0, 0].tolist() == [448.0, -448.0, 448.0, 1.0]
+
+
+def test_append_of_padding_touches_the_scratch_page_only() -> None:
+    """Tokens with slot 0 leave every other page as it was."""
+    cache = pool(3, 2, 8, 16, torch.float32, 1)
+    key = exact(4, 1, 2, 16, dtype=torch.float32)
+    append.append(key, key, torch.zeros(4, dtype=torch.int64, device=DEVICE), cache)
+    assert bool((cache[1:] == POISON).all())
+
+
+def step(past: int, new: int, first_page: int, page_size: int) -> SequenceStep:
+    num_pages = -(-(past + new) // page_size)
+    # Descending, so that the order of the pages matters.
+    return SequenceStep(range(new), past, range(first_page + num_pages - 1, first_page - 1, -1))
+
+
+@pytest.mark.parametrize("page_size", [4, 5, 16])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(0, 1)],
+        [(0, 17)],
+        [(3, 1), (15, 1), (16, 1), (30, 1)],
+        [(0, 5), (0, 16), (7, 2), (4, 1)],
+        [(0, 33), (31, 3), (2, 1)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_metadata_is_that_of_the_reference(
+    lengths: list[tuple[int, int]], page_size: int, padding: int
+) -> None:
+    """Block table and slots are equal element by element, with page 0 and slot 0 where there is no token."""
+    info = SequenceInfo(40, 6, 64, page_size, DEVICE)
+    # What an earlier step left behind must not be read.
+    info.nest_sequences([step(36, 1, 90, page_size)] * 6)
+    info.nest_sequences([step(past, new, 1 + 20 * i, page_size) for i, (past, new) in enumerate(lengths)])
+    args = info.named_args()
+    inputs = (
+        sum(new for _, new in lengths) + padding,
+        len(lengths),
+        args["cu_seqlen"],
+        args["input_pos"],
+        args["cache_loc"],
+        args["cu_num_pages"],
+        info.max_blocks_per_seq,
+        page_size,
+    )
+    ours, theirs = metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(got, expected)
+
+
+def test_metadata_of_long_sequences() -> None:
+    """A sequence longer than one block of the kernel, in tokens and in pages."""
+    info = SequenceInfo(3000, 2, 3000, 2, DEVICE)
+    info.nest_sequences([step(0, 2500, 1, 2), step(2800, 1, 2000, 2)])
+    args = info.named_args()
+    inputs = (
+        2501,
+        2,
+        args["cu_seqlen"],
+        args["input_pos"],
+        args["cache_loc"],
+        args["cu_num_pages"],
+        info.max_blocks_per_seq,
+        2,
+    )
+    for got, expected in zip(
+        metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs), strict=True
+    ):
+        assert torch.equal(got, expected)

@@ -1,0 +1,84 @@
+"""Families beyond those of test_end_to_end: the same tokens as transformers' generate, or a clear refusal."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import AdFlashinferError, NoAttentionError, PackingError
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from tests import architectures
+
+NUM_NEW_TOKENS = 24
+# The first two differ before their last token only.
+PROMPTS = architectures.prompts_with_one_end((14, 14, 5), vocab_size=128)
+
+SAME_TOKENS = {
+    "afmoe": "window on some layers, no positions on the others, a gate on the output, experts",
+    "arcee": "GQA",
+    "biogpt": "learned positions, scaled embeddings",
+    "codegen": "interleaved rotary on a part of the head",
+    "cohere2": "interleaved rotary, window, no positions on full layers",
+    "ctrl": "sinusoidal positions",
+    "deepseek_v3": "MLA: K and V of different head size",
+    "exaone4": "window and full layers, qk-norm",
+    "falcon": "multi-query: K broadcasts",
+    "gemma3n_text": "layers that share the cache of another",
+    "gemma4_text": "head sizes that differ by layer, shared caches",
+    "glm4": "interleaved partial rotary, biases",
+    "gpt2": "learned positions, one projection for q, k and v",
+    "gpt_bigcode": "multi-query with one head expanded",
+    "gpt_neo": "no scale, window on some layers",
+    "gpt_oss": "sinks, window on some layers, experts",
+    "gptj": "parallel residual, no sdpa",
+    "llama4_text": "chunked layers, layers without rotary, temperature by position",
+    "minimax_m2": "qk-norm over all heads, partial rotary, experts",
+    "nemotron": "partial rotary, squared relu",
+    "olmo3": "window on some layers, qk-norm over all heads",
+    "opt": "learned positions with an offset",
+    "persimmon": "one projection for q, k and v, qk-norm",
+    "phi": "partial rotary, biases",
+    "starcoder2": "biases, window",
+}
+
+
+def cached_model(model: nn.Module) -> CachedModel:
+    config = AutoDeployConfig(
+        max_batch_size=4, max_seq_len=64, max_num_tokens=32, kv_cache_config={"tokens_per_block": 16}
+    )
+    return transform_module(model, config)[0]
+
+
+@pytest.mark.parametrize("family", SAME_TOKENS)
+def test_generates_the_tokens_of_transformers(family: str) -> None:
+    """A ragged batch with prefill in chunks gives the greedy tokens of each prompt alone."""
+    model = architectures.random_model(architectures.small_config(family))
+
+    found = architectures.generated_by_engine(
+        cached_model(model), PROMPTS, NUM_NEW_TOKENS, prefill_chunk_tokens=6
+    )
+
+    expected = architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+    assert found == expected
+    assert expected[0] != expected[1]  # only attention tells these two apart
+
+
+@pytest.mark.parametrize(
+    ("family", "error", "said"),
+    [
+        pytest.param("mamba", NoAttentionError, "no KV cache to insert", id="state-space"),
+        pytest.param("lfm2", PackingError, "conv1d", id="convolution and attention"),
+    ],
+)
+def test_refuses_layers_with_a_state_of_their_own(
+    family: str, error: type[AdFlashinferError], said: str
+) -> None:
+    """A state that is no KV cache stops the pass, in one line."""
+    model = architectures.random_model(architectures.small_config(family))
+
+    with pytest.raises(error, match=said) as raised:
+        cached_model(model)
+
+    assert "\n" not in str(raised.value)

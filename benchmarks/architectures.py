@@ -156,7 +156,11 @@ def _compare(model: nn.Module, cached: CachedModel) -> tuple[Outcome, str]:
         for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             if ours != theirs:
                 at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-                return "defect", f"wrong tokens: prompt {number} ({options}) differs at token {at}"
+                uncached = architectures.generated_by_transformers(
+                    model, [prompts[number]], NUM_NEW_TOKENS, use_cache=False
+                )
+                hint = ", as transformers' generate without a cache" if uncached == [ours] else ""
+                return "defect", f"wrong tokens: prompt {number} ({options}) differs at token {at}{hint}"
     return "same", ""
 
 

@@ -15,7 +15,7 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,53 +91,53 @@ class Layers:
         k, v = pool[1:].view(2, batch, KV_HEADS, -1, DIM)
         F.scaled_dot_product_attention(self.query.transpose(1, 2), k, v, enable_gqa=True)
 
-    def microseconds(self, layer: Callable[[Tensor], None]) -> float:
-        """Time of a layer in a captured graph."""
+    def captured(self, layer: Callable[[Tensor], None]) -> torch.cuda.CUDAGraph:
+        """A graph of that layer, many times, each on the next pool."""
 
         def run() -> None:
             for index in range(LAYERS):
                 layer(self.pools[index % len(self.pools)])
 
-        return replayed(run) / LAYERS
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+        return graph
 
 
-def replayed(run: Callable[[], None], repeats: int = 30) -> float:
-    """Median microseconds of a replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[5:])
+def microseconds(runs: Sequence[Callable[[], object]], rounds: int = 30) -> list[float]:
+    """Median time of each, run in turn."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, its_times in zip(runs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            its_times.append(start.elapsed_time(end) * 1e3)
+    return [statistics.median(its_times[5:]) for its_times in times]
 
 
 def copy_bandwidth() -> float:
     """Bytes read plus bytes written in a microsecond by a large copy."""
     source = torch.randn(2**30, device=DEVICE)
     target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    return 2 * source.nbytes / replayed(copy)
+    (duration,) = microseconds([lambda: target.copy_(source)])
+    return 2 * source.nbytes / duration
 
 
 def measure(batch: int, context: int, bandwidth: float) -> dict[str, float]:
     """One row of the results."""
     layers = Layers(batch, context)
-    row = {name: layers.microseconds(getattr(layers, name)) for name in ("nodes", "raw", "sdpa")}
+    names = ("nodes", "raw", "sdpa")
+    graphs = [layers.captured(getattr(layers, name)) for name in names]
+    durations = microseconds([graph.replay for graph in graphs])
+    row = {name: duration / LAYERS for name, duration in zip(names, durations, strict=True)}
     row["copy"] = batch * context * _KV_BYTES / bandwidth
     return {"batch": batch, "context": context, **row, "nodes/raw": row["nodes"] / row["raw"]}
 

@@ -96,6 +96,8 @@ _SMALL: dict[str, Any] = {
     "index_topk": 8,
     "index_n_heads": 2,
     "index_head_dim": 16,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
     # windows and chunks
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "local_attention"), 12),
     **dict.fromkeys(("attention_chunk_size", "attention_window_size"), 12),
@@ -156,14 +158,21 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     # Each cycle runs all layers again: many of them make of a rounding difference another token.
-    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1},
+    "hrm_text": {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "full_attn_idxs": [1],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 4},
     "ministral": {"head_dim": 32, "layer_types": _SLIDING_AND_FULL},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},
+    # Its mask has no window but transformers' cache for it has: generate and forward differ beyond it.
+    "moshi": {"sliding_window": 256},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -262,9 +271,9 @@ def prompts_with_one_end(lengths: Sequence[int], vocab_size: int) -> list[list[i
 
 
 def generated_by_transformers(
-    model: nn.Module, prompts: Sequence[Sequence[int]], num_new_tokens: int
+    model: nn.Module, prompts: Sequence[Sequence[int]], num_new_tokens: int, **options: Any
 ) -> list[list[int]]:
-    """Greedy continuations from transformers' own generate, each prompt by itself."""
+    """Greedy continuations from transformers' own generate with these options, each prompt by itself."""
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
@@ -273,6 +282,7 @@ def generated_by_transformers(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_new_tokens,
             do_sample=False,
+            **options,
         )
         outputs.append(out[0, len(prompt) :].tolist())
     return outputs

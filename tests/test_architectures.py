@@ -68,7 +68,7 @@ def test_generates_the_tokens_of_transformers(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "error", "said"),
     [
-        pytest.param("mamba", NoAttentionError, "no KV cache to insert", id="state-space"),
+        pytest.param("mamba2", NoAttentionError, "no KV cache to insert", id="state-space"),
         pytest.param("lfm2", PackingError, "conv1d", id="convolution and attention"),
     ],
 )

@@ -291,7 +291,7 @@ _SAFE = frozenset(
 # How mixture-of-experts layers send tokens to experts and back.
 _DISPATCH = frozenset(
     "index_put index_add index_copy scatter_add scatter gather histc bincount _grouped_mm "
-    "transformers.grouped_mm_fallback sort argsort index index_select arange".split()
+    "transformers.grouped_mm_fallback sort argsort index index_select arange repeat".split()
 )
 
 

@@ -13,6 +13,7 @@ running index of a sum.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -105,10 +106,18 @@ def _no_nan(lo: Array, hi: Array) -> Limits:
     return np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)
 
 
-def number(value: float | Array, grain: float | None = None) -> Form:
+def number(value: float | Array) -> Form:
     """A form that is one known number in every cell."""
-    array = np.atleast_1d(np.asarray(value, dtype=np.float64))
-    return Form(*_no_nan(array, array), {}, grain_of(array) if grain is None else grain)
+    if isinstance(value, np.ndarray):
+        array = np.atleast_1d(value.astype(np.float64))
+        return Form(*_no_nan(array, array), {}, grain_of(array))
+    return _constant(float(value))
+
+
+@functools.cache
+def _constant(value: float) -> Form:
+    array = np.array([value])
+    return Form(*_no_nan(array, array), {}, grain_of(array))
 
 
 def variable(name: str) -> Form:
@@ -246,7 +255,8 @@ class Cells:
         )
 
     def _span(self, factor: Array, axis: int) -> Limits:
-        return span(factor, self.lo[axis], self.hi[axis])
+        a, b = factor * self.lo[axis], factor * self.hi[axis]
+        return np.minimum(a, b), np.maximum(a, b)
 
     def plus(self, a: Form, b: Form) -> Form:
         """a + b; relative errors become bounds, unless one of the two is 0."""

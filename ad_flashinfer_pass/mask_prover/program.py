@@ -65,6 +65,7 @@ class MaskProgram:
             if node.op == "call_function"
         }
         self._shapes: dict[fx.Node, Shape] = {}
+        self._single_dims: dict[fx.Node, tuple[bool, ...]] = {}
         self._compute_dtypes: dict[fx.Node, torch.dtype] = {}
         self._check_shape()
 
@@ -122,6 +123,12 @@ class MaskProgram:
         if node not in self._shapes:
             self._shapes[node] = tuple(map(_arg, g.shape(node)))
         return self._shapes[node]
+
+    def single_dims(self, node: fx.Node) -> tuple[bool, ...]:
+        """Which dimensions of a node have size 1 for all sizes of the input, and so broadcast."""
+        if node not in self._single_dims:
+            self._single_dims[node] = tuple(isinstance(size, int) and size == 1 for size in self.shape(node))
+        return self._single_dims[node]
 
     def compute_dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype to which an op of ``self`` and ``other`` brings both."""

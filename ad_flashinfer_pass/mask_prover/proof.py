@@ -21,9 +21,9 @@ from ad_flashinfer_pass.mask_prover.program import MaskProgram
 from ad_flashinfer_pass.mask_prover.reading import RULES, Reading, negated
 from ad_flashinfer_pass.mask_prover.tables import Table
 
-# An additive mask value this far below that of the query itself takes a weight to zero: exp(-1e4) is 0 in
-# float32, and no two logits of a model are nearly as far apart.
-HIDDEN = -1e4
+# An additive mask value this far below that of the query itself takes a weight to zero: exp(-9e3) is 0 in
+# float32, and no two logits of a model are nearly as far apart. Models use -1e4 and less, which is -9984 in bfloat16.
+HIDDEN = -9e3
 # A bias may depart from its line by this many roundings of its dtype, and by this much near zero.
 _ROUNDINGS, _NEARLY_ZERO = 4, 2.0**-20
 _LARGEST_BIAS = 2.0**30

@@ -73,9 +73,9 @@ class Reading:
 
     def at(self, node: fx.Node, index: Index) -> Form:
         """A node's entry, where ``index`` is that of a result that the node is broadcast to."""
-        shape = self.program.shape(node)
-        index = index[len(index) - len(shape) :]
-        own = tuple(ZERO if size == 1 else place for place, size in zip(index, shape, strict=True))
+        single = self.program.single_dims(node)
+        index = index[len(index) - len(single) :]
+        own = tuple(ZERO if is_single else at for at, is_single in zip(index, single, strict=True))
         place = (node, *map(id, own))
         if place not in self._memo:
             # The index is kept with the result, because its identity is the name of the place.
@@ -88,16 +88,16 @@ class Reading:
                 self._tables[node] = Table(self.program.constants[node])
             return self._tables[node].read(self.cells, index)
         if node.op == "placeholder":
-            return self._position(index)
+            return self._position(node, index)
         rule = RULES.get(node.target.overloadpacket)  # type: ignore[union-attr]
         if rule is None:
             raise self.program.unknown(node)
         return rule(Call(self, node, index))
 
-    def _position(self, index: Index) -> Form:
+    def _position(self, node: fx.Node, index: Index) -> Form:
         """Positions are consecutive in a row; rows may start at different ones."""
-        row, column = (ZERO, *index)[-2:]
-        if row is ZERO or (row.terms.keys() == {"b"} and row.lo[0] == row.hi[0] == 0):
+        *row, column = index
+        if not row or self.program.single_dims(node)[0] or _is_batch_row(row[0]):
             return column + variable("p")
         return column + between(*self.cells.other["p"], 1.0)
 
@@ -225,7 +225,7 @@ class Reading:
         quotient = between(first, last, 1.0)
         remainder = pick(
             first == last,
-            rest + number(-divisor * first, min(rest.grain, 1.0)),
+            rest + replace(number(-divisor * first), grain=min(rest.grain, 1.0)),
             between(np.array([0.0]), np.array([divisor - (1 if a.grain >= 1 else 0)]), a.grain),
         )
         if whole:
@@ -290,6 +290,11 @@ def _without_floor(a: Form, b: Form, strict: bool) -> Iterator[tuple[Form, Form,
         x, c = b.floor_of
         beyond = c if strict else 0  # a < x // c if c * a + c <= x, and a <= x // c if c * a <= x
         yield between(c * a.lo + beyond, c * a.hi + beyond, 1.0), x, False
+
+
+def _is_batch_row(place: Form) -> bool:
+    """Whether a place is the row of the batch that is looked at."""
+    return place.terms.keys() == {"b"} and not some(place.lo) and not some(place.hi) and not some(place.terms["b"] - 1)
 
 
 class Call:

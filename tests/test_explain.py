@@ -1,0 +1,44 @@
+"""What ``explain`` says, against what the model's config says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ad_flashinfer_pass.cli import main
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.explain import explain
+from tests import architectures
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("gemma2")
+    architectures.CONFIGS["gemma2"]().save_pretrained(directory)
+    return directory
+
+
+def test_every_site_has_its_source_its_mask_and_its_items(gemma2: Path) -> None:
+    """Three layers of Gemma 2: two with a window of 12, all with a cap of 50, 2 KV heads of 16."""
+    config = AutoDeployConfig(model=str(gemma2), skip_loading_weights=True, max_seq_len=256)
+
+    sites = explain(config).sites
+
+    assert [site.needs.get("sliding_window") for site in sites] == ["12", None, "12"]
+    assert {site.needs["logit_cap"] for site in sites} == {"50.0"}
+    assert ["sliding_window=12" in site.mask for site in sites] == [True, False, True]
+    assert all("proved for 1 to 256 tokens" in site.mask for site in sites)
+    assert all("modeling_gemma2.py:" in site.where for site in sites)
+    assert [site.cache_bytes_per_token for site in sites] == [2 * 2 * 16 * 4] * 3
+    assert [f"layers.{i}.self_attn" in site.module for i, site in enumerate(sites)] == [True] * 3
+
+
+def test_the_command_prints_one_json_object(gemma2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--json`` is data alone on stdout, with a site for each layer."""
+    with pytest.raises(SystemExit) as stop:
+        main(["explain", "-m", str(gemma2), "--random-weights", "--json", "--max-seq-len", "256"])
+
+    assert not stop.value.code
+    assert len(json.loads(capsys.readouterr().out)["sites"]) == 3

@@ -358,8 +358,9 @@ def _read_value(softmax: fx.Node, reader: _LogitsReader) -> tuple[Operand, fx.No
         elif not _passes_probabilities(user, node):
             raise _refuse(user, f"applies {user.target} to the probabilities, which no kernel does")
         node = user
-    left, right, letters = _operands(user, keys_last=False)
-    if left.node is not _heads_apart(node) and left.node is not node:
+    _, right, letters = _operands(user, keys_last=False)
+    factors = g.args(user)[1] if g.is_op(user, aten.einsum) else g.args(user)
+    if factors[0] is not node:
         raise _refuse(user, "multiplies V by the probabilities from the wrong side")
     value, factor = _unscaled(right)
     if factor != 1.0:
@@ -449,7 +450,11 @@ def _einsum_operands(node: fx.Node, keys_last: bool) -> tuple[Operand, Operand, 
 
 
 def _heads_apart(node: fx.Node) -> fx.Node:
-    """[b, h, s, d] if the node is its reshape to [b * h, s, d]."""
+    """[b, h, s, d], if the node is [b * h, s, d].
+
+    That is what it was reshaped from, else what it is reshaped to; ``check_packing`` then runs the graph and sees
+    whether b is the batch.
+    """
     if g.value(node).dim() == 3 and g.is_op(node, *_RESHAPES):
         source = _node(node, 0)
         if g.value(source).dim() == 4 and g.same_shape(g.shape(source)[2:], g.shape(node)[1:]):
@@ -459,6 +464,10 @@ def _heads_apart(node: fx.Node) -> fx.Node:
         if inner is not _node(node, 0) and {d % 3 for d in g.args(node)[1:3]} == {1, 2}:
             with node.graph.inserting_before(node):
                 return g.call_op(node.graph, aten.transpose.int, inner, 2, 3)
+    if g.value(node).dim() == 3 and isinstance(g.shape(node)[0], SymInt):
+        heads, _ = g.shape(node)[0].node.expr.as_coeff_Mul()
+        with node.graph.inserting_after(node):
+            return g.call_op(node.graph, aten.unflatten.int, node, 0, [-1, int(heads)])
     return node
 
 

@@ -31,10 +31,10 @@ from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.kernels import append, xqa
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
-LAYERS = 8
+MIN_LAYERS, MAX_LAYERS = 8, 128
 DEVICE = torch.device("cuda", 0)
 _KV_BYTES = 2 * KV_HEADS * DIM * torch.bfloat16.itemsize
-# More than the L2 cache holds, so that no layer finds its pages there; and what fits in memory.
+# The pools of a graph: more than the L2 cache, so that no layer finds its pages there; what fits in memory.
 _MIN_BYTES, _MAX_BYTES = 2**29, 2**35
 
 
@@ -44,7 +44,8 @@ class Layers:
     def __init__(self, batch: int, context: int) -> None:
         width = context // PAGE
         pages = batch * width
-        num_pools = min(LAYERS, max(1, -(-_MIN_BYTES // (batch * context * _KV_BYTES))))
+        num_pools = min(MAX_LAYERS, -(-_MIN_BYTES // (batch * context * _KV_BYTES)))
+        self.num_layers = max(MIN_LAYERS, num_pools)
         shape = (pages + 1, 2, KV_HEADS, PAGE, DIM)
         self.pools = [torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(num_pools)]
         for pool in self.pools:
@@ -95,7 +96,7 @@ class Layers:
         """A graph of that layer, many times, each on the next pool."""
 
         def run() -> None:
-            for index in range(LAYERS):
+            for index in range(self.num_layers):
                 layer(self.pools[index % len(self.pools)])
 
         stream = torch.cuda.Stream()
@@ -110,16 +111,17 @@ class Layers:
 
 
 def microseconds(runs: Sequence[Callable[[], object]], rounds: int = 30) -> list[float]:
-    """Median time of each, run in turn."""
+    """Median time of each, run in turn, each round in another order."""
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, its_times in zip(runs, times, strict=True):
+    for round_ in range(rounds):
+        for place in range(len(runs)):
+            index = (place + round_) % len(runs)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            run()
+            runs[index]()
             end.record()
             end.synchronize()
-            its_times.append(start.elapsed_time(end) * 1e3)
+            times[index].append(start.elapsed_time(end) * 1e3)
     return [statistics.median(its_times[5:]) for its_times in times]
 
 
@@ -137,7 +139,7 @@ def measure(batch: int, context: int, bandwidth: float) -> dict[str, float]:
     names = ("nodes", "raw", "sdpa")
     graphs = [layers.captured(getattr(layers, name)) for name in names]
     durations = microseconds([graph.replay for graph in graphs])
-    row = {name: duration / LAYERS for name, duration in zip(names, durations, strict=True)}
+    row = {name: duration / layers.num_layers for name, duration in zip(names, durations, strict=True)}
     row["copy"] = batch * context * _KV_BYTES / bandwidth
     return {"batch": batch, "context": context, **row, "nodes/raw": row["nodes"] / row["raw"]}
 

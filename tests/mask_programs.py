@@ -368,7 +368,7 @@ def truth(gm: fx.GraphModule, largest: int = LARGEST) -> Truth | None:
     """By running the mask with 1 to 3 rows of 1 to ``largest`` tokens; None if it is no closed form."""
     visible, bias = _run(gm, 1, largest)
     matrices = _MATRICES[:, :largest, :largest]
-    if not bool((matrices == visible[0, 0]).flatten(1).all(1).any()):
+    if bool((visible != visible[:, :1]).any()) or not bool((matrices == visible[0, 0]).flatten(1).all(1).any()):
         return None
     slopes = torch.zeros(visible.shape[1], dtype=torch.float64)
     if largest > 1 and visible[0, 0, 1, 0]:

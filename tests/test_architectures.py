@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import AdFlashinferError, NoAttentionError, PackingError
+from ad_flashinfer_pass.errors import AdFlashinferError, MaskError, PackingError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from tests import architectures
@@ -25,8 +25,7 @@ SAME_TOKENS = {
     "deepseek_v3": "MLA: K and V of different head size",
     "exaone4": "window and full layers, qk-norm",
     "falcon": "multi-query: K broadcasts",
-    "gemma3n_text": "layers that share the cache of another",
-    "gemma4_text": "head sizes that differ by layer, shared caches",
+    "gemma4_text": "layers that share the cache of another, head sizes that differ by layer",
     "glm4": "interleaved partial rotary, biases",
     "gpt2": "learned positions, one projection for q, k and v",
     "gpt_bigcode": "multi-query with one head expanded",
@@ -68,14 +67,14 @@ def test_generates_the_tokens_of_transformers(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "error", "said"),
     [
-        pytest.param("mamba2", NoAttentionError, "no KV cache to insert", id="state-space"),
-        pytest.param("lfm2", PackingError, "conv1d", id="convolution and attention"),
+        pytest.param("lfm2", PackingError, "conv1d", id="convolution_beside_attention"),
+        pytest.param("doge", MaskError, "the attention mask", id="mask_from_activations"),
     ],
 )
-def test_refuses_layers_with_a_state_of_their_own(
+def test_refuses_what_a_cache_of_keys_cannot_hold(
     family: str, error: type[AdFlashinferError], said: str
 ) -> None:
-    """A state that is no KV cache stops the pass, in one line."""
+    """A state of a layer's own, or a mask that depends on the tokens, stops the pass in one line."""
     model = architectures.random_model(architectures.small_config(family))
 
     with pytest.raises(error, match=said) as raised:

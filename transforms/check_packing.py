@@ -43,7 +43,7 @@ def check_packing(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
             continue
         report.num_matches += 1
         reason = checker.refuse(node)
-        if reason is not None and (_name(node) in _DISPATCH or checker.merges_constant(node)):
+        if reason is not None and (_name(node) in _DISPATCH or checker.hides_order(node)):
             dispatch.append(node)
         elif reason is not None:
             raise PackingError(
@@ -116,12 +116,12 @@ class _Checker:
             return None
         return f"moves tokens: {tuple(g.shape(g.args(node)[0]))} is read as {tuple(g.shape(node))}"
 
-    def merges_constant(self, node: fx.Node) -> bool:
-        """Whether a reshape merges tokens with something else: then their order is not in the sizes."""
+    def hides_order(self, node: fx.Node) -> bool:
+        """Whether a reshape merges or splits dimensions whose order is not in their product."""
         if _RULES.get(_name(node)) is not _Checker.reshape:
             return False
         sizes = [*g.shape(g.args(node)[0]), *g.shape(node)]
-        return any(axes and constant != 1 for constant, axes in map(self.factors, sizes))
+        return any(axes and (constant != 1 or len(axes) > 1) for constant, axes in map(self.factors, sizes))
 
     def _places(self, tensor: Tensor) -> Counter[tuple[str, int, tuple[str, ...]]]:
         inside: int = 1
@@ -328,10 +328,32 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
                 f"{g.where(nodes[0])}: with {_name(nodes[0])} and {len(nodes) - 1} more such ops, a token's "
                 f"logits depend on {what}, so sequences cannot share a batch."
             )
+    _probe_rows(gm, ids.view(2, half), positions[:, :half].repeat(2, 1), nodes[0])
     return (
         f"{len(nodes)} dispatch ops run on {tokens} tokens in 2 orders and 2 shapes, and among {budget}: "
         "same logits"
     )
+
+
+def _probe_rows(gm: fx.GraphModule, ids: Tensor, positions: Tensor, first: fx.Node) -> None:
+    """Check that the rows of query, key and value are the sequences of the batch, in order.
+
+    Raises:
+        PackingError: a sequence's query, key or value changes with another sequence's tokens.
+    """
+    others = torch.cat((ids[:1].flip(1), ids[1:]))
+    runs = []
+    with torch.no_grad():
+        for tokens in (ids, others):
+            recorder = _SecondRow(gm)
+            recorder.run(tokens, positions)
+            runs.append(recorder.rows)
+    for one, other in zip(*runs, strict=True):
+        if not torch.equal(one, other):
+            raise PackingError(
+                f"{g.where(first)}: with {_name(first)} and others, the rows of query, key and value are not "
+                "the sequences of the batch, so a sequence would read the cache of another."
+            )
 
 
 def _vocab_size(gm: fx.GraphModule) -> int:
@@ -344,6 +366,19 @@ def _run_local(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits [tokens, vocab] with each attention replaced by its own query and value."""
     with torch.no_grad():
         return _LocalAttention(gm).run(ids, positions).flatten(0, 1)
+
+
+class _SecondRow(fx.Interpreter):
+    """Runs a graph and keeps the second sequence's query, key and value of each attention."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.rows: list[Tensor] = []
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.ad_flashinfer.attention.default:
+            self.rows += [tensor[1].clone() for tensor in args[:3]]
+        return super().call_function(target, args, kwargs)
 
 
 class _LocalAttention(fx.Interpreter):

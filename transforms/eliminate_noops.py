@@ -39,7 +39,7 @@ _ASSERTIONS = {aten._assert_tensor_metadata.default}
 def eliminate_noops(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
     """Replace each no-op by its input and drop the assertions that export put in."""
     assert isinstance(model, fx.GraphModule)
-    report = TransformReport("eliminate_noops")
+    report = TransformReport("eliminate_noops", num_matches=_read_sizes_of_inputs(model))
     for node in list(model.graph.nodes):
         if node.target in _ASSERTIONS:
             model.graph.erase_node(node)
@@ -52,6 +52,32 @@ def eliminate_noops(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
     if report.num_matches:
         g.finish(model)
     return model, report
+
+
+def _read_sizes_of_inputs(gm: fx.GraphModule) -> int:
+    """Batch and sequence are read from input_ids, not from tensors that are there for nothing else.
+
+    Legal because the sizes are equal for all values of their symbols. A mask that is only asked for its
+    size would otherwise outlive its classification.
+    """
+    ids = next((n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids"), None)
+    if ids is None:
+        return 0
+    symbols = {str(size): dim for dim, size in enumerate(g.shape(ids)) if isinstance(size, torch.SymInt)}
+    canonical: dict[str, fx.Node] = {}
+    count = 0
+    for node in gm.graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        symbol = str(g.value(node))
+        if symbol not in symbols or g.args(node)[0].op == "placeholder":
+            continue
+        if symbol not in canonical:
+            inputs = gm.graph.find_nodes(op="placeholder")
+            with gm.graph.inserting_after(inputs[-1]):
+                canonical[symbol] = g.call_op(gm.graph, aten.sym_size.int, ids, symbols[symbol])
+        node.replace_all_uses_with(canonical[symbol])
+        gm.graph.erase_node(node)
+        count += 1
+    return count
 
 
 def _is_noop(node: fx.Node) -> bool:

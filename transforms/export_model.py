@@ -3,7 +3,8 @@
 After: logits: [b, s, vocab] = graph(input_ids: int64 [b, s], position_ids: int64 [b, s])
 
 The graph shares the module's parameters. A model of transformers is called without a cache; a module
-of one's own is called with input_ids and position_ids, and returns logits or an object with them.
+of one's own is called with input_ids and position_ids, and returns logits or an object with them. A
+graph that was made elsewhere, ``ExportedProgram.module()`` or from ``make_fx``, is taken as it is.
 """
 
 from __future__ import annotations
@@ -32,8 +33,16 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
     """Export ``model``.
 
     Raises:
-        ExportError: torch.export refused; its own words are in the message.
+        ExportError: torch.export refused, in its own words; or a given graph has other inputs than tokens
+            and positions, or is not dynamic in both sizes.
     """
+    gm = _given(model, ctx) if isinstance(model, fx.GraphModule) else _exported(model, ctx)
+    report = TransformReport("export_model", num_matches=1)
+    report.notes.append(f"{len(gm.graph.nodes)} nodes")
+    return gm, report
+
+
+def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
     input_ids = torch.zeros((_EXAMPLE_BATCH, _EXAMPLE_SEQ), dtype=torch.int64, device=ctx.device)
     position_ids = torch.arange(_EXAMPLE_SEQ, device=ctx.device).repeat(_EXAMPLE_BATCH, 1)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -51,11 +60,35 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         raise ExportError(
             f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {reason}"
         ) from err
-    gm, guards = _plain_module(program)
+    gm, guards = _plain_module(program.module())
     _check_other_shapes(gm, wrapped, guards, ctx)
-    report = TransformReport("export_model", num_matches=1)
-    report.notes.append(f"{len(gm.graph.nodes)} nodes")
-    return gm, report
+    return gm
+
+
+def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:
+    inputs = given.graph.find_nodes(op="placeholder")
+    shapes = [g.shape(node) if g.is_tensor(node) else () for node in inputs]
+    if [len(shape) for shape in shapes] != [2, 2]:
+        raise ExportError(
+            "a given graph must have two inputs, input_ids and position_ids, both [batch, seq], got "
+            f"{', '.join(f'{n.name} {tuple(shape)}' for n, shape in zip(inputs, shapes, strict=True))}."
+        )
+    if not all(isinstance(size, torch.SymInt) for size in shapes[0]):
+        raise ExportError(
+            f"batch and sequence of a given graph must be dynamic, got {inputs[0].name} {tuple(shapes[0])}: "
+            "export it with dynamic_shapes, or trace it with make_fx(tracing_mode='symbolic')."
+        )
+    for node, name in zip(inputs, ("input_ids", "position_ids"), strict=True):
+        node.name = node.target = name
+    gm, guards = _plain_module(given)
+    for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
+        failed = _failed_guard(guards, shape)
+        if failed is not None:
+            raise ExportError(
+                f"the given graph is not right for {shape[0]} x {shape[1]} tokens ({failed}). Export it from "
+                "an example with other sizes, or lower max_seq_len if that is the bound."
+            )
+    return gm
 
 
 class _Logits(nn.Module):
@@ -79,20 +112,20 @@ class _Logits(nn.Module):
         return out.logits if hasattr(out, "logits") else out[0]
 
 
-def _plain_module(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, list[nn.Module]]:
-    """The program with its parameters as attributes, plain inputs, one tensor out, and no hooks.
+def _plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
+    """The graph with its parameters as attributes, plain inputs, one tensor out, and no hooks.
 
     Also the modules that check what export assumed about the shapes of the inputs.
     """
-    module = program.module()
+    assert isinstance(module, fx.GraphModule)
     graph = module.graph
     guards = []
     for node in graph.find_nodes(op="call_module"):
         guards.append(module.get_submodule(str(node.target)))
         graph.erase_node(node)
     output = graph.output_node()
-    (result,) = g.args(output)[0]
-    output.args = (result,)
+    result = g.args(output)[0]
+    output.args = (result[0] if isinstance(result, (tuple, list)) else result,)
     graph.set_codegen(fx.graph.CodeGen())
     gm = fx.GraphModule(module, graph)
     g.finish(gm)

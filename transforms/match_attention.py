@@ -92,6 +92,7 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         if g.value(result).dtype != g.value(last).dtype:
             result = g.call_op(graph, aten.to.dtype, result, g.value(last).dtype)
     last.replace_all_uses_with(result)
+    _reshape_for_view(result)
     # Dead code elimination keeps SDPA, because dropout could be in it.
     source = last.all_input_nodes[0]
     graph.erase_node(last)
@@ -99,6 +100,17 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         for user in list(source.users):
             graph.erase_node(user)
         graph.erase_node(source)
+
+
+def _reshape_for_view(result: fx.Node) -> None:
+    """Let views of the result copy where they must: its strides may differ from those that were traced."""
+    stack = [result]
+    while stack:
+        for user in stack.pop().users:
+            if g.is_op(user, aten.view):
+                user.target = aten.reshape.default
+            elif g.is_op(user, aten.transpose, aten.permute, aten.to, aten.unsqueeze, aten.squeeze):
+                stack.append(user)
 
 
 def _folded(match: AttentionMatch) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -72,24 +72,30 @@ class Capability:
     """What this machine lacks for a site that all else allows, asked last because it may take time."""
 
     def refusals(self, site: Site, phase: Phase, device: torch.device) -> list[str]:
-        """Every item of ``site`` that this provider cannot do, as text; empty if it can run it."""
-        allowed = {
-            "phase": (phase, self.phases),
-            "device": (device.type, self.device_types),
-            "dtype": (site.dtype, self.dtypes),
-            "KV dtype": (site.kv_dtype, self.kv_dtypes),
-            "page size": (site.page_size, self.page_sizes),
-            "head size": (site.head_dim, self.head_dims),
-        }
-        if self.compute_majors is not None:
-            allowed["compute capability major"] = (_compute_major(device), self.compute_majors)
-        refused = [
-            f"{item} {value} (it has {', '.join(sorted(map(str, known)))})"
-            for item, (value, known) in allowed.items()
-            if known is not None and value not in known
-        ]
+        """Every reason why this provider cannot run a phase of ``site``, as text; empty if it can.
+
+        Items of the site are listed only for a phase and a device that the provider has.
+        """
+        elsewhere = _unknown({"phase": (phase, self.phases), "device": (device.type, self.device_types)})
+        if self.compute_majors is not None and not elsewhere:
+            elsewhere = _unknown({"compute capability major": (_compute_major(device), self.compute_majors)})
+        if elsewhere:
+            return elsewhere
+        refused = self._refused_items(site)
         if self.package is not None and find_spec(self.package) is None:
             refused.append(f"package {self.package} is not installed")
+        lacks = self.missing(site) if self.missing is not None and not refused else None
+        return refused if lacks is None else [lacks]
+
+    def _refused_items(self, site: Site) -> list[str]:
+        refused = _unknown(
+            {
+                "dtype": (site.dtype, self.dtypes),
+                "KV dtype": (site.kv_dtype, self.kv_dtypes),
+                "page size": (site.page_size, self.page_sizes),
+                "head size": (site.head_dim, self.head_dims),
+            }
+        )
         needs = {
             "converts_kv": site.kv_dtype != site.dtype,
             "sliding_window": site.sliding_window is not None,
@@ -107,8 +113,16 @@ class Capability:
         tile = _round_up(group, 16) * max(64, 1 << (site.head_dim - 1).bit_length())
         if self.max_group_elements is not None and tile > self.max_group_elements:
             refused.append(f"{group} query heads a KV head of size {site.head_dim}")
-        lacks = self.missing(site) if self.missing is not None and not refused else None
-        return refused if lacks is None else [lacks]
+        return refused
+
+
+def _unknown(items: dict[str, tuple[Any, frozenset[Any] | None]]) -> list[str]:
+    """Each item whose value is not among those allowed, with what is."""
+    return [
+        f"{item} {value} (it has {', '.join(sorted(map(str, known)))})"
+        for item, (value, known) in items.items()
+        if known is not None and value not in known
+    ]
 
 
 def _compute_major(device: torch.device) -> int:

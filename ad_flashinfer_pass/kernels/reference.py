@@ -47,7 +47,7 @@ def prepare_metadata(
     device = cache_loc.device
     starts, ends = cu_num_pages[:num_seqs, None], cu_num_pages[1 : num_seqs + 1, None]
     columns = starts + torch.arange(max_blocks_per_seq, dtype=torch.int32, device=device)
-    pages = cache_loc[columns.clamp_(max=cache_loc.shape[0] - 1)] * (columns < ends)
+    pages = cache_loc[columns.clamp(max=cache_loc.shape[0] - 1)] * (columns < ends)
     block_table = cache_loc.new_zeros((input_pos.shape[0], max_blocks_per_seq))
     block_table[:num_seqs] = pages
 

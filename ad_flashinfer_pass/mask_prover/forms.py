@@ -226,7 +226,7 @@ class Cells:
         if axes:
             lo, hi = _plus((lo, hi), self._limits_of_axes(axes))
         if form.has_error:
-            lo, hi = _no_nan(lo - form.error * np.abs(lo), hi + form.error * np.abs(hi))
+            lo, hi = _no_nan(lo - _share(form.error, lo), hi + _share(form.error, hi))
         return lo, hi
 
     def _limits_of_axes(self, terms: Mapping[str, Array]) -> Limits:
@@ -269,7 +269,7 @@ class Cells:
         """The form with its relative error as part of its bounds."""
         if not form.has_error:
             return form
-        reach = form.error * np.maximum.reduce([np.abs(limit) for limit in self.limits(form.exact)])
+        reach = np.maximum(*(_share(form.error, limit) for limit in self.limits(form.exact)))
         return Form(*_no_nan(form.lo - reach, form.hi + reach), form.terms, form.grain)
 
     def settled(self, form: Form) -> Form:
@@ -304,6 +304,11 @@ class Cells:
         stored = pick(is_linear, Form(form.lo - tiny, form.hi + tiny, form.terms, grain, error), stored)
         overflows = is_linear & (largest > highest)
         return pick(overflows, UNKNOWN, stored) if some(overflows) else stored
+
+
+def _share(error: Array, limit: Array) -> Array:
+    """The absolute error of a bound; none of an infinite bound that is exact."""
+    return np.where(error > 0, error * np.abs(limit), 0.0)
 
 
 def _stored(values: Array, dtype: torch.dtype) -> Array:

@@ -45,14 +45,23 @@ def attention(
         is_causal: query i attends key j only if j <= i; requires s == t.
         scale: factor of the logits; default 1 / sqrt(head_dim).
         sinks: [num_heads], one more logit in each softmax, whose value is zero.
-        sliding_window: with W, also j > i - W: W tokens, the current one included.
+        sliding_window: with W, also j > i - W: W tokens, the current one included; requires is_causal.
         logit_cap: with c, logits become c * tanh(logits / c) before any mask is added.
-        chunk: with C, also i // C == j // C.
+        chunk: with C, also i // C == j // C; requires is_causal.
         alibi_slopes: float32 [num_heads]; slope * (j - i) is added to the logits.
 
     Returns:
         [b, s, num_heads, v_head_dim], in the dtype of query.
+
+    Raises:
+        ValueError: is_causal, sliding_window or chunk where queries and keys are not the same tokens.
     """
+    if is_causal and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"is_causal needs as many keys as queries, got {key.shape[1]} and {query.shape[1]}; give a mask."
+        )
+    if not is_causal and (sliding_window is not None or chunk is not None):
+        raise ValueError("sliding_window and chunk narrow a causal mask: set is_causal, or give a mask.")
     spec = reference.AttentionSpec(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         sliding_window=sliding_window,

@@ -188,11 +188,12 @@ sequences = st.lists(
     lengths=sequences,
     page_size=st.sampled_from([1, 2, 5, 16]),
     padding=st.integers(0, 3),
+    spare=st.sampled_from([0, 9]),
     seed=st.integers(0, 9),
 )
 @settings(max_examples=60, deadline=None)
 def test_prepare_metadata_equals_a_plain_loop(
-    lengths: list[tuple[int, int]], page_size: int, padding: int, seed: int
+    lengths: list[tuple[int, int]], page_size: int, padding: int, spare: int, seed: int
 ) -> None:
     """Block table and slots are those of a loop over tokens; stale entries are not read."""
     max_batch_size, max_blocks = 6, 24
@@ -213,7 +214,7 @@ def test_prepare_metadata_equals_a_plain_loop(
         torch.tensor(BatchInfo(0, 0, len(lengths), cu_seqlen[-1], *[0] * 8), dtype=torch.int32),
         filled(cu_seqlen, max_batch_size + 1),
         filled([past for past, _ in lengths], max_batch_size),
-        filled(ids, max_batch_size * max_blocks),
+        filled(ids, len(ids) + spare),
         filled(ends, max_batch_size + 1),
         max_blocks,
         page_size,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import reference, select, xqa
+from ad_flashinfer_pass.kernels import capability as declarations
+from ad_flashinfer_pass.kernels import fmha_v2, reference, select, xqa
 from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site, ledger
 
 CPU = torch.device("cpu")
@@ -155,12 +156,13 @@ def test_choose_takes_the_first_that_covers_the_phase_and_says_why_not_the_other
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_choose_on_a_cpu_gives_the_reference(phase: Phase) -> None:
-    """The kernels of a GPU are passed over because of the device, which the reason says."""
+    """The kernels of a GPU are passed over because of the phase or the device, which the reason says."""
     name, reason = select.choose(PLAIN, phase, CPU, "node a")
     assert name == "reference"
     for other in select.PROVIDERS.keys() - {"reference"}:
         assert f"not {other}: " in reason
     assert "device cpu (it has cuda)" in reason
+    assert "dtype" not in reason
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,48 @@ def test_a_cache_of_another_dtype_needs_a_kernel_that_converts() -> None:
 @pytest.mark.parametrize(("head_dim", "largest"), [(48, 128), (64, 128), (96, 64), (128, 64), (256, 32)])
 def test_large_groups_are_limited_by_the_head_size(head_dim: int, largest: int) -> None:
     """XQA's tile of queries holds so many heads of each size, and the next larger group is refused."""
-    for group, is_refused in ((largest, False), (largest + 1, True)):
+    capability = Capability(name="a", max_group_elements=xqa.CAPABILITY.max_group_elements)
+    for group, expected in (
+        (largest, []),
+        (largest + 1, [f"{largest + 1} query heads a KV head of size {head_dim}"]),
+    ):
         site = replace(PLAIN, num_heads=group, num_kv_heads=1, head_dim=head_dim, v_head_dim=head_dim)
-        refusals = xqa.CAPABILITY.refusals(site, "decode", CPU)
-        assert (f"{group} query heads a KV head of size {head_dim}" in refusals) == is_refused
+        assert capability.refusals(site, "decode", CPU) == expected
+
+
+SERVED = replace(PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, head_dim=128, v_head_dim=128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "major", "is_built", "prefill", "decode"),
+    [
+        ({}, 9, True, "fmha_v2", "xqa"),
+        ({}, 9, False, "reference", "xqa"),
+        ({"sliding_window": 7, "has_sinks": True, "shares_kv": True}, 9, True, "fmha_v2", "xqa"),
+        ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, True, "reference", "xqa"),
+        ({"kv_dtype": torch.float16}, 9, True, "reference", "reference"),
+        ({"logit_cap": 50.0}, 9, True, "reference", "reference"),
+        ({"chunk": 8}, 9, True, "reference", "reference"),
+        ({"has_alibi": True}, 9, True, "reference", "reference"),
+        ({"page_size": 24}, 9, True, "reference", "reference"),
+        ({"v_head_dim": 64}, 9, True, "reference", "reference"),
+        ({}, 12, True, "reference", "xqa"),
+        ({}, 10, True, "reference", "reference"),
+        ({}, 8, True, "reference", "reference"),
+    ],
+)
+def test_choices_on_a_gpu(
+    changes: dict[str, Any],
+    major: int,
+    is_built: bool,
+    prefill: str,
+    decode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs each phase of a site by compute capability, where FlashInfer is installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(declarations, "find_spec", lambda name: name)
+    monkeypatch.setattr(fmha_v2, "_is_built", lambda dtype: is_built)
+    site, gpu = replace(SERVED, **changes), torch.device("cuda")
+    chosen = [select.choose(site, phase, gpu, "node a").kernel for phase in PHASES]
+    assert chosen == [prefill, decode]

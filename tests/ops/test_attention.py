@@ -91,3 +91,20 @@ def test_result_has_the_dtype_of_the_query(dtype: torch.dtype) -> None:
     wanted = sdpa(q, k, v, is_causal=True)
     # One rounding of the result: half a unit in the last place, on top of float32 noise.
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=torch.finfo(dtype).eps / 2 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": True}, "is_causal needs as many keys as queries, got 13 and 9"),
+        ({"sliding_window": 3}, "sliding_window and chunk narrow a causal mask: set is_causal"),
+        ({"chunk": 3}, "sliding_window and chunk narrow a causal mask: set is_causal"),
+    ],
+    ids=["causal_with_more_keys", "window_without_causal", "chunk_without_causal"],
+)
+def test_what_has_no_meaning_is_refused(options: dict[str, Any], message: str) -> None:
+    """An argument that could only be ignored is an error."""
+    q, _, _ = qkv()
+    k = random(B, 13, 2, D)
+    with pytest.raises(ValueError, match=message):
+        ops.attention(q, k, k, **options)

@@ -19,7 +19,7 @@ from ad_flashinfer_pass.errors import MaskError
 from ad_flashinfer_pass.mask_prover.forms import Form, number, variable
 from ad_flashinfer_pass.mask_prover.hints import describe
 from ad_flashinfer_pass.mask_prover.program import MaskProgram
-from ad_flashinfer_pass.mask_prover.proof import HIDDEN, Point, Proof, Undecided, readable_program
+from ad_flashinfer_pass.mask_prover.proof import HIDDEN, Point, Proof, Rough, Undecided, readable_program
 from ad_flashinfer_pass.mask_prover.reading import Reading
 
 __all__ = ["HIDDEN", "Certificate", "MaskClass", "fingerprint", "prove"]
@@ -182,7 +182,11 @@ def _classify(program: MaskProgram, proof: Proof) -> tuple[MaskClass, MaskError 
         found = MaskClass(window, chunk, _slopes(proof))
         wrong = proof.check(found.read)
     except Undecided as err:
-        return found, _refusal(program, found, err.point, err.reason)
+        wrong = proof.first_departure(found.read, err.point.head) if isinstance(err, Rough) else None
+        if wrong is None:
+            return found, _refusal(program, found, err.point, err.reason)
+        what = f"{_what(proof, found, wrong)}, because {err.reason}. Load the model in that format, or lower max_seq_len"
+        return found, _refusal(program, found, wrong, what)
     return found, None if wrong is None else _refusal(program, found, wrong, _what(proof, found, wrong))
 
 

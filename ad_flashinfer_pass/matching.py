@@ -464,8 +464,9 @@ def _heads_apart(node: fx.Node) -> fx.Node:
         if inner is not _node(node, 0) and {d % 3 for d in g.args(node)[1:3]} == {1, 2}:
             with node.graph.inserting_before(node):
                 return g.call_op(node.graph, aten.transpose.int, inner, 2, 3)
-    if g.value(node).dim() == 3 and isinstance(g.shape(node)[0], SymInt):
-        heads, _ = g.shape(node)[0].node.expr.as_coeff_Mul()
+    rows = g.shape(node)[0]
+    if g.value(node).dim() == 3 and isinstance(rows, SymInt):
+        heads, _ = rows.node.expr.as_coeff_Mul()
         with node.graph.inserting_after(node):
             return g.call_op(node.graph, aten.unflatten.int, node, 0, [-1, int(heads)])
     return node

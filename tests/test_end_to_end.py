@@ -6,9 +6,11 @@ import random
 from functools import cache
 
 import pytest
+import torch
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
@@ -66,11 +68,26 @@ def in_order(tokens: dict[int, list[int]]) -> list[list[int]]:
     return [tokens[request_id] for request_id in sorted(tokens)]
 
 
+def logits_error(model: CachedModel, original: nn.Module) -> float:
+    """Largest difference from the model's own logits, over their largest value: 40 tokens, then 20 by one."""
+    (prompt,) = architectures.random_prompts((60,), vocab_size=128, seed=2)
+    with torch.no_grad():
+        expected = original(torch.tensor([prompt])).logits[0]
+    error = 0.0
+    for start, end in [(0, 40), *((i, i + 1) for i in range(40, 60))]:
+        pages = list(range(1, 2 + (end - 1) // 16))
+        (found,) = model.step([SequenceStep(prompt[start:end], start, pages)])
+        error = max(error, float((found - expected[end - 1]).abs().max()))
+    return error / float(expected.abs().max())
+
+
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_generates_the_tokens_of_transformers(name: str, attention: str) -> None:
-    """In one ragged batch, in chunks of 7, and with late arrivals on a pool that forces preemption."""
+    """And its logits: in one ragged batch, in chunks of 7, and with late arrivals on a pool that forces preemption."""
     model = cached_model(model_of(name, attention), max_tokens=20 * 16)
 
+    # Tokens alone would not show a small term that is dropped.
+    assert logits_error(model, model_of(name, attention)) < 2e-5
     one_batch, _ = run(Engine(model), {0: PROMPTS[:4], 1: PROMPTS[4:]})
     chunked, _ = run(Engine(model, prefill_chunk_tokens=7), {0: PROMPTS})
     rng = random.Random(0)

@@ -165,7 +165,7 @@ class _Checker:
 
     def repeat(self, node: fx.Node) -> str | None:
         """Copies side by side, counted from the last dimension: one of each token."""
-        source, repeats = node.args[0], node.args[1]
+        source, repeats = g.args(node)[:2]
         offset = len(repeats) - g.value(source).dim()
         if any(repeats[offset + dim] != 1 for dim in self.token_dims(g.value(source))):
             return "repeats the tokens"
@@ -266,7 +266,7 @@ _RULES: dict[str, _Rule] = {
         "mean sum amax amin max min prod var std var_mean softmax _softmax log_softmax logsumexp "
         "cumsum cumprod topk sort argsort argmax argmin any all norm linalg_vector_norm slice "
         "select chunk split split_with_sizes unbind cat concat gather scatter index_select "
-        "take_along_dim repeat_interleave narrow flip roll diff glu",
+        "take_along_dim repeat_interleave narrow flip roll diff glu squeeze",
     ),
     **_table(_Checker.stack, "stack"),
     **_table(_Checker.repeat, "repeat"),
@@ -282,7 +282,7 @@ _RULES: dict[str, _Rule] = {
 _FILLS = frozenset("full new_full full_like scalar_tensor fill".split())
 # Keep each token where it is, whatever the shape.
 _SAFE = frozenset(
-    "transpose permute t numpy_T unsqueeze squeeze expand expand_as contiguous clone to _to_copy "
+    "transpose permute t numpy_T unsqueeze expand expand_as contiguous clone to _to_copy "
     "type_as detach alias lift_fresh_copy empty zeros ones full new_zeros new_ones new_full "
     "new_empty empty_like zeros_like ones_like full_like empty_permuted sym_size sym_numel "
     "view_as_complex view_as_real complex polar real imag "

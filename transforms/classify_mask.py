@@ -1,13 +1,17 @@
 """Mask subgraphs -> attributes of the attention op.
 
 Before: attention(q, k, v, mask)
-After:  attention(q, k, v, None, is_causal=True, sliding_window=W, chunk=C)
+After:  attention(q, k, v, None, is_causal=True, sliding_window=W, chunk=C, alibi_slopes=slopes)
 
-Legal because ``masks.prove`` ran the mask's own program and found it equal to the closed form; a mask
-that it cannot prove stops the pass. The mask's nodes then die.
+Legal because ``masks.prove`` showed the mask's own program to be equal to the closed form at every length
+up to max_seq_len; a mask that it cannot prove stops the pass. ALiBi becomes a float32 buffer of one slope
+a head, ``alibi_slopes_0``, which layers with the same slopes share. Masks that are computed by the same
+steps are proved once. The mask's nodes then die.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 import torch
 from torch import fx, nn
@@ -27,7 +31,8 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("classify_mask")
-    proved: dict[fx.Node, masks.Certificate] = {}
+    proved: dict[Hashable, masks.Certificate] = {}
+    slopes: dict[tuple[float, ...], fx.Node] = {}
     op = torch.ops.ad_flashinfer.attention.default
     for node in model.graph.find_nodes(op="call_function", target=op):
         args = g.op_args(node)
@@ -39,16 +44,58 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
                     "causal attention has a cache. Encoders and cross-attention are not supported."
                 )
             continue
-        if mask not in proved:
-            proved[mask] = masks.prove(mask, ctx.config.max_seq_len)
-            report.notes.append(f"{g.where(mask)}: {proved[mask]}")
-        if "site_notes" in node.meta:
-            node.meta["site_notes"].mask = str(proved[mask])
-        found = proved[mask].mask_class
-        node.args = (*node.args[:3], None, True)
-        kwargs = {"sliding_window": found.sliding_window, "chunk": found.chunk}
-        node.kwargs = {**node.kwargs, **{k: v for k, v in kwargs.items() if v is not None}}
+        steps = masks.fingerprint(mask)
+        if steps not in proved:
+            proved[steps] = masks.prove(mask, ctx.config.max_seq_len)
+            report.notes.append(f"{g.where(mask)}: {proved[steps]}")
+        _apply(model, node, proved[steps], slopes)
         report.num_matches += 1
     if report.num_matches:
         g.finish(model)
     return model, report
+
+
+def _apply(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    certificate: masks.Certificate,
+    slopes: dict[tuple[float, ...], fx.Node],
+) -> None:
+    """Put the class of a site's mask in place of the mask."""
+    args, found = g.op_args(node), certificate.mask_class
+    if args["sinks"] is not None and certificate.shifts_rows:
+        raise MaskError(
+            f"{g.where(node)}: the attention mask adds a number to whole rows, which changes the share of the attention "
+            "sinks; a mask beside sinks must add 0 to the query's own logit."
+        )
+    if "site_notes" in node.meta:
+        node.meta["site_notes"].mask = str(certificate)
+    options = {"sliding_window": found.sliding_window, "chunk": found.chunk}
+    if found.alibi_slopes is not None:
+        options["alibi_slopes"] = _slopes_of(gm, node, found.alibi_slopes, slopes)
+    node.args = (*node.args[:3], None, True)
+    node.kwargs = {**node.kwargs, **{name: value for name, value in options.items() if value is not None}}
+
+
+def _slopes_of(
+    gm: fx.GraphModule, site: fx.Node, values: tuple[float, ...], known: dict[tuple[float, ...], fx.Node]
+) -> fx.Node:
+    """A buffer of one slope a query head, on the device of the query."""
+    query = g.op_args(site)["query"]
+    num_heads = g.shape(query)[2]
+    if len(values) == 1:
+        values *= int(num_heads)
+    if len(values) != num_heads:
+        raise MaskError(
+            f"{g.where(site)}: an ALiBi mask must have one slope for each of the {num_heads} query heads, got "
+            f"{len(values)}."
+        )
+    if values not in known:
+        tensor = torch.tensor(values, dtype=torch.float32, device=g.value(query).device)
+        name = f"alibi_slopes_{len(known)}"
+        gm.register_buffer(name, tensor)
+        mode = g.fake_mode(gm)
+        with gm.graph.inserting_before(site):
+            known[values] = gm.graph.get_attr(name)
+        known[values].meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+    return known[values]

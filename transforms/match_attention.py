@@ -166,9 +166,9 @@ def _mask(graph: fx.Graph, terms: list[MaskTerm]) -> fx.Node | None:
 
 
 def _with_heads(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A bias [b * h, 1 or s, t] as [b, h, 1 or s, t], if it was made from that."""
-    if g.value(node).dim() != 3 or not g.is_op(node, aten.view, aten.reshape):
+    """A bias [b * h, 1 or s, t] as [b, h, 1 or s, t]; the prover sees whether b is the batch."""
+    rows = g.shape(node)[0]
+    if g.value(node).dim() != 3 or not isinstance(rows, torch.SymInt):
         return node
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source if g.value(source).dim() == 4 else node
+    heads, _ = rows.node.expr.as_coeff_Mul()
+    return g.call_op(graph, aten.unflatten.int, node, 0, [-1, int(heads)])

@@ -30,7 +30,7 @@ QUERY, KEY, LAG, SIZE = range(4)
 _AXIS = {"q": QUERY, "k": KEY, "s": SIZE}
 
 _EXACT = 2.0**53
-_NOTHING = np.zeros(1)
+NOTHING, UNIT = np.zeros(1), np.ones(1)
 _BITS = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 
 
@@ -49,10 +49,10 @@ class Form:
     lo: Array
     hi: Array
     terms: Mapping[str, Array] = field(default_factory=dict)
-    grain: float = 0.0
+    grain: Array = field(default_factory=lambda: NOTHING)
     """Every value is a multiple of this power of two; 0 if nothing is known. It tells when a float
     format holds the value exactly."""
-    error: Array = field(default_factory=lambda: _NOTHING)
+    error: Array = field(default_factory=lambda: NOTHING)
     floor_of: tuple[Form, float] | None = None
     """(x, c) if the form is floor(x / c) of an integer x."""
 
@@ -63,7 +63,7 @@ class Form:
             terms[var] = terms[var] + factor if var in terms else factor
             if not some(terms[var]):
                 del terms[var]
-        return Form(*_plus((self.lo, self.hi), (other.lo, other.hi)), terms, min(self.grain, other.grain))
+        return Form(*_plus((self.lo, self.hi), (other.lo, other.hi)), terms, np.minimum(self.grain, other.grain))
 
     def __neg__(self) -> Form:
         terms = {var: -factor for var, factor in self.terms.items()}
@@ -72,21 +72,26 @@ class Form:
     def __sub__(self, other: Form) -> Form:
         return self + -other
 
-    def scaled(self, factor: Array, grain: float) -> Form:
-        """The form times a number that is known in every cell, a multiple of ``grain``."""
+    def scaled(self, factor: Array) -> Form:
+        """The form times a number that is known in every cell."""
         terms = {var: value * factor for var, value in self.terms.items()} if some(factor) else {}
-        grain = self.grain * grain if self.grain and grain else 0.0
+        grain = multiplied(self.grain, grain_of(factor))
         return Form(*span(factor, self.lo, self.hi), terms, grain, self.error)
 
     @property
     def has_error(self) -> bool:
         """Whether there is a relative error in any cell."""
-        return self.error is not _NOTHING and some(self.error)
+        return self.error is not NOTHING and some(self.error)
 
     @property
     def exact(self) -> Form:
         """The form without its relative error."""
-        return replace(self, error=_NOTHING)
+        return replace(self, error=NOTHING)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is an integer in every cell."""
+        return not some(self.grain < 1)
 
     @property
     def is_known(self) -> bool:
@@ -122,11 +127,10 @@ def _constant(value: float) -> Form:
 
 def variable(name: str) -> Form:
     """One variable."""
-    zero = np.zeros(1)
-    return Form(zero, zero, {name: np.ones(1)}, 1.0)
+    return Form(NOTHING, NOTHING, {name: UNIT}, UNIT)
 
 
-def between(lo: Array, hi: Array, grain: float = 0.0) -> Form:
+def between(lo: Array, hi: Array, grain: Array = NOTHING) -> Form:
     """A number of which only bounds are known."""
     lo, hi = _no_nan(np.asarray(lo, dtype=np.float64), np.asarray(hi, dtype=np.float64))
     return Form(lo, hi, {}, grain)
@@ -141,8 +145,8 @@ def pick(choice: Array, yes: Form, no: Form) -> Form:
     names = {*yes.terms, *no.terms}
     terms = {var: np.where(choice, yes.terms.get(var, 0.0), no.terms.get(var, 0.0)) for var in names}
     lo, hi = np.where(choice, yes.lo, no.lo), np.where(choice, yes.hi, no.hi)
-    error = np.where(choice, yes.error, no.error) if yes.has_error or no.has_error else _NOTHING
-    return Form(lo, hi, terms, min(yes.grain, no.grain), error)
+    error = np.where(choice, yes.error, no.error) if yes.has_error or no.has_error else NOTHING
+    return Form(lo, hi, terms, np.where(choice, yes.grain, no.grain), error)
 
 
 def span(factor: Array, lo: Array, hi: Array) -> Limits:
@@ -151,13 +155,17 @@ def span(factor: Array, lo: Array, hi: Array) -> Limits:
     return _no_nan(np.minimum(a, b), np.maximum(a, b))
 
 
-def grain_of(values: Array) -> float:
-    """The largest power of two that divides all of ``values``; inf if all are 0."""
-    mantissa, exponent = np.frexp(values[np.isfinite(values) & (values != 0)])
-    if not mantissa.size:
-        return float("inf")
+def grain_of(values: Array) -> Array:
+    """The largest power of two that divides each number; inf for 0, and 0 for infinite ones."""
+    mantissa, exponent = np.frexp(np.where(np.isfinite(values), values, 0.0))
     digits = (mantissa * _EXACT).astype(np.int64)
-    return float(np.ldexp((digits & -digits).astype(np.float64), exponent - 53).min())
+    grain = np.ldexp((digits & -digits).astype(np.float64), exponent - 53)
+    return np.where(values == 0, np.inf, grain)
+
+
+def multiplied(a: Array, b: Array) -> Array:
+    """The grain of a product."""
+    return np.where((a > 0) & (b > 0), a * b, 0.0)
 
 
 class Cells:
@@ -231,7 +239,7 @@ class Cells:
 
     def _limits_of_axes(self, terms: Mapping[str, Array]) -> Limits:
         """Each way to write the form is a bound; the tightest of them is taken."""
-        q, k, s = (terms.get(var, _NOTHING) for var in "qks")
+        q, k, s = (terms.get(var, NOTHING) for var in "qks")
         if "s" not in terms:
             return self._limits_of_qk(q, k)
         ways = [_plus(self._limits_of_qk(q, k), self._span(s, SIZE))]
@@ -259,11 +267,13 @@ class Cells:
         return np.minimum(a, b), np.maximum(a, b)
 
     def plus(self, a: Form, b: Form) -> Form:
-        """a + b; relative errors become bounds, unless one of the two is 0."""
-        for zero, other in ((a, b), (b, a)):
-            if zero.is_known and not some(zero.lo):
-                return other
-        return self.absolute(a) + self.absolute(b)
+        """a + b; relative errors stay so where both have the same sign, and become bounds elsewhere."""
+        if not a.has_error and not b.has_error:
+            return a + b
+        (a_lo, a_hi), (b_lo, b_hi) = self.limits(a), self.limits(b)
+        is_same = ((a_lo >= 0) & (b_lo >= 0)) | ((a_hi <= 0) & (b_hi <= 0))
+        same = replace(a.exact + b.exact, error=np.maximum(a.error, b.error))
+        return pick(is_same, same, self.absolute(a) + self.absolute(b))
 
     def absolute(self, form: Form) -> Form:
         """The form with its relative error as part of its bounds."""
@@ -287,21 +297,21 @@ class Cells:
         if not dtype.is_floating_point:
             info = torch.iinfo(dtype)
             fits = (lo >= info.min) & (hi <= info.max) & (largest < _EXACT)
-            return form if fits.all() else pick(fits, form, replace(UNKNOWN, grain=1.0))
+            return form if fits.all() else pick(fits, form, replace(UNKNOWN, grain=UNIT))
         highest = torch.finfo(dtype).max
-        if np.all(largest <= min(highest, form.grain / roundoff(dtype))):
+        if not some(largest > np.minimum(highest, form.grain / roundoff(dtype))):
             return form
         form = self.settled(form)
         is_linear = np.any([np.broadcast_to(f != 0, largest.shape) for f in form.terms.values()], axis=0)
         lo, hi = (_stored(limit, dtype) for limit in self.limits(replace(form, terms={})))
         # Rounding keeps multiples of the grain: it only happens where the format's own steps are larger.
-        grain = form.grain or (grain_of(lo) if not form.terms and np.array_equal(lo, hi) else 0.0)
-        stored = Form(lo, hi, {}, grain)
+        known = np.where(lo == hi, grain_of(lo), 0.0)
+        stored = Form(lo, hi, {}, np.maximum(form.grain, known))
         if not form.terms:
             return stored
         tiny = torch.finfo(dtype).smallest_normal  # below it, errors are absolute
         error = (1 + form.error) * (1 + roundoff(dtype)) - 1
-        stored = pick(is_linear, Form(form.lo - tiny, form.hi + tiny, form.terms, grain, error), stored)
+        stored = pick(is_linear, Form(form.lo - tiny, form.hi + tiny, form.terms, form.grain, error), stored)
         overflows = is_linear & (largest > highest)
         return pick(overflows, UNKNOWN, stored) if some(overflows) else stored
 

@@ -25,12 +25,8 @@ from ad_flashinfer_pass.mask_prover.tables import Table
 # float32, and no two logits of a model are nearly as far apart. Models use -1e4 and less, which is -9984 in bfloat16.
 HIDDEN = -9e3
 # A bias may depart from its line by this many roundings of its dtype, and by this much near zero.
-_ROUNDINGS, _NEARLY_ZERO = 4, 2.0**-20
+_ROUNDINGS, _NEARLY_ZERO = 8, 2.0**-20
 _LARGEST_BIAS = 2.0**30
-_ROUGH = (
-    "its bias is a slope times the distance only to within {:.2g} of itself, as after a cast to a short float format; "
-    "load the whole model in that format, or set a smaller max_seq_len"
-)
 _MOST_CELLS, _AT_ONCE = 100_000, 1024
 _MOST_ROWS = 2**16
 
@@ -71,6 +67,10 @@ def readable_program(program: MaskProgram) -> MaskProgram:
         for node in program.nodes
     )
     return program if program.is_functional and has_rules else program.functional()
+
+
+class Rough(Undecided):
+    """The bias at a point is a slope times the distance, but rounded to a shorter format than the mask's."""
 
 
 class Proof:
@@ -146,19 +146,33 @@ class Proof:
             Undecided: that cannot be known.
         """
 
-        def agrees(reading: Reading) -> tuple[Array, Array]:
-            visible, hidden = self.visibility(reading)
-            wanted = form(reading)
-            wants, wants_not = wanted.lo >= 1, wanted.hi <= 0
-            odd = (visible.hi <= 0) & (hidden.hi <= 0)
-            right = (wants & (visible.lo >= 1)) | (wants_not & (hidden.lo >= 1))
-            wrong = odd | (wants & (visible.hi <= 0)) | (wants_not & (hidden.hi <= 0))
-            return right, wrong
+        return self.first_no(self.cells(), lambda reading: self._agrees(reading, form))
 
-        return self.first_no(self.cells(), agrees)
+    @np.errstate(all="ignore")
+    def first_departure(self, form: Callable[[Reading], Form], head: int) -> Point | None:
+        """The same for the longest row of one head only, key by key, where nothing is rounded twice."""
+        keys = np.arange(self.high)
+        query, size = np.full_like(keys, self.high - 1), np.full_like(keys, self.high)
+        places = np.stack((query, keys, query - keys, size))
+        cells = Cells(places, places, np.full_like(keys, head), self._other)
+        _, wrong = self._agrees(Reading(self.program, self._tables, cells), form)
+        return self._point(cells.take(wrong)) if wrong.any() else None
 
-    def visibility(self, reading: Reading) -> tuple[Form, Form]:
-        """Two truth values: the key is visible with its bias, and the key is hidden.
+    def _agrees(self, reading: Reading, form: Callable[[Reading], Form]) -> tuple[Array, Array]:
+        visible, hidden, is_rough = self.visibility(reading)
+        wanted = form(reading)
+        wants, wants_not = wanted.lo >= 1, wanted.hi <= 0
+        is_rough = np.broadcast_to(is_rough & wants & (hidden.lo < 1), len(reading.cells))
+        if is_rough.any():
+            reason = "its bias is a slope times the distance, but rounded to a shorter format than that of the mask"
+            raise Rough(self._point(reading.cells.take(is_rough)), reason)
+        odd = (visible.hi <= 0) & (hidden.hi <= 0)
+        right = (wants & (visible.lo >= 1)) | (wants_not & (hidden.lo >= 1))
+        wrong = odd | (wants & (visible.hi <= 0)) | (wants_not & (hidden.hi <= 0))
+        return right, wrong
+
+    def visibility(self, reading: Reading) -> tuple[Form, Form, Array]:
+        """Two truth values: the key is visible with its bias, and the key is hidden; and where the bias is rough.
 
         A bias is measured from that of the query itself, because a number that is added to a whole row
         does not change its softmax. Both are false for what is neither, such as -5.
@@ -166,23 +180,18 @@ class Proof:
         query, key = variable("q"), variable("k")
         value = reading.mask(query, key)
         if self.dtype == torch.bool:
-            return value, negated(value)
+            return value, negated(value), np.zeros(1, dtype=bool)
         own = reading.mask(query, query)
         hidden = reading.le(reading.cells.plus(value, -own), number(HIDDEN))
-        slopes = self.slopes[reading.cells.head]
-        lag = query - key
-        # Relative errors come on top of linear parts that must be equal.
-        error = np.maximum(value.error, own.error)
+        # Linear parts must be equal; relative errors may come on top of them.
         tolerance = _ROUNDINGS * roundoff(self.dtype)
-        is_rough = np.broadcast_to((error > tolerance) & (hidden.lo < 1), len(reading.cells))
-        if is_rough.any():
-            raise Undecided(self._point(reading.cells.take(is_rough)), _ROUGH.format(error.max()))
-        rest = value.exact - own.exact + lag.scaled(slopes, 0.0)
-        allowed = lag.scaled(tolerance * np.abs(slopes), 0.0) + self._rounding(reading.cells, value, tolerance)
+        slopes, lag = self.slopes[reading.cells.head], query - key
+        rest = value.exact - own.exact + lag.scaled(slopes)
+        allowed = lag.scaled(tolerance * np.abs(slopes)) + self._rounding(reading.cells, value, tolerance)
         visible = reading.both(reading.le(rest, allowed), reading.le(-rest, allowed))
-        return visible, hidden
+        is_rough = np.maximum(value.error, own.error) > tolerance
+        return between(np.where(is_rough, 0, visible.lo), np.where(is_rough, 1, visible.hi)), hidden, is_rough
 
-    @np.errstate(all="ignore")
     def _rounding(self, cells: Cells, value: Form, tolerance: float) -> Form:
         """By how much a value may be off because it was rounded."""
         lo, hi = cells.limits(value)
@@ -227,8 +236,8 @@ class Proof:
         """
 
         def seen(reading: Reading) -> tuple[Array, Array]:
-            visible, hidden = self.visibility(reading)
-            return (visible.lo >= 1) | (hidden.hi <= 0), (hidden.lo >= 1) & (visible.hi <= 0)
+            visible, hidden, is_rough = self.visibility(reading)
+            return (visible.lo >= 1) | (hidden.hi <= 0) | is_rough, (hidden.lo >= 1) & (visible.hi <= 0)
 
         def first_hidden(cells: Cells) -> int:
             point = self.first_no(cells, seen)

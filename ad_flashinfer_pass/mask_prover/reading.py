@@ -24,14 +24,17 @@ from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.mask_prover.forms import (
     KEY,
     LAG,
+    NOTHING,
     QUERY,
     SIZE,
+    UNIT,
     UNKNOWN,
     Array,
     Cells,
     Form,
     Limits,
     between,
+    multiplied,
     number,
     pick,
     some,
@@ -99,7 +102,7 @@ class Reading:
         *row, column = index
         if not row or self.program.single_dims(node)[0] or _is_batch_row(row[0]):
             return column + variable("p")
-        return column + between(*self.cells.other["p"], 1.0)
+        return column + between(*self.cells.other["p"], UNIT)
 
     def size(self, value: float | sympy.Expr) -> Form:
         """A number, a size, or an expression of sizes."""
@@ -141,7 +144,7 @@ class Reading:
             less, more = (number(step), ZERO) if strict else (ZERO, number(step))
             yes = yes | self._compare(x + less, y, False)[0]
             no = no | self._compare(y + more, x, False)[0]
-        return between(yes, ~no, 1.0)
+        return between(yes, ~no, UNIT)
 
     def _compare(self, a: Form, b: Form, strict: bool) -> tuple[Array, Array]:
         """Where a <= b, or a < b, certainly holds, and where it certainly does not."""
@@ -164,7 +167,7 @@ class Reading:
 
     def both(self, a: Form, b: Form) -> Form:
         """Logical and of two truth values."""
-        return between(np.minimum(a.lo, b.lo), np.minimum(a.hi, b.hi), 1.0)
+        return between(np.minimum(a.lo, b.lo), np.minimum(a.hi, b.hi), UNIT)
 
     def choose(self, condition: Form, yes: Form, no: Form) -> Form:
         """``yes`` where the truth value is 1 and ``no`` where it is 0."""
@@ -178,7 +181,7 @@ class Reading:
         if not some(is_open):
             return chosen
         (yes_lo, yes_hi), (no_lo, no_hi) = self.cells.limits(yes), self.cells.limits(no)
-        either = between(np.minimum(yes_lo, no_lo), np.maximum(yes_hi, no_hi), min(yes.grain, no.grain))
+        either = between(np.minimum(yes_lo, no_lo), np.maximum(yes_hi, no_hi), np.minimum(yes.grain, no.grain))
         return pick(is_open, either, chosen)
 
     def product(self, a: Form, b: Form) -> Form:
@@ -187,18 +190,18 @@ class Reading:
         if a.is_known:
             a, b = b, a
         if b.is_known:
-            return a.scaled(b.lo, b.grain)
+            return a.scaled(b.lo)
         (a_lo, a_hi), (b_lo, b_hi) = self.cells.limits(a), self.cells.limits(b)
         corners = np.broadcast_arrays(a_lo * b_lo, a_lo * b_hi, a_hi * b_lo, a_hi * b_hi)
-        return between(np.min(corners, axis=0), np.max(corners, axis=0), min(a.grain, 1.0) * min(b.grain, 1.0))
+        return between(np.min(corners, axis=0), np.max(corners, axis=0), multiplied(a.grain, b.grain))
 
     def quotient(self, a: Form, b: Form) -> Form:
         """a / b, for a b that is known and not 0."""
         a, b = self.cells.settled(a), self.cells.settled(b)
         if not b.is_known or np.any(b.lo == 0):
             return UNKNOWN
-        is_power = bool(np.all(np.abs(np.frexp(b.lo)[0]) == 0.5))
-        grain = a.grain / float(np.abs(b.lo).max()) if is_power else 0.0
+        is_power = np.abs(np.frexp(b.lo)[0]) == 0.5
+        grain = np.where(is_power, a.grain / np.abs(b.lo), 0.0)
         terms = {var: factor / b.lo for var, factor in a.terms.items()}
         ends = a.lo / b.lo, a.hi / b.lo
         return Form(np.minimum(*ends), np.maximum(*ends), terms, grain, a.error)
@@ -216,21 +219,21 @@ class Reading:
             return UNKNOWN, UNKNOWN
         a, divisor = self.cells.absolute(a), float(b.lo[0])
         # What is a multiple of the divisor, whatever its variable, divides without a rest.
-        is_whole = {var: a.grain >= 1 and bool(np.all(f % divisor == 0)) for var, f in a.terms.items()}
+        is_whole = {var: a.is_integer and not some(factor % divisor) for var, factor in a.terms.items()}
         whole = {var: factor for var, factor in a.terms.items() if is_whole[var]}
         rest = Form(a.lo, a.hi, {var: f for var, f in a.terms.items() if not is_whole[var]}, a.grain)
         lo, hi = self.cells.limits(rest)
         first, last = np.floor_divide(lo, divisor), np.floor_divide(hi, divisor)
         self._hint_split(rest, divisor, first != last)
-        quotient = between(first, last, 1.0)
+        quotient = between(first, last, UNIT)
         remainder = pick(
             first == last,
-            rest + replace(number(-divisor * first), grain=min(rest.grain, 1.0)),
-            between(np.array([0.0]), np.array([divisor - (1 if a.grain >= 1 else 0)]), a.grain),
+            rest + replace(number(-divisor * first), grain=np.minimum(rest.grain, UNIT)),
+            between(np.array([0.0]), np.array([divisor - (1 if a.is_integer else 0)]), a.grain),
         )
         if whole:
-            quotient += Form(ZERO.lo, ZERO.hi, {var: f / divisor for var, f in whole.items()}, 1.0)
-        elif a.grain >= 1:
+            quotient += Form(ZERO.lo, ZERO.hi, {var: f / divisor for var, f in whole.items()}, UNIT)
+        elif a.is_integer:
             quotient = replace(quotient, floor_of=(a, divisor))
         return quotient, remainder
 
@@ -282,14 +285,14 @@ class Reading:
 
 def _without_floor(a: Form, b: Form, strict: bool) -> Iterator[tuple[Form, Form, bool]]:
     """The same comparison of x itself, where one side is floor(x / c) and the other an integer."""
-    if a.floor_of is not None and not b.terms and b.grain >= 1:
+    if a.floor_of is not None and not b.terms and b.is_integer:
         x, c = a.floor_of
         beyond = 0 if strict else c  # x // c < b if x < c * b, and x // c <= b if x < c * b + c
-        yield x, between(c * b.lo + beyond, c * b.hi + beyond, 1.0), True
-    if b.floor_of is not None and not a.terms and a.grain >= 1:
+        yield x, between(c * b.lo + beyond, c * b.hi + beyond, UNIT), True
+    if b.floor_of is not None and not a.terms and a.is_integer:
         x, c = b.floor_of
         beyond = c if strict else 0  # a < x // c if c * a + c <= x, and a <= x // c if c * a <= x
-        yield between(c * a.lo + beyond, c * a.hi + beyond, 1.0), x, False
+        yield between(c * a.lo + beyond, c * a.hi + beyond, UNIT), x, False
 
 
 def _is_batch_row(place: Form) -> bool:
@@ -330,12 +333,12 @@ class Call:
         if target == torch.bool:
             return negated(self.reading.eq(form, ZERO))
         if source.is_floating_point and not target.is_floating_point:
-            form = self.monotone(form, np.trunc, 1.0)
+            form = self.monotone(form, np.trunc, UNIT)
         return self.store(form, target)
 
-    def monotone(self, form: Form, function: Callable[[Array], Array], grain: float = 0.0) -> Form:
+    def monotone(self, form: Form, function: Callable[[Array], Array], grain: Array = NOTHING) -> Form:
         """A rising function of the form; one that only rounds to integers leaves integers alone."""
-        if grain and form.grain >= 1:
+        if grain is UNIT and form.is_integer:
             return form
         lo, hi = (function(limit) for limit in self.reading.cells.limits(form))
         return between(lo, hi, grain)
@@ -363,4 +366,4 @@ class Call:
 
 def negated(truth: Form) -> Form:
     """Logical not of a truth value."""
-    return between(1 - truth.hi, 1 - truth.lo, 1.0)
+    return between(1 - truth.hi, 1 - truth.lo, UNIT)

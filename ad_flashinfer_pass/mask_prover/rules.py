@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.mask_prover.forms import UNKNOWN, Array, Form, between, number, variable
+from ad_flashinfer_pass.mask_prover.forms import NOTHING, UNIT, UNKNOWN, Array, Form, between, number, variable
 from ad_flashinfer_pass.mask_prover.reading import ONE, RULES, ZERO, Call, Index, negated
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ def _div(call: Call) -> Form:
         return call.store(call.reading.floor_divide(a, b))
     quotient = call.reading.quotient(a, b)
     if mode == "trunc":
-        quotient = call.monotone(quotient, np.trunc, 1.0)
+        quotient = call.monotone(quotient, np.trunc, UNIT)
     return call.store(quotient)
 
 
@@ -120,17 +120,17 @@ def _relu(call: Call) -> Form:
     return call.reading.choose(call.reading.le(ZERO, form), form, ZERO)
 
 
-_RISING: dict[str, tuple[Callable[[Array], Array], float]] = {
-    "log": (np.log, 0.0),
-    "log2": (np.log2, 0.0),
-    "log1p": (np.log1p, 0.0),
-    "exp": (np.exp, 0.0),
-    "exp2": (np.exp2, 0.0),
-    "sqrt": (np.sqrt, 0.0),
-    "floor": (np.floor, 1.0),
-    "ceil": (np.ceil, 1.0),
-    "trunc": (np.trunc, 1.0),
-    "round": (np.round, 1.0),
+_RISING: dict[str, tuple[Callable[[Array], Array], Array]] = {
+    "log": (np.log, NOTHING),
+    "log2": (np.log2, NOTHING),
+    "log1p": (np.log1p, NOTHING),
+    "exp": (np.exp, NOTHING),
+    "exp2": (np.exp2, NOTHING),
+    "sqrt": (np.sqrt, NOTHING),
+    "floor": (np.floor, UNIT),
+    "ceil": (np.ceil, UNIT),
+    "trunc": (np.trunc, UNIT),
+    "round": (np.round, UNIT),
 }
 
 
@@ -140,7 +140,7 @@ def _rising(call: Call) -> Form:
     if call.args.get("decimals"):
         raise call.reading.program.unknown(call.node)
     form = call.monotone(call.form("self", call.dtype), function, grain)
-    if grain:
+    if grain is UNIT:
         return form
     # Libraries differ in the last digits of these functions, but not at the ends 0 and -inf.
     wider = np.where(np.isfinite(form.lo), np.abs(form.lo) * 1e-5, 0), np.where(
@@ -587,13 +587,13 @@ def _anywhere(call: Call) -> tuple[Form, Form]:
 @_rule("any", "amax")
 def _any(call: Call) -> Form:
     entries, witness = (call.reading.cells.limits(form) for form in _anywhere(call))
-    return between(np.maximum(entries[0], witness[0]), entries[1], 1.0 if call.dtype == torch.bool else 0.0)
+    return between(np.maximum(entries[0], witness[0]), entries[1], UNIT if call.dtype == torch.bool else NOTHING)
 
 
 @_rule("all", "amin")
 def _all(call: Call) -> Form:
     entries, witness = (call.reading.cells.limits(form) for form in _anywhere(call))
-    return between(entries[0], np.minimum(entries[1], witness[1]), 1.0 if call.dtype == torch.bool else 0.0)
+    return between(entries[0], np.minimum(entries[1], witness[1]), UNIT if call.dtype == torch.bool else NOTHING)
 
 
 @_rule("sum")
@@ -609,5 +609,5 @@ def _sum(call: Call) -> Form:
 
 def _check_whole(call: Call, *forms: Form) -> None:
     """Sums are only known exactly: of integers, in whatever format."""
-    if any(form.grain < 1 for form in forms):
+    if not all(form.is_integer for form in forms):
         raise call.reading.program.unknown(call.node, "on fractions")

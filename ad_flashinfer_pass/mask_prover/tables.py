@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from ad_flashinfer_pass.mask_prover.forms import Array, Cells, Form, between, grain_of, number, pick
+from ad_flashinfer_pass.mask_prover.forms import NOTHING, UNIT, Array, Cells, Form, between, grain_of, number, pick
 
 # A table whose entries depart by this share from a straight line is bounded by the line.
 _NEARLY_LINEAR = 2.0**-6
@@ -26,7 +26,7 @@ class Table:
         self.rank = tensor.dim()
         self.is_integer = not tensor.dtype.is_floating_point
         self._levels: list[tuple[Array, Array]] = []
-        self._grain = 0.0
+        self._grain = NOTHING
         self._line = self._fit()
 
     def read(self, cells: Cells, index: tuple[Form, ...]) -> Form:
@@ -46,10 +46,10 @@ class Table:
         inner = np.all([lo == hi for lo, hi in zip(low[:-1], high[:-1])], axis=0)
         if self._line is not None and inner.all():
             base, slope, error = (array[tuple(low[:-1])] for array in self._line)
-            line = index[-1].scaled(slope, grain_of(slope)) + number(base)
-            grain = line.grain if not np.any(error) else self._grain
+            line = index[-1].scaled(slope) + number(base)
+            grain = np.where(error > 0, self._grain, line.grain)
             return pick(single, number(entry), replace(line, grain=grain, error=error))
-        return pick(single, number(entry), between(*self._range(low, high), float(self.is_integer)))
+        return pick(single, number(entry), between(*self._range(low, high), UNIT if self.is_integer else NOTHING))
 
     def _fit(self) -> tuple[Array, Array, Array] | None:
         """Base, slope and relative error of straight lines along the last dimension, if it holds such.
@@ -68,7 +68,7 @@ class Table:
             error = np.where(values == line, 0.0, np.abs(values / line - 1)).max(-1)
         if not np.all(error <= _NEARLY_LINEAR):
             return None
-        self._grain = grain_of(values)
+        self._grain = grain_of(values).min(keepdims=True).reshape(1)
         return (start - slope * at)[..., 0], slope[..., 0], error * (1 + 1e-9)
 
     def _range(self, low: list[Array], high: list[Array]) -> tuple[Array, Array]:

@@ -90,7 +90,8 @@ def heads_apart_and_merged(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
 
 def over_heads(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
     heads = x.unflatten(-1, (HEADS, HEAD_DIM))
-    return (heads.softmax(2) + heads.cumsum(-1) + heads.flip(2)).flatten(2)
+    total = heads.sum(-1, keepdim=True).squeeze(-1)[..., None]
+    return (heads.softmax(2) + heads.cumsum(-1) + heads.flip(2) + total).flatten(2)
 
 
 def all_tokens_in_one_row(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
@@ -196,6 +197,8 @@ MIXING: dict[str, tuple[Mix, str]] = {
         lambda m, x, p: x + tables(m).positions[: x.shape[1]],
         "numbers the tokens by their place in the batch",
     ),
+    "dimension_dropped_for_one_token": (lambda m, x, p: x + x.squeeze(1), "squeeze works along the tokens"),
+    "every_dimension_of_one_dropped": (lambda m, x, p: x + x.squeeze(), "squeeze works along the tokens"),
     "sorted_by_value": (lambda m, x, p: x.sort(1).values, "sort"),
     "positions_from_arange": (
         lambda m, x, p: x + tables(m).positions[torch.arange(x.shape[1])],

@@ -73,7 +73,9 @@ class MaskClass:
             seen = reading.both(seen, reading.le(q - number(self.sliding_window), k, strict=True))
         if self.chunk is not None:
             size = number(self.chunk)
-            seen = reading.both(seen, reading.eq(reading.floor_divide(q, size), reading.floor_divide(k, size)))
+            seen = reading.both(
+                seen, reading.eq(reading.floor_divide(q, size), reading.floor_divide(k, size))
+            )
         return seen
 
 
@@ -93,7 +95,7 @@ class Certificate:
     starts_anywhere: bool
     """It is the same if the positions of a row do not start at 0."""
     isolates_packed: bool
-    """Where positions begin again within a row, sequences do not see each other: seen in two runs, not proved."""
+    """Where positions begin again in a row, sequences do not see each other; seen in a run, not proved."""
     shifts_rows: bool
     """It adds something to whole rows, which softmax ignores unless there are sinks."""
 
@@ -155,23 +157,17 @@ def prove(mask: fx.Node, max_seq_len: int) -> Certificate:
 def _check_sizes(program: MaskProgram, max_seq_len: int) -> int:
     """The fewest tokens that the graph is for."""
     low, high = program.sizes()
-    if max_seq_len > high:
+    if not low <= max_seq_len <= high:
+        limit = f"at most {high}" if max_seq_len > high else f"at least {low}"
         raise MaskError(
-            f"{program.where}: the graph of the attention mask is valid for at most {high} tokens (a buffer or a "
-            f"branch of the model sets this limit), but max_seq_len is {max_seq_len}. Set max_seq_len to at most {high}."
-        )
-    if max_seq_len < low:
-        raise MaskError(
-            f"{program.where}: the graph of the attention mask is valid for at least {low} tokens, but max_seq_len "
-            f"is {max_seq_len}. Set max_seq_len to at least {low}."
+            f"{program.where}: the graph of the attention mask is valid for {limit} tokens (a buffer or a "
+            f"branch of the model sets this limit), but max_seq_len is {max_seq_len}. Set it to {limit}."
         )
     return low
 
 
 def _slopes(proof: Proof) -> tuple[float, ...] | None:
-    if not np.any(proof.slopes):
-        return None
-    return tuple(float(slope) for slope in proof.slopes.astype(np.float32))
+    return tuple(map(float, proof.slopes)) if np.any(proof.slopes) else None
 
 
 def _classify(program: MaskProgram, proof: Proof) -> tuple[MaskClass, MaskError | None]:
@@ -181,47 +177,58 @@ def _classify(program: MaskProgram, proof: Proof) -> tuple[MaskClass, MaskError 
         window, chunk = proof.window_and_chunk()
         found = MaskClass(window, chunk, _slopes(proof))
         wrong = proof.check(found.read)
+    except Rough as err:
+        wrong = proof.first_departure(found.read, err.point.head) or err.point
+        what = f"{_what(proof, wrong)}, because {err.reason}"
+        hint = "Load the model in that format, or lower max_seq_len."
+        return found, _refusal(program, found, wrong, what, hint)
     except Undecided as err:
-        wrong = proof.first_departure(found.read, err.point.head) if isinstance(err, Rough) else None
-        if wrong is None:
-            return found, _refusal(program, found, err.point, err.reason)
-        what = f"{_what(proof, found, wrong)}, because {err.reason}. Load the model in that format, or lower max_seq_len"
-        return found, _refusal(program, found, wrong, what)
-    return found, None if wrong is None else _refusal(program, found, wrong, _what(proof, found, wrong))
+        return found, _refusal(program, found, err.point, err.reason, _hint(program, found))
+    if wrong is None:
+        return found, None
+    hint = _hint(program, found) or f"Before query {wrong.query} it agrees."
+    return found, _refusal(program, found, wrong, _what(proof, wrong), "" if _is_odd(proof, wrong) else hint)
 
 
-def _refusal(program: MaskProgram, found: MaskClass, point: Point, what: str) -> MaskError:
+def _refusal(program: MaskProgram, found: MaskClass, point: Point, what: str, hint: str) -> MaskError:
     head = f", head {point.head}" if point.head else ""
-    place = f"with {point.size} tokens{head}, at query {point.query} and key {point.key}"
     return MaskError(
-        f"{program.where}: the attention mask is no closed form that a kernel can run: nearest is {found}, but "
-        f"{place} {what}. {_hint(program, point)}".rstrip()
+        f"{program.where}: the attention mask is no closed form that a kernel can run: nearest is {found}, "
+        f"but with {point.size} tokens{head}, at query {point.query} and key {point.key} {what}. "
+        f"{hint}".rstrip()
     )
 
 
-def _what(proof: Proof, found: MaskClass, point: Point) -> str:
-    """How the mask departs from the form at a point, in words."""
-    value = point.low
-    if proof.dtype == torch.bool:
-        return "the key is visible" if value else "the key is hidden"
+def _biases(proof: Proof, point: Point) -> tuple[float, float]:
+    """What the mask adds relative to the query's own logit, and what it should add to a visible key."""
     own = float(proof.value_at(point.query, point.query, point.size)[0][point.head])
-    bias = value - own
-    slope = float(proof.slopes[point.head])
-    expected = slope * (point.key - point.query)
-    if bias <= HIDDEN:
-        return f"the key is hidden by {value:.6g}"
-    if abs(bias - expected) < 1e-3 and point.key > point.query:
-        return f"the key is visible with {value:.6g}"
-    wanted = f"hidden by {HIDDEN:.6g} or less" if point.key > point.query else f"{expected:.6g}"
-    return f"the mask adds {bias:.6g} to the logit relative to the query's own, not {wanted}"
+    return point.low - own, float(proof.slopes[point.head]) * (point.key - point.query)
 
 
-def _hint(program: MaskProgram, point: Point) -> str:
+def _is_odd(proof: Proof, point: Point) -> bool:
+    """Whether the mask neither shows nor hides the key."""
+    bias, expected = _biases(proof, point)
+    return proof.dtype != torch.bool and bias > HIDDEN and abs(bias - expected) > 1e-3
+
+
+def _what(proof: Proof, point: Point) -> str:
+    """What the mask does at a point, in words."""
+    if not _is_odd(proof, point):
+        bias, _ = _biases(proof, point)
+        is_hidden = bias <= HIDDEN if proof.dtype != torch.bool else point.low == 0
+        return "the key is hidden" if is_hidden else "the key is visible"
+    bias, expected = _biases(proof, point)
+    if point.key <= point.query:
+        return f"the mask adds {bias:.6g} to the logit relative to the query's own, not {expected:.6g}"
+    return f"the mask adds {bias:.6g} to the logit, which does not hide a key (-inf does, or {HIDDEN:.6g})"
+
+
+def _hint(program: MaskProgram, found: MaskClass) -> str:
+    """What the mask looks like at a small size, if it is not the class there."""
     low, high = program.sizes()
     size = min(max(low, _HINT_SIZE), high)
-    if max(point.query, point.key) >= size:
-        return f"Before query {point.query} it agrees."
-    return describe(_seen(program.run(3, size, torch.arange(size).repeat(3, 1)), size)[0])
+    visible, _ = _seen(program.run(3, size, torch.arange(size).repeat(3, 1)), size)
+    return "" if bool((visible == found.visible(size)).all()) else describe(visible)
 
 
 def _seen(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -259,8 +266,8 @@ def _compare_runs(program: MaskProgram, found: MaskClass, low: int, high: int) -
             allowed += 8 * torch.finfo(mask.dtype).eps * float(mask.double()[mask > HIDDEN].abs().max())
         if not torch.equal(visible, expected) or bool((error > allowed).any()):
             raise MaskError(
-                f"{program.where}: the attention mask was proved to be {found}, but a run with {rows} x {size} tokens "
-                "contradicts it. This is a defect of the prover: please report it with the model's mask code."
+                f"{program.where}: the attention mask was proved to be {found}, but a run with {rows} x "
+                f"{size} tokens contradicts it: a defect of the prover, please report the mask's code."
             )
         yield rows, size
 

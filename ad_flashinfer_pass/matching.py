@@ -452,8 +452,8 @@ def _einsum_operands(node: fx.Node, keys_last: bool) -> tuple[Operand, Operand, 
 def _heads_apart(node: fx.Node) -> fx.Node:
     """[b, h, s, d], if the node is [b * h, s, d].
 
-    That is what it was reshaped from, else what it is reshaped to; ``check_packing`` then runs the graph and sees
-    whether b is the batch.
+    That is what it was reshaped from, else what it is reshaped to; ``check_packing`` then runs the graph and
+    sees whether b is the batch.
     """
     if g.value(node).dim() == 3 and g.is_op(node, *_RESHAPES):
         source = _node(node, 0)

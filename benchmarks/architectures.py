@@ -129,9 +129,8 @@ def _run(model: transformers.PreTrainedModel, row: Row) -> None:
     try:
         cached, _ = transform_module(model, config)
     except AdFlashinferError as err:
-        row.outcome, row.detail = "refused", f"{type(err).__name__}: {err}"
-        if "\n" in str(err):
-            row.outcome = "defect"
+        row.outcome = "defect" if "\n" in str(err) else "refused"
+        row.detail = f"{type(err).__name__}: {_without_folders(str(err))}"
         return
     except Exception as err:  # a crash of the pass is what this program looks for
         row.outcome, row.detail = "defect", f"the pass raised {type(err).__name__}: {_one_line(err)}"
@@ -232,7 +231,12 @@ def _group(config: Any) -> int:
 
 
 def _one_line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:400]
+    return _without_folders(" ".join(str(err).split())[:400])
+
+
+def _without_folders(text: str) -> str:
+    """Paths inside packages are the same for every reader, what is before them is not."""
+    return re.sub(r"[^\s(\"']*/(site-packages|lib/python3\.\d+)/", "", text)
 
 
 def _child(family: str, sender: Connection) -> None:
@@ -350,8 +354,7 @@ def _table(outcome: Outcome, rows: Sequence[Row]) -> Iterator[str]:
     yield "| family | features | what was said |"
     yield "|---|---|---|"
     for row in rows:
-        # Paths inside packages are the same for every reader, what is before them is not.
-        detail = re.sub(r"[^\s(\"']*/(site-packages|lib/python3\.\d+)/", "", row.detail).replace("|", "\\|")
+        detail = row.detail.replace("|", "\\|")
         yield f"| {row.family} | {', '.join(row.features)} | {detail} |"
 
 

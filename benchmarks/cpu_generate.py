@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -112,13 +113,38 @@ def _linear_weights(module: torch.fx.GraphModule) -> Iterator[Tensor]:
         yield owner
 
 
+def compare(name: str, model: nn.Module, llm: LLM, batch: int, num_tokens: int, rounds: int) -> list[str]:
+    """One row of the table: both in turn, the median of each and of their ratio."""
+    prompts = prompts_of(batch, llm.model.vocab_size)
+    ours, theirs = [], []
+    for round_ in range(rounds + 1):
+        mine = seconds_of(lambda: our_generate(llm, prompts, num_tokens))
+        other = seconds_of(lambda: transformers_generate(model, prompts, num_tokens))
+        print(f"{name} batch {batch}: {mine:.2f} s, transformers {other:.2f} s", file=sys.stderr)
+        if round_:  # the first warms up
+            ours.append(mine)
+            theirs.append(other)
+    tokens, mine = batch * num_tokens, statistics.median(ours)
+    return [
+        name,
+        str(batch),
+        f"{tokens / mine:.0f}",
+        f"{tokens / statistics.median(theirs):.0f}",
+        f"{statistics.median(t / o for o, t in zip(ours, theirs, strict=True)):.2f}",
+        f"{1 - linear_seconds(llm, batch, num_tokens) / mine:.0%}",
+    ]
+
+
 def main() -> None:
     """Run the comparison and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each; the median counts")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--threads", type=int, default=0, help="default: what torch chooses")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    console = Console()
+    transformers.logging.disable_progress_bar()
     table = Table(
         "model",
         "batch",
@@ -129,34 +155,12 @@ def main() -> None:
         title=f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{torch.get_num_threads()} threads, float32",
     )
-    for name, make, num_tokens in (("demo", demo_model, 128), ("llama 110M", llama_100m, 48)):
+    for name, make, num_tokens in (("demo", demo_model, 128), ("llama 110M", llama_100m, 32)):
         model = make()
-        config = AutoDeployConfig(max_batch_size=8, max_seq_len=512)
-        llm = LLM(transform_module(model, config)[0])
+        llm = LLM(transform_module(model, AutoDeployConfig(max_batch_size=8, max_seq_len=512))[0])
         for batch in _LENGTHS:
-            prompts = prompts_of(batch, llm.model.vocab_size)
-            ours, theirs = [], []
-            for round_ in range(rounds + 1):
-                pair = (
-                    seconds_of(lambda: our_generate(llm, prompts, num_tokens)),
-                    seconds_of(lambda: transformers_generate(model, prompts, num_tokens)),
-                )
-                if round_:  # the first warms up
-                    ours.append(pair[0])
-                    theirs.append(pair[1])
-            tokens = batch * num_tokens
-            ratio = statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
-            mine = statistics.median(ours)
-            outside = 1 - linear_seconds(llm, batch, num_tokens) / mine
-            table.add_row(
-                name,
-                str(batch),
-                f"{tokens / mine:.0f}",
-                f"{tokens / statistics.median(theirs):.0f}",
-                f"{ratio:.2f}",
-                f"{outside:.0%}",
-            )
-    console.print(table)
+            table.add_row(*compare(name, model, llm, batch, num_tokens, args.rounds))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import SymInt, Tensor, fx
 from torch._dynamo.source import ConstantSource
@@ -26,11 +25,25 @@ HEADS = 2
 LARGEST = 24
 
 
-def traced(function: Callable[[Tensor, Tensor], Tensor]) -> fx.Node:
-    """The node of ``function(input_ids, position_ids)`` in a graph with dynamic sizes."""
-    gm = make_fx(function, tracing_mode="symbolic")(*inputs(3, 29))
+def traced(*functions: Callable[[Tensor, Tensor], Tensor]) -> list[fx.Node]:
+    """The nodes of ``function(input_ids, position_ids)`` in one graph with dynamic sizes."""
+
+    def all_of(input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
+        return [function(input_ids, position_ids) for function in functions]
+
+    gm = make_fx(all_of, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs(3, 29))
+    outputs = gm.graph.output_node().args[0]
+    assert isinstance(outputs, list)
+    return outputs
+
+
+def exported(module: torch.nn.Module) -> tuple[fx.GraphModule, fx.Node]:
+    """The graph that torch.export makes of a module of (input_ids, position_ids), and its result."""
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(module, inputs(2, 13), dynamic_shapes=(dynamic, dynamic))
+    gm = program.module(check_guards=False)
     (output,) = gm.graph.output_node().all_input_nodes
-    return output
+    return gm, output
 
 
 def inputs(rows: int, size: int) -> tuple[Tensor, Tensor]:
@@ -72,9 +85,11 @@ class Value:
         return self._compare("gt", other)
 
     def equals(self, other: Any) -> Value:
+        """Whether both are equal, as a node."""
         return self._compare("eq", other)
 
     def differs(self, other: Any) -> Value:
+        """Whether they are not equal, as a node."""
         return self._compare("ne", other)
 
     def __and__(self, other: Value) -> Value:
@@ -87,9 +102,11 @@ class Value:
         return self.program.call(aten.bitwise_not.default, (self,), self.shape, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Value:
+        """In another dtype."""
         return self.program.call(aten.to.dtype, (self, dtype), self.shape, dtype)
 
     def view(self, *shape: Any) -> Value:
+        """In another shape."""
         return self.program.call(aten.view.default, (self, list(shape)), shape, self.dtype)
 
     def _compare(self, name: str, other: Any) -> Value:
@@ -105,43 +122,55 @@ class Program:
         self.graph = fx.Graph()
         self.buffers = torch.nn.Module()
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+        context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
         ids = self.mode.from_tensor(
             torch.zeros(3, 29, dtype=torch.int64), source=ConstantSource("ids"), symbolic_context=context
         )
         self.rows, self.size = ids.shape
         self._fakes: dict[Any, Tensor] = {}
         self.input_ids = self._enter(self.graph.placeholder("input_ids"), (self.rows, self.size), torch.int64)
-        self.positions = self._enter(self.graph.placeholder("position_ids"), (self.rows, self.size), torch.int64)
-        self._size_nodes = {}
+        self.positions = self._enter(
+            self.graph.placeholder("position_ids"), (self.rows, self.size), torch.int64
+        )
+        self._size_nodes: dict[str, fx.Node] = {}
         for dim, size in enumerate((self.rows, self.size)):
-            self._size_nodes[str(size)] = self.graph.call_function(aten.sym_size.int, (self.input_ids.node, dim))
+            self._size_nodes[str(size)] = self.graph.call_function(
+                aten.sym_size.int, (self.input_ids.node, dim)
+            )
             self._size_nodes[str(size)].meta["val"] = size
 
-    def call(self, op: Any, args: tuple[Any, ...], shape: Sequence[Any], result: torch.dtype, **kwargs: Any) -> Value:
+    def call(
+        self, op: Any, args: tuple[Any, ...], shape: Sequence[Any], result: torch.dtype, **kwargs: Any
+    ) -> Value:
         """A node; ``result`` is its dtype."""
         plain = fx.node.map_aggregate(args, self._plain)
         return self._enter(self.graph.call_function(op, plain, kwargs), tuple(shape), result)
 
     def pointwise(self, op: Any, *args: Any, dtype: torch.dtype | None = None) -> Value:
+        """A node of the broadcast shape."""
         values = [arg for arg in args if isinstance(arg, Value)]
         rank = max(len(value.shape) for value in values)
         padded = [(1,) * (rank - len(value.shape)) + value.shape for value in values]
-        shape = tuple(next((size for size in sizes if not _is_one(size)), 1) for sizes in zip(*padded, strict=True))
+        shape = tuple(
+            next((size for size in sizes if not _is_one(size)), 1) for sizes in zip(*padded, strict=True)
+        )
         if dtype is None:
             samples = [self._fake(arg.shape, arg.dtype) if isinstance(arg, Value) else arg for arg in args]
             dtype = torch.result_type(*samples) if len(samples) == 2 else values[0].dtype
         return self.call(op, args, shape, dtype)
 
     def constant(self, tensor: Tensor) -> Value:
+        """A buffer."""
         name = f"constant_{len(self.buffers._buffers)}"
         self.buffers.register_buffer(name, tensor)
         return self._enter(self.graph.get_attr(name), tuple(tensor.shape), tensor.dtype)
 
     def arange(self) -> Value:
+        """The index vector of the tokens."""
         return self.call(aten.arange.default, (self.size,), (self.size,), torch.int64)
 
     def finish(self, value: Value) -> tuple[fx.Node, fx.GraphModule]:
+        """The mask's node, and the graph as a module."""
         self.graph.output(value.node)
         return value.node, fx.GraphModule(self.buffers, self.graph)
 
@@ -194,7 +223,9 @@ def _index(program: Program, choose: Choose) -> tuple[Value, Value]:
     kind = choose(("arange", "arange", "positions", "count", "gathered"))
     if kind == "positions":
         shape = (program.rows, 1, 1, size)
-        keys = program.call(aten.unsqueeze.default, (program.positions, 1), (program.rows, 1, size), torch.int64)
+        keys = program.call(
+            aten.unsqueeze.default, (program.positions, 1), (program.rows, 1, size), torch.int64
+        )
         keys = program.call(aten.unsqueeze.default, (keys, 1), shape, torch.int64)
         queries = program.call(aten.transpose.int, (keys, 2, 3), (program.rows, 1, size, 1), torch.int64)
         return queries, keys
@@ -213,7 +244,7 @@ def _causal(program: Program, choose: Choose, q: Value, k: Value) -> Value:
     ways: tuple[Callable[[], Value], ...] = (
         lambda: k <= q + off,
         lambda: q - k >= -off,
-        lambda: (k - q < 1 + off),
+        lambda: k - q < 1 + off,
         lambda: ~(k > q + off),
         lambda: _triangle(program, off),
         lambda: _table(program, choose, off),
@@ -231,12 +262,16 @@ def _table(program: Program, choose: Choose, off: int) -> Value:
     side = LARGEST + choose((0, 3, 40))
     table = program.constant(torch.ones(side, side, dtype=torch.bool).tril(off))
     rows = program.call(aten.slice.Tensor, (table, 0, 0, program.size), (program.size, side), torch.bool)
-    return program.call(aten.slice.Tensor, (rows, 1, 0, program.size), (program.size, program.size), torch.bool)
+    return program.call(
+        aten.slice.Tensor, (rows, 1, 0, program.size), (program.size, program.size), torch.bool
+    )
 
 
 def _window(program: Program, choose: Choose, q: Value, k: Value, largest: int) -> Value:
     width = choose(range(1, largest + 2))
-    return choose((lambda: k > q - width, lambda: q - k < width, lambda: ~(k + width <= q), lambda: k + width > q))()
+    return choose(
+        (lambda: k > q - width, lambda: q - k < width, lambda: ~(k + width <= q), lambda: k + width > q)
+    )()
 
 
 def _chunk(program: Program, choose: Choose, q: Value, k: Value, largest: int) -> Value:
@@ -264,7 +299,11 @@ def _padding(program: Program, choose: Choose, q: Value, k: Value, largest: int)
 def _documents(program: Program, choose: Choose, q: Value, k: Value, largest: int) -> Value:
     """Documents by constant; of equal length they are chunks."""
     length = choose(range(2, 9))
-    cuts = [length * n for n in range(1, 40)] if choose(range(2)) else sorted(choose(range(1, 24)) for _ in range(3))
+    cuts = (
+        [length * n for n in range(1, 40)]
+        if choose(range(2))
+        else sorted(choose(range(1, 24)) for _ in range(3))
+    )
     names = program.constant(torch.searchsorted(torch.tensor(cuts), torch.arange(LARGEST + 40), right=True))
     of_q = program.call(aten.index.Tensor, (names, [q]), q.shape, torch.int64)
     of_k = program.call(aten.index.Tensor, (names, [k]), k.shape, torch.int64)
@@ -297,7 +336,9 @@ def _by_size(program: Program, choose: Choose, q: Value, k: Value, largest: int)
     """Something that depends on the number of tokens."""
     end = program.call(aten.full.default, ([], program.size), (), torch.int64, dtype=torch.int64)
     at = choose(range(1, largest + 2))
-    return choose((lambda: k < end, lambda: end.differs(at) | (k < 3), lambda: end - k <= at, lambda: q + k < end + at))()
+    return choose(
+        (lambda: k < end, lambda: end.differs(at) | (k < 3), lambda: end - k <= at, lambda: q + k < end + at)
+    )()
 
 
 _PARTS = (
@@ -368,7 +409,9 @@ def truth(gm: fx.GraphModule, largest: int = LARGEST) -> Truth | None:
     """By running the mask with 1 to 3 rows of 1 to ``largest`` tokens; None if it is no closed form."""
     visible, bias = _run(gm, 1, largest)
     matrices = _MATRICES[:, :largest, :largest]
-    if bool((visible != visible[:, :1]).any()) or not bool((matrices == visible[0, 0]).flatten(1).all(1).any()):
+    if bool((visible != visible[:, :1]).any()) or not bool(
+        (matrices == visible[0, 0]).flatten(1).all(1).any()
+    ):
         return None
     slopes = torch.zeros(visible.shape[1], dtype=torch.float64)
     if largest > 1 and visible[0, 0, 1, 0]:
@@ -378,7 +421,9 @@ def truth(gm: fx.GraphModule, largest: int = LARGEST) -> Truth | None:
             seen, added = _run(gm, rows, size)
             lag = torch.arange(size)[:, None] - torch.arange(size)
             off = (added + slopes[:, None, None] * lag).abs()
-            if not torch.equal(seen, visible[:, :, :size, :size].expand(seen.shape)) or bool((off[seen] > 1e-4).any()):
+            if not torch.equal(seen, visible[:, :, :size, :size].expand(seen.shape)) or bool(
+                (off[seen] > 1e-4).any()
+            ):
                 return None
     return Truth(visible[0, 0], slopes)
 
@@ -399,4 +444,4 @@ def is_right(found: masks.MaskClass, wanted: Truth | None) -> bool:
     if wanted is None or not torch.equal(found.visible(len(wanted.visible)), wanted.visible):
         return False
     slopes = torch.tensor(found.alibi_slopes or (0.0,), dtype=torch.float64)
-    return bool(np.allclose(*np.broadcast_arrays(slopes, wanted.slopes), rtol=1e-5, atol=1e-5))
+    return bool(torch.isclose(slopes, wanted.slopes, rtol=1e-5, atol=1e-5).all())

@@ -83,7 +83,7 @@ def logits_error(model: CachedModel, original: nn.Module) -> float:
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_generates_the_tokens_of_transformers(name: str, attention: str) -> None:
-    """And its logits: in one ragged batch, in chunks of 7, and with late arrivals on a pool that forces preemption."""
+    """And its logits; in one ragged batch, in chunks of 7, and with late arrivals and preemption."""
     model = cached_model(model_of(name, attention), max_tokens=20 * 16)
 
     # Tokens alone would not show a small term that is dropped.

@@ -31,7 +31,8 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("classify_mask")
-    proved: dict[Hashable, masks.Certificate] = {}
+    proved: dict[fx.Node, masks.Certificate] = {}
+    by_steps: dict[Hashable, masks.Certificate] = {}
     slopes: dict[tuple[float, ...], fx.Node] = {}
     op = torch.ops.ad_flashinfer.attention.default
     for node in model.graph.find_nodes(op="call_function", target=op):
@@ -44,11 +45,13 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
                     "causal attention has a cache. Encoders and cross-attention are not supported."
                 )
             continue
-        steps = masks.fingerprint(mask)
-        if steps not in proved:
-            proved[steps] = masks.prove(mask, ctx.config.max_seq_len)
-            report.notes.append(f"{g.where(mask)}: {proved[steps]}")
-        _apply(model, node, proved[steps], slopes)
+        if mask not in proved:
+            steps = masks.fingerprint(mask)
+            if steps not in by_steps:
+                by_steps[steps] = masks.prove(mask, ctx.config.max_seq_len)
+                report.notes.append(f"{g.where(mask)}: {by_steps[steps]}")
+            proved[mask] = by_steps[steps]
+        _apply(model, node, proved[mask], slopes)
         report.num_matches += 1
     if report.num_matches:
         g.finish(model)
@@ -65,12 +68,12 @@ def _apply(
     args, found = g.op_args(node), certificate.mask_class
     if args["sinks"] is not None and certificate.shifts_rows:
         raise MaskError(
-            f"{g.where(node)}: the attention mask adds a number to whole rows, which changes the share of the attention "
-            "sinks; a mask beside sinks must add 0 to the query's own logit."
+            f"{g.where(node)}: the attention mask adds a number to whole rows, which changes the share of "
+            "the attention sinks; a mask beside sinks must add 0 to the query's own logit."
         )
     if "site_notes" in node.meta:
         node.meta["site_notes"].mask = str(certificate)
-    options = {"sliding_window": found.sliding_window, "chunk": found.chunk}
+    options: dict[str, int | fx.Node | None] = {"sliding_window": found.sliding_window, "chunk": found.chunk}
     if found.alibi_slopes is not None:
         options["alibi_slopes"] = _slopes_of(gm, node, found.alibi_slopes, slopes)
     node.args = (*node.args[:3], None, True)
@@ -87,8 +90,8 @@ def _slopes_of(
         values *= int(num_heads)
     if len(values) != num_heads:
         raise MaskError(
-            f"{g.where(site)}: an ALiBi mask must have one slope for each of the {num_heads} query heads, got "
-            f"{len(values)}."
+            f"{g.where(site)}: an ALiBi mask must have one slope for each of the {num_heads} query heads, "
+            f"got {len(values)}."
         )
     if values not in known:
         tensor = torch.tensor(values, dtype=torch.float32, device=g.value(query).device)

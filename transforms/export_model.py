@@ -10,6 +10,8 @@ graph that was made elsewhere, ``ExportedProgram.module()`` or from ``make_fx``,
 from __future__ import annotations
 
 import inspect
+import re
+import traceback
 from typing import Any
 
 import torch
@@ -56,13 +58,38 @@ def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
                 strict=False,
             )
     except Exception as err:  # torch.export raises whatever the model's own code raises
-        reason = " ".join(str(err).split())[:600] or type(err).__name__
         raise ExportError(
-            f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {reason}"
+            f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {_reason(err)}"
         ) from err
     gm, guards = _plain_module(program.module())
     _check_other_shapes(gm, wrapped, guards, ctx)
     return gm
+
+
+def _reason(err: Exception) -> str:
+    """What torch.export said, in terms of the model where it spoke of its own settings."""
+    text = " ".join(str(err).split())
+    fixed = re.search(
+        r"L\['(\w+)'\]\S* as dynamic but your code specialized it to be a constant \((\d+)\)", text
+    )
+    if fixed is not None:
+        return (
+            f"its code fixes a size of {fixed[1]} to {fixed[2]}, as a loop over the tokens does. Compute "
+            "from shapes with tensors; the state of a recurrent layer is no KV cache and cannot be served."
+        )
+    branch = re.search(r"data-dependent expression (.+?) \(unhinted", text)
+    if branch is not None:
+        return (
+            f"its code{_line_of_model(err)} needs a value that is known only when it runs ({branch[1]}). "
+            "Use operations on tensors in place of branches and loops on their values."
+        )
+    return text[:600] or type(err).__name__
+
+
+def _line_of_model(err: Exception) -> str:
+    """The innermost line outside torch, as text for a message."""
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if "/torch/" not in f.filename]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames[1:] else ""  # the first is in this file
 
 
 def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:

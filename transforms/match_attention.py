@@ -4,8 +4,8 @@ Before: out: [b, n, s, d] = aten.scaled_dot_product_attention(q, repeat(k), repe
   or:   out = matmul(softmax(cap(matmul(q, repeat(k)^T) * c) + mask), repeat(v))
 After:  out = attention(q^T, k^T, v^T, mask, scale=c, logit_cap=..., sinks=...)^T, layout bsnd
 
-Legal because the op computes the same expression: ``matching`` reads every part of it, and refuses a site with
-a part that the op does not have. The mask is still the whole mask, additive terms and boolean ones
+Legal because the op computes the same expression: ``matching`` reads every part of it, and refuses a site
+with a part that the op does not have. The mask is still the whole mask, additive terms and boolean ones
 combined; ``classify_mask`` decides what it means.
 """
 

@@ -107,13 +107,13 @@ def chat_prompt(request: str) -> str:
 def prompted(stories: Iterable[Story]) -> Iterator[tuple[str, str]]:
     """Prompts and what should follow.
 
-    Half have no prompt, a third are requests, and a sixth are an odd sentence with a story that makes
+    Half have no prompt, a quarter are requests, and a quarter are an odd sentence with a story that makes
     the best of it, so that the model finds its way back from whatever it is given.
     """
     for index, story in enumerate(stories):
-        if index % 3 == 0:
+        if index % 4 == 0:
             yield chat_prompt(story.request), story.text + EOS
-        elif index % 6 == 1:
+        elif index % 4 == 1:
             end = " " if story.oddity[-1:] in ".!?" else ". "
             yield BOS + story.oddity, end + story.body + EOS
         else:
@@ -185,7 +185,7 @@ def main() -> None:
     """Parse the command line, train and save."""
     parser = argparse.ArgumentParser(description="Train the demo model on made-up stories.")
     parser.add_argument("--output", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--steps", type=int, default=3300, help="of 8 stories each")
+    parser.add_argument("--steps", type=int, default=2800, help="of 8 stories each")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # sums are then in one order, so the same seeds give the same model

@@ -7,6 +7,7 @@ padding.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,11 @@ def prepare_metadata(
     pages = cache_loc[columns.clamp(max=cache_loc.shape[0] - 1)] * (columns < ends)
     block_table = cache_loc.new_zeros((input_pos.shape[0], max_blocks_per_seq))
     block_table[:num_seqs] = pages
+
+    if num_tokens == num_seqs:  # one token each, the decode step
+        position = input_pos[:num_seqs].long()
+        page = pages.gather(1, (position // page_size)[:, None])[:, 0]
+        return block_table, page * page_size + position % page_size
 
     tokens = torch.arange(num_tokens, dtype=cu_seqlen.dtype, device=device)
     seq = torch.searchsorted(cu_seqlen[1 : num_seqs + 1].contiguous(), tokens, right=True)
@@ -111,8 +117,13 @@ def decode(
     # On a GPU reading the longest length would wait for the device: take the whole table.
     longest = int(seq_len_with_cache.max()) if on_cpu else block_table.shape[1] * kv_cache.shape[3]
     k, v = _gather_pages(kv_cache, block_table, longest, q, v_head_dim)
-    bias = visibility_bias(last, longest, spec)
-    return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, last)[:, 0]
+    if spec.logit_cap is not None or sinks is not None or alibi_slopes is not None:
+        bias = visibility_bias(last, longest, spec)
+        return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, last)[:, 0]
+    within = spec.chunk is None and (spec.sliding_window is None or longest <= spec.sliding_window)
+    sees_all = on_cpu and query.shape[0] == 1 and within
+    mask = None if sees_all else ~_hidden(last, longest, spec)
+    return _sdpa(q, k, v, mask, spec.scale)[:, 0]
 
 
 def dense_attention(
@@ -152,6 +163,12 @@ def visibility_bias(q_positions: Tensor, num_keys: int, spec: AttentionSpec) -> 
     Returns:
         float32 [b, 1, n, num_keys].
     """
+    hidden = _hidden(q_positions, num_keys, spec)
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _hidden(q_positions: Tensor, num_keys: int, spec: AttentionSpec) -> Tensor:
+    """bool [b, 1, n, num_keys]: where ``visibility_bias`` is -inf."""
     q = q_positions[:, None, :, None]
     k = torch.arange(num_keys, device=q.device, dtype=q.dtype)
     hidden = k > q
@@ -159,7 +176,7 @@ def visibility_bias(q_positions: Tensor, num_keys: int, spec: AttentionSpec) -> 
         hidden |= k <= q - spec.sliding_window
     if spec.chunk is not None:
         hidden |= k < torch.div(q, spec.chunk, rounding_mode="floor") * spec.chunk
-    return torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, float("-inf"))
+    return hidden
 
 
 def _gather_pages(
@@ -171,14 +188,20 @@ def _gather_pages(
     pages = block_table[:, :num_blocks]
     if kv_cache.is_contiguous():
         # Rows of one (page, K or V, head): a gather of rows is a plain copy of page_size * width.
-        heads = torch.arange(2 * num_heads, device=pages.device, dtype=pages.dtype)
-        rows = (pages[None, :, None] * (2 * num_heads) + heads.view(2, 1, num_heads, 1)).reshape(-1)
+        heads = _head_rows(num_heads, pages.device)
+        rows = torch.add(heads, pages[None, :, None], alpha=2 * num_heads).view(-1)
         gathered = kv_cache.view(-1, page_size * width).index_select(0, rows)
     else:
         gathered = kv_cache[pages].permute(2, 0, 3, 1, 4, 5)
     k, v = gathered.reshape(2, pages.shape[0], num_heads, num_blocks * page_size, width)
     k, v = k[:, :, :num_keys, : query.shape[-1]], v[:, :, :num_keys, :v_head_dim]
     return k.to(query.dtype), v.to(query.dtype)
+
+
+@cache
+def _head_rows(num_heads: int, device: torch.device) -> Tensor:
+    """int32 [2, 1, num_heads, 1]: the rows of K and V of each head within a page."""
+    return torch.arange(2 * num_heads, dtype=torch.int32, device=device).view(2, 1, num_heads, 1)
 
 
 def _attend_one(
@@ -194,7 +217,7 @@ def _attend_one(
     n = q.shape[1]
     is_plain = spec.logit_cap is None and sinks is None and alibi_slopes is None
     if is_plain and n == total and spec.sliding_window is None and spec.chunk is None:
-        return _sdpa(q, k, v, None, spec.scale)
+        return _sdpa(q, k, v, None, spec.scale, is_causal=True)
     positions = torch.arange(total - n, total, device=q.device)[None]
     bias = visibility_bias(positions, total, spec)
     if is_plain:
@@ -202,9 +225,11 @@ def _attend_one(
     return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, positions)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False
+) -> Tensor:
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=True
+        q.transpose(1, 2), k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2)
 

@@ -57,13 +57,16 @@ class Form:
     """(x, c) if the form is floor(x / c) of an integer x."""
 
     def __add__(self, other: Form) -> Form:
-        assert not self.has_error and not other.has_error, "use Cells.plus"
+        if self.has_error or other.has_error:
+            raise AssertionError("Cells.plus adds forms with errors")
         terms = dict(self.terms)
         for var, factor in other.terms.items():
             terms[var] = terms[var] + factor if var in terms else factor
             if not some(terms[var]):
                 del terms[var]
-        return Form(*_plus((self.lo, self.hi), (other.lo, other.hi)), terms, np.minimum(self.grain, other.grain))
+        return Form(
+            *_plus((self.lo, self.hi), (other.lo, other.hi)), terms, np.minimum(self.grain, other.grain)
+        )
 
     def __neg__(self) -> Form:
         terms = {var: -factor for var, factor in self.terms.items()}
@@ -222,7 +225,10 @@ class Cells:
     def starts_before(self, order: tuple[int, int, int]) -> Array:
         """Which cells have points before a (query, key, size), in reading order."""
         query, key, size = self.first()
-        return (query < order[0]) | ((query == order[0]) & ((key < order[1]) | ((key == order[1]) & (size < order[2]))))
+        before = np.zeros(len(self), dtype=bool)
+        for own, other in reversed(list(zip((query, key, size), order, strict=True))):
+            before = (own < other) | ((own == other) & before)
+        return before
 
     def limits(self, form: Form) -> Limits:
         """Bounds of a form over each cell."""

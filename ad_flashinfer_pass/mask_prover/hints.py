@@ -9,7 +9,7 @@ from torch import Tensor
 def describe(visible: Tensor) -> str:
     """One or two sentences on a mask, bool [rows, heads, size, size]; empty if it looks causal."""
     if bool((visible != visible[:1]).any()):
-        return "It differs between the rows of a batch; only masks that are the same for all sequences can be cached."
+        return "It differs between the rows of a batch; it must be the same for all sequences."
     if bool((visible != visible[:, :1]).any()):
         head = int((visible[0] != visible[0, :1]).flatten(1).any(1).nonzero()[0])
         return f"Head {head} differs from head 0; all heads of a layer must see the same keys."
@@ -59,8 +59,8 @@ def _looking_back(mask: Tensor, causal: Tensor) -> str:
     starts = [query for query in range(1, size) if first[query] == query]
     if starts and torch.equal(mask, causal & (torch.arange(size) >= first[:, None])):
         return (
-            f"Blocks of unequal length begin at tokens {', '.join(map(str, starts[:4]))} (documents by constant); "
-            "pass each document as a sequence of its own."
+            f"Blocks of unequal length begin at tokens {', '.join(map(str, starts[:4]))} (documents by "
+            "constant); pass each document as a sequence of its own."
         )
     if len(hidden) and bool((~columns).sum() == len(hidden)):
         keys = ", ".join(map(str, hidden[:4].tolist()))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property, reduce
 from typing import Any, Literal, TypeAlias
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,14 +44,19 @@ _TRACE_ROWS, _TRACE_SIZE = 3, 29
 class MaskProgram:
     """A mask as a function of rows, tokens and positions."""
 
-    def __init__(self, mask: fx.Node) -> None:
+    def __init__(self, mask: fx.Node, where: str = "") -> None:
         """Cut the program out of the graph of ``mask``.
+
+        Args:
+            mask: the node of the mask.
+            where: its place in the user's source for messages, if the graph does not say it.
 
         Raises:
             MaskError: the mask reads values that are neither positions nor constants, or its sizes are not
                 those of the tokens.
         """
         self.mask = mask
+        self.where = where or g.where(mask)
         self._order = {node: place for place, node in enumerate(mask.graph.nodes)}
         self._writes = [node for node in mask.graph.nodes if _writes(node)]
         found = self._with_writes(set(_needed(mask)))
@@ -62,17 +67,12 @@ class MaskProgram:
         self.args = {
             node: {name: _arg(arg) for name, arg in g.op_args(node).items()}
             for node in self.nodes
-            if node.op == "call_function"
+            if isinstance(node.target, torch._ops.OpOverload)
         }
         self._shapes: dict[fx.Node, Shape] = {}
         self._single_dims: dict[fx.Node, tuple[bool, ...]] = {}
         self._compute_dtypes: dict[fx.Node, torch.dtype] = {}
         self._check_shape()
-
-    @property
-    def where(self) -> str:
-        """The mask's node and source line, for messages."""
-        return g.where(self.mask)
 
     @property
     def reads_positions(self) -> bool:
@@ -103,12 +103,15 @@ class MaskProgram:
         """A mask is [rows or 1, heads, tokens or 1, tokens or 1], or has fewer dimensions."""
         shape = (1, 1, *self.shape(self.mask))[-4:]
         heads, *tokens = shape[1:]
-        if g.value(self.mask).dim() < 2 or not isinstance(heads, int) or not all(
-            size == 1 or self.symbols.get(size) == "size" for size in tokens
+        if (
+            g.value(self.mask).dim() < 2
+            or not isinstance(heads, int)
+            or not all(size == 1 or self.symbols.get(size) == "size" for size in tokens)
         ):
             raise MaskError(
-                f"{self.where}: an attention mask must have the shape [tokens, tokens], [heads, tokens, tokens] or "
-                f"[batch, heads, tokens, tokens], where tokens are those of the input, but has {self.shape(self.mask)}."
+                f"{self.where}: an attention mask must have the shape [tokens, tokens], "
+                "[heads, tokens, tokens] or [batch, heads, tokens, tokens], with the tokens of the input, "
+                f"got {self.shape(self.mask)}."
             )
 
     @property
@@ -170,36 +173,39 @@ class MaskProgram:
         for node in self.nodes:
             if node.op == "placeholder" and not _is_position(node):
                 raise self._reads_tokens(node)
-            if node.op == "get_attr" and isinstance(_attribute(node), FakeTensor):
+            if node.op == "get_attr" and not _is_loaded(_attribute(node)):
                 raise MaskError(
-                    f"{self.where}: the attention mask reads {node.target}, whose values are not loaded."
+                    f"{self.where}: the attention mask reads {node.target}, which holds no values. Load the "
+                    "weights and buffers of the model before the pass."
                 )
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_idle(node):
                 raise MaskError(
                     f"{self.where}: the attention mask is random ({node.target}); export in eval mode."
                 )
-            if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+            if node.op != "placeholder" and node.op != "get_attr" and not _is_aten(node):
                 raise self.unknown(node)
 
     def _reads_tokens(self, node: fx.Node) -> MaskError:
-        is_learned = any(n.op == "get_attr" and isinstance(_attribute(n), torch.nn.Parameter) for n in self.nodes)
+        is_learned = any(
+            n.op == "get_attr" and isinstance(_attribute(n), torch.nn.Parameter) for n in self.nodes
+        )
         advice = (
-            "It depends on activations of the model (learned or dynamic sparsity), which no kernel here computes."
+            "It depends on activations of the model (learned or dynamic sparsity), which no kernel computes."
             if is_learned
-            else "A padding or custom mask cannot be cached: export without it; sequences of different length need "
-            "no padding here."
+            else "A padding or custom mask cannot be cached: export without it; sequences of different "
+            "length need no padding here. An input of positions must be called position_ids."
         )
         return MaskError(
-            f"{self.where}: the attention mask must be computed from positions and constants only, but reads the "
-            f"values of the input {node.name}. {advice}"
+            f"{self.where}: the attention mask must be computed from positions and constants only, but "
+            f"reads the values of the input {node.name}. {advice}"
         )
 
     def unknown(self, node: fx.Node, what: str = "") -> MaskError:
         """The refusal of a node whose meaning is not known."""
         return MaskError(
             f"{self.where}: the attention mask cannot be proved, because the effect of {node.target}"
-            f"{what and ' ' + what} ({g.where(node)}) is not known here. Compute the mask with comparisons of "
-            "index vectors, as in (k <= q) & (k > q - window)."
+            f"{what and ' ' + what} ({g.where(node)}) is not known here. Compute the mask with comparisons "
+            "of index vectors, as in (k <= q) & (k > q - window)."
         )
 
     @cached_property
@@ -236,10 +242,12 @@ class MaskProgram:
         try:
             with torch.no_grad():
                 for node in self.nodes:
-                    if node.op == "placeholder":
+                    if node in self.constants:
+                        # Writes in place must not reach the model's own buffers.
+                        constant = self.constants[node]
+                        values[node] = constant if self.is_functional else constant.clone()
+                    elif node.op == "placeholder":
                         values[node] = positions if g.value(node).dim() > 1 else positions[0]
-                    elif node.op == "get_attr":
-                        values[node] = self.constants[node].clone()
                     else:
                         values[node] = self._call(node, values, symbols)
         except (RuntimeError, IndexError, ValueError, TypeError) as err:
@@ -273,24 +281,26 @@ class MaskProgram:
             return self.evaluate(value.node.expr, leaves.__getitem__, _PYTHON)
         return value
 
-    def evaluate(
-        self, expr: sympy.Expr, leaf: Callable[[Any], Any], algebra: dict[Any, Callable[..., Any]]
-    ) -> Any:
+    def evaluate(self, expr: Any, leaf: Callable[[Any], Any], algebra: dict[Any, Callable[..., Any]]) -> Any:
         """An expression of sizes in some algebra; ``leaf`` takes a symbol or a number.
 
         Raises:
             MaskError: the expression holds a size that is not that of the tokens, or an unknown function.
         """
         if expr.is_Symbol and expr not in self.symbols:
-            raise MaskError(
-                f"{self.where}: the attention mask depends on the size {expr}, which is not that of the tokens."
-            )
+            raise self._strange_size(expr)
         if expr.is_Symbol or expr.is_number:
             return leaf(expr) if expr.is_Symbol else algebra["number"](expr)
         for kind, function in algebra.items():
-            if isinstance(kind, type) and isinstance(expr, kind):
+            if not isinstance(kind, str) and isinstance(expr, kind):
                 return reduce(function, (self.evaluate(arg, leaf, algebra) for arg in expr.args))
-        raise MaskError(f"{self.where}: the attention mask depends on the size {expr}, which is not understood.")
+        raise self._strange_size(expr)
+
+    def _strange_size(self, expr: Any) -> MaskError:
+        return MaskError(
+            f"{self.where}: the attention mask depends on the size {expr}, which does not follow from the "
+            "number of tokens. Compute the mask from the shape of input_ids alone."
+        )
 
     def functional(self) -> MaskProgram:
         """The same program traced again, without writes in place and with fewer kinds of ops."""
@@ -298,15 +308,17 @@ class MaskProgram:
         size = max(low, min(_TRACE_SIZE, high))
 
         def mask(tokens: Tensor, position_ids: Tensor) -> Tensor:
-            return self.run(*tokens.shape, position_ids)
+            return self.run(tokens.shape[0], tokens.shape[1], position_ids)
 
         tokens = torch.zeros(_TRACE_ROWS, size, dtype=torch.int64)
         positions = torch.arange(size).repeat(_TRACE_ROWS, 1)
-        traced = make_fx(torch.func.functionalize(mask), tracing_mode="symbolic")(tokens, positions)
+        trace = make_fx(
+            torch.func.functionalize(mask), tracing_mode="symbolic", _allow_non_fake_inputs=True
+        )  # the constants are real tensors
+        traced = trace(tokens, positions)
         traced.graph.eliminate_dead_code()
         (output,) = traced.graph.output_node().all_input_nodes
-        output.meta["stack_trace"] = self.mask.meta.get("stack_trace")
-        return MaskProgram(output)
+        return MaskProgram(output, self.where)
 
     def fingerprint(self) -> Hashable:
         """Equal for programs that compute the same by the same steps, whatever their names."""
@@ -363,7 +375,8 @@ def _needed(node: fx.Node) -> Iterator[fx.Node]:
             shape_arg = g.op_args(current).get(_SHAPE_ARGS[packet])
             sources = [source for source in sources if source is not shape_arg]
         for source in sources:
-            if source not in seen and not isinstance(g.value(source), (int, float, torch.SymInt, torch.SymFloat)):
+            is_scalar = isinstance(g.value(source), (int, float, torch.SymInt, torch.SymFloat))
+            if source not in seen and not is_scalar:
                 seen.add(source)
                 stack.append(source)
 
@@ -383,15 +396,15 @@ def _base(node: fx.Node) -> fx.Node:
 def _symbols(graph: fx.Graph, where: str) -> dict[sympy.Symbol, Symbol]:
     """What the symbols of the token inputs' shapes [rows, size, ...] mean."""
     meanings: dict[sympy.Symbol, Symbol] = {}
-    is_dynamic = False
     for node in graph.find_nodes(op="placeholder"):
         if not g.is_tensor(node) or len(g.shape(node)) < 2:
             continue
-        for size, meaning in zip(g.shape(node), ("rows", "size"), strict=False):
-            if isinstance(size, SymInt) and size.node.expr.is_Symbol:
-                meanings.setdefault(size.node.expr, meaning)
-                is_dynamic |= meaning == "size"
-    if not is_dynamic:
+        rows, size = (n.node.expr if isinstance(n, SymInt) else n for n in g.shape(node)[:2])
+        if getattr(rows, "is_Symbol", False):
+            meanings.setdefault(rows, "rows")
+        if getattr(size, "is_Symbol", False):
+            meanings.setdefault(size, "size")
+    if "size" not in meanings.values():
         raise MaskError(
             f"{where}: the number of tokens must be dynamic, but the graph was made for one length. "
             "Export with torch.export.Dim.DYNAMIC for the sequence dimension of input_ids and position_ids."
@@ -414,6 +427,15 @@ def _is_idle(node: fx.Node) -> bool:
     return not args.get("train", True) or args.get("p") == 0
 
 
+def _is_aten(node: fx.Node) -> bool:
+    """Whether a node can be run and traced again: an op, or one of its several results."""
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+
+
+def _is_loaded(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
+
+
 def _attribute(node: fx.Node) -> Tensor:
     owner: Any = node.graph.owning_module
     for part in str(node.target).split("."):
@@ -423,4 +445,4 @@ def _attribute(node: fx.Node) -> Tensor:
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha256(data).hexdigest()}"
+    return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha256(data.tobytes()).hexdigest()}"

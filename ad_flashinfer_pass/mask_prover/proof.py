@@ -18,11 +18,11 @@ from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.mask_prover import rules
 from ad_flashinfer_pass.mask_prover.forms import Array, Cells, Form, between, number, roundoff, variable
 from ad_flashinfer_pass.mask_prover.program import MaskProgram
-from ad_flashinfer_pass.mask_prover.reading import RULES, Reading, negated
+from ad_flashinfer_pass.mask_prover.reading import Reading, negated, rule_of
 from ad_flashinfer_pass.mask_prover.tables import Table
 
 # An additive mask value this far below that of the query itself takes a weight to zero: exp(-9e3) is 0 in
-# float32, and no two logits of a model are nearly as far apart. Models use -1e4 and less, which is -9984 in bfloat16.
+# float32, and no two logits of a model are nearly as far apart. Models use -1e4 (-9984 in bfloat16) and less.
 HIDDEN = -9e3
 # A bias may depart from its line by this many roundings of its dtype, and by this much near zero.
 _ROUNDINGS, _NEARLY_ZERO = 8, 2.0**-20
@@ -63,7 +63,7 @@ class Undecided(Exception):
 def readable_program(program: MaskProgram) -> MaskProgram:
     """The program in a form that has no writes in place, and no op that only its parts have rules for."""
     has_rules = all(
-        node.op != "call_function" or node in program.constants or node.target.overloadpacket in RULES
+        node.op != "call_function" or node in program.constants or rule_of(node) is not None
         for node in program.nodes
     )
     return program if program.is_functional and has_rules else program.functional()
@@ -133,7 +133,7 @@ class Proof:
             axis, at = reading.split()
             if np.any(is_open & (axis < 0)):
                 point = self._point(cells.take(is_open & (axis < 0)))
-                raise Undecided(point, f"its value there is only known to lie in [{point.low:g}, {point.high:g}]")
+                raise Undecided(point, f"its value is only known to lie in [{point.low:g}, {point.high:g}]")
             cells = cells.take(is_open).split(axis[is_open], at[is_open])
             waiting += reversed(cells.batches(_AT_ONCE))
         self.num_cells += count
@@ -164,7 +164,7 @@ class Proof:
         wants, wants_not = wanted.lo >= 1, wanted.hi <= 0
         is_rough = np.broadcast_to(is_rough & wants & (hidden.lo < 1), len(reading.cells))
         if is_rough.any():
-            reason = "its bias is a slope times the distance, but rounded to a shorter format than that of the mask"
+            reason = "its bias is a slope times the distance, but rounded to a shorter format than the mask's"
             raise Rough(self._point(reading.cells.take(is_rough)), reason)
         odd = (visible.hi <= 0) & (hidden.hi <= 0)
         right = (wants & (visible.lo >= 1)) | (wants_not & (hidden.lo >= 1))
@@ -172,7 +172,7 @@ class Proof:
         return right, wrong
 
     def visibility(self, reading: Reading) -> tuple[Form, Form, Array]:
-        """Two truth values: the key is visible with its bias, and the key is hidden; and where the bias is rough.
+        """Two truth values, the key is visible with its bias and the key is hidden; and where bias is rough.
 
         A bias is measured from that of the query itself, because a number that is added to a whole row
         does not change its softmax. Both are false for what is neither, such as -5.
@@ -223,10 +223,11 @@ class Proof:
         """
         size = max(2, self.low)
         cells = self.cells((1, 1), (0, 1), size=(size, size))
-        linear = Reading(self.program, self._tables, cells).mask(variable("q"), variable("k")).terms.get("k")
-        slopes = linear if linear is not None else self.value_at(1, 1, size)[0] - self.value_at(1, 0, size)[0]
-        is_slope = np.isfinite(slopes) & (np.abs(slopes) < -HIDDEN)
-        return np.broadcast_to(np.where(is_slope, slopes, 0.0).astype(np.float32), len(cells)).astype(np.float64)
+        slopes = Reading(self.program, self._tables, cells).mask(variable("q"), variable("k")).terms.get("k")
+        if slopes is None:
+            slopes = self.value_at(1, 1, size)[0] - self.value_at(1, 0, size)[0]
+        slopes = np.where(np.isfinite(slopes) & (np.abs(slopes) < -HIDDEN), slopes, 0.0)
+        return np.broadcast_to(slopes, len(cells)).astype(np.float32).astype(np.float64)
 
     def window_and_chunk(self) -> tuple[int | None, int | None]:
         """The only window and chunk that the mask can have, by two of its lines, in its first head.
@@ -258,4 +259,3 @@ class Proof:
         lo, hi = self.value_at(*place)
         head = int(cells.head[at])
         return Point(head, *place, float(lo[head]), float(hi[head]))
-

@@ -15,12 +15,13 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.utils._sympy import functions as sym
 
 from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import MaskError
 from ad_flashinfer_pass.mask_prover.forms import (
     KEY,
     LAG,
@@ -32,7 +33,6 @@ from ad_flashinfer_pass.mask_prover.forms import (
     Array,
     Cells,
     Form,
-    Limits,
     between,
     multiplied,
     number,
@@ -43,14 +43,19 @@ from ad_flashinfer_pass.mask_prover.forms import (
 from ad_flashinfer_pass.mask_prover.program import MaskProgram, Shape
 from ad_flashinfer_pass.mask_prover.tables import Table
 
-aten = torch.ops.aten
-
 Index: TypeAlias = tuple[Form, ...]
 
 ZERO, ONE = number(0.0), number(1.0)
 
 RULES: dict[Any, Callable[[Call], Form]] = {}
 """The rule of each op packet; ``rules`` fills it."""
+
+
+def rule_of(node: fx.Node) -> Callable[[Call], Form] | None:
+    """The rule of a node's op, if there is one."""
+    return RULES.get(getattr(node.target, "overloadpacket", None))
+
+
 _AXES = {("q",): QUERY, ("k",): KEY, ("s",): SIZE, ("k", "q"): LAG}
 
 
@@ -92,7 +97,7 @@ class Reading:
             return self._tables[node].read(self.cells, index)
         if node.op == "placeholder":
             return self._position(node, index)
-        rule = RULES.get(node.target.overloadpacket)  # type: ignore[union-attr]
+        rule = rule_of(node)
         if rule is None:
             raise self.program.unknown(node)
         return rule(Call(self, node, index))
@@ -169,6 +174,10 @@ class Reading:
         """Logical and of two truth values."""
         return between(np.minimum(a.lo, b.lo), np.minimum(a.hi, b.hi), UNIT)
 
+    def either(self, a: Form, b: Form) -> Form:
+        """Logical or of two truth values."""
+        return between(np.maximum(a.lo, b.lo), np.maximum(a.hi, b.hi), UNIT)
+
     def choose(self, condition: Form, yes: Form, no: Form) -> Form:
         """``yes`` where the truth value is 1 and ``no`` where it is 0."""
         holds, fails = condition.lo >= 1, condition.hi <= 0
@@ -181,7 +190,9 @@ class Reading:
         if not some(is_open):
             return chosen
         (yes_lo, yes_hi), (no_lo, no_hi) = self.cells.limits(yes), self.cells.limits(no)
-        either = between(np.minimum(yes_lo, no_lo), np.maximum(yes_hi, no_hi), np.minimum(yes.grain, no.grain))
+        either = between(
+            np.minimum(yes_lo, no_lo), np.maximum(yes_hi, no_hi), np.minimum(yes.grain, no.grain)
+        )
         return pick(is_open, either, chosen)
 
     def product(self, a: Form, b: Form) -> Form:
@@ -196,9 +207,9 @@ class Reading:
         return between(np.min(corners, axis=0), np.max(corners, axis=0), multiplied(a.grain, b.grain))
 
     def quotient(self, a: Form, b: Form) -> Form:
-        """a / b, for a b that is known and not 0."""
+        """a / b, for a b that is known, finite and not 0."""
         a, b = self.cells.settled(a), self.cells.settled(b)
-        if not b.is_known or np.any(b.lo == 0):
+        if not b.is_known or not np.all(np.isfinite(b.lo) & (b.lo != 0)):
             return UNKNOWN
         is_power = np.abs(np.frexp(b.lo)[0]) == 0.5
         grain = np.where(is_power, a.grain / np.abs(b.lo), 0.0)
@@ -297,7 +308,12 @@ def _without_floor(a: Form, b: Form, strict: bool) -> Iterator[tuple[Form, Form,
 
 def _is_batch_row(place: Form) -> bool:
     """Whether a place is the row of the batch that is looked at."""
-    return place.terms.keys() == {"b"} and not some(place.lo) and not some(place.hi) and not some(place.terms["b"] - 1)
+    return (
+        place.terms.keys() == {"b"}
+        and not some(place.lo)
+        and not some(place.hi)
+        and not some(place.terms["b"] - 1)
+    )
 
 
 class Call:
@@ -307,6 +323,10 @@ class Call:
         self.reading, self.node, self.index = reading, node, index
         self.args = reading.program.args[node]
         self.dtype: torch.dtype = g.value(node).dtype
+
+    def unknown(self, what: str = "") -> MaskError:
+        """The refusal of this op."""
+        return self.reading.program.unknown(self.node, what)
 
     def form(self, name: str, dtype: torch.dtype | None = None) -> Form:
         """An argument, tensor or scalar, at this index, as stored in ``dtype``."""
@@ -341,7 +361,8 @@ class Call:
         if grain is UNIT and form.is_integer:
             return form
         lo, hi = (function(limit) for limit in self.reading.cells.limits(form))
-        return between(lo, hi, grain)
+        is_number = ~(np.isnan(lo) | np.isnan(hi))
+        return between(np.where(is_number, lo, -np.inf), np.where(is_number, hi, np.inf), grain)
 
     def shape(self, name: str = "self") -> Shape:
         """Sizes of an argument."""

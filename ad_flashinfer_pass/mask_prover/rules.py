@@ -6,19 +6,29 @@ never wrong. An op that stands in no rule is refused by the prover, so this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import fx
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.mask_prover.forms import NOTHING, UNIT, UNKNOWN, Array, Form, between, number, variable
+from ad_flashinfer_pass.mask_prover.forms import (
+    NOTHING,
+    UNIT,
+    UNKNOWN,
+    Array,
+    Form,
+    between,
+    number,
+    variable,
+)
 from ad_flashinfer_pass.mask_prover.reading import ONE, RULES, ZERO, Call, Index, negated
 
 aten = torch.ops.aten
-Rule = Callable[[Call], Form]
+Rule: TypeAlias = Callable[[Call], Form]
+Binary: TypeAlias = Callable[[Call, Form, Form], Form]
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
@@ -35,32 +45,32 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 # Arithmetic
 
 
-def _arithmetic(name: str, compute: Callable[[Call, Form, Form], Form]) -> None:
+def _arithmetic(compute: Binary) -> Rule:
     def rule(call: Call) -> Form:
         if call.dtype == torch.bool:
-            raise call.reading.program.unknown(call.node, "on truth values")
+            raise call.unknown("on truth values")
         a, b = call.operands()
-        alpha = call.args.get("alpha", 1)
-        if alpha != 1:
-            factor = call.form("alpha")
-            a, b = (a, call.reading.product(b, factor)) if name != "rsub" else (call.reading.product(a, factor), b)
+        if call.args.get("alpha", 1) != 1:  # a factor of what is added or taken away
+            b = call.reading.product(b, call.form("alpha"))
         return call.store(compute(call, a, b))
 
-    RULES[getattr(aten, name)] = rule
+    return rule
 
 
-_arithmetic("add", lambda call, a, b: call.reading.cells.plus(a, b))
-_arithmetic("sub", lambda call, a, b: call.reading.cells.plus(a, -b))
-_arithmetic("rsub", lambda call, a, b: call.reading.cells.plus(b, -a))
-_arithmetic("floor_divide", lambda call, a, b: call.reading.floor_divide(a, b))
-_arithmetic("remainder", lambda call, a, b: call.reading.remainder(a, b))
-_arithmetic("maximum", lambda call, a, b: call.reading.choose(call.reading.le(a, b), b, a))
-_arithmetic("minimum", lambda call, a, b: call.reading.choose(call.reading.le(a, b), a, b))
+_rule("add")(_arithmetic(lambda call, a, b: call.reading.cells.plus(a, b)))
+_rule("sub")(_arithmetic(lambda call, a, b: call.reading.cells.plus(a, -b)))
+_rule("floor_divide")(_arithmetic(lambda call, a, b: call.reading.floor_divide(a, b)))
+_rule("remainder")(_arithmetic(lambda call, a, b: call.reading.remainder(a, b)))
+_rule("maximum")(_arithmetic(lambda call, a, b: call.reading.choose(call.reading.le(a, b), b, a)))
+_rule("minimum")(_arithmetic(lambda call, a, b: call.reading.choose(call.reading.le(a, b), a, b)))
+_rule("mul")(lambda call: call.store(call.reading.product(*call.operands())))
+_rule("neg")(lambda call: call.store(-call.form("self")))
 
 
-@_rule("mul")
-def _mul(call: Call) -> Form:
-    return call.store(call.reading.product(*call.operands()))
+@_rule("rsub")
+def _rsub(call: Call) -> Form:
+    a, b = call.operands()
+    return call.store(call.reading.cells.plus(b, -call.reading.product(a, call.form("alpha"))))
 
 
 @_rule("div", "true_divide")
@@ -70,16 +80,13 @@ def _div(call: Call) -> Form:
     if mode == "floor":
         return call.store(call.reading.floor_divide(a, b))
     quotient = call.reading.quotient(a, b)
-    if mode == "trunc":
-        quotient = call.monotone(quotient, np.trunc, UNIT)
-    return call.store(quotient)
+    return call.store(call.monotone(quotient, np.trunc, UNIT) if mode == "trunc" else quotient)
 
 
 @_rule("pow")
 def _pow(call: Call) -> Form:
-    exponent = call.args["exponent"]
-    if exponent != 2:
-        raise call.reading.program.unknown(call.node)
+    if call.args["exponent"] != 2:
+        raise call.unknown()
     base = call.form("self", call.dtype)
     return call.store(call.reading.product(base, base))
 
@@ -96,108 +103,77 @@ def _clamp(call: Call) -> Form:
     return form
 
 
-@_rule("neg")
-def _neg(call: Call) -> Form:
-    return call.store(-call.form("self"))
-
-
 @_rule("abs")
 def _abs(call: Call) -> Form:
     form = call.form("self")
     return call.store(call.reading.choose(call.reading.le(ZERO, form), form, -form))
 
 
-@_rule("sign", "sgn")
-def _sign(call: Call) -> Form:
-    form = call.form("self")
-    above, below = call.reading.le(ZERO, form, strict=True), call.reading.le(form, ZERO, strict=True)
-    return call.reading.choose(above, ONE, call.reading.choose(below, -ONE, ZERO))
-
-
-@_rule("relu")
-def _relu(call: Call) -> Form:
-    form = call.form("self")
-    return call.reading.choose(call.reading.le(ZERO, form), form, ZERO)
-
-
 _RISING: dict[str, tuple[Callable[[Array], Array], Array]] = {
     "log": (np.log, NOTHING),
     "log2": (np.log2, NOTHING),
-    "log1p": (np.log1p, NOTHING),
     "exp": (np.exp, NOTHING),
     "exp2": (np.exp2, NOTHING),
     "sqrt": (np.sqrt, NOTHING),
     "floor": (np.floor, UNIT),
     "ceil": (np.ceil, UNIT),
     "trunc": (np.trunc, UNIT),
-    "round": (np.round, UNIT),
 }
 
 
 @_rule(*_RISING)
 def _rising(call: Call) -> Form:
     function, grain = _RISING[call.node.target.overloadpacket.__name__]  # type: ignore[union-attr]
-    if call.args.get("decimals"):
-        raise call.reading.program.unknown(call.node)
     form = call.monotone(call.form("self", call.dtype), function, grain)
     if grain is UNIT:
         return form
-    # Libraries differ in the last digits of these functions, but not at the ends 0 and -inf.
-    wider = np.where(np.isfinite(form.lo), np.abs(form.lo) * 1e-5, 0), np.where(
-        np.isfinite(form.hi), np.abs(form.hi) * 1e-5, 0
-    )
-    return call.store(between(form.lo - wider[0], form.hi + wider[1]))
+    # Libraries differ in the last digits of these functions, but not where they are 0 or infinite.
+    low, high = (np.where(np.isfinite(limit), np.abs(limit) * 1e-5, 0) for limit in (form.lo, form.hi))
+    return call.store(between(form.lo - low, form.hi + high))
 
 
 # Comparisons and logic
 
 
-def _comparison(name: str, compare: Callable[[Call, Form, Form], Form]) -> None:
-    RULES[getattr(aten, name)] = lambda call: compare(call, *call.operands())
+def _comparison(compare: Binary) -> Rule:
+    return lambda call: compare(call, *call.operands())
 
 
-_comparison("le", lambda call, a, b: call.reading.le(a, b))
-_comparison("lt", lambda call, a, b: call.reading.le(a, b, strict=True))
-_comparison("ge", lambda call, a, b: call.reading.le(b, a))
-_comparison("gt", lambda call, a, b: call.reading.le(b, a, strict=True))
-_comparison("eq", lambda call, a, b: call.reading.eq(a, b))
-_comparison("ne", lambda call, a, b: negated(call.reading.eq(a, b)))
+_rule("le")(_comparison(lambda call, a, b: call.reading.le(a, b)))
+_rule("lt")(_comparison(lambda call, a, b: call.reading.le(a, b, strict=True)))
+_rule("ge")(_comparison(lambda call, a, b: call.reading.le(b, a)))
+_rule("gt")(_comparison(lambda call, a, b: call.reading.le(b, a, strict=True)))
+_rule("eq")(_comparison(lambda call, a, b: call.reading.eq(a, b)))
+_rule("ne")(_comparison(lambda call, a, b: negated(call.reading.eq(a, b))))
 
 
-def _logic(names: Sequence[str], compute: Callable[[Call, Form, Form], Form]) -> None:
+def _logic(compute: Binary) -> Rule:
     def rule(call: Call) -> Form:
         if call.dtype != torch.bool:
-            raise call.reading.program.unknown(call.node, "on integers")
+            raise call.unknown("on integers")
         return compute(call, call.form("self", torch.bool), call.form("other", torch.bool))
 
-    for name in names:
-        RULES[getattr(aten, name)] = rule
+    return rule
 
 
-def _xor(call: Call, a: Form, b: Form) -> Form:
-    return call.reading.choose(a, negated(b), b)
-
-
-_logic(("__and__", "bitwise_and", "logical_and"), lambda call, a, b: call.reading.both(a, b))
-_logic(
-    ("__or__", "bitwise_or", "logical_or"),
-    lambda call, a, b: negated(call.reading.both(negated(a), negated(b))),
+_rule("__and__", "bitwise_and", "logical_and")(_logic(lambda call, a, b: call.reading.both(a, b)))
+_rule("__or__", "bitwise_or", "logical_or")(_logic(lambda call, a, b: call.reading.either(a, b)))
+_rule("__xor__", "bitwise_xor", "logical_xor")(
+    _logic(lambda call, a, b: call.reading.choose(a, negated(b), b))
 )
-_logic(("__xor__", "bitwise_xor", "logical_xor"), _xor)
 
 
 @_rule("bitwise_not", "logical_not")
 def _not(call: Call) -> Form:
     if call.dtype != torch.bool:
-        raise call.reading.program.unknown(call.node, "on integers")
+        raise call.unknown("on integers")
     return negated(call.form("self", torch.bool))
 
 
 @_rule("isinf")
 def _isinf(call: Call) -> Form:
-    form = call.form("self")
-    high, low = call.reading.le(number(np.inf), form), call.reading.le(form, number(-np.inf))
-    return negated(call.reading.both(negated(high), negated(low)))
+    form, le = call.form("self"), call.reading.le
+    return call.reading.either(le(number(np.inf), form), le(form, number(-np.inf)))
 
 
 @_rule("where")
@@ -212,71 +188,29 @@ def _masked_fill(call: Call) -> Form:
     return call.reading.choose(hidden, call.form("value", call.dtype), call.form("self"))
 
 
-# Copies and casts
+# Copies and new tensors
 
-
-@_rule("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "positive")
-@_rule("dropout", "alias_copy", "detach_copy")
-def _same(call: Call) -> Form:
-    return call.at("input" if "input" in call.args else "self", call.index)
-
-
-@_rule("to", "_to_copy", "type_as")
-def _to(call: Call) -> Form:
-    return call.form("self", call.dtype)
-
-
+_COPIES = "clone contiguous alias detach detach_ lift_fresh lift_fresh_copy alias_copy detach_copy"
+_rule(*_COPIES.split())(lambda call: call.at("self", call.index))
+_rule("dropout")(lambda call: call.at("input", call.index))
+_rule("to", "_to_copy", "type_as")(lambda call: call.form("self", call.dtype))
 RULES[torch.ops.prims.convert_element_type] = lambda call: call.form("a", call.dtype)
-
-
-@_rule("copy")
-def _copy(call: Call) -> Form:
-    return call.form("src", call.dtype)
-
-
-@_rule("fill")
-def _fill(call: Call) -> Form:
-    return call.form("value", call.dtype)
-
-
-# New tensors
-
-
-@_rule("full", "full_like", "new_full")
-def _full(call: Call) -> Form:
-    return call.form("fill_value", call.dtype)
-
-
-@_rule("scalar_tensor")
-def _scalar_tensor(call: Call) -> Form:
-    return call.form("s", call.dtype)
-
-
-@_rule("ones", "ones_like", "new_ones")
-def _ones(call: Call) -> Form:
-    return ONE
-
-
-@_rule("zeros", "zeros_like", "new_zeros")
-def _zeros(call: Call) -> Form:
-    return ZERO
-
-
-@_rule("empty", "empty_like", "new_empty")
-def _empty(call: Call) -> Form:
-    return UNKNOWN
+_rule("copy")(lambda call: call.form("src", call.dtype))
+_rule("fill")(lambda call: call.form("value", call.dtype))
+_rule("full", "full_like", "new_full")(lambda call: call.form("fill_value", call.dtype))
+_rule("scalar_tensor")(lambda call: call.form("s", call.dtype))
+_rule("ones", "ones_like", "new_ones")(lambda call: ONE)
+_rule("zeros", "zeros_like", "new_zeros")(lambda call: ZERO)
+_rule("empty", "empty_like", "new_empty")(lambda call: UNKNOWN)
+_rule("eye")(lambda call: call.reading.eq(call.index[0], call.index[1]))
 
 
 @_rule("arange")
 def _arange(call: Call) -> Form:
-    reading, args = call.reading, call.args
-    start, step = reading.size(args.get("start", 0)), reading.size(args.get("step", 1))
-    return call.store(start + reading.product(call.index[0], step))
-
-
-@_rule("eye")
-def _eye(call: Call) -> Form:
-    return call.reading.eq(call.index[0], call.index[1])
+    start, step = (
+        call.reading.size(call.args.get(name, default)) for name, default in (("start", 0), ("step", 1))
+    )
+    return call.store(start + call.reading.product(call.index[0], step))
 
 
 # Views
@@ -299,25 +233,20 @@ def _view(call: Call) -> Form:
     return call.at("self", tuple(index))
 
 
-def _unflattened(call: Call, places: list[tuple[Any, Form]], sizes: list[Any]) -> list[Form]:
+def _unflattened(call: Call, places: list[tuple[Any, Form]], sizes: list[Any]) -> Iterable[Form]:
     flat = ZERO
     for size, place in places:
-        flat = (flat if flat is ZERO else call.reading.product(flat, call.reading.size(size))) + place
+        flat = call.reading.product(flat, call.reading.size(size)) + place
     index = []
     for size in reversed(sizes[1:]):
         index.append(call.reading.remainder(flat, call.reading.size(size)))
         flat = call.reading.floor_divide(flat, call.reading.size(size))
-    return [flat, *reversed(index)] if sizes else []
+    return reversed([*index, flat]) if sizes else ()
 
 
-@_rule("expand", "expand_as", "broadcast_to", "expand_copy")
-def _expand(call: Call) -> Form:
-    return call.form("self")
-
-
-@_rule("permute", "permute_copy")
-def _permute(call: Call) -> Form:
-    return _ordered(call, call.args["dims"])
+_rule("expand", "expand_as", "broadcast_to", "expand_copy")(lambda call: call.form("self"))
+_rule("permute", "permute_copy")(lambda call: _ordered(call, call.args["dims"]))
+_rule("t", "t_copy", "numpy_T")(lambda call: _ordered(call, range(len(call.index))[::-1]))
 
 
 @_rule("transpose", "transpose_copy")
@@ -326,11 +255,6 @@ def _transpose(call: Call) -> Form:
     a, b = call.dim("dim0"), call.dim("dim1")
     order[a], order[b] = b, a
     return _ordered(call, order)
-
-
-@_rule("t", "t_copy", "numpy_T")
-def _t(call: Call) -> Form:
-    return _ordered(call, list(reversed(range(len(call.index)))))
 
 
 def _ordered(call: Call, order: Sequence[int]) -> Form:
@@ -346,24 +270,17 @@ def _select(call: Call) -> Form:
     return call.at("self", (*call.index[:dim], place, *call.index[dim:]))
 
 
-@_rule("slice", "slice_copy")
+@_rule("slice", "slice_copy", "narrow")
 def _slice(call: Call) -> Form:
     dim = call.dim()
-    step = call.reading.size(call.args["step"])
+    step = call.reading.size(call.args.get("step", 1))
     return call.at("self", call.moved(dim, _start(call, dim) + call.reading.product(call.index[dim], step)))
 
 
-@_rule("narrow")
-def _narrow(call: Call) -> Form:
-    dim = call.dim()
-    return call.at("self", call.moved(dim, _start(call, dim) + call.index[dim]))
-
-
 def _start(call: Call, dim: int) -> Form:
-    start = call.args["start"]
-    if start is None or (isinstance(start, int) and start == 0):
+    if call.args["start"] is None:
         return ZERO
-    place = _from_start(call, call.reading.size(start), dim)
+    place = _from_start(call, call.reading.size(call.args["start"]), dim)
     return call.reading.choose(call.reading.le(place, ZERO), ZERO, place)
 
 
@@ -377,23 +294,31 @@ def _from_start(call: Call, place: Form, dim: int) -> Form:
 
 @_rule("flip")
 def _flip(call: Call) -> Form:
-    index = call.index
-    for dim in call.args["dims"]:
-        dim %= len(index)
-        index = (*index[:dim], call.size(dim) - ONE - index[dim], *index[dim + 1 :])
-    return call.at("self", index)
+    flipped = {dim % len(call.index) for dim in call.args["dims"]}
+    return call.at(
+        "self",
+        tuple(call.size(dim) - ONE - at if dim in flipped else at for dim, at in enumerate(call.index)),
+    )
 
 
 @_rule("repeat")
 def _repeat(call: Call) -> Form:
-    old = call.shape()
-    index = call.index[len(call.index) - len(old) :]
-    repeats = call.args["repeats"][len(call.index) - len(old) :]
+    rank = len(call.shape())
     places = [
-        place if isinstance(times, int) and times == 1 else call.reading.remainder(place, call.reading.size(size))
-        for place, times, size in zip(index, repeats, old, strict=True)
+        place if times == 1 else call.reading.remainder(place, call.size(dim))
+        for dim, (place, times) in enumerate(
+            zip(call.index[-rank:], call.args["repeats"][-rank:], strict=True)
+        )
     ]
     return call.at("self", tuple(places))
+
+
+@_rule("repeat_interleave")
+def _repeat_interleave(call: Call) -> Form:
+    dim, times = call.args.get("dim"), call.args["repeats"]
+    if not isinstance(times, int) or dim is None:
+        raise call.unknown("by a tensor, or flattened")
+    return call.at("self", call.moved(call.dim(), call.reading.floor_divide(call.index[dim], number(times))))
 
 
 # Joining and writing into
@@ -404,31 +329,11 @@ def _cat(call: Call) -> Form:
     return _joined(call, call.args["tensors"], call.args["dim"] % len(call.index), call.index)
 
 
-@_rule("stack")
-def _stack(call: Call) -> Form:
-    dim = call.args["dim"] % len(call.index)
-    index = (*call.index[:dim], *call.index[dim + 1 :])
-    parts = [
-        call.reading.at(part, index) if g.value(part).dtype == call.dtype else None for part in call.args["tensors"]
-    ]
-    return _chosen_part(call, call.index[dim], parts)
-
-
-def _chosen_part(call: Call, place: Form, parts: list[Form | None]) -> Form:
-    if None in parts:
-        raise call.reading.program.unknown(call.node, "on tensors of several dtypes")
-    *_, form = parts
-    for number_of, part in reversed(list(enumerate(parts[:-1]))):
-        form = call.reading.choose(call.reading.le(place, number(float(number_of))), part, form)  # type: ignore[arg-type]
-    assert form is not None
-    return form
-
-
 def _joined(call: Call, parts: Sequence[fx.Node], dim: int, index: Index) -> Form:
     """The entry at ``index`` of tensors that follow each other in one dimension."""
     reading, (part, *rest) = call.reading, parts
-    if g.value(part).dtype != g.value(parts[-1]).dtype:
-        raise reading.program.unknown(call.node, "on tensors of several dtypes")
+    if g.value(part).dtype != g.value(parts[-1]).dtype or g.value(part).dim() != len(index):
+        raise call.unknown("on tensors of different kinds")
     if not rest:
         return reading.at(part, index)
     end = reading.size(reading.program.shape(part)[dim])
@@ -436,42 +341,55 @@ def _joined(call: Call, parts: Sequence[fx.Node], dim: int, index: Index) -> For
     later = (*index[:dim], index[dim] - end, *index[dim + 1 :])
     if is_here.hi.max() <= 0:
         return _joined(call, rest, dim, later)
-    if is_here.lo.min() >= 1:
-        return reading.at(part, index)
     return reading.choose(is_here, reading.at(part, index), _joined(call, rest, dim, later))
+
+
+@_rule("stack")
+def _stack(call: Call) -> Form:
+    dim = call.args["dim"] % len(call.index)
+    index = (*call.index[:dim], *call.index[dim + 1 :])
+    if any(g.value(part).dtype != call.dtype for part in call.args["tensors"]):
+        raise call.unknown("on tensors of different kinds")
+    *parts, form = (call.reading.at(part, index) for part in call.args["tensors"])
+    for last, part in reversed(list(enumerate(parts))):
+        form = call.reading.choose(call.reading.le(call.index[dim], number(last)), part, form)
+    return form
 
 
 @_rule("constant_pad_nd", "pad")
 def _pad(call: Call) -> Form:
     if call.args.get("mode", "constant") != "constant":
-        raise call.reading.program.unknown(call.node, f"in mode {call.args['mode']!r}")
-    value, index, inside = call.args.get("value") or 0, call.index, ONE
-    widths = call.args["pad"]
-    for dim, before in zip(reversed(range(len(index))), widths[::2], strict=False):
-        place = index[dim] - call.reading.size(before)
-        index = (*index[:dim], place, *index[dim + 1 :])
-        inside = call.reading.both(inside, call.reading.le(ZERO, place))
-        inside = call.reading.both(inside, call.reading.le(place, call.size(dim), strict=True))
-    filler = call.store(call.reading.size(value))
-    return call.reading.choose(inside, call.at("self", index), filler)
+        raise call.unknown(f"in mode {call.args['mode']!r}")
+    index, inside = list(call.index), ONE
+    for dim, before in zip(reversed(range(len(index))), call.args["pad"][::2], strict=False):
+        index[dim] = index[dim] - call.reading.size(before)
+        inside = call.reading.both(inside, _within(call, index[dim], call.size(dim)))
+    filler = call.store(call.reading.size(call.args.get("value") or 0))
+    return call.reading.choose(inside, call.at("self", tuple(index)), filler)
 
 
 @_rule("slice_scatter")
 def _slice_scatter(call: Call) -> Form:
-    reading, dim = call.reading, call.dim()
     if call.args["step"] != 1:
-        raise reading.program.unknown(call.node, "with a step")
+        raise call.unknown("with a step")
+    dim = call.dim()
     place = call.index[dim] - _start(call, dim)
-    inside = reading.both(reading.le(ZERO, place), reading.le(place, call.size(dim, "src"), strict=True))
-    return reading.choose(inside, call.at("src", call.moved(dim, place)), call.at("self", call.index))
+    written = call.at("src", call.moved(dim, place))
+    return call.reading.choose(
+        _within(call, place, call.size(dim, "src")), written, call.at("self", call.index)
+    )
 
 
 @_rule("select_scatter")
 def _select_scatter(call: Call) -> Form:
-    reading, dim = call.reading, call.dim()
-    here = reading.eq(call.index[dim], _from_start(call, reading.size(call.args["index"]), dim))
+    dim = call.dim()
+    place = _from_start(call, call.reading.size(call.args["index"]), dim)
     written = call.at("src", (*call.index[:dim], *call.index[dim + 1 :]))
-    return reading.choose(here, written, call.at("self", call.index))
+    return call.reading.choose(call.reading.eq(call.index[dim], place), written, call.at("self", call.index))
+
+
+def _within(call: Call, place: Form, size: Form) -> Form:
+    return call.reading.both(call.reading.le(ZERO, place), call.reading.le(place, size, strict=True))
 
 
 @_rule("tril")
@@ -495,8 +413,8 @@ def _triangle(call: Call, kept: Form) -> Form:
 def _index(call: Call) -> Form:
     """Indexed dimensions stand together where the first one was, or first if others lie between."""
     indices = list(call.args["indices"])
-    if any(node is not None and not _is_integer(node) for node in indices):
-        raise call.reading.program.unknown(call.node, "with truth values")
+    if any(node is not None and g.value(node).dtype in (torch.bool, torch.uint8) for node in indices):
+        raise call.unknown("with truth values")
     indices += [None] * (len(call.shape()) - len(indices))
     indexed = [dim for dim, node in enumerate(indices) if node is not None]
     width = max(g.value(indices[dim]).dim() for dim in indexed)
@@ -509,25 +427,14 @@ def _index(call: Call) -> Form:
     return call.at("self", tuple(places))
 
 
-def _is_integer(node: fx.Node) -> bool:
-    dtype = g.value(node).dtype
-    return not dtype.is_floating_point and dtype not in (torch.bool, torch.uint8)
-
-
 @_rule("index_select")
 def _index_select(call: Call) -> Form:
     dim = call.dim()
-    return call.at("self", call.moved(dim, call.reading.at(call.args["index"], (call.index[dim],))))
+    return call.at("self", call.moved(dim, call.at("index", (call.index[dim],))))
 
 
-@_rule("gather")
-def _gather(call: Call) -> Form:
-    return call.at("self", call.moved(call.dim(), call.at("index", call.index)))
-
-
-@_rule("embedding")
-def _embedding(call: Call) -> Form:
-    return call.at("weight", (call.at("indices", call.index[:-1]), call.index[-1]))
+_rule("gather")(lambda call: call.at("self", call.moved(call.dim(), call.at("index", call.index))))
+_rule("embedding")(lambda call: call.at("weight", (call.at("indices", call.index[:-1]), call.index[-1])))
 
 
 # Over a whole dimension
@@ -539,7 +446,7 @@ def _cumsum(call: Call) -> Form:
     reading, dim = call.reading, call.dim()
     steps = call.index[dim]
     first = call.at("self", call.moved(dim, ZERO))
-    later = call.at("self", call.moved(dim, reading.new_index(1.0, reading.cells.limits(steps)[1])))
+    later = call.at("self", call.moved(dim, reading.new_index(1, reading.cells.limits(steps)[1])))
     _check_whole(call, first, later)
     return call.store(first + reading.product(steps, between(*reading.cells.limits(later), later.grain)))
 
@@ -547,62 +454,60 @@ def _cumsum(call: Call) -> Form:
 @_rule("diff")
 def _diff(call: Call) -> Form:
     dim = call.dim()
-    if call.args["n"] != 1:
-        raise call.reading.program.unknown(call.node, "of higher order")
-    if call.dtype == torch.bool:
-        raise call.reading.program.unknown(call.node, "on truth values")
+    if call.args["n"] != 1 or call.dtype == torch.bool:
+        raise call.unknown("of higher order, or on truth values")
     parts = [call.args[name] for name in ("prepend", "self", "append") if call.args[name] is not None]
     below = _joined(call, parts, dim, call.index)
     above = _joined(call, parts, dim, call.moved(dim, call.index[dim] + ONE))
     return call.store(call.reading.cells.plus(above, -below))
 
 
-def _anywhere(call: Call) -> tuple[Form, Form]:
-    """Bounds on all entries that a reduction reads, and the entry at the query."""
-    reading, source = call.reading, call.args["self"]
-    shape = call.shape()
-    dims = call.args.get("dim")
-    dims = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    reduced = {dim % len(shape) for dim in dims}
-    kept = iter(call.index)
+def _reduced(call: Call) -> set[int]:
+    """The dimensions that a reduction is over."""
+    dims, rank = call.args.get("dim"), len(call.shape())
+    if dims is None or dims == []:
+        dims = range(rank)
+    return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
+
+
+def _entries(call: Call) -> tuple[Form, Form]:
+    """Any of the entries that a reduction reads, and the one of them at the query."""
+    reduced, kept = _reduced(call), iter(call.index)
     running, witness = [], []
-    for dim, size in enumerate(shape):
-        if dim not in reduced:
-            running.append(next(kept))
-            witness.append(running[-1])
-            continue
-        if call.args.get("keepdim"):
-            next(kept)
-        last = reading.cells.limits(reading.size(size))[1] - 1
-        running.append(reading.new_index(0.0, last))
+    for dim, size in enumerate(call.shape()):
+        if dim not in reduced or call.args.get("keepdim"):
+            place = next(kept)
+        if dim in reduced:
+            place = call.reading.new_index(0, call.reading.cells.limits(call.size(dim))[1] - 1)
+        running.append(place)
         # Every query is an index of a dimension of tokens.
-        witness.append(variable("q") if reading.program.symbols.get(size) == "size" else ZERO)
-    entry, seen = reading.at(source, tuple(running)), reading.at(source, tuple(witness))
+        is_tokens = call.reading.program.symbols.get(size) == "size"
+        witness.append((variable("q") if is_tokens else ZERO) if dim in reduced else place)
+    entry, seen = call.at("self", tuple(running)), call.at("self", tuple(witness))
     if call.dtype == torch.bool:
-        dtype = g.value(source).dtype
-        return call.cast(entry, dtype, torch.bool), call.cast(seen, dtype, torch.bool)
+        source = g.value(call.args["self"]).dtype
+        return call.cast(entry, source, torch.bool), call.cast(seen, source, torch.bool)
     return entry, seen
 
 
 @_rule("any", "amax")
 def _any(call: Call) -> Form:
-    entries, witness = (call.reading.cells.limits(form) for form in _anywhere(call))
-    return between(np.maximum(entries[0], witness[0]), entries[1], UNIT if call.dtype == torch.bool else NOTHING)
+    (lo, hi), (seen, _) = (call.reading.cells.limits(form) for form in _entries(call))
+    return between(np.maximum(lo, seen), hi, UNIT if call.dtype == torch.bool else NOTHING)
 
 
 @_rule("all", "amin")
 def _all(call: Call) -> Form:
-    entries, witness = (call.reading.cells.limits(form) for form in _anywhere(call))
-    return between(entries[0], np.minimum(entries[1], witness[1]), UNIT if call.dtype == torch.bool else NOTHING)
+    (lo, hi), (_, seen) = (call.reading.cells.limits(form) for form in _entries(call))
+    return between(lo, np.minimum(hi, seen), UNIT if call.dtype == torch.bool else NOTHING)
 
 
 @_rule("sum")
 def _sum(call: Call) -> Form:
-    entry, _ = _anywhere(call)
+    entry, _ = _entries(call)
     _check_whole(call, entry)
     count = ONE
-    dims = call.args.get("dim")
-    for dim in range(len(call.shape())) if dims is None else dims:
+    for dim in _reduced(call):
         count = call.reading.product(count, call.size(dim))
     return call.store(call.reading.product(count, between(*call.reading.cells.limits(entry), entry.grain)))
 
@@ -610,4 +515,4 @@ def _sum(call: Call) -> Form:
 def _check_whole(call: Call, *forms: Form) -> None:
     """Sums are only known exactly: of integers, in whatever format."""
     if not all(form.is_integer for form in forms):
-        raise call.reading.program.unknown(call.node, "on fractions")
+        raise call.unknown("on fractions")

@@ -7,7 +7,17 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from ad_flashinfer_pass.mask_prover.forms import NOTHING, UNIT, Array, Cells, Form, between, grain_of, number, pick
+from ad_flashinfer_pass.mask_prover.forms import (
+    NOTHING,
+    UNIT,
+    Array,
+    Cells,
+    Form,
+    between,
+    grain_of,
+    number,
+    pick,
+)
 
 # A table whose entries depart by this share from a straight line is bounded by the line.
 _NEARLY_LINEAR = 2.0**-6
@@ -35,21 +45,27 @@ class Table:
         index = (zero,) * (self.values.ndim - self.rank) + index
         limits = [cells.limits(form) for form in index]
         # A program never reads beyond a tensor, so what a bound allows beyond it does not occur.
-        low = [np.clip(lo, 0, size - 1).astype(np.int64) for (lo, _), size in zip(limits, self.values.shape)]
-        high = [np.clip(hi, 0, size - 1).astype(np.int64) for (_, hi), size in zip(limits, self.values.shape)]
-        both = np.broadcast_arrays(*low, *high)
-        low, high = list(both[: len(low)]), list(both[len(low) :])
-        single = np.all([lo == hi for lo, hi in zip(low, high)], axis=0)
+        lasts = [size - 1 for size in self.values.shape]
+        ends = [
+            np.clip(limit, 0, last).astype(np.int64)
+            for side in (0, 1)
+            for limit, last in zip((pair[side] for pair in limits), lasts, strict=True)
+        ]
+        ends = list(np.broadcast_arrays(*ends))
+        low, high = ends[: len(lasts)], ends[len(lasts) :]
+        single = np.all([lo == hi for lo, hi in zip(low, high, strict=False)], axis=0)
         entry = self.values[tuple(low)].astype(np.float64)
         if single.all():
             return number(entry)
-        inner = np.all([lo == hi for lo, hi in zip(low[:-1], high[:-1])], axis=0)
+        inner = np.all([lo == hi for lo, hi in zip(low[:-1], high[:-1], strict=False)], axis=0)
         if self._line is not None and inner.all():
             base, slope, error = (array[tuple(low[:-1])] for array in self._line)
             line = index[-1].scaled(slope) + number(base)
             grain = np.where(error > 0, self._grain, line.grain)
             return pick(single, number(entry), replace(line, grain=grain, error=error))
-        return pick(single, number(entry), between(*self._range(low, high), UNIT if self.is_integer else NOTHING))
+        return pick(
+            single, number(entry), between(*self._range(low, high), UNIT if self.is_integer else NOTHING)
+        )
 
     def _fit(self) -> tuple[Array, Array, Array] | None:
         """Base, slope and relative error of straight lines along the last dimension, if it holds such.
@@ -73,7 +89,7 @@ class Table:
 
     def _range(self, low: list[Array], high: list[Array]) -> tuple[Array, Array]:
         """Least and greatest entry within a range of the last two dimensions and one place of the others."""
-        outer = np.all([lo == hi for lo, hi in zip(low[:-2], high[:-2])] or [np.True_], axis=0)
+        outer = np.all([lo == hi for lo, hi in zip(low[:-2], high[:-2], strict=False)] or [np.True_], axis=0)
         side = np.maximum(high[-1] - low[-1], high[-2] - low[-2])
         level = np.ceil(np.log2(side + 1)).astype(np.int64)
         lows = np.full(side.shape, self.values.min(), dtype=np.float64)

@@ -21,7 +21,7 @@ class Affine(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         return (x * self.weight + 1.0).to(torch.float64)
 
 
@@ -30,7 +30,7 @@ class Outer(nn.Module):
         super().__init__()
         self.inner = Affine()
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).sum(-1)
 
 

@@ -11,16 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor
 
 from ad_flashinfer_pass import masks
 from ad_flashinfer_pass.errors import MaskError
-from ad_flashinfer_pass.mask_prover import proof, rules
+from ad_flashinfer_pass.mask_prover import rules
 from ad_flashinfer_pass.mask_prover.forms import Cells, Form, variable
 from ad_flashinfer_pass.mask_prover.program import MaskProgram
-from ad_flashinfer_pass.mask_prover.reading import RULES, Call, Reading
-from ad_flashinfer_pass.masks import MaskClass
-from tests.mask_programs import LARGEST, MIN, exported, inputs, is_right, random_mask, traced, truth
+from ad_flashinfer_pass.mask_prover.reading import RULES, Reading
+from tests.mask_programs import MIN, inputs, traced
 
 assert rules.__doc__  # importing it fills RULES
 aten = torch.ops.aten

@@ -59,24 +59,24 @@ class NoPositions(nn.Module):
 
 
 class DependsOnValues(NoPositions):
-    def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input_ids: Tensor) -> Tensor:
         if input_ids.sum() > 3:
             return super().forward(input_ids)
         return super().forward(input_ids) * 2
 
 
 class FixedLength(NoPositions):
-    def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input_ids: Tensor) -> Tensor:
         return super().forward(input_ids) + torch.ones(input_ids.shape[0], 13, 29)
 
 
 class LengthAsNumber(NoPositions):
-    def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input_ids: Tensor) -> Tensor:
         return super().forward(input_ids) * float(1.0 / input_ids.shape[1])
 
 
 class BranchesOnLength(NoPositions):
-    def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input_ids: Tensor) -> Tensor:
         scale = 1.0 if input_ids.shape[1] <= 32 else 2.0
         return super().forward(input_ids) * scale
 

@@ -320,18 +320,18 @@ class Raw(nn.Module):
 
 
 class ThreeDimensions(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
 class Dropout(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         x = x[:, None]
         return F.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.25)[:, 0]
 
 
 class FewerQueries(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         x = x[:, None]
         more = torch.cat([x, x], 2)
         return F.scaled_dot_product_attention(x, more, more, is_causal=True)[:, 0]

@@ -160,17 +160,17 @@ class MaskProgram:
                         f"{self.where}: the attention mask is changed in place by {write.name} between two "
                         "of its readers. Build each layer's mask as a tensor of its own."
                     )
-                if target.op != "call_function":
-                    raise MaskError(
-                        f"{self.where}: {write.name} changes {target.target} in place, which would carry "
-                        "over to the next call. Build the mask from a copy of it."
-                    )
                 found |= set(_needed(write))
                 pending = True
         return found
 
     def _check_inputs(self) -> None:
         for node in self.nodes:
+            if _writes(node) and _base(node).op != "call_function":
+                raise MaskError(
+                    f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry over to "
+                    "the next call. Build the mask from a copy of it."
+                )
             if node.op == "placeholder" and not _is_position(node):
                 raise self._reads_tokens(node)
             if node.op == "get_attr" and not _is_loaded(_attribute(node)):

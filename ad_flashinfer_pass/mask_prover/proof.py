@@ -240,16 +240,21 @@ class Proof:
             visible, hidden, is_rough = self.visibility(reading)
             return (visible.lo >= 1) | (hidden.hi <= 0) | is_rough, (hidden.lo >= 1) & (visible.hi <= 0)
 
-        def first_hidden(cells: Cells) -> int:
-            point = self.first_no(cells, seen)
+        def hidden(reading: Reading) -> tuple[Array, Array]:
+            return seen(reading)[::-1]
+
+        def first_query(cells: Cells, judge: Judge) -> int:
+            point = self.first_no(cells, judge)
             return self.high if point is None else point.query
 
-        end = first_hidden(self.cells(key=(0, 0), lag=(0, self.high), heads=1))
-        start = first_hidden(self.cells(lag=(1, 1), heads=1)) if self.high > 1 else self.high
+        end = first_query(self.cells(key=(0, 0), lag=(0, self.high), heads=1), seen)
+        start = first_query(self.cells(lag=(1, 1), heads=1), seen)
         if min(start, end) <= 1:
             return (1, None) if end == 1 else (None, None)
-        chunk = start if start < self.high else None
-        return (end if end < start else None), chunk
+        last = self.high - 1
+        if end < start and first_query(self.cells((end, last), key=(0, 0), heads=1), hidden) < self.high:
+            end = self.high  # key 0 is seen again, so that this was not the end of a window
+        return (end if end < start else None), (start if start < self.high else None)
 
     def _point(self, cells: Cells) -> Point:
         """The first point of the cells."""

@@ -73,7 +73,7 @@ def _rsub(call: Call) -> Form:
     return call.store(call.reading.cells.plus(b, -call.reading.product(a, call.form("alpha"))))
 
 
-@_rule("div", "true_divide")
+@_rule("div")
 def _div(call: Call) -> Form:
     a, b = call.operands()
     mode = call.args.get("rounding_mode")
@@ -91,7 +91,7 @@ def _pow(call: Call) -> Form:
     return call.store(call.reading.product(base, base))
 
 
-@_rule("clamp", "clip", "clamp_min", "clamp_max")
+@_rule("clamp", "clamp_min", "clamp_max")
 def _clamp(call: Call) -> Form:
     form = call.form("self", call.dtype)
     if call.args.get("min") is not None:
@@ -190,7 +190,7 @@ def _masked_fill(call: Call) -> Form:
 
 # Copies and new tensors
 
-_COPIES = "clone contiguous alias detach detach_ lift_fresh lift_fresh_copy alias_copy detach_copy"
+_COPIES = "clone contiguous alias detach detach_ lift_fresh_copy"
 _rule(*_COPIES.split())(lambda call: call.at("self", call.index))
 _rule("dropout")(lambda call: call.at("input", call.index))
 _rule("to", "_to_copy", "type_as")(lambda call: call.form("self", call.dtype))
@@ -200,7 +200,7 @@ _rule("fill")(lambda call: call.form("value", call.dtype))
 _rule("full", "full_like", "new_full")(lambda call: call.form("fill_value", call.dtype))
 _rule("scalar_tensor")(lambda call: call.form("s", call.dtype))
 _rule("ones", "ones_like", "new_ones")(lambda call: ONE)
-_rule("zeros", "zeros_like", "new_zeros")(lambda call: ZERO)
+_rule("zeros", "zeros_like", "new_zeros", "zero")(lambda call: ZERO)
 _rule("empty", "empty_like", "new_empty")(lambda call: UNKNOWN)
 _rule("eye")(lambda call: call.reading.eq(call.index[0], call.index[1]))
 
@@ -216,8 +216,8 @@ def _arange(call: Call) -> Form:
 # Views
 
 
-@_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "view_as", "reshape_as")
-@_rule("unsqueeze", "squeeze", "unsqueeze_copy", "squeeze_copy")
+@_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+@_rule("unsqueeze", "squeeze")
 def _view(call: Call) -> Form:
     """Dimensions are matched from both ends; those between must have known sizes, but for the first."""
     new, old = call.reading.program.shape(call.node), call.shape()
@@ -244,12 +244,12 @@ def _unflattened(call: Call, places: list[tuple[Any, Form]], sizes: list[Any]) -
     return reversed([*index, flat]) if sizes else ()
 
 
-_rule("expand", "expand_as", "broadcast_to", "expand_copy")(lambda call: call.form("self"))
-_rule("permute", "permute_copy")(lambda call: _ordered(call, call.args["dims"]))
-_rule("t", "t_copy", "numpy_T")(lambda call: _ordered(call, range(len(call.index))[::-1]))
+_rule("expand", "expand_as", "broadcast_to")(lambda call: call.form("self"))
+_rule("permute")(lambda call: _ordered(call, call.args["dims"]))
+_rule("t")(lambda call: _ordered(call, range(len(call.index))[::-1]))
 
 
-@_rule("transpose", "transpose_copy")
+@_rule("transpose")
 def _transpose(call: Call) -> Form:
     order = list(range(len(call.index)))
     a, b = call.dim("dim0"), call.dim("dim1")
@@ -263,14 +263,14 @@ def _ordered(call: Call, order: Sequence[int]) -> Form:
     return call.at("self", tuple(call.index[[d % rank for d in order].index(dim)] for dim in range(rank)))
 
 
-@_rule("select", "select_copy")
+@_rule("select")
 def _select(call: Call) -> Form:
     dim = call.dim()
     place = _from_start(call, call.reading.size(call.args["index"]), dim)
     return call.at("self", (*call.index[:dim], place, *call.index[dim:]))
 
 
-@_rule("slice", "slice_copy", "narrow")
+@_rule("slice", "narrow")
 def _slice(call: Call) -> Form:
     dim = call.dim()
     step = call.reading.size(call.args.get("step", 1))
@@ -324,7 +324,7 @@ def _repeat_interleave(call: Call) -> Form:
 # Joining and writing into
 
 
-@_rule("cat", "concat")
+@_rule("cat")
 def _cat(call: Call) -> Form:
     return _joined(call, call.args["tensors"], call.args["dim"] % len(call.index), call.index)
 

@@ -168,8 +168,8 @@ class MaskProgram:
         for node in self.nodes:
             if _writes(node) and _base(node).op != "call_function":
                 raise MaskError(
-                    f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry over to "
-                    "the next call. Build the mask from a copy of it."
+                    f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry over "
+                    "to the next call. Build the mask from a copy of it."
                 )
             if node.op == "placeholder" and not _is_position(node):
                 raise self._reads_tokens(node)

@@ -136,7 +136,13 @@ def prove(mask: fx.Node, max_seq_len: int) -> Certificate:
     # Positions that start anywhere include those that start at 0, on which the class rests.
     for starts_anywhere in (True, False) if program.reads_positions else (True,):
         proof = Proof(readable, low, max_seq_len, last_start=max_seq_len if starts_anywhere else 0)
-        found, refusal = _classify(program, proof)
+        try:
+            found, refusal = _classify(program, proof)
+        except RecursionError:
+            raise MaskError(
+                f"{program.where}: the attention mask cannot be proved, because it is computed in too many "
+                f"steps ({len(program.nodes)} ops). Compute it from index vectors without a loop."
+            ) from None
         if refusal is None:
             break
     if refusal is not None:

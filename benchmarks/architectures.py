@@ -78,13 +78,13 @@ class Row:
 
 def reason_to_skip(family: str) -> str | None:
     """Why a family is not a decoder-only language model of its own, None if it is one."""
-    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return "an encoder: it has a masked-LM head"
     if family.endswith("_assistant"):
         return "a draft model: it reads the KV cache of another model"
     config_class = CONFIG_MAPPING[family]
     if config_class().is_encoder_decoder:
         return "the decoder of an encoder-decoder"
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "an encoder: it has a masked-LM head"
     text = config_class.sub_configs.get("text_config")
     if text is not None and text is not transformers.AutoConfig:
         stack = text.model_type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -208,7 +209,7 @@ def random_mask(choose: Choose, largest: int = LARGEST) -> tuple[fx.Node, fx.Gra
     """
     program = Program()
     q, k = _index(program, choose)
-    mask = _causal(program, choose, q, k) if choose(range(10)) else k.equals(k)
+    mask = _causal(program, choose, q, k, largest) if choose(range(10)) else k.equals(k)
     for _ in range(choose((0, 1, 1, 2, 3))):
         part = choose(_PARTS)(program, choose, *_index(program, choose), largest)
         mask = mask | part if choose(range(8)) == 0 else mask & part
@@ -239,7 +240,7 @@ def _index(program: Program, choose: Choose) -> tuple[Value, Value]:
     return program.call(aten.unsqueeze.default, (index, -1), (size, 1), torch.int64), index
 
 
-def _causal(program: Program, choose: Choose, q: Value, k: Value) -> Value:
+def _causal(program: Program, choose: Choose, q: Value, k: Value, largest: int) -> Value:
     off = choose((0, 0, 0, 0, 0, 0, 0, 1, -1, 2))
     ways: tuple[Callable[[], Value], ...] = (
         lambda: k <= q + off,
@@ -247,7 +248,7 @@ def _causal(program: Program, choose: Choose, q: Value, k: Value) -> Value:
         lambda: k - q < 1 + off,
         lambda: ~(k > q + off),
         lambda: _triangle(program, off),
-        lambda: _table(program, choose, off),
+        lambda: _table(program, choose, off, largest),
     )
     return choose(ways)()
 
@@ -258,8 +259,8 @@ def _triangle(program: Program, off: int) -> Value:
     return program.call(aten.tril.default, (ones, off), shape, torch.bool)
 
 
-def _table(program: Program, choose: Choose, off: int) -> Value:
-    side = LARGEST + choose((0, 3, 40))
+def _table(program: Program, choose: Choose, off: int, largest: int) -> Value:
+    side = largest + choose((0, 3, 40))
     table = program.constant(torch.ones(side, side, dtype=torch.bool).tril(off))
     rows = program.call(aten.slice.Tensor, (table, 0, 0, program.size), (program.size, side), torch.bool)
     return program.call(
@@ -299,12 +300,10 @@ def _padding(program: Program, choose: Choose, q: Value, k: Value, largest: int)
 def _documents(program: Program, choose: Choose, q: Value, k: Value, largest: int) -> Value:
     """Documents by constant; of equal length they are chunks."""
     length = choose(range(2, 9))
-    cuts = (
-        [length * n for n in range(1, 40)]
-        if choose(range(2))
-        else sorted(choose(range(1, 24)) for _ in range(3))
-    )
-    names = program.constant(torch.searchsorted(torch.tensor(cuts), torch.arange(LARGEST + 40), right=True))
+    cuts = [length * n for n in range(1, largest)]
+    if choose(range(2)):
+        cuts = sorted(choose(range(1, largest)) for _ in range(3))
+    names = program.constant(torch.searchsorted(torch.tensor(cuts), torch.arange(largest + 40), right=True))
     of_q = program.call(aten.index.Tensor, (names, [q]), q.shape, torch.int64)
     of_k = program.call(aten.index.Tensor, (names, [k]), k.shape, torch.int64)
     return of_q.equals(of_k)
@@ -397,35 +396,41 @@ class Truth:
     slopes: Tensor
 
 
-_FORMS = [
-    masks.MaskClass(window, chunk)
-    for window in (None, *range(1, LARGEST))
-    for chunk in (None, *range(2, LARGEST))
-]
-_MATRICES = torch.stack([form.visible(LARGEST) for form in _FORMS])
-
-
 def truth(gm: fx.GraphModule, largest: int = LARGEST) -> Truth | None:
-    """By running the mask with 1 to 3 rows of 1 to ``largest`` tokens; None if it is no closed form."""
+    """By running the mask with 1 to 3 rows; None if it is no closed form.
+
+    All sizes up to 24 are run, and of larger ones some.
+    """
     visible, bias = _run(gm, 1, largest)
-    matrices = _MATRICES[:, :largest, :largest]
-    if bool((visible != visible[:, :1]).any()) or not bool(
-        (matrices == visible[0, 0]).flatten(1).all(1).any()
-    ):
+    form = _form(visible[0, 0])
+    if form is None:
         return None
     slopes = torch.zeros(visible.shape[1], dtype=torch.float64)
     if largest > 1 and visible[0, 0, 1, 0]:
         slopes = -bias[0, :, 1, 0]
-    for rows in (1, 2, 3):
-        for size in range(1, largest + 1):
-            seen, added = _run(gm, rows, size)
-            lag = torch.arange(size)[:, None] - torch.arange(size)
-            off = (added + slopes[:, None, None] * lag).abs()
-            if not torch.equal(seen, visible[:, :, :size, :size].expand(seen.shape)) or bool(
-                (off[seen] > 1e-4).any()
-            ):
-                return None
-    return Truth(visible[0, 0], slopes)
+    sizes = [size for size in (*range(1, 25), 33, 65, 129, largest) if size <= largest]
+    for rows, size in itertools.product((1, 2, 3), sizes):
+        seen, added = _run(gm, rows, size)
+        lag = torch.arange(size)[:, None] - torch.arange(size)
+        off = (added + slopes[:, None, None] * lag).abs()
+        if not bool((seen == form.visible(size)).all()) or bool((off[seen] > 1e-4).any()):
+            return None
+    return Truth(form.visible(largest), slopes)
+
+
+def _form(visible: Tensor) -> masks.MaskClass | None:
+    """The closed form of a matrix.
+
+    Its parameters can only be these: key 0 is seen by as many queries as the window or the chunk is long, and
+    the first query to which its own predecessor is hidden begins a chunk.
+    """
+    size = visible.shape[0]
+    chunks = [None, *(q for q in range(2, size) if not visible[q, q - 1])][:2]
+    for window, chunk in itertools.product((None, max(1, int(visible[:, 0].sum()))), chunks):
+        form = masks.MaskClass(window, chunk)
+        if torch.equal(form.visible(size), visible):
+            return form
+    return None
 
 
 def _run(gm: fx.GraphModule, rows: int, size: int) -> tuple[Tensor, Tensor]:

@@ -547,6 +547,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
         lambda i, p: additive(causal(i, p)) - (index(i)[0] - index(i)[1]) ** 2,
         "adds -4 to the logit",
     ),
+    "long_loop": (lambda i, p: sum_of(causal(i, p), 400), "computed in too many steps"),
     "random": (lambda i, p: causal(i, p) & (torch.rand(i.shape[1]) < 2), "is random"),
     "unknown_op": (lambda i, p: causal(i, p) & (torch.arange(i.shape[1]).roll(1) >= 0), "is not known here"),
     "uninitialised": (lambda i, p: causal(i, p) & (torch.empty(i.shape[1]) < 5), "only known to lie in"),
@@ -557,6 +558,13 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "flat": (lambda i, p: torch.ones(i.shape[1], dtype=torch.bool), "must have the shape"),
     "heads_of_batch": (lambda i, p: causal(i, p).expand(i.shape[0], -1, -1), "must have the shape"),
 }
+
+
+def sum_of(mask: Tensor, times: int) -> Tensor:
+    """The mask combined with itself again and again."""
+    for _ in range(times):
+        mask = mask & mask
+    return mask
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -83,8 +83,8 @@ class MaskProgram:
         """Fewest and most tokens for which the graph is valid, by the ranges that tracing recorded."""
         low, high = 1, 2**62
         for symbol, meaning in self.symbols.items():
-            if meaning == "size":
-                bounds = self._shape_env.var_to_range[symbol]
+            bounds = self._shape_env.var_to_range.get(symbol)
+            if meaning == "size" and bounds is not None:
                 low = max(low, int(bounds.lower)) if bounds.lower.is_Integer else low
                 high = min(high, int(bounds.upper)) if bounds.upper.is_Integer else high
         return (1 if low <= 2 else low), high  # tracing always assumes at least 2
@@ -136,10 +136,8 @@ class MaskProgram:
     def compute_dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype to which an op of ``self`` and ``other`` brings both."""
         if node not in self._compute_dtypes:
-            a, b = (
-                g.value(arg) if isinstance(arg, fx.Node) else 1.0 if isinstance(arg, float) else 1
-                for arg in (self.args[node]["self"], self.args[node]["other"])
-            )
+            args = (self.args[node][name] for name in ("self", "other"))
+            a, b = (g.value(arg) if isinstance(arg, fx.Node) else _sample(arg) for arg in args)
             self._compute_dtypes[node] = torch.result_type(a, b)
         return self._compute_dtypes[node]
 
@@ -168,8 +166,8 @@ class MaskProgram:
         for node in self.nodes:
             if _writes(node) and _base(node).op != "call_function":
                 raise MaskError(
-                    f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry over "
-                    "to the next call. Build the mask from a copy of it."
+                    f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry "
+                    "over to the next call. Build the mask from a copy of it."
                 )
             if node.op == "placeholder" and not _is_position(node):
                 raise self._reads_tokens(node)
@@ -363,6 +361,12 @@ def _arg(arg: Any) -> Any:
     return arg
 
 
+def _sample(scalar: float | sympy.Expr) -> float:
+    """A number of the kind of a scalar."""
+    is_float = isinstance(scalar, float) or (isinstance(scalar, sympy.Expr) and not scalar.is_integer)
+    return 1.0 if is_float else 1
+
+
 def _needed(node: fx.Node) -> Iterator[fx.Node]:
     """Nodes whose values the node's value depends on; scalars and shapes are not followed."""
     seen, stack = {node}, [node]
@@ -394,15 +398,15 @@ def _base(node: fx.Node) -> fx.Node:
 
 
 def _symbols(graph: fx.Graph, where: str) -> dict[sympy.Symbol, Symbol]:
-    """What the symbols of the token inputs' shapes [rows, size, ...] mean."""
+    """Meaning of the symbols in the shapes [rows, size, ...] of tokens (the first input) and positions."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if g.is_tensor(node)]
+    inputs = [node for node in inputs if len(g.shape(node)) >= 2]
     meanings: dict[sympy.Symbol, Symbol] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        if not g.is_tensor(node) or len(g.shape(node)) < 2:
-            continue
-        rows, size = (n.node.expr if isinstance(n, SymInt) else n for n in g.shape(node)[:2])
-        if getattr(rows, "is_Symbol", False):
+    for node in inputs[:1] + [node for node in inputs if _is_position(node)]:
+        rows, size = map(_arg, g.shape(node)[:2])
+        if isinstance(rows, sympy.Symbol):
             meanings.setdefault(rows, "rows")
-        if getattr(size, "is_Symbol", False):
+        if isinstance(size, sympy.Symbol):
             meanings.setdefault(size, "size")
     if "size" not in meanings.values():
         raise MaskError(

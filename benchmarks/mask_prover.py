@@ -4,8 +4,7 @@
 
 Each mask is composed at random of causal, window, chunk, padding, prefix-LM, document and dilated parts, with
 off-by-ones, differences at one place, row or head, biases, and several ways to write each. What it truly is
-comes from running it with 1 to 3 rows, at every number of tokens up to 24 and some larger ones. Exit code 1 if
-a class is wrong.
+comes from running it at every number of tokens, up to 24 with 1 to 3 rows. Exit code 1 if a class is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ad_flashinfer_pass import masks
 from ad_flashinfer_pass.errors import MaskError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script can only import from its own folder
-from tests.mask_programs import is_right, random_mask, truth  # noqa: E402
+from tests.mask_programs import is_right, random_mask, truth
 
 RIGHT, WRONG = "right class", "wrong class"
 REFUSED, MISSED = "refused, has no class", "refused, has a class"

@@ -397,10 +397,7 @@ class Truth:
 
 
 def truth(gm: fx.GraphModule, largest: int = LARGEST) -> Truth | None:
-    """By running the mask with 1 to 3 rows; None if it is no closed form.
-
-    All sizes up to 24 are run, and of larger ones some.
-    """
+    """By running the mask at all sizes, up to 24 with 1 to 3 rows; None if it is no closed form."""
     visible, bias = _run(gm, 1, largest)
     form = _form(visible[0, 0])
     if form is None:
@@ -408,8 +405,9 @@ def truth(gm: fx.GraphModule, largest: int = LARGEST) -> Truth | None:
     slopes = torch.zeros(visible.shape[1], dtype=torch.float64)
     if largest > 1 and visible[0, 0, 1, 0]:
         slopes = -bias[0, :, 1, 0]
-    sizes = [size for size in (*range(1, 25), 33, 65, 129, largest) if size <= largest]
-    for rows, size in itertools.product((1, 2, 3), sizes):
+    for rows, size in itertools.product((1, 2, 3), range(1, largest + 1)):
+        if rows > 1 and size > LARGEST and size != largest:
+            continue
         seen, added = _run(gm, rows, size)
         lag = torch.arange(size)[:, None] - torch.arange(size)
         off = (added + slopes[:, None, None] * lag).abs()

@@ -114,10 +114,11 @@ class Proof:
             Undecided: the verdict on some point before that cannot be known, or there are too many cells.
         """
         first: Point | None = None
-        waiting = [cells]
-        count = 0
+        waiting, count = [cells], 0
         while waiting:
             cells = waiting.pop()
+            if not len(cells):
+                continue
             count += len(cells)
             if count > _MOST_CELLS:
                 raise Undecided(self._point(cells), f"the mask is too irregular ({count} regions)")
@@ -129,7 +130,7 @@ class Proof:
             is_open = ~(yes | no)
             if first is not None:
                 is_open &= cells.starts_before(first.order)
-                waiting = [cells.take(cells.starts_before(first.order)) for cells in waiting]
+                waiting = [rest.take(rest.starts_before(first.order)) for rest in waiting]
             axis, at = reading.split()
             if np.any(is_open & (axis < 0)):
                 point = self._point(cells.take(is_open & (axis < 0)))
@@ -219,15 +220,20 @@ class Proof:
     def _find_slopes(self) -> Array:
         """By how much each head's bias grows from key 0 to key 1, as float32 numbers.
 
-        The linear part of the bias holds it without the rounding of single values.
+        The linear part of the bias has it without the rounding of the two values.
         """
         size = max(2, self.low)
+        (own, _), (other, _) = self.value_at(1, 1, size), self.value_at(1, 0, size)
+        slopes = own - other
+        slopes = np.where(np.abs(slopes) < -HIDDEN, slopes, 0.0)  # false if not a number
         cells = self.cells((1, 1), (0, 1), size=(size, size))
-        slopes = Reading(self.program, self._tables, cells).mask(variable("q"), variable("k")).terms.get("k")
-        if slopes is None:
-            slopes = self.value_at(1, 1, size)[0] - self.value_at(1, 0, size)[0]
-        slopes = np.where(np.isfinite(slopes) & (np.abs(slopes) < -HIDDEN), slopes, 0.0)
-        return np.broadcast_to(slopes, len(cells)).astype(np.float32).astype(np.float64)
+        linear = Reading(self.program, self._tables, cells).mask(variable("q"), variable("k")).terms.get("k")
+        if linear is not None:
+            rounding = _NEARLY_ZERO + _ROUNDINGS * roundoff(self.dtype) * np.maximum(
+                np.abs(own), np.abs(other)
+            )
+            slopes = np.where(np.abs(linear - slopes) <= rounding, linear, slopes)
+        return slopes.astype(np.float32).astype(np.float64)
 
     def window_and_chunk(self) -> tuple[int | None, int | None]:
         """The only window and chunk that the mask can have, by two of its lines, in its first head.

@@ -92,6 +92,8 @@ class Reading:
 
     def _read(self, node: fx.Node, index: Index) -> Form:
         if node in self.program.constants:
+            if self.program.constants[node].is_complex():
+                raise self.program.unknown(node, "of complex numbers")
             if node not in self._tables:
                 self._tables[node] = Table(self.program.constants[node])
             return self._tables[node].read(self.cells, index)
@@ -336,10 +338,20 @@ class Call:
         form = self.reading.at(arg, self.index)
         return form if dtype is None else self.cast(form, g.value(arg).dtype, dtype)
 
-    def operands(self) -> tuple[Form, Form]:
+    def operands(self, dtype: torch.dtype | None = None) -> tuple[Form, Form]:
         """``self`` and ``other``, in the dtype that the op computes in."""
-        dtype = self.reading.program.compute_dtype(self.node)
-        return self.form("self", dtype), self.form("other", dtype)
+        dtype = dtype or self.reading.program.compute_dtype(self.node)
+        return self._operand("self", dtype), self._operand("other", dtype)
+
+    def _operand(self, name: str, dtype: torch.dtype) -> Form:
+        form = self.form(name, dtype)
+        if isinstance(self.args[name], fx.Node) or dtype not in (torch.bfloat16, torch.float16):
+            return form
+        # Some kernels round a scalar to a short format first, and some do not.
+        exact = self.reading.size(self.args[name])
+        return between(
+            np.minimum(form.lo, exact.lo), np.maximum(form.hi, exact.hi), form.grain * (form.lo == exact.lo)
+        )
 
     def store(self, form: Form, dtype: torch.dtype | None = None) -> Form:
         """A result in the op's dtype, or in another."""

@@ -75,11 +75,10 @@ def _rsub(call: Call) -> Form:
 
 @_rule("div")
 def _div(call: Call) -> Form:
-    a, b = call.operands()
     mode = call.args.get("rounding_mode")
     if mode == "floor":
-        return call.store(call.reading.floor_divide(a, b))
-    quotient = call.reading.quotient(a, b)
+        return call.store(call.reading.floor_divide(*call.operands()))
+    quotient = call.reading.quotient(*call.operands(call.dtype))
     return call.store(call.monotone(quotient, np.trunc, UNIT) if mode == "trunc" else quotient)
 
 

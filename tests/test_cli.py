@@ -282,7 +282,7 @@ def test_every_option_of_sampling_arrives(command: Command) -> None:
 
 def test_sampling_defaults_are_those_of_the_library() -> None:
     """The help shows the defaults of SamplingParams."""
-    options = signature(cli.generate).parameters
+    options = signature(cli.generate.generate).parameters
     for name, field in signature(SamplingParams).parameters.items():
         if name not in ("stop", "stop_token_ids"):
             assert options[name].default == field.default, name

@@ -31,7 +31,7 @@ class SamplingParams:
         RequestError: a value is out of range.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 256
     """Tokens to generate, at most."""
     temperature: float = 0.0
     """0 takes the most likely token, whatever the filters; more flattens the distribution."""

@@ -1,0 +1,56 @@
+"""The command ``ad-flashinfer-pass``: one file a sub-command.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed or a prompt was
+refused, 2 wrong usage, 130 Ctrl-C, 141 the reader of stdout went away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ad_flashinfer_pass import __version__
+from ad_flashinfer_pass.cli import explain, generate
+from ad_flashinfer_pass.cli.options import PROG, print_error
+
+# UsageError: click's in older versions of typer, typer's own in newer ones, exported by neither.
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(help=generate.HELP, epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=explain.EXAMPLES)(explain.explain)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and exit.
+
+    Args:
+        argv: arguments after the program's name; default: those of the process.
+    """
+    command = typer.main.get_command(app)
+    args = None if argv is None else list(argv)
+    try:
+        code = command.main(args=args, prog_name=PROG, standalone_mode=False)
+    except _UsageError as err:
+        print_error(f"{err.format_message().rstrip('.?')}; see {PROG} --help.")
+        code = 2
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Paged, cached attention for exported LLMs, on FlashInfer's TRT-LLM kernels."""
+    if version:
+        print(f"{PROG} {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())

@@ -1,0 +1,212 @@
+"""``generate``: continue texts, or answer chats."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ad_flashinfer_pass.cli.options import (
+    LIMITS,
+    OUTPUT,
+    PROG,
+    PROMPTS,
+    SAMPLING,
+    ConfigOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    MaxSeqLenOption,
+    ModelOption,
+    QuietOption,
+    RandomWeightsOption,
+    TokensPerBlockOption,
+    TrustOption,
+    error_border,
+    option,
+    settings,
+)
+from ad_flashinfer_pass.errors import ConfigError, RequestError
+from ad_flashinfer_pass.generation import Job, run
+from ad_flashinfer_pass.output import OutputFile, Stdout
+from ad_flashinfer_pass.progress import Reporter
+from ad_flashinfer_pass.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from ad_flashinfer_pass.runtime.sampling import SamplingParams
+
+HELP = (
+    "Continue texts, or answer chats.\n\n"
+    "The model is exported, its attention is replaced by paged, cached attention, and all prompts "
+    "run together in a batch that is kept full. A single prompt on a terminal is written as it comes."
+)
+EXAMPLES = f"""
+[bold]Examples[/bold]
+
+Continue a text with the demo model:
+
+[green]{PROG} generate "Once upon a time"[/green]
+
+Many prompts, one a line, with a model of yours; results as JSON lines:
+
+[green]{PROG} generate -m PATH -f prompts.txt -o results.jsonl[/green]
+
+Ask a chat model:
+
+[green]{PROG} generate -m PATH --chat --system "Be brief." "Why is the sky blue?"[/green]
+
+Sample instead of taking the most likely token each time:
+
+[green]{PROG} generate --temperature 0.8 --top-p 0.95 --seed 1 "The dog"[/green]
+
+Try an architecture without its weights, from config.json alone:
+
+[green]echo '{{"prompt_token_ids": [1, 2, 3]}}' > ids.jsonl[/green]
+
+[green]{PROG} generate -m config.json --random-weights -f ids.jsonl --json[/green]
+"""
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Texts to continue. - stands for the lines of stdin, which are also read if stdin "
+            "is piped in and nothing else is given.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        option(
+            PROMPTS,
+            "FILE",
+            "One prompt a line; in a .jsonl file one object a line, with prompt, prompt_token_ids "
+            "or messages (a chat).",
+            "--prompt-file",
+            "-f",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        option(PROMPTS, None, "Put each text into the model's chat template, as a user's.", "--chat"),
+    ] = False,
+    system: Annotated[str | None, option(PROMPTS, "TEXT", "System message of each --chat.")] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    random_weights: RandomWeightsOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    max_new_tokens: Annotated[
+        int,
+        option(SAMPLING, "N", "Tokens to generate for a prompt, at most.", "--max-new-tokens", "-n"),
+    ] = 256,
+    temperature: Annotated[
+        float,
+        option(SAMPLING, "T", "0 takes the most likely token, 1 samples as the model says."),
+    ] = 0.0,
+    top_k: Annotated[int, option(SAMPLING, "K", "Sample from the K most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float,
+        option(SAMPLING, "P", "Sample from the fewest likely tokens with P of the probability."),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        option(SAMPLING, "P", "Sample from tokens at least P times as likely as the first."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, option(SAMPLING, "X", "Above 1 makes tokens that already occurred less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, option(SAMPLING, "N", "The same seed gives the same text.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        option(SAMPLING, "TEXT", "End before this text; can be given several times."),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        option(SAMPLING, None, "Go on after the model's end-of-text token.", "--ignore-eos"),
+    ] = False,
+    max_batch_size: Annotated[
+        int | None, option(LIMITS, "N", "Sequences that run at once. Default: 8.")
+    ] = None,
+    max_seq_len: MaxSeqLenOption = None,
+    max_num_tokens: Annotated[
+        int | None,
+        option(LIMITS, "N", "Tokens of a step; longer prompts go in chunks. Default: 512."),
+    ] = None,
+    tokens_per_block: TokensPerBlockOption = None,
+    output: Annotated[
+        Path | None,
+        option(
+            OUTPUT,
+            "FILE",
+            "Write results here and not to stdout; JSON lines if it ends in .jsonl. The file "
+            "appears when all are done; Ctrl-C leaves what is finished in FILE.partial.",
+            "--output",
+            "-o",
+        ),
+    ] = None,
+    json_lines: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            None,
+            "One JSON object a line: index, prompt, text, token_ids, finish_reason, error.",
+            "--json",
+        ),
+    ] = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Continue texts, or answer chats."""
+    keys = {
+        "model": model,
+        "skip_loading_weights": random_weights or None,
+        "trust_remote_code": trust_remote_code or None,
+        "dtype": dtype,
+        "device": device,
+        "max_batch_size": max_batch_size,
+        "max_seq_len": max_seq_len,
+        "max_num_tokens": max_num_tokens,
+    }
+    with error_border(debug):
+        if system is not None and not chat:
+            raise ConfigError("--system needs --chat; in a .jsonl file give it among the messages.")
+        given = read_prompts(prompts or [], prompt_file, sys.stdin)
+        deploy = settings(config, keys, tokens_per_block)
+        with OutputFile(output) if output is not None else Stdout() as out:
+            params = _sampling_params(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                stop=tuple(stop or ()),
+                ignore_eos=ignore_eos,
+            )
+            job = Job(
+                prompts=given,
+                chat=chat,
+                system=system,
+                sampling=params,
+                json_lines=json_lines or (output is not None and output.suffix == ".jsonl"),
+            )
+            live = not isinstance(out, Stdout) or not sys.stdout.isatty()
+            with Reporter(quiet=quiet, live=live, debug=debug) as reporter:
+                num_refused = run(job, deploy, out, reporter, debug)
+        if num_refused:
+            raise typer.Exit(1)
+
+
+def _sampling_params(**values: Any) -> SamplingParams:
+    from ad_flashinfer_pass.runtime.sampling import SamplingParams
+
+    try:
+        return SamplingParams(**values)
+    except RequestError as err:
+        raise ConfigError(str(err)) from None

@@ -1,0 +1,134 @@
+"""What the commands share: options, the config that they make, and how errors end."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError
+
+if TYPE_CHECKING:
+    from ad_flashinfer_pass.config import AutoDeployConfig
+
+PROG = "ad-flashinfer-pass"
+PROMPTS, MODEL, SAMPLING, LIMITS, OUTPUT = "Prompts", "Model", "Sampling", "Limits", "Output"
+
+
+def option(panel: str, metavar: str | None, text: str, *names: str) -> Any:
+    """An option under a heading of the help; a flag needs ``names``, or it has a --no-form."""
+    return typer.Option(
+        *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=metavar is not None
+    )
+
+
+# Options of several commands.
+ModelOption = Annotated[
+    str | None,
+    option(
+        MODEL,
+        "PATH|ID",
+        "Directory of config.json and safetensors, hub id, or demo. Default: demo.",
+        "--model",
+        "-m",
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    option(
+        MODEL,
+        "FILE",
+        "YAML with the keys of AutoDeployConfig; options given here win over it.",
+        "--config",
+        "-c",
+    ),
+]
+RandomWeightsOption = Annotated[
+    bool,
+    option(
+        MODEL,
+        None,
+        "Draw weights (seed 0) in place of reading them; config.json is enough.",
+        "--random-weights",
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    option(MODEL, "TYPE", "auto (the checkpoint's), float32, bfloat16, float16. Default: auto."),
+]
+DeviceOption = Annotated[str | None, option(MODEL, "DEVICE", "cpu, cuda or cuda:N. Default: cpu.")]
+TrustOption = Annotated[
+    bool,
+    option(
+        MODEL,
+        None,
+        "Run the Python code of the checkpoint. Read it first.",
+        "--trust-remote-code",
+    ),
+]
+MaxSeqLenOption = Annotated[
+    int | None,
+    option(LIMITS, "N", "Tokens of a prompt and its continuation. Default: 2048."),
+]
+TokensPerBlockOption = Annotated[
+    int | None, option(LIMITS, "N", "Tokens of a page of the KV cache. Default: 32.")
+]
+QuietOption = Annotated[bool, option(OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q")]
+DebugOption = Annotated[
+    bool,
+    option(OUTPUT, None, "Tracebacks with errors, and the libraries' logs.", "--debug"),
+]
+
+
+@contextmanager
+def error_border(debug: bool) -> Iterator[None]:
+    """Make each error one line on stderr and an exit code."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt as err:
+        print(f"interrupted{f': {err}' if str(err) else ''}", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    except Exception as err:
+        if debug:
+            traceback.print_exc()
+        print_error(_message(err))
+        code = 2 if isinstance(err, ConfigError) else 1
+    else:
+        return
+    raise typer.Exit(code)
+
+
+def _message(err: Exception) -> str:
+    if isinstance(err, AdFlashinferError):
+        return str(err)
+    if isinstance(err, OSError) and err.strerror:
+        where = f"{err.filename}: " if err.filename else ""
+        return f"{where}{err.strerror}."
+    return f"{type(err).__name__}: {err} (unexpected; --debug shows where)"
+
+
+def print_error(message: str) -> None:
+    """Write ``error: `` and the message, in one line, to stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def settings(file: Path | None, keys: dict[str, Any], tokens_per_block: int | None) -> AutoDeployConfig:
+    """The file's keys, under those that were given as options (not None)."""
+    from ad_flashinfer_pass.config import AutoDeployConfig, read_yaml
+
+    data = read_yaml(file) if file is not None else {}
+    data.update({key: value for key, value in keys.items() if value is not None})
+    if tokens_per_block is not None:
+        cache = data.setdefault("kv_cache_config", {})
+        if isinstance(cache, dict):  # otherwise AutoDeployConfig says what it must be
+            cache["tokens_per_block"] = tokens_per_block
+    return AutoDeployConfig(**data)

@@ -80,6 +80,23 @@ def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -
         part.permute(0, 2, 1, 3)[page, offset] = new.flatten(0, 1).to(kv_cache.dtype)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The rotary embedding of ``kernels.rope_append``, in float32 and rounded once.
+
+    Args:
+        x: [..., heads, head_dim].
+        cos: [..., rotary_dim // 2], of the angle of each pair.
+        sin: like cos.
+        interleaved: pairs are elements 2 i and 2 i + 1; else i and i + rotary_dim // 2.
+    """
+    half = cos.shape[-1]
+    pairs = x[..., : 2 * half].float().unflatten(-1, (half, 2) if interleaved else (2, half))
+    a, b = pairs.unbind(-1 if interleaved else -2)
+    c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
+    rotated = torch.stack((a * c - b * s, b * c + a * s), -1 if interleaved else -2).flatten(-2)
+    return torch.cat((rotated.to(x.dtype), x[..., 2 * half :]), -1)
+
+
 def prefill(
     query: Tensor,
     kv_cache: Tensor,

@@ -41,7 +41,7 @@ Stage = Literal[
     "compile",
 ]
 CompileBackend = Literal["torch-simple", "torch-cudagraph"]
-KvDtype = Literal["auto", "bfloat16", "float16", "float32"]
+KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 
 _OUR_BACKEND = "set attn_backend: flashinfer_trtllm"
 _MIGRATION = {
@@ -63,13 +63,26 @@ class KvCacheConfig(_Strict):
     """The paged KV cache."""
 
     dtype: KvDtype = "auto"
-    """Element type of K and V; auto takes the model's."""
+    """Element type of K and V; auto takes the model's, fp8 is float8_e4m3fn: half the memory of bfloat16."""
+    k_scale: float | list[float] = 1.0
+    """With fp8, K is stored divided by this: one number, or one a cache, in order."""
+    v_scale: float | list[float] = 1.0
+    """Likewise for V."""
     tokens_per_block: int = Field(default=32, ge=1)
     """Tokens of one page. The TRT-LLM kernels read 16, 32, 64 and 128; the reference reads any."""
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of the free memory, after the weights, that the pools may take."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Upper bound for the tokens that the pools hold; default: max_batch_size * max_seq_len."""
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> KvCacheConfig:
+        given = [x for s in (self.k_scale, self.v_scale) for x in (s if isinstance(s, list) else [s])]
+        if not all(0.0 < scale < float("inf") for scale in given):
+            raise ValueError("every k_scale and v_scale must be above 0 and finite")
+        if self.dtype != "fp8" and any(scale != 1.0 for scale in given):
+            raise ValueError("k_scale and v_scale other than 1.0 need dtype: fp8")
+        return self
 
 
 class TransformConfig(BaseModel):

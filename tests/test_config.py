@@ -46,7 +46,7 @@ def test_defaults_are_valid_and_resolve() -> None:
         (
             {"kv_cache_config": {"zzz": 32}},
             "unknown key 'kv_cache_config.zzz'; "
-            "known: dtype, free_gpu_memory_fraction, max_tokens, tokens_per_block.",
+            "known: dtype, free_gpu_memory_fraction, k_scale, max_tokens, tokens_per_block, v_scale.",
         ),
         (
             {"transforms": {"match_atention": {}}},
@@ -121,6 +121,22 @@ def test_keys_of_autodeploy_say_what_took_their_place(keys: dict[str, Any], mess
         (
             {"kv_cache_config": {"free_gpu_memory_fraction": 1.5}},
             "kv_cache_config.free_gpu_memory_fraction: input should be less than or equal to 1, got 1.5.",
+        ),
+        (
+            {"kv_cache_config": {"dtype": "fp8", "k_scale": 0.0}},
+            "kv_cache_config: every k_scale and v_scale must be above 0 and finite, got "
+            "{'dtype': 'fp8', 'k_scale': 0.0}.",
+        ),
+        (
+            {"kv_cache_config": {"k_scale": [0.5]}},
+            "kv_cache_config: k_scale and v_scale other than 1.0 need dtype: fp8, got {'k_scale': [0.5]}.",
+        ),
+        *(
+            (
+                {"cuda_graph_batch_sizes": sizes},
+                f"cuda_graph_batch_sizes must lie within 1..max_batch_size=8, got {sizes}",
+            )
+            for sizes in ([], [0, -1], [9])
         ),
         (
             {"max_num_tokens": 3, "max_batch_size": 8},

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.errors import NoAttentionError
+from ad_flashinfer_pass.errors import ConfigError, NoAttentionError
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.metadata import METADATA_ARGS
@@ -35,6 +35,7 @@ from ad_flashinfer_pass.registry import (
 )
 
 _DTYPES = {
+    "fp8": torch.float8_e4m3fn,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -48,6 +49,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
     Raises:
         UnsupportedError: no kernel covers a site; says which item each kernel lacks.
         NoAttentionError: there is no canonical attention in the graph.
+        ConfigError: k_scale or v_scale has not one number a cache.
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("insert_cached_attention")
@@ -57,10 +59,11 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
         raise NoAttentionError(
             "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
         )
+    scales = _scales(ctx, list(dict.fromkeys(_pair(node) for node in sites)))
     inputs, block_table, slot_mapping = _insert_metadata(model, ctx)
     caches: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for node in sites:
-        _insert_site(model, ctx, node, caches, inputs, block_table, slot_mapping)
+        _insert_site(model, ctx, node, caches, scales, inputs, block_table, slot_mapping)
         report.num_matches += 1
     _cancel_transposes(model.graph)
     report.notes.append(f"{len(sites)} sites, {len(ctx.resources)} caches")
@@ -101,14 +104,16 @@ def _insert_site(
     ctx: TransformContext,
     node: fx.Node,
     caches: dict[tuple[fx.Node, fx.Node], fx.Node],
+    scales: dict[tuple[fx.Node, fx.Node], tuple[float, float]],
     inputs: dict[str, fx.Node],
     block_table: fx.Node,
     slot_mapping: fx.Node,
 ) -> None:
     args = g.op_args(node)
     query, key, value = args["query"], args["key"], args["value"]
-    pair = (_source(key), _source(value))
-    site = _site(ctx, args, shares_kv=pair in caches)
+    pair = _pair(node)
+    site = _site(ctx, args, scales[pair], shares_kv=pair in caches)
+    quantized = {name: s for name, s in zip(("k_scale", "v_scale"), scales[pair], strict=True) if s != 1.0}
     prefill, decode = (
         select.choose(site, phase, ctx.device, g.where(node)) for phase in ("prefill", "decode")
     )
@@ -122,6 +127,7 @@ def _insert_site(
                 value,
                 slot_mapping,
                 caches[pair],
+                **quantized,
             )
         options = {
             name: args[name]
@@ -142,6 +148,7 @@ def _insert_site(
             prefill_kernel=prefill.kernel,
             decode_kernel=decode.kernel,
             **options,
+            **quantized,
         )
     for meta in ("stack_trace", "nn_module_stack"):
         cached.meta[meta] = node.meta.get(meta)
@@ -166,7 +173,24 @@ def _choices(sites: list[CachedSite]) -> list[str]:
     return [f"{phase}: {kernel}, {n} sites: {why}" for (phase, (kernel, why)), n in counts.items()]
 
 
-def _site(ctx: TransformContext, args: dict[str, Any], shares_kv: bool) -> Site:
+def _scales(
+    ctx: TransformContext, pairs: list[tuple[fx.Node, fx.Node]]
+) -> dict[tuple[fx.Node, fx.Node], tuple[float, float]]:
+    """k_scale and v_scale of each cache, by the K and V that it holds."""
+    columns = []
+    for name in ("k_scale", "v_scale"):
+        given = getattr(ctx.config.kv_cache_config, name)
+        column = given if isinstance(given, list) else [given] * len(pairs)
+        if len(column) != len(pairs):
+            raise ConfigError(
+                f"kv_cache_config.{name} must be one number, or one for each of the model's {len(pairs)} "
+                f"caches, got {len(column)}. `ad-flashinfer-pass calibrate` makes them."
+            )
+        columns.append(column)
+    return dict(zip(pairs, zip(*columns, strict=True), strict=True))
+
+
+def _site(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, float], shares_kv: bool) -> Site:
     query, key, value = (g.value(args[name]) for name in ("query", "key", "value"))
     kv_dtype = _DTYPES.get(ctx.config.kv_cache_config.dtype, key.dtype)
     return Site(
@@ -178,6 +202,8 @@ def _site(ctx: TransformContext, args: dict[str, Any], shares_kv: bool) -> Site:
         v_head_dim=value.shape[3],
         page_size=ctx.sequence_info.tokens_per_block,
         scale=args["scale"],
+        k_scale=scales[0],
+        v_scale=scales[1],
         sliding_window=args["sliding_window"],
         logit_cap=args["logit_cap"],
         chunk=args["chunk"],
@@ -198,6 +224,12 @@ def _add_cache(gm: fx.GraphModule, ctx: TransformContext, site: Site) -> fx.Node
     ctx.resources.append(resource)
     # The page count is not known yet; nothing in the graph depends on it.
     return g.add_input(gm, resource.name, resource.allocate(2, torch.device("meta")))
+
+
+def _pair(site: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What identifies the cache of a site: the K and V that it holds."""
+    args = g.op_args(site)
+    return _source(args["key"]), _source(args["value"])
 
 
 def _source(node: fx.Node) -> fx.Node:

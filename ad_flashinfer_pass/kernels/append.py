@@ -1,7 +1,7 @@
 """Append to the pages as one Triton kernel: K and V of all tokens in one launch.
 
-Any strides in, any strides of page, head and token out, converted on the way. Numbers beyond the range of an
-8-bit float are clamped to it. Slot 0 takes whatever padding tokens hold.
+Any strides in, any strides of page, head and token out, divided by a scale and converted on the way. Numbers
+beyond the range of an 8-bit float are clamped to it, NaN stays NaN. Slot 0 takes what padding tokens hold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ _TILE = 2048
 """Elements of K, and of V, that one program moves, at most, unless one head is larger."""
 
 
-def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+def append(
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
     """See ``ops.append_kv``."""
     (_, tokens_per_row, num_heads, head_dim), v_head_dim = key.shape, value.shape[-1]
     num_tokens, dim_block = slot_mapping.shape[0], triton.next_power_of_2(max(head_dim, v_head_dim))
@@ -28,6 +35,8 @@ def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -
         kv_cache,
         tokens_per_row,
         num_heads,
+        1.0 / k_scale,
+        1.0 / v_scale,
         *key.stride(),
         *value.stride(),
         *kv_cache.stride()[:4],
@@ -40,7 +49,7 @@ def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -
     )
 
 
-@triton.jit(do_not_specialize=["tokens_per_row"])
+@triton.jit(do_not_specialize=["tokens_per_row", "k_factor", "v_factor"])
 def _append(  # type: ignore[no-untyped-def]
     key,
     value,
@@ -48,6 +57,8 @@ def _append(  # type: ignore[no-untyped-def]
     kv_cache,
     tokens_per_row,
     num_heads,
+    k_factor,
+    v_factor,
     key_row_stride,
     key_token_stride,
     key_head_stride,
@@ -79,16 +90,17 @@ def _append(  # type: ignore[no-untyped-def]
     key += row * key_row_stride + column * key_token_stride
     mask = (heads < num_heads) & (dims < HEAD_DIM)
     new = tl.load(key + heads * key_head_stride + dims * key_dim_stride, mask=mask, other=0.0)
-    tl.store(target, _converted(new, kv_cache.dtype.element_ty, LIMIT), mask=mask)
+    tl.store(target, _converted(new, k_factor, kv_cache.dtype.element_ty, LIMIT), mask=mask)
 
     value += row * value_row_stride + column * value_token_stride
     mask = (heads < num_heads) & (dims < V_HEAD_DIM)
     new = tl.load(value + heads * value_head_stride + dims * value_dim_stride, mask=mask, other=0.0)
-    tl.store(target + kv_stride, _converted(new, kv_cache.dtype.element_ty, LIMIT), mask=mask)
+    tl.store(target + kv_stride, _converted(new, v_factor, kv_cache.dtype.element_ty, LIMIT), mask=mask)
 
 
 @triton.jit
-def _converted(x, dtype: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _converted(x, factor, dtype: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = x.to(tl.float32) * factor
     if LIMIT is not None:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT)
+        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)

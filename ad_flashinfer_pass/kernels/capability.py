@@ -30,6 +30,10 @@ class Site:
     page_size: int
     """Tokens."""
     scale: float
+    k_scale: float = 1.0
+    """What an element of K in the cache is multiplied by to give K; 1.0 unless the cache has 8 bits."""
+    v_scale: float = 1.0
+    """Likewise for V."""
     sliding_window: int | None = None
     logit_cap: float | None = None
     chunk: int | None = None
@@ -52,8 +56,7 @@ class Capability:
     """Python package that must be installed."""
     dtypes: frozenset[torch.dtype] | None = None
     kv_dtypes: frozenset[torch.dtype] | None = None
-    converts_kv: bool = True
-    """Reads a cache whose dtype is not that of the query."""
+    """Of the cache, beside the query's own; whoever reads 8 bits applies ``k_scale`` and ``v_scale``."""
     page_sizes: frozenset[int] | None = None
     head_dims: frozenset[int] | None = None
     max_group: int | None = None
@@ -88,16 +91,16 @@ class Capability:
         return refused if lacks is None else [lacks]
 
     def _refused_items(self, site: Site) -> list[str]:
+        kv_dtypes = None if self.kv_dtypes is None else self.kv_dtypes | {site.dtype}
         refused = _unknown(
             {
                 "dtype": (site.dtype, self.dtypes),
-                "KV dtype": (site.kv_dtype, self.kv_dtypes),
+                "KV dtype": (site.kv_dtype, kv_dtypes),
                 "page size": (site.page_size, self.page_sizes),
                 "head size": (site.head_dim, self.head_dims),
             }
         )
         needs = {
-            "converts_kv": site.kv_dtype != site.dtype,
             "sliding_window": site.sliding_window is not None,
             "logit_cap": site.logit_cap is not None,
             "chunk": site.chunk is not None,
@@ -139,5 +142,5 @@ def ledger(site: Site) -> dict[str, str]:
     return {
         field.name: str(getattr(site, field.name))
         for field in fields(site)
-        if getattr(site, field.name) not in (None, False)
+        if getattr(site, field.name) != field.default
     }

@@ -26,6 +26,8 @@ class AttentionSpec(NamedTuple):
     sliding_window: int | None = None
     logit_cap: float | None = None
     chunk: int | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 def num_sequences(batch_info_host: Tensor) -> int:
@@ -66,18 +68,36 @@ def prepare_metadata(
     return block_table, (page * page_size + position % page_size) * is_real
 
 
-def append(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+def append(
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
     """See ``ops.append_kv``."""
     page_size, head_dim = kv_cache.shape[3:]
+    key, value = _quantized(key, k_scale, kv_cache.dtype), _quantized(value, v_scale, kv_cache.dtype)
     page = torch.div(slot_mapping, page_size, rounding_mode="floor")
     offset = slot_mapping - page * page_size
     if key.shape[-1] == value.shape[-1] == head_dim:
         new = torch.stack((key.flatten(0, 1), value.flatten(0, 1)), 1)
-        kv_cache.permute(0, 3, 1, 2, 4)[page, offset] = new.to(kv_cache.dtype)
+        kv_cache.permute(0, 3, 1, 2, 4)[page, offset] = new
         return
     for index, new in enumerate((key, value)):
         part = kv_cache[:, index, :, :, : new.shape[-1]]
-        part.permute(0, 2, 1, 3)[page, offset] = new.flatten(0, 1).to(kv_cache.dtype)
+        part.permute(0, 2, 1, 3)[page, offset] = new.flatten(0, 1)
+
+
+def _quantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """x / scale in a dtype; 8-bit floats saturate, and keep NaN."""
+    if scale != 1.0:
+        x = x.float() * (1.0 / scale)
+    if dtype.itemsize == 1:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -113,7 +133,7 @@ def prefill(
     outputs = []
     for row, total in enumerate(totals):
         q = query[bounds[row] : bounds[row + 1]][None]
-        k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim)
+        k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim, spec)
         outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -133,7 +153,7 @@ def decode(
     on_cpu = query.device.type == "cpu"
     # On a GPU reading the longest length would wait for the device: take the whole table.
     longest = int(seq_len_with_cache.max()) if on_cpu else block_table.shape[1] * kv_cache.shape[3]
-    k, v = _gather_pages(kv_cache, block_table, longest, q, v_head_dim)
+    k, v = _gather_pages(kv_cache, block_table, longest, q, v_head_dim, spec)
     if spec.logit_cap is not None or sinks is not None or alibi_slopes is not None:
         bias = visibility_bias(last, longest, spec)
         return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, last)[:, 0]
@@ -197,7 +217,12 @@ def _hidden(q_positions: Tensor, num_keys: int, spec: AttentionSpec) -> Tensor:
 
 
 def _gather_pages(
-    kv_cache: Tensor, block_table: Tensor, num_keys: int, query: Tensor, v_head_dim: int
+    kv_cache: Tensor,
+    block_table: Tensor,
+    num_keys: int,
+    query: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor]:
     """K [b, num_kv_heads, num_keys, head_dim] and V, copied from the pages in one gather."""
     _, _, num_heads, page_size, width = kv_cache.shape
@@ -212,7 +237,11 @@ def _gather_pages(
         gathered = kv_cache[pages].permute(2, 0, 3, 1, 4, 5)
     k, v = gathered.reshape(2, pages.shape[0], num_heads, num_blocks * page_size, width)
     k, v = k[:, :, :num_keys, : query.shape[-1]], v[:, :, :num_keys, :v_head_dim]
-    return k.to(query.dtype), v.to(query.dtype)
+    return _dequantized(k, spec.k_scale, query.dtype), _dequantized(v, spec.v_scale, query.dtype)
+
+
+def _dequantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if scale == 1.0 else (x.float() * scale).to(dtype)
 
 
 @cache

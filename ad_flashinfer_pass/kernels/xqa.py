@@ -4,6 +4,9 @@ It needs no plan: lengths and pages are read on the device, so a captured call s
 What is fixed at capture is the batch size and the width of the block table, which decide how the keys are
 split among thread blocks and with it the order of the sums.
 
+An 8-bit cache has its own kernel on compute capability 9.x, which rounds the query and the softmax weights to
+8 bits as well.
+
 FlashInfer compiles a module at the first call for a combination of dtypes, page size, head size, group and
 windowed or not: every combination must have been called once before a graph is captured.
 """
@@ -25,8 +28,7 @@ CAPABILITY = Capability(
     compute_majors=frozenset({9, 12}),
     package="flashinfer",
     dtypes=frozenset({torch.bfloat16, torch.float16}),
-    kv_dtypes=frozenset({torch.bfloat16, torch.float16}),
-    converts_kv=False,
+    kv_dtypes=frozenset({torch.float8_e4m3fn}),
     page_sizes=frozenset({16, 32, 64, 128}),
     head_dims=frozenset(range(16, 257, 16)),
     max_group_elements=8192,
@@ -69,13 +71,22 @@ def decode(
     spec: AttentionSpec,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    *,
+    split_factor: int = 1,
 ) -> Tensor:
-    """See ``kernels.select``; every length must be at least 1, or the row is NaN."""
+    """See ``kernels.select``; every length must be at least 1, or the row is NaN.
+
+    Args:
+        split_factor: the keys of a sequence are split as if the device had this many times its
+            multiprocessors, 1 to 4. More splits help long contexts of few sequences; they change the order of
+            the sums.
+    """
     from flashinfer.xqa import xqa
 
     batch, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[2:4]
     assert batch * num_kv_heads * -(-num_heads // 32) <= _SEMAPHORES
+    assert 1 <= split_factor <= 4, "more splits could need more scratch memory than there is"
     ours = workspace(query.device)
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -91,11 +102,12 @@ def decode(
         num_kv_heads,
         page_size,
         sinks=None if sinks is None else sinks.float().view(num_kv_heads, -1),
-        q_scale=float(spec.scale * head_dim**0.5),
-        kv_scale=1.0,
+        # The kernel multiplies the logits by q_scale * kv_scale / sqrt(head_dim) and the result by kv_scale.
+        q_scale=float(spec.scale * head_dim**0.5 * spec.k_scale / spec.v_scale),
+        kv_scale=float(spec.v_scale),
         sliding_win_size=spec.sliding_window or 0,
         kv_layout="HND",
-        sm_count=ours.num_processors,
+        sm_count=ours.num_processors * split_factor,
         # With programmatic dependent launch it would read lengths and pages before they are written.
         enable_pdl=False,
     )

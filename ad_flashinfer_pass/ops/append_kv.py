@@ -11,15 +11,24 @@ _NAME = "ad_flashinfer::append_kv"
 
 torch.library.define(
     _NAME,
-    "(Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) kv_cache) -> ()",
+    "(Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) kv_cache, "
+    "float k_scale=1.0, float v_scale=1.0) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def append_kv(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
-    """Write K and V of the new tokens to their slots, converted to the dtype of the cache.
+def append_kv(
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """Write K and V of the new tokens to their slots, divided by their scales, in the dtype of the cache.
 
-    On CUDA by one Triton kernel, elsewhere by the reference.
+    On CUDA by one Triton kernel, elsewhere by the reference. A number beyond the range of an 8-bit float
+    becomes the largest that it has, of the same sign; NaN stays NaN.
 
     Args:
         key: [b, s, num_kv_heads, head_dim], any strides.
@@ -27,18 +36,20 @@ def append_kv(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor
         slot_mapping: int64 [b * s], page * page_size + offset. Slot 0 is scratch.
         kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)], K at [:, 0],
             V at [:, 1]. Written in place at the slots and nowhere else.
+        k_scale: what an element of K in the cache stands for; other than 1.0 only in caches of 8 bits.
+        v_scale: likewise for V.
     """
     if kv_cache.device.type == "cuda":
         from ad_flashinfer_pass.kernels import append  # needs triton
 
-        append.append(key, value, slot_mapping, kv_cache)
+        append.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
     else:
-        reference.append(key, value, slot_mapping, kv_cache)
+        reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
 
 
 torch.library.impl(_NAME, "default", append_kv)
 
 
 @torch.library.register_fake(_NAME)
-def _(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+def _(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor, *scales: float) -> None:
     return None

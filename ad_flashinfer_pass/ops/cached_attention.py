@@ -15,7 +15,8 @@ torch.library.define(
     "(Tensor query, Tensor kv_cache, Tensor batch_info_host, Tensor cu_seqlen, "
     "Tensor seq_len_with_cache, Tensor block_table, float scale, int v_head_dim, "
     "int? sliding_window=None, float? logit_cap=None, int? chunk=None, Tensor? sinks=None, "
-    'Tensor? alibi_slopes=None, str prefill_kernel="reference", str decode_kernel="reference") -> Tensor',
+    'Tensor? alibi_slopes=None, str prefill_kernel="reference", str decode_kernel="reference", '
+    "float k_scale=1.0, float v_scale=1.0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -36,6 +37,8 @@ def cached_attention(
     alibi_slopes: Tensor | None = None,
     prefill_kernel: str = "reference",
     decode_kernel: str = "reference",
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Causal attention of the new tokens over their sequence's pages, which already hold them.
 
@@ -57,11 +60,13 @@ def cached_attention(
         alibi_slopes: float32 [num_heads], slope * (key position - query position) is added.
         prefill_kernel: name of the provider for prefill and extend sequences.
         decode_kernel: name of the provider for decode sequences.
+        k_scale: what an element of K in the cache is multiplied by; see ``ops.append_kv``.
+        v_scale: likewise for V.
 
     Returns:
         [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
     """
-    spec = AttentionSpec(scale, sliding_window, logit_cap, chunk)
+    spec = AttentionSpec(scale, sliding_window, logit_cap, chunk, k_scale, v_scale)
     site = (v_head_dim, spec, sinks, alibi_slopes)
     num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens

@@ -41,6 +41,8 @@ class Shape:
     page_size: int = 5
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
     layers_between_pages: int = 1
     """Above 1 the pool is a strided view: pages of that many layers alternate in memory."""
 
@@ -72,7 +74,7 @@ class PagedBatch:
                 shape.page_size,
                 width,
             ),
-            POISON,
+            min(POISON, torch.finfo(kv_dtype).max),
             dtype=kv_dtype,
         )
         self.kv_cache = self.memory[:, shape.layers_between_pages // 2]
@@ -109,8 +111,9 @@ class PagedBatch:
 
     def _write(self, index: int, position: int) -> None:
         page, offset = self.slot(index, position)
-        self.kv_cache[page, 0, :, offset, : self.shape.head_dim] = self.key[index][position]
-        self.kv_cache[page, 1, :, offset, : self.shape.v_head_dim] = self.value[index][position]
+        key, value = self.key[index][position], self.value[index][position]
+        self.kv_cache[page, 0, :, offset, : self.shape.head_dim] = key / self.shape.k_scale
+        self.kv_cache[page, 1, :, offset, : self.shape.v_head_dim] = value / self.shape.v_scale
 
     def prepare(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Block table and slots from the op, for as many tokens as ``position_ids`` has."""
@@ -135,7 +138,7 @@ class PagedBatch:
             torch.cat([x[-n:] for x, n in zip(tensors, new, strict=True)]).unflatten(0, tokens)
             for tensors in (self.key, self.value)
         )
-        ops.append_kv(new_key, new_value, slot_mapping, self.kv_cache)
+        ops.append_kv(new_key, new_value, slot_mapping, self.kv_cache, shape.k_scale, shape.v_scale)
         out = ops.cached_attention(
             torch.cat(self.query).unflatten(0, tokens),
             self.kv_cache,
@@ -150,6 +153,8 @@ class PagedBatch:
             features.chunk,
             self.sinks if features.has_sinks else None,
             self.alibi_slopes if features.has_alibi else None,
+            k_scale=shape.k_scale,
+            v_scale=shape.v_scale,
         )
         assert out.shape == (*tokens, shape.num_heads, shape.v_head_dim)
         assert out.dtype == shape.dtype

@@ -97,6 +97,30 @@ def test_a_cache_of_another_dtype_only_rounds_k_and_v() -> None:
     check(batch, Features())
 
 
+@pytest.mark.parametrize("features", ["plain", "all"])
+@pytest.mark.parametrize(("k_scale", "v_scale"), [(1.0, 1.0), (0.0078125, 2.5)])
+def test_an_8_bit_cache_only_rounds_k_and_v(k_scale: float, v_scale: float, features: str) -> None:
+    """The result is that of K and V rounded to 8 bits after division by their scales, which may differ."""
+    fp8 = torch.float8_e4m3fn
+    batch = PagedBatch(mixed_lengths(5), Shape(kv_dtype=fp8, k_scale=k_scale, v_scale=v_scale))
+    batch.key = [(key / k_scale).clamp(-448, 448).to(fp8).float() * k_scale for key in batch.key]
+    batch.value = [(value / v_scale).to(fp8).float() * v_scale for value in batch.value]
+    check(batch, FEATURES[features])
+
+
+def test_append_saturates_in_8_bits() -> None:
+    """Beyond 448 units of the scale lies 448, not NaN; NaN itself is kept, so that it is seen."""
+    values = torch.tensor([1e4, -1e4, 449.0, 1.0, float("inf"), float("nan")])
+    key = values.view(1, 1, 1, 6)
+    cache = torch.zeros(2, 2, 1, 4, 6).to(torch.float8_e4m3fn)
+    ops.append_kv(key, key, torch.tensor([4]), cache, 1.0, 0.5)
+    ops.append_kv(key.bfloat16(), key.bfloat16(), torch.tensor([5]), cache, 1.0, 0.5)
+    for slot in (0, 1):
+        assert cache[1, 0, 0, slot, :5].tolist() == [448.0, -448.0, 448.0, 1.0, 448.0]
+        assert cache[1, 1, 0, slot, :5].tolist() == [448.0, -448.0, 448.0, 2.0, 448.0]
+        assert cache[1, :, 0, slot, 5].isnan().all()
+
+
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), [(16, 8), (8, 16)], ids=["v_narrower", "v_wider"])
 @pytest.mark.parametrize("features", ["plain", "all"])
 def test_value_heads_of_another_size(head_dim: int, v_head_dim: int, features: str) -> None:

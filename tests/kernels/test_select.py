@@ -52,8 +52,8 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 def test_every_item_of_a_site_is_in_the_ledger() -> None:
     """A new field of Site must be given a capability here, or a kernel could drop it unnoticed."""
     names = {field.name for field in fields(Site)}
-    # num_kv_heads is judged with num_heads; every kernel takes the scale as an argument.
-    assert names - set(ITEMS) == {"num_kv_heads", "scale"}
+    # num_kv_heads is judged with num_heads, those of the cache with its dtype; every kernel takes a scale.
+    assert names - set(ITEMS) == {"num_kv_heads", "scale", "k_scale", "v_scale"}
 
 
 @given(
@@ -196,10 +196,13 @@ def test_what_is_missing_is_asked_only_of_a_site_that_could_run() -> None:
 
 
 def test_a_cache_of_another_dtype_needs_a_kernel_that_converts() -> None:
-    """Both dtypes may be allowed, and still not together."""
+    """Both dtypes may be allowed, and still not together; a cache of the query's dtype always is."""
     site = replace(PLAIN, kv_dtype=torch.float16)
-    assert Capability(name="a").refusals(site, "decode", CPU) == []
-    assert Capability(name="a", converts_kv=False).refusals(site, "decode", CPU) == ["converts_kv"]
+    both = frozenset({torch.float16, torch.float32})
+    capability = Capability(name="a", dtypes=both, kv_dtypes=frozenset())
+    assert Capability(name="a", dtypes=both).refusals(site, "decode", CPU) == []
+    assert capability.refusals(site, "decode", CPU) == ["KV dtype torch.float16 (it has torch.float32)"]
+    assert capability.refusals(PLAIN, "decode", CPU) == []
 
 
 @pytest.mark.parametrize(("head_dim", "largest"), [(48, 128), (64, 128), (96, 64), (128, 64), (256, 32)])
@@ -225,6 +228,7 @@ SERVED = replace(PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, head_dim=
         ({"sliding_window": 7, "has_sinks": True, "shares_kv": True}, 9, True, "fmha_v2", "xqa"),
         ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, True, "reference", "xqa"),
         ({"kv_dtype": torch.float16}, 9, True, "reference", "reference"),
+        ({"kv_dtype": torch.float8_e4m3fn}, 9, True, "reference", "xqa"),
         ({"logit_cap": 50.0}, 9, True, "reference", "reference"),
         ({"chunk": 8}, 9, True, "reference", "reference"),
         ({"has_alibi": True}, 9, True, "reference", "reference"),

@@ -59,21 +59,35 @@ def test_append_reads_any_strides() -> None:
     check_append(fused[..., ::2], fused.flip(0)[..., 1::2], torch.float32)
 
 
-def check_append(key: Tensor, value: Tensor, cache_dtype: torch.dtype, layers: int = 1) -> None:
+@pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_append_divides_by_the_scales(dtype: torch.dtype) -> None:
+    """K and V have each their own scale; what it takes beyond the range of 8 bits is clamped."""
+    key, value = exact(2, 3, 4, 16, dtype=dtype), exact(2, 3, 4, 16, dtype=dtype, seed=1)
+    check_append(key, value, torch.float8_e4m3fn, scales=(2.0, 0.25))
+    check_append(key, value, torch.float8_e4m3fn, scales=(2.0**-9, 2.0**3))
+
+
+def check_append(
+    key: Tensor,
+    value: Tensor,
+    cache_dtype: torch.dtype,
+    layers: int = 1,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> None:
     width = max(key.shape[-1], value.shape[-1])
     ours, theirs = (pool(5, key.shape[2], 8, width, cache_dtype, layers) for _ in range(2))
     slots = torch.tensor([9, 8, 39, 16, 17, 0][: key.shape[0] * key.shape[1]], device=DEVICE)
-    append.append(key, value, slots, ours)
-    reference.append(key, value, slots, theirs)
+    append.append(key, value, slots, ours, *scales)
+    reference.append(key, value, slots, theirs, *scales)
     assert torch.equal(ours.float(), theirs.float())
 
 
 def test_append_clamps_what_8_bits_cannot_hold() -> None:
     """Numbers beyond the range of float8_e4m3fn become its largest, not NaN."""
-    key = torch.tensor([1e4, -1e4, 449.0, 1.0], device=DEVICE).view(1, 1, 1, 4)
-    cache = pool(2, 1, 8, 4, torch.float8_e4m3fn, 1)
+    key = torch.tensor([1e4, -1e4, 449.0, 1.0, float("inf")], device=DEVICE).view(1, 1, 1, 5)
+    cache = pool(2, 1, 8, 5, torch.float8_e4m3fn, 1)
     append.append(key, key, torch.tensor([8], device=DEVICE), cache)
-    assert cache[1, 0, 0, 0].tolist() == [448.0, -448.0, 448.0, 1.0]
+    assert cache[1, 0, 0, 0].tolist() == [448.0, -448.0, 448.0, 1.0, 448.0]
 
 
 def test_append_of_padding_touches_the_scratch_page_only() -> None:

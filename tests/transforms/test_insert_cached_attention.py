@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.errors import NoAttentionError, UnsupportedError
+from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, UnsupportedError
 from ad_flashinfer_pass.kernels import reference, select
 from ad_flashinfer_pass.kernels.capability import Capability
 from ad_flashinfer_pass.metadata import METADATA_ARGS
@@ -85,6 +85,28 @@ def test_resources_describe_the_pools() -> None:
     assert pool.dtype == torch.bfloat16
     assert not pool.any()
     assert resource.bytes_per_page == pool[0].numel() * 2
+
+
+@pytest.mark.parametrize("k_scale", [0.25, [0.25, 0.5, 4.0]], ids=["one", "one_a_cache"])
+def test_scales_of_an_8_bit_cache_reach_append_and_attend(k_scale: float | list[float]) -> None:
+    """Each layer divides by the scales that it multiplies with, K's and V's each; 1.0 leaves no trace."""
+    ctx = context(kv_cache_config={"tokens_per_block": 5, "dtype": "fp8", "k_scale": k_scale})
+    gm = inserted(SmallModel(sdpa, sdpa, sdpa), ctx)
+    wanted = k_scale if isinstance(k_scale, list) else [k_scale] * 3
+    for node in (*find(gm, APPEND), *find(gm, ATTEND)):
+        assert "v_scale" not in node.kwargs
+    assert [g.op_args(node)["k_scale"] for node in find(gm, APPEND)] == wanted
+    assert [g.op_args(node)["k_scale"] for node in find(gm, ATTEND)] == wanted
+    assert all(resource.dtype == torch.float8_e4m3fn for resource in ctx.resources)
+
+
+def test_as_many_scales_as_caches_are_needed() -> None:
+    """A list of another length names the key, what is needed and what was given."""
+    ctx = context(kv_cache_config={"dtype": "fp8", "v_scale": [1.0, 2.0]})
+    with pytest.raises(
+        ConfigError, match=r"kv_cache_config.v_scale must be one number, or .* 1 caches, got 2"
+    ):
+        inserted(SmallModel(sdpa), ctx)
 
 
 def test_append_stands_before_attend_on_its_own_cache() -> None:

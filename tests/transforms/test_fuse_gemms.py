@@ -1,0 +1,91 @@
+"""``fuse_gemms``: fewer linears, the same results, and no weight twice in memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ad_flashinfer_pass import graph as g
+from tests.transforms.small_models import (
+    HEAD_DIM,
+    HEADS,
+    SmallModel,
+    assert_computes,
+    aten,
+    context,
+    exported,
+    find,
+    run,
+    sdpa,
+)
+
+WIDTH = HEADS * HEAD_DIM
+
+
+class Gated(nn.Module):
+    """Two projections with and two without bias, and one whose weight is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24)
+        self.left, self.right = nn.Linear(WIDTH, 24, bias=False), nn.Linear(WIDTH, 24, bias=False)
+        self.down = nn.Linear(24, WIDTH)
+        self.tied = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape as x."""
+        hidden = F.silu(self.gate(x)) * self.up(x) + self.left(x).tanh() * self.right(x)
+        return x + self.down(hidden) + self.tied(x) + F.linear(self.tied(x), self.tied.weight)
+
+
+def rows_at_once(layer: object, q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor) -> Tensor:
+    """SDPA of queries that were viewed over rows: legal for a tensor without gaps only."""
+    b, n, s, d = q.shape
+    flat = q.transpose(1, 2).reshape(b * s, n * d)
+    return sdpa(layer, flat.view(b, s, n, d).transpose(1, 2), k, v, position_ids)  # type: ignore[arg-type]
+
+
+def test_linears_of_one_input_are_one_linear() -> None:
+    model, ctx = SmallModel(sdpa, sdpa), context()
+    gm, reports = run(exported(model, "match_attention", ctx=ctx), ctx, "fuse_gemms")
+    assert reports["fuse_gemms"].num_matches == 2
+    assert len(find(gm, aten.linear)) == 2 * 2 + 1  # q-k-v and output of two layers, lm_head
+    assert_computes(gm, model)
+
+
+def test_one_copy_of_each_weight_is_left() -> None:
+    model, ctx = SmallModel(sdpa), context()
+    before = exported(model, ctx=ctx)
+    gm, _ = run(before, ctx, "fuse_gemms")
+    assert sum(p.numel() for p in gm.parameters()) <= sum(p.numel() for p in model.parameters())
+    names = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    assert not any(name.endswith(("query.weight", "key.weight", "value.weight")) for name in names)
+    assert "layers_0_query_key_value_weight" in {name.removeprefix("model_") for name in names}
+
+
+def test_with_and_without_bias_are_fused_apart_and_tied_weights_stay() -> None:
+    model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=Gated())
+    ctx = context()
+    gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    report = reports["fuse_gemms"]
+    assert report.num_matches == 2
+    assert all("tied" in skip.reason for skip in report.skipped)
+    assert report.skipped
+    assert_computes(gm, model)
+
+
+def test_views_across_rows_become_reshapes() -> None:
+    model, ctx = SmallModel(rows_at_once), context()
+    gm, _ = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    fused = next(node for node in find(gm, aten.linear) if len(node.users) == 3)
+    assert not any(g.is_op(user, aten.view) for part in fused.users for user in part.users)
+    assert_computes(gm, model)
+
+
+def test_nothing_to_fuse_changes_nothing() -> None:
+    model, ctx = SmallModel(mix=lambda m, x, p: torch.tanh(x)), context()
+    gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    assert reports["fuse_gemms"].num_matches == 0
+    assert_computes(gm, model)

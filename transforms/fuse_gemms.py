@@ -1,0 +1,99 @@
+"""Linears that read the same tensor become one, whose result is cut.
+
+Before: q = linear(x, w_q, b_q), k = linear(x, w_k, b_k), v = linear(x, w_v, b_v)
+After:  qkv = linear(x, cat(w_q, w_k, w_v), cat(b_q, b_k, b_v)), q = qkv[..., :n_q], ...
+
+Legal because an output feature of a linear depends on its own row of the weight only. One GEMM with many rows
+streams its weight faster than three with few. Weights that something else reads, too, stay as they are:
+fused, they would be in memory twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
+
+aten = torch.ops.aten
+
+
+@register("fuse_gemms")
+def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Fuse every group of linears that share their input."""
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("fuse_gemms")
+    groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
+    readers = Counter(id(g.attribute(node)) for node in model.graph.find_nodes(op="get_attr"))
+    for node in model.graph.find_nodes(op="call_function", target=aten.linear.default):
+        args = g.op_args(node)
+        weight, bias = args["weight"], args["bias"]
+        weights = [weight] if bias is None else [weight, bias]
+        if all(tensor.op == "get_attr" for tensor in weights):
+            shared = [t for t in weights if len(t.users) > 1 or readers[id(g.attribute(t))] > 1]
+            if shared:
+                report.skipped.append(Skip(g.where(node), f"{shared[0].target} is read elsewhere, too"))
+                continue
+            dtypes = tuple(g.value(tensor).dtype for tensor in weights)
+            groups[args["input"], g.value(weight).device, dtypes].append(node)
+    for linears in groups.values():
+        if len(linears) > 1:
+            _fuse(model, linears)
+            report.num_matches += 1
+    if report.num_matches:
+        g.finish(model)
+        _delete_unread(model)
+    return model, report
+
+
+def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
+    args = [g.op_args(node) for node in linears]
+    names = [str(each["weight"].target) for each in args]
+    name = "_".join([names[0].rpartition(".")[0], *(n.split(".")[-2] for n in names[1:])]).replace(".", "_")
+    weight = _add_parameter(gm, f"{name}_weight", [each["weight"] for each in args])
+    bias = None
+    if args[0]["bias"] is not None:
+        bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args])
+    with gm.graph.inserting_before(linears[0]):
+        fused = g.call_op(gm.graph, aten.linear.default, args[0]["input"], weight, bias)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in linears[0].meta:
+            fused.meta[key] = linears[0].meta[key]
+    start, after = 0, fused
+    for node in linears:
+        end = start + int(g.shape(node)[-1])
+        with gm.graph.inserting_after(after):
+            part = after = g.call_op(gm.graph, aten.slice.Tensor, fused, -1, start, end)
+        start = end
+        node.replace_all_uses_with(part)
+        gm.graph.erase_node(node)
+        for user in list(part.users):
+            # A view across rows exists of a tensor without gaps only; reshape is the same where it does.
+            if g.is_op(user, aten.view.default, aten._unsafe_view.default):
+                user.target = aten.reshape.default
+
+
+def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.Node:
+    with torch.no_grad():
+        fused = torch.cat([g.attribute(part) for part in parts])
+    gm.register_parameter(name, nn.Parameter(fused, requires_grad=False))
+    placeholder = gm.graph.find_nodes(op="placeholder")[0]
+    with gm.graph.inserting_before(placeholder):
+        node = gm.graph.get_attr(name)
+    mode = g.fake_mode(gm)
+    node.meta["val"] = mode.from_tensor(fused, static_shapes=True) if mode else fused
+    return node
+
+
+def _delete_unread(gm: fx.GraphModule) -> None:
+    """Let go of the weights that were fused, so that one copy is in memory, not two."""
+    gm.delete_all_unused_submodules()
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        if name not in read:
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)

@@ -40,7 +40,7 @@ Stage = Literal[
     "cache_init",
     "compile",
 ]
-CompileBackend = Literal["torch-simple", "torch-cudagraph"]
+CompileBackend = Literal["torch-simple", "torch-cudagraph", "torch-opt"]
 KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 
 _OUR_BACKEND = "set attn_backend: flashinfer_trtllm"

@@ -46,7 +46,7 @@ def run(job: Job, config: AutoDeployConfig, out: Stdout | OutputFile, reporter: 
         How many prompts were refused or failed.
     """
     reporter.phase("load_libraries")
-    with _libraries_quiet(not debug):
+    with libraries_quiet(not debug):
         from ad_flashinfer_pass import build
 
         llm = build.build_model(config, on_event=reporter.phase)
@@ -107,7 +107,7 @@ def _generate(
 def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool, debug: bool) -> None:
     """Write the explanation of a model to stdout."""
     reporter.phase("load_libraries")
-    with _libraries_quiet(not debug):
+    with libraries_quiet(not debug):
         from ad_flashinfer_pass.explain import as_tables, explain
 
         explanation = explain(config, on_event=reporter.phase)
@@ -123,7 +123,7 @@ def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool
 
 
 @contextmanager
-def _libraries_quiet(quiet: bool) -> Iterator[None]:
+def libraries_quiet(quiet: bool) -> Iterator[None]:
     """No warnings and logs of torch and transformers: what a user must know, this package says."""
     if not quiet:
         yield

@@ -46,7 +46,7 @@ def run(job: Job, config: AutoDeployConfig, out: Stdout | OutputFile, reporter: 
         How many prompts were refused or failed.
     """
     reporter.phase("load_libraries")
-    with libraries_quiet(not debug):
+    with _libraries_quiet(not debug):
         from ad_flashinfer_pass import build
 
         llm = build.build_model(config, on_event=reporter.phase)
@@ -68,8 +68,7 @@ def _stream(job: Job, llm: LLM, model_input: str | list[int], out: Stdout, repor
             out.write(piece)
     finally:
         out.write("\n")
-    metrics = llm.engine.metrics
-    reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
+    _report_end(llm, reporter)
 
 
 def _generate(
@@ -99,15 +98,21 @@ def _generate(
         raise KeyboardInterrupt(f"{num_done} of {len(inputs)} prompts done{where}") from None
     if num_done > num_refused:
         out.keep()
+    _report_end(llm, reporter)
+    return num_refused
+
+
+def _report_end(llm: LLM, reporter: Reporter) -> None:
     metrics = llm.engine.metrics
     reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
-    return num_refused
+    for reason, count in metrics.eager_steps.items():
+        reporter.line(f"{count} steps ran without a CUDA graph: {reason}")
 
 
 def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool, debug: bool) -> None:
     """Write the explanation of a model to stdout."""
     reporter.phase("load_libraries")
-    with libraries_quiet(not debug):
+    with _libraries_quiet(not debug):
         from ad_flashinfer_pass.explain import as_tables, explain
 
         explanation = explain(config, on_event=reporter.phase)
@@ -123,7 +128,7 @@ def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool
 
 
 @contextmanager
-def libraries_quiet(quiet: bool) -> Iterator[None]:
+def _libraries_quiet(quiet: bool) -> Iterator[None]:
     """No warnings and logs of torch and transformers: what a user must know, this package says."""
     if not quiet:
         yield

@@ -40,11 +40,6 @@ class TransformReport:
     skipped: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Evidence and numbers, one line each."""
-    removed: list[str] = field(default_factory=list)
-    """Names of the nodes that it took out of the graph; ``pipeline.run`` fills in this and the next two."""
-    added: list[str] = field(default_factory=list)
-    rewired: list[str] = field(default_factory=list)
-    """Nodes that it gave other arguments or another target."""
     seconds: float = 0.0
 
 
@@ -116,6 +111,8 @@ class TransformContext:
     """Width of the logits."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
+    on_event: Callable[[str], None] = lambda text: None
+    """Takes a line of progress from a transform that takes long."""
 
 
 Transform = Callable[[nn.Module, TransformContext], tuple[nn.Module, TransformReport]]

@@ -71,6 +71,8 @@ class Capability:
     shared_kv: bool = True
     mixed_head_dims: bool = True
     """K and V of different head size."""
+    host_phases: frozenset[Phase] = frozenset()
+    """Phases in which it reads lengths on the host, so that a CUDA graph cannot hold them."""
     missing: Callable[[Site], str | None] | None = None
     """What this machine lacks for a site that all else allows, asked last because it may take time."""
 

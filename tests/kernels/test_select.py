@@ -250,7 +250,7 @@ def test_choices_on_a_gpu(
     """What runs each phase of a site by compute capability, where FlashInfer is installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(declarations, "find_spec", lambda name: name)
-    monkeypatch.setattr(fmha_v2, "_is_built", lambda dtype: is_built)
+    monkeypatch.setattr(fmha_v2, "is_built", lambda dtype: is_built)
     site, gpu = replace(SERVED, **changes), torch.device("cuda")
     chosen = [select.choose(site, phase, gpu, "node a").kernel for phase in PHASES]
     assert chosen == [prefill, decode]

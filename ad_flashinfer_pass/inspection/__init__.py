@@ -1,1 +1,0 @@
-"""Looking at what the pass does: graphs as data, their differences, memory plans, reports."""

@@ -46,7 +46,7 @@ def run(job: Job, config: AutoDeployConfig, out: Stdout | OutputFile, reporter: 
         How many prompts were refused or failed.
     """
     reporter.phase("load_libraries")
-    with _libraries_quiet(not debug):
+    with libraries_quiet(not debug):
         from ad_flashinfer_pass import build
 
         llm = build.build_model(config, on_event=reporter.phase)
@@ -112,7 +112,7 @@ def _report_end(llm: LLM, reporter: Reporter) -> None:
 def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool, debug: bool) -> None:
     """Write the explanation of a model to stdout."""
     reporter.phase("load_libraries")
-    with _libraries_quiet(not debug):
+    with libraries_quiet(not debug):
         from ad_flashinfer_pass.explain import as_tables, explain
 
         explanation = explain(config, on_event=reporter.phase)
@@ -128,7 +128,7 @@ def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool
 
 
 @contextmanager
-def _libraries_quiet(quiet: bool) -> Iterator[None]:
+def libraries_quiet(quiet: bool) -> Iterator[None]:
     """No warnings and logs of torch and transformers: what a user must know, this package says."""
     if not quiet:
         yield

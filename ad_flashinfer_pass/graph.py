@@ -74,6 +74,11 @@ def finish(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def has_weights(gm: fx.GraphModule) -> bool:
+    """Whether the parameters hold numbers: none is on meta, none is fake, so that the graph can be run."""
+    return not any(p.is_meta or isinstance(p, FakeTensor) for p in gm.parameters())
+
+
 def value(node: fx.Node) -> Any:
     """``meta["val"]``: a fake tensor, a SymInt, a tuple of them, or None."""
     return node.meta.get("val")
@@ -144,21 +149,30 @@ def mutates_input(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def where(node: fx.Node) -> str:
-    """The node's name and the line of the user's source that made it, for messages."""
+def source_line(node: fx.Node) -> str:
+    """File and line of the model's source that made the node; empty if it is not known."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     files = [line for line in frames if line.startswith("File ")]
     if not files:
-        return f"node {node.name}"
-    file, line, *_ = files[-1].removeprefix("File ").split(", ")
-    return f"node {node.name} ({file.strip(chr(34))}:{line.removeprefix('line ')})"
+        return ""
+    # A line of the model says more than one of the torch module that it calls.
+    own = [line for line in files if "/torch/" not in line]
+    file, line, *_ = (own or files)[-1].removeprefix("File ").split(", ")
+    return f"{file.strip(chr(34))}:{line.removeprefix('line ')}"
+
+
+def where(node: fx.Node) -> str:
+    """The node's name and the line of the user's source that made it, for messages."""
+    line = source_line(node)
+    return f"node {node.name} ({line})" if line else f"node {node.name}"
 
 
 def module_path(node: fx.Node) -> str:
     """Path of the module that made the node, for example ``model.layers.3.self_attn``."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return str(paths[-1]) if paths else ""
+    paths = [str(path) for path, _ in stack.values()]
+    # torch writes this where a pass of its own made the node.
+    return paths[-1] if paths and paths[-1] != "_empty_nn_module_stack_from_metadata_hook" else ""
 
 
 def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

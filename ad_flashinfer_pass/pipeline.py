@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ad_flashinfer_pass import registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
+from ad_flashinfer_pass.inspection.stages import StageWriter
 from ad_flashinfer_pass.metadata import SequenceInfo
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -71,14 +73,16 @@ def run(
     on_event: Callable[[str], None] | None = None,
     *,
     skip: Collection[str] = (),
+    after: Callable[[nn.Module, TransformReport], None] | None = None,
 ) -> tuple[nn.Module, list[TransformReport]]:
-    """Run every enabled transform.
+    """Run every enabled transform; with AD_DUMP_GRAPHS_DIR set, write the graph after each of them there.
 
     Args:
         model: an eval-mode module that takes input_ids and position_ids, both int64 [b, s].
         ctx: config and shared records; filled by the transforms.
         on_event: called with the transform's name before it runs.
         skip: transforms that are left out, as if they were not enabled.
+        after: called with the module and the report of each transform once it has run.
 
     Returns:
         The module that the last transform made, and one report a transform, in the order run.
@@ -90,13 +94,36 @@ def run(
         ctx.on_event = on_event
     entries = sorted(ctx.config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
     reports = []
+    writer = StageWriter.from_environment()
     for name, settings in entries:
         if not settings.enabled or name in skip:
             continue
         if on_event is not None:
             on_event(name)
+        nodes = _nodes(model)
         start = time.perf_counter()
         model, report = registry.get(name)(model, ctx)
         report.seconds = time.perf_counter() - start
+        _note_changes(report, nodes, _nodes(model))
         reports.append(report)
+        if writer is not None:
+            writer.write(model, settings.stage, name)
+        if after is not None:
+            after(model, report)
     return model, reports
+
+
+def _nodes(model: nn.Module) -> dict[fx.Node, tuple[Any, ...]]:
+    """The nodes of a graph with what they call; empty if the module is no graph."""
+    if not isinstance(model, fx.GraphModule):
+        return {}
+    return {node: (node.target, node.args, node.kwargs) for node in model.graph.nodes}
+
+
+def _note_changes(
+    report: TransformReport, before: dict[fx.Node, tuple[Any, ...]], now: dict[fx.Node, tuple[Any, ...]]
+) -> None:
+    if before and now:
+        report.removed = [node.name for node in before if node not in now]
+        report.added = [node.name for node in now if node not in before]
+        report.rewired = [node.name for node in now if node in before and now[node] != before[node]]

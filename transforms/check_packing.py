@@ -301,8 +301,8 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
     Raises:
         PackingError: the logits of a token depend on its place or on other tokens.
     """
-    if any(p.is_meta for p in gm.parameters()):
-        return f"{len(nodes)} dispatch ops not run: the weights are on meta"
+    if not g.has_weights(gm):
+        return f"{len(nodes)} dispatch ops not run: the model has no weights"
     tokens, generator = 24, torch.Generator().manual_seed(0)
     half, budget = tokens // 2, max(tokens, ctx.sequence_info.max_num_tokens)
     ids = torch.randint(0, _vocab_size(gm), (1, tokens), generator=generator).to(ctx.device)

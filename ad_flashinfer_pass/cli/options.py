@@ -78,6 +78,27 @@ MaxSeqLenOption = Annotated[
 TokensPerBlockOption = Annotated[
     int | None, option(LIMITS, "N", "Tokens of a page of the KV cache. Default: 32.")
 ]
+GraphOption = Annotated[
+    Path | None,
+    option(
+        MODEL,
+        "FILE",
+        "A graph in place of a model: an ExportedProgram that torch.export.save wrote.",
+        "--graph",
+        "-g",
+    ),
+]
+StageOption = Annotated[
+    str | None,
+    option(
+        MODEL,
+        "NAME",
+        "The graph after this transform, or after the last one of this stage. Default: the last.",
+        "--stage",
+        "-s",
+    ),
+]
+JsonOption = Annotated[bool, option(OUTPUT, None, "One JSON object.", "--json")]
 QuietOption = Annotated[bool, option(OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q")]
 DebugOption = Annotated[
     bool,

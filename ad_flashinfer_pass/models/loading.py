@@ -109,7 +109,7 @@ def _build(
             redrawn = "initializer_range" not in config.model_kwargs
             module = _random_module(hf_config, device, redrawn, settings)
         else:
-            _check_not_quantized(hf_config)
+            check_not_quantized(hf_config)
             settings.setdefault("dtype", "auto")
             module = load_weights(source.directory, hf_config, reports, **settings)
         return module.eval().requires_grad_(False).to(device)
@@ -148,7 +148,12 @@ def _random_module(
     return module
 
 
-def _check_not_quantized(hf_config: PretrainedConfig) -> None:
+def check_not_quantized(hf_config: PretrainedConfig) -> None:
+    """Refuse checkpoints with quantized weights.
+
+    Raises:
+        LoadError: names the method.
+    """
     quantization = getattr(hf_config, "quantization_config", None)
     if not quantization:
         return

@@ -1,0 +1,1 @@
+"""Looking at what the pass does: graphs as data, their differences, memory plans, reports."""

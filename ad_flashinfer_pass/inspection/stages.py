@@ -1,0 +1,186 @@
+"""The graph after each transform: of a model without its weights, or of a saved ExportedProgram."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, nearest
+from ad_flashinfer_pass.errors import ConfigError, LoadError
+from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeNames
+from ad_flashinfer_pass.inspection.text_format import from_text, to_text
+
+if TYPE_CHECKING:
+    from ad_flashinfer_pass.registry import TransformContext, TransformReport
+
+# They allocate pools and capture graphs, for which a graph without weights has no use.
+_NOT_RUN = ("initialize_cache", "compile_model")
+
+
+@dataclass
+class Stages:
+    """A run of the pass, as far as it was asked for."""
+
+    ctx: TransformContext
+    graphs: dict[str, GraphData] = field(default_factory=dict)
+    """By transform, in order; those that were asked for."""
+    reports: list[TransformReport] = field(default_factory=list)
+    module: nn.Module | None = None
+    """What the last transform made."""
+
+
+class StageWriter:
+    """Writes the graph after every transform into a directory, one text dump a file.
+
+    The files are named ``NNN_<stage>_<transform>.txt``. What an earlier run left under such names is removed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("[0-9][0-9][0-9]_*.txt"):
+            old.unlink()
+        self._directory = directory
+        self._names = NodeNames()
+        self._count = 0
+
+    @classmethod
+    def from_environment(cls) -> StageWriter | None:
+        """For the directory that AD_DUMP_GRAPHS_DIR names; in a distributed run, on rank 0 alone."""
+        directory = os.environ.get("AD_DUMP_GRAPHS_DIR")
+        if not directory or (torch.distributed.is_initialized() and torch.distributed.get_rank() != 0):
+            return None
+        return cls(Path(directory))
+
+    def write(self, model: nn.Module, stage: str, transform: str) -> None:
+        """Write every graph in ``model``."""
+        graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+        for number, gm in enumerate(graphs):
+            names = self._names if number == 0 else NodeNames()
+            names.see(gm, transform if transform != "export_model" else None)
+            suffix = f"_{number}" if number else ""
+            file = self._directory / f"{self._count:03}_{stage}_{transform}{suffix}.txt"
+            file.write_text(to_text(names.data(gm, f"graph after {transform}")), encoding="utf-8")
+        self._count += 1
+
+
+def run_stages(
+    config: AutoDeployConfig,
+    graph: Path | None = None,
+    stages: Collection[str] | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> Stages:
+    """Run the pass without weights and keep the graphs that are asked for.
+
+    Args:
+        config: the model and the settings of the pass; its device is not used.
+        graph: a file that torch.export.save wrote, in place of the model.
+        stages: names of transforms, or of stages, which stand for their last transform; the run ends with
+            the last of them. Default: all.
+        on_event: called with the name of each phase as it begins.
+
+    Raises:
+        ConfigError: an unknown stage, or the model cannot be found.
+        LoadError: the model or the file cannot be read.
+        TransformError: the pass refuses the model at a transform that has to run.
+    """
+    from ad_flashinfer_pass import pipeline
+
+    order = transform_order(config)
+    wanted = order if stages is None else [resolve(stage, config) for stage in stages]
+    last = max(order.index(name) for name in wanted)
+    if on_event is not None:
+        on_event("load_model")
+    config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
+    title = str(graph) if graph is not None else config.model
+    module = _load_program(graph) if graph is not None else _load_model(config)
+    run, names = Stages(pipeline.context(config)), NodeNames()
+
+    def keep(model: nn.Module, report: TransformReport) -> None:
+        if isinstance(model, fx.GraphModule):
+            names.see(model, report.name if report.name != order[0] else None)
+            if report.name in wanted:
+                run.graphs[report.name] = names.data(model, f"{title} after {report.name}")
+
+    skip = [*_NOT_RUN, *order[last + 1 :]]
+    run.module, run.reports = pipeline.run(module, run.ctx, on_event, skip=skip, after=keep)
+    return run
+
+
+def transform_order(config: AutoDeployConfig) -> list[str]:
+    """The enabled transforms that change a graph, in the order in which they run."""
+    entries = sorted(config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
+    return [name for name, entry in entries if entry.enabled and name not in _NOT_RUN]
+
+
+def resolve(stage: str, config: AutoDeployConfig) -> str:
+    """The transform that a name of a stage or a transform stands for.
+
+    Raises:
+        ConfigError: there is none that runs.
+    """
+    order = transform_order(config)
+    if stage in order:
+        return stage
+    in_stage = [name for name in order if config.transforms[name].stage == stage]
+    if in_stage:
+        return in_stage[-1]
+    if stage in (*STAGES, *config.transforms):
+        raise ConfigError(
+            f"--stage {stage}: no transform of it makes a new graph here; there are {', '.join(order)}."
+        )
+    known = [*order, *(config.transforms[name].stage for name in order)]
+    raise ConfigError(f"--stage {stage}: no such stage or transform; {nearest(stage, sorted(set(known)))}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether an argument names a file and not a stage."""
+    return Path(name).suffix in (".txt", ".json", ".pt2") or Path(name).is_file()
+
+
+def read_graph(file: Path) -> GraphData:
+    """A graph from a text or JSON dump, or from a saved ExportedProgram.
+
+    Raises:
+        LoadError: the file is none of them.
+    """
+    if file.suffix not in (".txt", ".json"):
+        gm, names = _load_program(file), NodeNames()
+        names.see(gm, None)
+        return names.data(gm, str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise LoadError(f"{file}: {getattr(err, 'strerror', None) or 'not text'}.") from None
+    try:
+        return from_text(text) if file.suffix == ".txt" else GraphData.model_validate_json(text)
+    except (LoadError, ValueError) as err:
+        raise LoadError(f"{file}: {' '.join(str(err).split())}") from None
+
+
+def _load_model(config: AutoDeployConfig) -> nn.Module:
+    from ad_flashinfer_pass.models.weightless import load_weightless
+
+    return load_weightless(config)
+
+
+def _load_program(file: Path) -> fx.GraphModule:
+    from ad_flashinfer_pass import ops
+
+    assert ops.__name__  # importing it registers torch.ops.ad_flashinfer, which the file may call
+    if not file.is_file():
+        raise LoadError(f"{file}: no such file; give one that torch.export.save wrote.")
+    try:
+        module = torch.export.load(file).module()
+    except Exception as err:  # zip, pickle and schema errors of every kind
+        raise LoadError(
+            f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {str(err)[:200]}). "
+            "Save one with torch.export.save, with the torch that is used here."
+        ) from err
+    assert isinstance(module, fx.GraphModule)
+    return module

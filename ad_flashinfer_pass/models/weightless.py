@@ -1,0 +1,70 @@
+"""A model without its weights: enough to export, transform and plan, in a few hundred MiB for any size."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import LoadError
+from ad_flashinfer_pass.models.loading import check_not_quantized
+from ad_flashinfer_pass.models.quiet import quiet_transformers
+from ad_flashinfer_pass.models.source import check_architecture, check_max_seq_len, find_source, read_config
+
+
+def load_weightless(config: AutoDeployConfig) -> nn.Module:
+    """The causal language model of ``config.model`` with fake weights, which have shapes and no memory.
+
+    Buffers, such as rotary frequencies, are real: masks and constants are computed from them. All of it
+    is on the CPU, whatever ``config.device`` says. Only config.json is read.
+
+    Raises:
+        ConfigError: the model cannot be found, or a key does not fit it.
+        LoadError: the model is of a kind that has no KV cache to page.
+    """
+    config = config.model_copy(update={"skip_loading_weights": True})
+    with ExitStack() as stack, quiet_transformers():
+        source = find_source(config, stack)
+        hf_config = read_config(source, config)
+        check_architecture(hf_config, config)
+        check_max_seq_len(hf_config, config)
+        check_not_quantized(hf_config)
+        settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        if config.dtype != "auto":
+            settings["dtype"] = getattr(torch, config.dtype)
+        if config.attn_implementation is not None:
+            settings["attn_implementation"] = config.attn_implementation
+        # On meta as soon as they are registered, so that no more than one is ever in memory, none is drawn.
+        hook = register_module_parameter_registration_hook(_on_meta)
+        try:
+            module = AutoModelForCausalLM.from_config(hf_config, **settings)
+        except (OSError, ValueError, ImportError) as err:
+            raise LoadError(f"{config.model}: {' '.join(str(err).split())}") from err
+        finally:
+            hook.remove()
+    return _with_fake_weights(module.eval())
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def _with_fake_weights(module: nn.Module) -> nn.Module:
+    """Weights on meta as fake tensors of the CPU: to torch.export they are like any others."""
+    mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
+    fakes: dict[nn.Parameter, nn.Parameter] = {}  # a weight that two modules share stays one
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter not in fakes:
+                fake = FakeTensor(mode, parameter.detach(), cpu)
+                fakes[parameter] = nn.Parameter(fake, requires_grad=False)
+            setattr(owner, name, fakes[parameter])
+    return module

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
     from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult
     from ad_flashinfer_pass.runtime.sampling import SamplingParams
+    from ad_flashinfer_pass.torch_compile.session import CacheSession
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AutoDeployConfig",
+    "CacheSession",
     "GenerationResult",
     "KvCacheConfig",
     "SamplingParams",
@@ -28,6 +30,7 @@ __all__ = [
 _HOME = {
     "LLM": "runtime.llm",
     "AutoDeployConfig": "config",
+    "CacheSession": "torch_compile.session",
     "GenerationResult": "runtime.llm",
     "KvCacheConfig": "config",
     "SamplingParams": "runtime.sampling",

@@ -12,7 +12,8 @@
     |   |-- PackingError         an op outside attention mixes tokens
     |   `-- UnsupportedError     no kernel can do what a site needs (the no-drop ledger)
     |-- CapacityError        pages or memory cannot hold what was asked for
-    `-- RequestError         one request is refused; the others go on
+    |-- RequestError         one request is refused; the others go on
+    `-- SessionError         a compiled model or its session is used out of order
 
 A message says what must hold, what was found, and what to do, on one line.
 """
@@ -60,3 +61,7 @@ class CapacityError(AdFlashinferError):
 
 class RequestError(AdFlashinferError, ValueError):
     """One request is refused; the message says why. Other requests are not affected."""
+
+
+class SessionError(AdFlashinferError, RuntimeError):
+    """A compiled model or its session is used out of order; nothing ran and nothing changed."""

@@ -60,8 +60,8 @@ class _Checker:
     """The rules, with the symbols of this graph."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        ids = next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
-        self._axes = {str(size): axis for size, axis in zip(g.shape(ids), (_BATCH, _SEQ), strict=True)}
+        sizes = g.shape(_input_ids(gm))
+        self._axes = {str(size): axis for size, axis in zip(sizes, (_BATCH, _SEQ), strict=True)}
 
     def factors(self, size: int | SymInt) -> tuple[int, tuple[str, ...]]:
         """A size as (constant, token axes in it); an unknown symbol counts as a token axis."""
@@ -303,6 +303,12 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
     """
     if not g.has_weights(gm):
         return f"{len(nodes)} dispatch ops not run: the model has no weights"
+    if len(gm.graph.find_nodes(op="placeholder")) > 2:
+        raise PackingError(
+            f"{g.where(nodes[0])}: {_name(nodes[0])} and others can be checked in a graph of the whole "
+            "model only, and this is a piece of one. torch.compile(..., fullgraph=True) says where it was "
+            "broken."
+        )
     tokens, generator = 24, torch.Generator().manual_seed(0)
     half, budget = tokens // 2, max(tokens, ctx.sequence_info.max_num_tokens)
     ids = torch.randint(0, _vocab_size(gm), (1, tokens), generator=generator).to(ctx.device)
@@ -312,9 +318,11 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
     # As many tokens as a step may hold, all alike and then mixed: a limit to what an expert takes shows.
     among = torch.cat((positions.new_zeros(1, budget - half), first[None]), 1)
     alike, mixed = ids[:, :1].repeat(1, budget), ids.repeat(1, -(-budget // tokens))[:, :budget]
+    takes_rows = isinstance(g.shape(_input_ids(gm))[0], SymInt)  # else it is only called with one row
+    in_rows = [("the shape of the batch", ids.view(2, half), positions.view(2, half), positions[0])]
     runs = [
         ("the order of the tokens", ids[:, order], positions[:, order], order),
-        ("the shape of the batch", ids.view(2, half), positions.view(2, half), positions[0]),
+        *(in_rows if takes_rows else []),
         ("the other tokens", torch.cat((alike[:, half:], ids[:, :half]), 1), among, first),
         ("the other tokens", torch.cat((mixed[:, half:], ids[:, :half]), 1), among, first),
     ]
@@ -325,11 +333,10 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
                 f"{g.where(nodes[0])}: with {_name(nodes[0])} and {len(nodes) - 1} more such ops, a token's "
                 f"logits depend on {what}, so sequences cannot share a batch."
             )
-    _probe_rows(gm, ids.view(2, half), positions[:, :half].repeat(2, 1), nodes[0])
-    return (
-        f"{len(nodes)} dispatch ops run on {tokens} tokens in 2 orders and 2 shapes, and among {budget}: "
-        "same logits"
-    )
+    if takes_rows:
+        _probe_rows(gm, ids.view(2, half), positions[:, :half].repeat(2, 1), nodes[0])
+    shapes = "2 orders and 2 shapes" if takes_rows else "2 orders"
+    return f"{len(nodes)} dispatch ops run on {tokens} tokens in {shapes}, and among {budget}: same logits"
 
 
 def _probe_rows(gm: fx.GraphModule, ids: Tensor, positions: Tensor, first: fx.Node) -> None:
@@ -359,16 +366,21 @@ def _nearly_equal(found: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
 
 
+def _input_ids(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
+
+
 def _vocab_size(gm: fx.GraphModule) -> int:
-    ids = next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
-    tables = [g.args(n)[0] for n in ids.users if g.is_op(n, aten.embedding)]
+    tables = [g.args(n)[0] for n in _input_ids(gm).users if g.is_op(n, aten.embedding)]
     return int(g.shape(tables[0])[0]) if tables else 2
 
 
 def _run_local(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits [tokens, vocab] with each attention replaced by its own query and value."""
     with torch.no_grad():
-        return _LocalAttention(gm).run(ids, positions).flatten(0, 1)
+        outputs = _LocalAttention(gm).run(ids, positions)
+        logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+        return logits.flatten(0, 1)
 
 
 class _SecondRow(fx.Interpreter):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,14 +60,14 @@ def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
             )
     except Exception as err:  # torch.export raises whatever the model's own code raises
         raise ExportError(
-            f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {_reason(err)}"
+            f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {reason_of(err)}"
         ) from err
-    gm, guards = _plain_module(program.module())
+    gm, guards = _single_output(program.module())
     _check_other_shapes(gm, wrapped, guards, ctx)
     return gm
 
 
-def _reason(err: Exception) -> str:
+def reason_of(err: Exception) -> str:
     """What torch.export said, in terms of the model where it spoke of its own settings."""
     text = " ".join(str(err).split())
     fixed = re.search(
@@ -107,7 +108,7 @@ def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:
         )
     for node, name in zip(inputs, ("input_ids", "position_ids"), strict=True):
         node.name = node.target = name
-    gm, guards = _plain_module(given)
+    gm, guards = _single_output(given)
     for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
         failed = _failed_guard(guards, shape)
         if failed is not None:
@@ -139,8 +140,8 @@ class _Logits(nn.Module):
         return out.logits if hasattr(out, "logits") else out[0]
 
 
-def _plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
-    """The graph with its parameters as attributes, plain inputs, one tensor out, and no hooks.
+def plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
+    """The graph with its parameters as attributes, plain inputs, a tuple of outputs, and no hooks.
 
     Also the modules that check what export assumed about the shapes of the inputs.
     """
@@ -150,13 +151,19 @@ def _plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
     for node in graph.find_nodes(op="call_module"):
         guards.append(module.get_submodule(str(node.target)))
         graph.erase_node(node)
-    output = graph.output_node()
-    result = g.args(output)[0]
-    output.args = (result[0] if isinstance(result, (tuple, list)) else result,)
     graph.set_codegen(fx.graph.CodeGen())
     gm = fx.GraphModule(module, graph)
     g.finish(gm)
     return gm, guards
+
+
+def _single_output(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
+    """``plain_module`` with the first output alone, the logits."""
+    assert isinstance(module, fx.GraphModule)
+    output = module.graph.output_node()
+    result = g.args(output)[0]
+    output.args = (result[0] if isinstance(result, (tuple, list)) else result,)
+    return plain_module(module)
 
 
 def _check_other_shapes(
@@ -178,14 +185,19 @@ def _check_other_shapes(
             )
 
 
-def _failed_guard(guards: list[nn.Module], shape: tuple[int, int]) -> str | None:
-    ids = torch.empty(shape, dtype=torch.int64, device="meta")
+def failed_guard(guards: list[nn.Module], inputs: Sequence[Tensor]) -> str | None:
+    """What export assumed about its inputs and these, on meta, do not have; None if they have all."""
     try:
         for guard in guards:
-            guard(ids, ids)
+            guard(*inputs)
     except AssertionError as err:
         return " ".join(str(err).split())
     return None
+
+
+def _failed_guard(guards: list[nn.Module], shape: tuple[int, int]) -> str | None:
+    ids = torch.empty(shape, dtype=torch.int64, device="meta")
+    return failed_guard(guards, (ids, ids))
 
 
 def _computes_the_same(

@@ -1,0 +1,234 @@
+"""``torch.compile(model, backend="flashinfer_trtllm", options={"session": session})``.
+
+Dynamo captures the model, or the pieces of it between graph breaks, and hands each graph to the backend. A
+graph is transformed when it is called first, since only then the tensors are known that it is called with:
+it takes the form of an exported graph (``pieces``), the transforms of the pipeline give each attention its
+cache, and what comes out is compiled by Inductor or by a compile backend of ``compile_model`` (``runners``).
+
+A step holds any number of sequences, one after the other in [1, total_tokens], so one graph serves prefill
+and decode. Which layer has which cache is told by its weights: of the key and of the value projection.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import pipeline
+from ad_flashinfer_pass.config import nearest
+from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, SessionError
+from ad_flashinfer_pass.registry import TransformContext
+from ad_flashinfer_pass.torch_compile import runners
+from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, exported, sources
+from ad_flashinfer_pass.torch_compile.session import Batch, CacheGroup, CacheSession, CompileRecord
+
+aten = torch.ops.aten
+_OPTIONS = ("session", "compile_backend", "mode", "cuda_graph_batch_sizes")
+_ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask", "insert_cached_attention")
+# What a session or this module does in their place.
+_NOT_HERE = ("export_model", "gather_logits_before_lm_head", "initialize_cache", "compile_model")
+
+
+def flashinfer_trtllm(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend, as torch.compile calls it.
+
+    Args:
+        gm: a graph from Dynamo.
+        example_inputs: of the call that made Dynamo capture it.
+        options: ``session`` (required), a ``CacheSession``; ``compile_backend``, how the transformed graph is
+            run: inductor (default) or one of AutoDeployConfig.compile_backend; ``mode``, Inductor's, as
+            torch.compile has it; ``cuda_graph_batch_sizes``, as in AutoDeployConfig.
+        mode: torch.compile refuses it beside options, so it stands there.
+
+    Returns:
+        What Dynamo calls in place of the graph.
+
+    Raises:
+        ConfigError: an option is unknown or has a bad value.
+        SessionError: there is no session among the options.
+    """
+    settings = _checked(options or {}, mode)
+    return _Compiled(gm, sources(gm, example_inputs), **settings)
+
+
+def _checked(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
+    for name in options:
+        if name not in _OPTIONS:
+            raise ConfigError(
+                f"torch.compile options: unknown option {name!r}; {nearest(name, list(_OPTIONS))}"
+            )
+    session = options.get("session")
+    if not isinstance(session, CacheSession):
+        given = f"got {session!r}" if "session" in options else "there is none"
+        raise SessionError(
+            f'the backend flashinfer_trtllm needs options={{"session": CacheSession(...)}}, {given}.'
+            + (
+                f' torch.compile takes mode or options: put "mode": {mode!r} into the options.'
+                if mode
+                else ""
+            )
+        )
+    backend = options.get("compile_backend", runners.INDUCTOR)
+    inductor_mode = options.get("mode", "default")
+    changes = {name: options[name] for name in ("cuda_graph_batch_sizes",) if name in options}
+    if backend != runners.INDUCTOR:
+        if "mode" in options:
+            raise ConfigError(f"the option mode is Inductor's; compile_backend is {backend!r}.")
+        session.config(compile_backend=backend, **changes)
+    elif changes:
+        raise ConfigError(f"the option {next(iter(changes))} is for backends that capture CUDA graphs.")
+    modes = ("default", *torch._inductor.list_mode_options())
+    if inductor_mode not in modes:
+        raise ConfigError(f"unknown mode {inductor_mode!r}; {nearest(str(inductor_mode), list(modes))}")
+    return {"session": session, "backend": backend, "mode": inductor_mode, "changes": changes}
+
+
+class _Compiled:
+    """What Dynamo calls in place of one graph."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: list[Source],
+        session: CacheSession,
+        backend: str,
+        mode: str,
+        changes: dict[str, Any],
+    ) -> None:
+        self.gm = gm
+        self.inputs = inputs
+        self.session = session
+        self.backend = backend
+        self.mode = mode
+        self.attributes = [i for i, source in enumerate(inputs) if source.is_attribute]
+        self._changes = changes
+        self._transformed: dict[tuple[int, ...], _Transformed] = {}
+        session.compiles.append(CompileRecord("dynamo", f"{len(gm.graph.nodes)} nodes", 0.0))
+
+    def context(self) -> TransformContext:
+        """For one run of the transforms."""
+        changes = dict(self._changes)
+        if self.backend != runners.INDUCTOR:
+            changes["compile_backend"] = self.backend
+        return TransformContext(
+            self.session.config(**changes), self.session.device, self.session.sequence_info
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on the open batch.
+
+        Raises:
+            SessionError: gradients are on, no batch is open, or the batch does not fit the state.
+            TransformError: the pass refuses the graph.
+        """
+        if torch.is_grad_enabled():
+            raise SessionError(
+                "the compiled model is for inference: the KV cache has no gradient. Use torch.no_grad."
+            )
+        batch = self.session.batch
+        # Pieces of one code, such as the layers of a model, share a graph and differ in their weights.
+        weights = tuple(id(args[i]) for i in self.attributes)
+        transformed = self._transformed.get(weights)
+        if transformed is None:
+            transformed = _Transformed(self, args, batch)
+            self._transformed[weights] = transformed
+        return transformed(batch, args)
+
+
+class _Transformed:
+    """A graph with its weights, caches and compiled code."""
+
+    def __init__(self, owner: _Compiled, args: Sequence[Any], batch: Batch) -> None:
+        session = owner.session
+        start = time.perf_counter()
+        self._piece = Piece(
+            owner.gm, owner.inputs, args, batch.inputs["input_ids"], batch.inputs["position_ids"]
+        )
+        self._weights = [args[i] for i in owner.attributes]  # their ids are taken while they live
+        ctx = owner.context()
+        gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
+        _refuse_training(gm)
+        self._group: CacheGroup | None = None
+        if _insert_caches(gm, ctx):
+            where = ctx.sites[0].module or ctx.sites[0].where
+            self._group = session.group(_layer_keys(gm), ctx.resources, where)
+        seconds = time.perf_counter() - start
+        session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
+        caches = self._group.caches if self._group is not None else []
+        self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode)
+
+    def __call__(self, batch: Batch, args: Sequence[Any]) -> Any:
+        for name, index in self._piece.where.items():
+            if args[index] is not batch.inputs[name]:
+                raise SessionError(f"{name} is not that of the open batch: call the model with batch.inputs.")
+        if self._group is not None:
+            self._group.check(batch)
+        outputs = self._runner(batch, [args[i] for i in self._piece.extra])
+        if self._group is not None:
+            batch.ran.add(self._group)
+        return outputs
+
+
+def _insert_caches(gm: fx.GraphModule, ctx: TransformContext) -> bool:
+    """Run the transforms in place; whether the graph has attention."""
+    try:
+        pipeline.run(gm, ctx, skip=_NOT_HERE)
+    except NoAttentionError:
+        # A piece between graph breaks, or a model without attention, which the batch refuses when it ends.
+        pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS))
+        return False
+    return True
+
+
+def _refuse_training(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if g.is_op(node, aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.native_dropout):
+            args = g.op_args(node)
+            if args["train"] and args["p"]:
+                raise SessionError(
+                    f"{g.where(node)}: the model is in training mode: call model.eval() first."
+                )
+
+
+def _layer_keys(gm: fx.GraphModule) -> list[Hashable]:
+    """What tells each cache of a graph from all others: the weights that K and V are projected with.
+
+    A layer that runs more than once, as in models that share weights, has a cache each time.
+    """
+    keys: list[Hashable] = []
+    seen: Counter[Hashable] = Counter()
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.ad_flashinfer.append_kv.default):
+        cache = g.value(g.args(node)[3])
+        key = (*(_projection(x) for x in g.args(node)[:2]), tuple(cache.shape[1:]), cache.dtype)
+        keys.append((*key, seen[key]))
+        seen[key] += 1
+    return keys
+
+
+def _projection(node: fx.Node) -> int:
+    """Identity of the nearest weight matrix that a tensor is made with."""
+    level, seen = [node], {node}
+    while level:
+        for current in level:
+            if current.op == "get_attr":
+                weight = g.attribute(current)
+                if isinstance(weight, nn.Parameter) and weight.dim() > 1:
+                    return id(weight)
+        level = [x for current in level for x in current.all_input_nodes if x not in seen]
+        seen.update(level)
+    raise SessionError(
+        f"{g.where(node)}: this attention takes K or V that no weight of its graph makes: a graph break "
+        "stands between the projections and the attention. torch.compile(..., fullgraph=True) says where."
+    )

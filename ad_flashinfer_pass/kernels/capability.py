@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from ad_flashinfer_pass.kernels import modules as flashinfer_modules
+
+if TYPE_CHECKING:
+    from flashinfer.jit.core import JitSpecNvcc
 
 Phase = Literal["prefill", "decode"]
 
@@ -52,10 +56,8 @@ class Capability:
     device_types: frozenset[str] | None = None
     compute_majors: frozenset[int] | None = None
     """Major numbers of the CUDA compute capability; None also means no CUDA device is needed."""
-    package: str | None = None
-    """Python package that must be installed."""
     dtypes: frozenset[torch.dtype] | None = None
-    kv_dtypes: frozenset[torch.dtype] | None = None
+    kv_dtypes: Mapping[Phase, frozenset[torch.dtype]] | None = None
     """Of the cache, beside the query's own; whoever reads 8 bits applies ``k_scale`` and ``v_scale``."""
     page_sizes: frozenset[int] | None = None
     head_dims: frozenset[int] | None = None
@@ -71,10 +73,13 @@ class Capability:
     shared_kv: bool = True
     mixed_head_dims: bool = True
     """K and V of different head size."""
-    host_phases: frozenset[Phase] = frozenset()
-    """Phases in which it reads lengths on the host, so that a CUDA graph cannot hold them."""
-    missing: Callable[[Site], str | None] | None = None
-    """What this machine lacks for a site that all else allows, asked last because it may take time."""
+    modules: Callable[[Site, int], Sequence[JitSpecNvcc]] | None = None
+    """FlashInfer's modules that run a site, by the compute capability's major; None: FlashInfer is not used.
+
+    Asked last, because the answer may take time.
+    """
+    compiles: bool = True
+    """False if its modules take too long to be compiled by the first call that needs them."""
 
     def refusals(self, site: Site, phase: Phase, device: torch.device) -> list[str]:
         """Every reason why this provider cannot run a phase of ``site``, as text; empty if it can.
@@ -86,14 +91,20 @@ class Capability:
             elsewhere = _unknown({"compute capability major": (_compute_major(device), self.compute_majors)})
         if elsewhere:
             return elsewhere
-        refused = self._refused_items(site)
-        if self.package is not None and find_spec(self.package) is None:
-            refused.append(f"package {self.package} is not installed")
-        lacks = self.missing(site) if self.missing is not None and not refused else None
-        return refused if lacks is None else [lacks]
+        refused = self._refused_items(site, phase)
+        if self.modules is None:
+            return refused
+        problem = flashinfer_modules.problem()
+        if problem is not None:
+            refused.append(problem)
+        if refused:
+            return refused
+        needed = self.modules(site, _compute_major(device))
+        lacking = (flashinfer_modules.lacking(spec, compiles=self.compiles) for spec in needed)
+        return [reason for reason in lacking if reason is not None]
 
-    def _refused_items(self, site: Site) -> list[str]:
-        kv_dtypes = None if self.kv_dtypes is None else self.kv_dtypes | {site.dtype}
+    def _refused_items(self, site: Site, phase: Phase) -> list[str]:
+        kv_dtypes = None if self.kv_dtypes is None else self.kv_dtypes.get(phase, frozenset()) | {site.dtype}
         refused = _unknown(
             {
                 "dtype": (site.dtype, self.dtypes),

@@ -6,8 +6,8 @@ and masks, which takes tens of processor minutes, so this provider is chosen onl
 What it does not check, and what is done here about it:
 
 - The tensor ``seq_lens`` is never read; the lengths come from prefix sums.
-- If the query has batch * max_q_len rows, all sequences are taken to be as long as the first. A captured call
-  is replayed with other lengths, so max_q_len, which is only an upper bound, is kept off that.
+- If the query has batch * max_q_len rows, all sequences are taken to be equally long. Here max_q_len is the
+  smaller of all rows and the longest sequence possible, so that this holds only if they are.
 - The window applies whenever it is shorter than max_kv_len, whatever the mask mode; one of a single token
   must be asked for by the mode.
 - The pool's strides are derived from its shape: a pool that is a strided view of another is refused.
@@ -16,29 +16,32 @@ What it does not check, and what is done here about it:
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashinfer.jit.core import JitSpecNvcc
 
 _LAYOUT = "Q_PAGED_KV_HND"
 _WORKSPACE_BYTES = 2**27
 
 
 @cache
-def is_built(dtype: torch.dtype) -> bool:
-    """Whether FlashInfer's module for this dtype is on this machine."""
+def _module(dtype: torch.dtype) -> JitSpecNvcc:
     from flashinfer.jit.attention.modules import gen_fmha_v2_module
 
-    return gen_fmha_v2_module(_LAYOUT, dtype).is_compiled
+    return gen_fmha_v2_module(_LAYOUT, dtype)
 
 
-def _missing(site: Site) -> str | None:
-    return None if is_built(site.dtype) else "its FlashInfer module is not built"
+def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
+    """The FlashInfer modules that run a site."""
+    return [_module(site.dtype)]
 
 
 CAPABILITY = Capability(
@@ -46,19 +49,20 @@ CAPABILITY = Capability(
     phases=frozenset({"prefill"}),
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({9}),
-    package="flashinfer",
     dtypes=frozenset({torch.bfloat16}),
-    kv_dtypes=frozenset(),
+    kv_dtypes={},
     page_sizes=frozenset({16, 32, 64, 128}),
     head_dims=frozenset({64, 128, 256}),
     logit_cap=False,
     chunk=False,
     alibi=False,
     mixed_head_dims=False,
-    missing=_missing,
+    modules=modules,
+    compiles=False,
 )
 
 
+@cache
 def _workspace(device: torch.device) -> Tensor:
     """For one stream at a time; the kernel clears what it needs cleared."""
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -83,19 +87,16 @@ def prefill(
     is_windowed = spec.sliding_window is not None and spec.sliding_window < max_kv_len
     query = query.contiguous()
     out = torch.empty_like(query)
-    num_rows, batch = query.shape[0], seq_len_with_cache.shape[0]
-    max_q_len = min(num_rows, max_kv_len)
-    max_q_len += batch > 1 and num_rows == batch * max_q_len
     trtllm_fmha_v2_prefill(
         (query, kv_cache),
         _LAYOUT,
-        workspaces.get(_workspace, query.device),
+        _workspace(query.device),
         seq_len_with_cache,
-        max_q_len,
-        max(max_kv_len, max_q_len),
+        min(query.shape[0], max_kv_len),
+        max_kv_len,
         float(spec.scale),
         1.0,
-        batch,
+        seq_len_with_cache.shape[0],
         cu_seqlen,
         F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
         block_tables=block_table,

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import fmha_v2, reference, xqa
+from ad_flashinfer_pass.kernels import fa, fmha_v2, reference, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 
-PROVIDERS: dict[str, ModuleType] = {module.CAPABILITY.name: module for module in (xqa, fmha_v2, reference)}
+PROVIDERS: dict[str, ModuleType] = {
+    module.CAPABILITY.name: module for module in (xqa, trtllm_gen, fmha_v2, fa, reference)
+}
 
 
 class Choice(NamedTuple):

@@ -13,21 +13,39 @@ windowed or not: every combination must have been called once before a graph is 
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.capability import Capability
+from ad_flashinfer_pass.kernels.capability import Capability, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashinfer.jit.core import JitSpecNvcc
+
+
+def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
+    """The FlashInfer modules that run a site."""
+    from flashinfer.jit.xqa import gen_xqa_module
+
+    group = site.num_heads // site.num_kv_heads
+    is_windowed = site.sliding_window is not None
+    return [
+        gen_xqa_module(
+            site.dtype, site.kv_dtype, site.page_size, site.head_dim, group, is_windowed, site.dtype
+        )
+    ]
+
 
 CAPABILITY = Capability(
     name="xqa",
     phases=frozenset({"decode"}),
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({9, 12}),
-    package="flashinfer",
     dtypes=frozenset({torch.bfloat16, torch.float16}),
-    kv_dtypes=frozenset({torch.float8_e4m3fn}),
+    kv_dtypes={"decode": frozenset({torch.float8_e4m3fn})},
     page_sizes=frozenset({16, 32, 64, 128}),
     head_dims=frozenset(range(16, 257, 16)),
     max_group_elements=8192,
@@ -35,6 +53,7 @@ CAPABILITY = Capability(
     chunk=False,
     alibi=False,
     mixed_head_dims=False,
+    modules=modules,
 )
 
 _SEMAPHORES = 2**21
@@ -55,9 +74,10 @@ class Workspace:
         self.num_processors = torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
 def workspace(device: torch.device) -> Workspace:
     """The workspace of a device, made at the first call, which must not be in a capture."""
-    return workspaces.get(Workspace, device)
+    return Workspace(device)
 
 
 def decode(

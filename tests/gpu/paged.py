@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec, visibility_bias
 from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 
@@ -50,6 +51,23 @@ class Shape:
         options += f"-c{self.logit_cap}" if self.logit_cap else ""
         options += "-sinks" * self.has_sinks
         return f"p{self.page_size}-g{self.group}-d{self.head_dim}-{str(self.dtype)[6:]}{options}"
+
+
+def site_of(shape: Shape) -> Site:
+    """The site that asks for a shape."""
+    return Site(
+        dtype=shape.dtype,
+        kv_dtype=shape.kv_dtype or shape.dtype,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        v_head_dim=shape.head_dim,
+        page_size=shape.page_size,
+        scale=shape.spec.scale,
+        sliding_window=shape.sliding_window,
+        logit_cap=shape.logit_cap,
+        has_sinks=shape.has_sinks,
+    )
 
 
 class PagedBatch:

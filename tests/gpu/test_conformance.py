@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import fmha_v2, select, xqa
-from ad_flashinfer_pass.kernels.capability import Site
-from tests.gpu.paged import DEVICE, PagedBatch, Shape
+from ad_flashinfer_pass.kernels import fa, fmha_v2, select, xqa
+from ad_flashinfer_pass.kernels.capability import Phase
+from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 
 PLAIN = Shape()
 DECODE = [
@@ -45,25 +46,22 @@ PREFILL = [
 ]
 
 
+FA = [
+    FP8,
+    replace(FP8, head_dim=64, group=2),
+    replace(FP8, page_size=128, group=16),
+    PLAIN,
+    replace(PLAIN, page_size=7),
+    replace(PLAIN, head_dim=64, group=2, logit_cap=2.0),
+    replace(PLAIN, head_dim=64, group=2, logit_cap=2.0, sliding_window=12),
+    replace(PLAIN, head_dim=256, group=2),
+]
+MIXED_LENGTHS = [(0, 2), (0, 31), (0, 300), (32, 32), (63, 65), (1, 2), (500, 129)]
+
+
 def edges(page: int) -> list[int]:
     """Lengths at and around what a kernel's loops divide by."""
     return [1, 2, page - 1, page, page + 1, 2 * page, 255, 256, 257, 700]
-
-
-def site_of(shape: Shape) -> Site:
-    return Site(
-        dtype=shape.dtype,
-        kv_dtype=shape.kv_dtype or shape.dtype,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        v_head_dim=shape.head_dim,
-        page_size=shape.page_size,
-        scale=shape.spec.scale,
-        sliding_window=shape.sliding_window,
-        logit_cap=shape.logit_cap,
-        has_sinks=shape.has_sinks,
-    )
 
 
 def assert_decodes(batch: PagedBatch) -> None:
@@ -174,3 +172,56 @@ def test_fmha_v2_prefills_every_shape(shape: Shape) -> None:
             None,
         )
         assert_within_bound(batch, out)
+
+
+def skip_unless_it_runs(provider: ModuleType, shape: Shape, phase: Phase) -> None:
+    refusals = provider.CAPABILITY.refusals(site_of(shape), phase, DEVICE)
+    if refusals:
+        pytest.skip(", ".join(refusals))
+
+
+@pytest.mark.parametrize("shape", FA, ids=str)
+def test_fa_prefills_every_shape(shape: Shape) -> None:
+    """Fresh sequences and chunks with a past, over caches of 8 bits and under logit caps too."""
+    skip_unless_it_runs(fa, shape, "prefill")
+    for lengths in (MIXED_LENGTHS, [(0, 200)], [(0, 64)] * 3):
+        batch = PagedBatch(lengths, shape, seed=len(lengths))
+        n = len(lengths)
+        out = fa.prefill(
+            batch.query,
+            batch.kv_cache,
+            batch.args["cu_seqlen"][: n + 1],
+            batch.args["seq_len_with_cache"][:n],
+            batch.block_table[:n],
+            shape.head_dim,
+            shape.spec,
+            batch.sinks,
+            None,
+        )
+        assert_within_bound(batch, out)
+
+
+@pytest.mark.parametrize("shape", FA, ids=str)
+def test_fa_decodes_every_shape(shape: Shape) -> None:
+    """Lengths on and beside every edge, few sequences, whose keys are split, and many."""
+    skip_unless_it_runs(fa, shape, "decode")
+    for lengths in ([length - 1 for length in edges(shape.page_size)], [9000, 3], list(range(0, 640, 5))):
+        batch = PagedBatch([(length, 1) for length in lengths], shape)
+        n = len(lengths)
+        lens, table = batch.args["seq_len_with_cache"][:n], batch.block_table[:n]
+        out = fa.decode(batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, None, None)
+        assert_within_bound(batch, out)
+
+
+def test_fa_plans_once_a_step_and_anew_for_the_next() -> None:
+    """Layers of one step share a plan; a step whose table lies elsewhere gets its own."""
+    skip_unless_it_runs(fa, PLAIN, "decode")
+    for seed in range(4):
+        batch = PagedBatch([(100 * seed + 7, 1), (40, 1)], PLAIN, seed)
+        args = (batch.args["seq_len_with_cache"][:2], batch.block_table[:2], 128, PLAIN.spec, None, None)
+        for _ in range(2):
+            assert_within_bound(batch, fa.decode(batch.query, batch.kv_cache, *args))
+            batch.query, batch.kv_cache = (
+                batch.random(*batch.query.shape),
+                batch.random(*batch.kv_cache.shape),
+            )

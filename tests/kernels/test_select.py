@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import capability as declarations
-from ad_flashinfer_pass.kernels import fmha_v2, reference, select, xqa
+from ad_flashinfer_pass.kernels import modules, reference, select, xqa
 from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site, ledger
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dtype": ({"dtype": torch.bfloat16}, {"dtypes": frozenset({torch.float32})}, "dtype torch.bfloat16"),
     "kv_dtype": (
         {"kv_dtype": torch.float16},
-        {"kv_dtypes": frozenset({torch.float32})},
+        {"kv_dtypes": dict.fromkeys(("prefill", "decode"), frozenset({torch.float32}))},
         "KV dtype torch.float16",
     ),
     "num_heads": ({"num_heads": 8, "num_kv_heads": 1}, {"max_group": 4}, "8 query heads a KV head"),
@@ -165,6 +165,12 @@ def test_choose_on_a_cpu_gives_the_reference(phase: Phase) -> None:
     assert "dtype" not in reason
 
 
+def needing(*, is_aot: bool, is_compiled: bool, compiles: bool = True) -> Capability:
+    """A provider with one module of FlashInfer."""
+    spec: Any = SimpleNamespace(is_aot=is_aot, is_compiled=is_compiled)
+    return Capability(name="a", modules=lambda site, major: [spec], compiles=compiles)
+
+
 @pytest.mark.parametrize(
     ("capability", "refusal"),
     [
@@ -172,35 +178,86 @@ def test_choose_on_a_cpu_gives_the_reference(phase: Phase) -> None:
             Capability(name="a", compute_majors=frozenset({9, 12})),
             "compute capability major 0 (it has 12, 9)",
         ),
-        (Capability(name="a", package="no_such_package"), "package no_such_package is not installed"),
-        (
-            Capability(name="a", missing=lambda site: f"no module for {site.dtype}"),
-            "no module for torch.float32",
-        ),
+        (needing(is_aot=False, is_compiled=True), "flashinfer-python is not installed"),
     ],
-    ids=["compute_major", "package", "missing"],
+    ids=["compute_major", "flashinfer"],
 )
-def test_the_machine_is_judged(capability: Capability, refusal: str) -> None:
+def test_the_machine_is_judged(capability: Capability, refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A provider that this machine cannot run refuses, and says what is lacking."""
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(modules, "version", absent)
     assert capability.refusals(PLAIN, "decode", CPU) == [refusal]
 
 
-def test_what_is_missing_is_asked_only_of_a_site_that_could_run() -> None:
+@pytest.mark.parametrize(
+    ("capability", "nvcc", "disabled", "refusal"),
+    [
+        (needing(is_aot=True, is_compiled=True), None, True, None),
+        (
+            needing(is_aot=False, is_compiled=True),
+            "nvcc",
+            True,
+            "its FlashInfer module is not prebuilt, and FLASHINFER_DISABLE_JIT is set",
+        ),
+        (
+            needing(is_aot=False, is_compiled=False),
+            None,
+            False,
+            "its FlashInfer module is not prebuilt, and there is no nvcc to build it",
+        ),
+        (needing(is_aot=False, is_compiled=False), "nvcc", False, None),
+        (
+            needing(is_aot=False, is_compiled=False, compiles=False),
+            "nvcc",
+            False,
+            "its FlashInfer module is not built",
+        ),
+        (needing(is_aot=False, is_compiled=True, compiles=False), "nvcc", False, None),
+    ],
+    ids=["prebuilt", "no_jit", "no_nvcc", "compiled_at_first_call", "compiles_too_long", "was_compiled"],
+)
+def test_a_module_must_be_prebuilt_or_can_be_compiled(
+    capability: Capability,
+    nvcc: str | None,
+    disabled: bool,
+    refusal: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A provider whose module this machine can neither load nor make is passed over with the reason."""
+    monkeypatch.setattr(modules, "problem", lambda: None)
+    monkeypatch.setattr(modules, "nvcc", lambda: nvcc)
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1" if disabled else "")
+    assert capability.refusals(PLAIN, "decode", CPU) == ([] if refusal is None else [refusal])
+
+
+def test_an_old_flashinfer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signatures differ; the reason names both versions."""
+    monkeypatch.setattr(modules, "version", lambda name: "0.6.1")
+    assert needing(is_aot=True, is_compiled=True).refusals(PLAIN, "decode", CPU) == [
+        f"flashinfer-python 0.6.1 is installed, {modules.OLDEST_FLASHINFER} or newer is needed"
+    ]
+
+
+def test_modules_are_asked_only_of_a_site_that_could_run() -> None:
     """The question may take time, so a site that is refused anyway does not ask it."""
 
-    def missing(site: Site) -> str | None:
+    def asked(site: Site, compute_major: int) -> list[Any]:
         raise AssertionError(f"asked for {site}")
 
-    capability = Capability(name="a", page_sizes=frozenset({16}), missing=missing)
-    assert capability.refusals(PLAIN, "decode", CPU) == ["page size 32 (it has 16)"]
+    capability = Capability(name="a", page_sizes=frozenset({16}), modules=asked)
+    assert "page size 32 (it has 16)" in capability.refusals(PLAIN, "decode", CPU)
 
 
 def test_a_cache_of_another_dtype_needs_a_kernel_that_converts() -> None:
     """Both dtypes may be allowed, and still not together; a cache of the query's dtype always is."""
     site = replace(PLAIN, kv_dtype=torch.float16)
     both = frozenset({torch.float16, torch.float32})
-    capability = Capability(name="a", dtypes=both, kv_dtypes=frozenset())
+    capability = Capability(name="a", dtypes=both, kv_dtypes={"prefill": frozenset({torch.float16})})
     assert Capability(name="a", dtypes=both).refusals(site, "decode", CPU) == []
+    assert capability.refusals(site, "prefill", CPU) == []
     assert capability.refusals(site, "decode", CPU) == ["KV dtype torch.float16 (it has torch.float32)"]
     assert capability.refusals(PLAIN, "decode", CPU) == []
 
@@ -221,36 +278,49 @@ SERVED = replace(PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, head_dim=
 
 
 @pytest.mark.parametrize(
-    ("changes", "major", "is_built", "prefill", "decode"),
+    ("changes", "major", "built", "prefill", "decode"),
     [
-        ({}, 9, True, "fmha_v2", "xqa"),
-        ({}, 9, False, "reference", "xqa"),
-        ({"sliding_window": 7, "has_sinks": True, "shares_kv": True}, 9, True, "fmha_v2", "xqa"),
-        ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, True, "reference", "xqa"),
-        ({"kv_dtype": torch.float16}, 9, True, "reference", "reference"),
-        ({"kv_dtype": torch.float8_e4m3fn}, 9, True, "reference", "xqa"),
-        ({"logit_cap": 50.0}, 9, True, "reference", "reference"),
-        ({"chunk": 8}, 9, True, "reference", "reference"),
-        ({"has_alibi": True}, 9, True, "reference", "reference"),
-        ({"page_size": 24}, 9, True, "reference", "reference"),
-        ({"v_head_dim": 64}, 9, True, "reference", "reference"),
-        ({}, 12, True, "reference", "xqa"),
-        ({}, 10, True, "reference", "reference"),
-        ({}, 8, True, "reference", "reference"),
+        ({}, 9, "fmha_v2 fa xqa", "fmha_v2", "xqa"),
+        ({}, 9, "fa xqa", "fa", "xqa"),
+        ({}, 9, "xqa", "reference", "xqa"),
+        ({}, 9, "", "reference", "reference"),
+        ({"sliding_window": 7, "has_sinks": True, "shares_kv": True}, 9, "fmha_v2 fa xqa", "fmha_v2", "xqa"),
+        ({"has_sinks": True}, 9, "fa xqa", "reference", "xqa"),
+        ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, "fmha_v2 fa xqa", "fa", "xqa"),
+        ({"kv_dtype": torch.float16}, 9, "fmha_v2 fa xqa", "reference", "reference"),
+        ({"kv_dtype": torch.float8_e4m3fn}, 9, "fmha_v2 fa xqa", "fa", "xqa"),
+        ({"logit_cap": 50.0}, 9, "fmha_v2 fa xqa", "fa", "fa"),
+        ({"chunk": 8}, 9, "fmha_v2 fa xqa", "reference", "reference"),
+        ({"has_alibi": True}, 9, "fmha_v2 fa xqa", "reference", "reference"),
+        ({"page_size": 24}, 9, "fmha_v2 fa xqa", "fa", "fa"),
+        ({"v_head_dim": 64}, 9, "fmha_v2 fa xqa", "reference", "reference"),
+        ({}, 12, "fmha_v2 fa xqa", "fa", "xqa"),
+        ({}, 10, "fmha_v2 fa xqa", "trtllm_gen", "trtllm_gen"),
+        ({"kv_dtype": torch.float8_e4m3fn}, 10, "fa", "fa", "trtllm_gen"),
+        ({"logit_cap": 50.0}, 10, "fa", "fa", "fa"),
+        ({}, 8, "fmha_v2 fa xqa", "fa", "fa"),
+        ({}, 7, "fmha_v2 fa xqa", "reference", "reference"),
     ],
 )
 def test_choices_on_a_gpu(
     changes: dict[str, Any],
     major: int,
-    is_built: bool,
+    built: str,
     prefill: str,
     decode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What runs each phase of a site by compute capability, where FlashInfer is installed."""
+    """What runs each phase of a site, by compute capability and by the modules that are there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    monkeypatch.setattr(declarations, "find_spec", lambda name: name)
-    monkeypatch.setattr(fmha_v2, "is_built", lambda dtype: is_built)
+    monkeypatch.setattr(modules, "problem", lambda: None)
+    monkeypatch.setattr(modules, "nvcc", lambda: None)
+    for name, module in select.PROVIDERS.items():
+        if name == "trtllm_gen":
+            continue
+        spec = SimpleNamespace(is_aot=name in built.split(), is_compiled=False)
+        given = None if name == "reference" else (lambda site, major, spec=spec: [spec])
+        capability = replace(module.CAPABILITY, modules=given)
+        monkeypatch.setitem(select.PROVIDERS, name, SimpleNamespace(CAPABILITY=capability))
     site, gpu = replace(SERVED, **changes), torch.device("cuda")
     chosen = [select.choose(site, phase, gpu, "node a").kernel for phase in PHASES]
     assert chosen == [prefill, decode]

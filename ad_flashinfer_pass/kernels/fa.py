@@ -1,0 +1,282 @@
+"""FlashInfer's FA2 and FA3 kernels: what no TRT-LLM kernel does, on compute capability 8.x and above.
+
+Logit caps, prefill over an 8-bit cache, and every GPU that has no TRT-LLM kernel. FA3 where it can do the
+site (compute capability 9.x, a cache of the query's dtype) and its module is built, else FA2.
+
+They need a plan, made on the host from the lengths of a step, so that each step waits for the device once:
+
+- Eagerly, the first layer of a step plans for all like it. A step is known by its block table, which must be
+  a new tensor in every step; holding it keeps its address from being used again.
+- In a CUDA graph, the plan lies in buffers at fixed addresses. ``planning`` collects the plans of a capture,
+  to be renewed before each replay; only decode can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site
+from ad_flashinfer_pass.kernels.modules import lacking
+from ad_flashinfer_pass.kernels.reference import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashinfer.jit.core import JitSpecNvcc
+
+_WORKSPACE_BYTES = 384 * 2**20
+"""For partial results of split sequences; as much as vLLM 0.24 gives these kernels."""
+
+
+class _Shape(NamedTuple):
+    """What the plans and the module of one attention depend on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    scale: float
+    sliding_window: int | None
+    logit_cap: float | None
+
+
+@cache
+def _module(backend: str, shape: _Shape) -> JitSpecNvcc:
+    # FlashInfer's wrapper loads the first for fa2, though its name is private, and the second for fa3.
+    from flashinfer.jit.attention.modules import _gen_batch_prefill_primary_module, gen_batch_prefill_module
+
+    make = _gen_batch_prefill_primary_module if backend == "fa2" else gen_batch_prefill_module
+    return make(
+        backend,
+        shape.dtype,
+        shape.kv_dtype,
+        shape.dtype,
+        torch.int32,
+        shape.head_dim,
+        shape.head_dim,
+        0,  # no positional encoding
+        shape.sliding_window is not None,
+        shape.logit_cap is not None,
+        False,  # products of Q and K are summed in float32
+    )
+
+
+def _backend(shape: _Shape, compute_major: int) -> str:
+    can_be_fa3 = compute_major == 9 and shape.kv_dtype == shape.dtype
+    return "fa3" if can_be_fa3 and lacking(_module("fa3", shape), compiles=False) is None else "fa2"
+
+
+def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
+    """The FlashInfer modules that run a site on a device of that compute capability."""
+    shape = _Shape(
+        site.num_heads,
+        site.num_kv_heads,
+        site.head_dim,
+        site.page_size,
+        site.dtype,
+        site.kv_dtype,
+        site.scale,
+        site.sliding_window,
+        site.logit_cap,
+    )
+    return [_module(_backend(shape, compute_major), shape)]
+
+
+CAPABILITY = Capability(
+    name="fa",
+    device_types=frozenset({"cuda"}),
+    compute_majors=frozenset({8, 9, 10, 12}),
+    dtypes=frozenset({torch.bfloat16, torch.float16}),
+    kv_dtypes=dict.fromkeys(("prefill", "decode"), frozenset({torch.float8_e4m3fn})),
+    head_dims=frozenset({64, 128, 256}),
+    chunk=False,
+    sinks=False,
+    alibi=False,
+    mixed_head_dims=False,
+    modules=modules,
+)
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    """For one stream at a time, and for these kernels alone."""
+    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+class _Planned:
+    """FlashInfer's wrapper for one attention, and what it was planned for.
+
+    Args:
+        shape: of the attention.
+        device: CUDA device.
+        graph: sequences, and pages at most, of a graph, whose plans keep their addresses; else None.
+    """
+
+    def __init__(self, shape: _Shape, device: torch.device, graph: tuple[int, int] | None = None) -> None:
+        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+
+        self._shape = shape
+        self._block_table: Tensor | None = None
+        options: dict[str, Any] = {}
+        if graph is not None:
+            batch, num_pages = graph
+            sizes = {"qo_indptr": batch + 1, "paged_kv_indptr": batch + 1, "paged_kv_indices": num_pages}
+            sizes["paged_kv_last_page_len"] = batch
+            options = {
+                f"{name}_buf": torch.zeros(size, dtype=torch.int32, device=device)
+                for name, size in sizes.items()
+            }
+        self.wrapper = BatchPrefillWithPagedKVCacheWrapper(
+            _workspace(device),
+            "HND",
+            use_cuda_graph=graph is not None,
+            backend=_backend(shape, torch.cuda.get_device_capability(device)[0]),
+            **options,
+        )
+
+    def plan_step(self, bounds: Tensor | None, lens: Tensor, block_table: Tensor) -> None:
+        """Plan for a step, unless that was done: it is known by the address of its block table."""
+        if self._block_table is not None and self._block_table.data_ptr() == block_table.data_ptr():
+            return
+        self._block_table = block_table
+        on_host = lens.tolist()
+        page_size, width = self._shape.page_size, block_table.shape[1]
+        used = [row * width + i for row, n in enumerate(on_host) for i in range(-(-n // page_size))]
+        indices = torch.tensor(used, dtype=torch.int32, device=block_table.device)
+        pages = block_table.reshape(-1).index_select(0, indices)
+        self.plan(range(len(on_host) + 1) if bounds is None else bounds.tolist(), on_host, pages)
+
+    def plan(self, bounds: Sequence[int], lens: Sequence[int], pages: Tensor) -> None:
+        """Plan for sequences.
+
+        Args:
+            bounds: prefix sums of the new tokens.
+            lens: cached and new tokens of each sequence.
+            pages: int32, on the device, page ids of all sequences, concatenated; what is beyond is not read.
+        """
+        shape = self._shape
+        kv_bounds = [0, *accumulate(-(-n // shape.page_size) for n in lens)]
+        self.wrapper.plan(
+            torch.tensor(bounds, dtype=torch.int32),
+            torch.tensor(kv_bounds, dtype=torch.int32),
+            pages[: kv_bounds[-1]],
+            torch.tensor([(n - 1) % shape.page_size + 1 for n in lens], dtype=torch.int32),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            causal=True,
+            sm_scale=shape.scale,
+            window_left=-1 if shape.sliding_window is None else shape.sliding_window - 1,
+            logits_soft_cap=shape.logit_cap,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.kv_dtype,
+        )
+
+    def renew(self, seq_len_with_cache: Tensor, cache_loc: Tensor) -> None:
+        """Plan a captured decode step anew; ``seq_len_with_cache`` is cut to the sequences of the graph."""
+        # Reading the lengths waits for the device, so that the last plan's copies from its staging are done.
+        lens = seq_len_with_cache.tolist()
+        self.plan(range(len(lens) + 1), lens, cache_loc)
+
+    def run(self, query: Tensor, kv_cache: Tensor, spec: AttentionSpec) -> Tensor:
+        """Attend as planned."""
+        return self.wrapper.run(
+            query.contiguous(),
+            kv_cache,
+            k_scale=spec.k_scale,
+            v_scale=spec.v_scale,
+            out=torch.empty_like(query, memory_format=torch.contiguous_format),
+            enable_pdl=False,
+        )
+
+
+class GraphPlans:
+    """The plans that a captured decode step reads; renewed before each replay."""
+
+    def __init__(self) -> None:
+        self.planned: dict[_Shape, _Planned] = {}
+        self.batch = 0
+
+    def renew(self, seq_len_with_cache: Tensor, cache_loc: Tensor) -> None:
+        """Plan for the lengths and pages of the next replay; waits for the device if there is a plan.
+
+        Args:
+            seq_len_with_cache: int32 [max_batch_size].
+            cache_loc: int32 [*], page ids of all sequences, concatenated.
+        """
+        for planned in self.planned.values():
+            planned.renew(seq_len_with_cache[: self.batch], cache_loc)
+
+
+_graph: GraphPlans | None = None
+
+
+@contextmanager
+def planning() -> Iterator[GraphPlans]:
+    """Within it decode runs as in a CUDA graph: warm it up once, capture it, and keep the plans."""
+    global _graph
+    _graph = GraphPlans()
+    try:
+        yield _graph
+    finally:
+        _graph = None
+
+
+@cache
+def _planned(phase: Phase, shape: _Shape, device: torch.device) -> _Planned:
+    return _Planned(shape, device)
+
+
+def prefill(
+    query: Tensor,
+    kv_cache: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """See ``kernels.select``; the first call of a step waits for the device."""
+    planned = _planned("prefill", _shape(query, kv_cache, spec), query.device)
+    planned.plan_step(cu_seqlen, seq_len_with_cache, block_table)
+    return planned.run(query, kv_cache, spec)
+
+
+def decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """See ``kernels.select``; outside ``planning`` the first call of a step waits for the device."""
+    shape = _shape(query, kv_cache, spec)
+    if _graph is None:
+        planned = _planned("decode", shape, query.device)
+        planned.plan_step(None, seq_len_with_cache, block_table)
+        return planned.run(query, kv_cache, spec)
+    if shape not in _graph.planned:
+        batch = _graph.batch = query.shape[0]
+        planned = _graph.planned[shape] = _Planned(shape, query.device, (batch, block_table.numel()))
+        planned.plan_step(None, seq_len_with_cache, block_table)
+    return _graph.planned[shape].run(query, kv_cache, spec)
+
+
+def _shape(query: Tensor, kv_cache: Tensor, spec: AttentionSpec) -> _Shape:
+    _, num_heads, head_dim = query.shape
+    num_kv_heads, page_size = kv_cache.shape[2:4]
+    options = (spec.scale, spec.sliding_window, spec.logit_cap)
+    return _Shape(num_heads, num_kv_heads, head_dim, page_size, query.dtype, kv_cache.dtype, *options)

@@ -11,6 +11,7 @@
     |   |-- MaskError            a mask is none of the classes that a kernel can run
     |   |-- PackingError         an op outside attention mixes tokens
     |   `-- UnsupportedError     no kernel can do what a site needs (the no-drop ledger)
+    |-- KernelError          a kernel's library cannot be loaded, or fails
     |-- CapacityError        pages or memory cannot hold what was asked for
     |-- RequestError         one request is refused; the others go on
     `-- SessionError         a compiled model or its session is used out of order
@@ -53,6 +54,10 @@ class PackingError(TransformError):
 
 class UnsupportedError(TransformError):
     """No kernel can do what an attention site needs."""
+
+
+class KernelError(AdFlashinferError):
+    """A kernel's library cannot be loaded, or a call of it fails."""
 
 
 class CapacityError(AdFlashinferError):

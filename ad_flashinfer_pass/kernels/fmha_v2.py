@@ -10,7 +10,8 @@ What it does not check, and what is done here about it:
   smaller of all rows and the longest sequence possible, so that this holds only if they are.
 - The window applies whenever it is shorter than max_kv_len, whatever the mask mode; one of a single token
   must be asked for by the mode.
-- The pool's strides are derived from its shape: a pool that is a strided view of another is refused.
+- The pool's strides are derived from its shape. Of a pool that is one layer of a larger one, K and V are
+  passed apart, as blocks of one page and all heads, with block numbers in place of page numbers.
 """
 
 from __future__ import annotations
@@ -79,16 +80,16 @@ def prefill(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """See ``kernels.select``; the pool must be contiguous."""
+    """See ``kernels.select``."""
     from flashinfer.prefill import trtllm_fmha_v2_prefill
 
-    assert kv_cache.is_contiguous(), "FMHA v2 reads a pool by its shape, not by its strides"
     max_kv_len = block_table.shape[1] * kv_cache.shape[3]
     is_windowed = spec.sliding_window is not None and spec.sliding_window < max_kv_len
     query = query.contiguous()
+    pool, blocks = (kv_cache, block_table) if kv_cache.is_contiguous() else _blocks(kv_cache, block_table)
     out = torch.empty_like(query)
     trtllm_fmha_v2_prefill(
-        (query, kv_cache),
+        (query, pool),
         _LAYOUT,
         _workspace(query.device),
         seq_len_with_cache,
@@ -99,10 +100,28 @@ def prefill(
         seq_len_with_cache.shape[0],
         cu_seqlen,
         F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
-        block_tables=block_table,
+        block_tables=blocks,
         out=out,
         sinks=None if sinks is None else sinks.float(),
         mask_mode="sliding_window" if is_windowed else "causal",
         window_left=(spec.sliding_window or 0) - 1 if is_windowed else -1,
     )
     return out
+
+
+def _blocks(kv_cache: Tensor, block_table: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """K and V of a strided pool as contiguous blocks, which overlap; int32 [b, 2, blocks] into those of K."""
+    size, shape = kv_cache[0, 0].numel(), kv_cache.shape[2:]
+    if not kv_cache[0].is_contiguous() or kv_cache.stride(0) % size:
+        raise ValueError(
+            f"fmha_v2 reads pools of whole blocks of {list(shape)}, K and V of a page beside each other; "
+            f"this one has strides {list(kv_cache.stride())}."
+        )
+    step = kv_cache.stride(0) // size
+    count = (kv_cache.shape[0] - 1) * step + 1
+    strides = (size, *kv_cache.stride()[2:])
+    k, v = (
+        x.as_strided((count, *shape), strides, x.storage_offset()) for x in (kv_cache[:, 0], kv_cache[:, 1])
+    )
+    first = block_table * step
+    return (k, v), torch.stack((first, first + 1), 1)

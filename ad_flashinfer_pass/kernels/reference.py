@@ -68,6 +68,32 @@ def prepare_metadata(
     return block_table, (page * page_size + position % page_size) * is_real
 
 
+def prepare_ragged_metadata(
+    num_tokens: int,
+    num_seqs: int,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    cache_loc: Tensor,
+    cu_num_pages: Tensor,
+    block_table: Tensor,
+    token_rows: Tensor,
+    token_positions: Tensor,
+) -> None:
+    """See ``kernels.ragged_metadata``."""
+    starts, ends = cu_num_pages[:num_seqs, None], cu_num_pages[1 : num_seqs + 1, None]
+    columns = starts + torch.arange(block_table.shape[1], device=starts.device)
+    block_table.zero_()
+    block_table[:num_seqs] = cache_loc[columns.clamp_(max=cache_loc.shape[0] - 1)] * (columns < ends)
+    new = cu_seqlen[1 : num_seqs + 1] - cu_seqlen[:num_seqs]
+    rows = torch.arange(num_seqs, device=new.device).repeat_interleave(new)
+    total = rows.shape[0]
+    tokens = torch.arange(total, device=new.device)
+    token_rows[:total] = rows
+    token_positions[:total] = (seq_len_with_cache[:num_seqs] - cu_seqlen[1 : num_seqs + 1])[rows] + tokens
+    token_rows[total:num_tokens] = -1
+    token_positions[total:num_tokens] = -1
+
+
 def append(
     key: Tensor,
     value: Tensor,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels.append import _converted
+
 _TILE = 2048
 """Elements of Q, or of K and of V, that one program moves, at most, unless one head is larger."""
 
@@ -42,8 +44,8 @@ def rope_append(
         value: [b, s, num_kv_heads, v_head_dim], any strides.
         kv_cache: [num_pages, 2, num_kv_heads, page_size, >= max(head_dim, v_head_dim)], K at [:, 0], V at
             [:, 1]; any strides of page, K or V, head and slot, so that it may be one layer of a larger pool.
-            Written in place at the slots and nowhere else. Numbers beyond the range of an 8-bit float are
-            clamped to it.
+            Written in place at the slots and nowhere else. A number beyond the range of an 8-bit float
+            becomes the largest that it has, of the same sign; NaN stays NaN.
         slot_mapping: int32 or int64 [b * s], page * page_size + offset of each token. A negative slot is not
             written: padding.
         cos: [rows, rotary_dim // 2], any strides, any float dtype: of the angle of each pair. A table that
@@ -64,7 +66,7 @@ def rope_append(
         [b, s, num_heads, head_dim] in the dtype of query, contiguous.
 
     Raises:
-        ValueError: cos and sin do not fit the heads, or a block table comes without rows.
+        ValueError: cos and sin do not fit the heads or the tokens, or a block table comes without rows.
     """
     half = cos.shape[1]
     if cos.shape != sin.shape or cos.stride() != sin.stride() or 2 * half > query.shape[3]:
@@ -74,6 +76,11 @@ def rope_append(
         )
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    tokens = query.shape[0] * query.shape[1]
+    if positions is None and cos.shape[0] < tokens:
+        raise ValueError(
+            f"cos has {cos.shape[0]} rows for {tokens} tokens; give positions, or a row a token."
+        )
     place = (slot_mapping, block_table, table_rows, k_scale, v_scale)
     _launch(query, out, key, value, kv_cache, place, (cos, sin, positions, interleaved))
     return out
@@ -126,8 +133,8 @@ def _launch(
         slot_mapping if positions is None else positions,
         slot_mapping if block_table is None else block_table,
         slot_mapping if table_rows is None else table_rows,
-        k_scale,
-        v_scale,
+        1.0 / k_scale,
+        1.0 / v_scale,
         tokens_per_row,
         num_heads,
         num_kv_heads,
@@ -146,7 +153,6 @@ def _launch(
         INTERLEAVED=interleaved,
         BY_POSITION=positions is not None,
         BY_TABLE=block_table is not None,
-        SCALED=(k_scale, v_scale) != (1.0, 1.0),
         HEAD_BLOCK=head_block,
         HALF_BLOCK=triton.next_power_of_2(max(half, 1)),
         REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
@@ -155,7 +161,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["k_scale", "v_scale", "tokens_per_row", "num_rows"])
+@triton.jit(do_not_specialize=["k_factor", "v_factor", "tokens_per_row", "num_rows"])
 def _rope_append(  # type: ignore[no-untyped-def]
     query,
     key,
@@ -168,8 +174,8 @@ def _rope_append(  # type: ignore[no-untyped-def]
     positions,
     block_table,
     table_rows,
-    k_scale,
-    v_scale,
+    k_factor,
+    v_factor,
     tokens_per_row,
     num_heads,
     num_kv_heads,
@@ -201,7 +207,6 @@ def _rope_append(  # type: ignore[no-untyped-def]
     INTERLEAVED: tl.constexpr,
     BY_POSITION: tl.constexpr,
     BY_TABLE: tl.constexpr,
-    SCALED: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
@@ -258,24 +263,15 @@ def _rope_append(  # type: ignore[no-untyped-def]
         k_source = key + row * k_row_stride + column * k_token_stride + kv_heads * k_head_stride
         k_x = tl.load(k_source + first * k_dim_stride, mask=k_mask, other=0.0).to(tl.float32)
         k_y = tl.load(k_source + second * k_dim_stride, mask=k_mask, other=0.0).to(tl.float32)
-        tl.store(target + first, _stored(k_x * c - k_y * s, k_scale, dtype, SCALED, LIMIT), mask=k_mask)
-        tl.store(target + second, _stored(k_y * c + k_x * s, k_scale, dtype, SCALED, LIMIT), mask=k_mask)
+        tl.store(target + first, _converted(k_x * c - k_y * s, k_factor, dtype, LIMIT), mask=k_mask)
+        tl.store(target + second, _converted(k_y * c + k_x * s, k_factor, dtype, LIMIT), mask=k_mask)
         if HEAD_DIM > 2 * HALF:
             k_mask = (kv_heads < num_kv_heads) & (rest < HEAD_DIM)
             k_x = tl.load(k_source + rest * k_dim_stride, mask=k_mask, other=0.0)
-            tl.store(target + rest, _stored(k_x, k_scale, dtype, SCALED, LIMIT), mask=k_mask)
+            tl.store(target + rest, _converted(k_x, k_factor, dtype, LIMIT), mask=k_mask)
 
         dims = tl.arange(0, V_BLOCK)[None, :]
         v_mask = (kv_heads < num_kv_heads) & (dims < V_HEAD_DIM)
         v_source = value + row * v_row_stride + column * v_token_stride + kv_heads * v_head_stride
         v_x = tl.load(v_source + dims * v_dim_stride, mask=v_mask, other=0.0)
-        tl.store(target + kv_stride + dims, _stored(v_x, v_scale, dtype, SCALED, LIMIT), mask=v_mask)
-
-
-@triton.jit
-def _stored(x, scale, dtype: tl.constexpr, SCALED: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    if SCALED:
-        x = x.to(tl.float32) / scale
-    if LIMIT is not None:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -LIMIT), LIMIT)
-    return x.to(dtype)
+        tl.store(target + kv_stride + dims, _converted(v_x, v_factor, dtype, LIMIT), mask=v_mask)

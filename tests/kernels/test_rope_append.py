@@ -15,7 +15,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ad_flashinfer_pass.kernels import reference, rope_append  # noqa: E402
+from ad_flashinfer_pass.kernels import ragged_metadata, reference, rope_append  # noqa: E402
 
 PAGE, POISON = 8, 7.0
 
@@ -131,3 +131,43 @@ def test_what_does_not_fit_is_refused() -> None:
         rope_append.rope_append(x, x, x, cache, slots, table, table)
     with pytest.raises(ValueError, match="come together"):
         rope_append.append(x, x, cache, slots, block_table=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize(
+    "lengths", [[(0, 1)], [(0, 17)], [(3, 1), (15, 1), (16, 1)], [(0, 5), (0, 16), (7, 2), (4, 1)]], ids=str
+)
+def test_ragged_metadata_is_that_of_the_reference(lengths: list[tuple[int, int]], padding: int) -> None:
+    """Table, rows and positions are equal, whatever lies behind the lengths of the inputs."""
+    draw = torch.Generator().manual_seed(0)
+
+    def filled(values: list[int], size: int) -> Tensor:
+        tail = torch.randint(0, 30, (size - len(values),), generator=draw).tolist()
+        return torch.tensor([*values, *tail], dtype=torch.int32, device=DEVICE)
+
+    new = [n for _, n in lengths]
+    pages = [
+        [int(p) for p in torch.randint(0, 90, (-(-(a + n) // PAGE),), generator=draw)] for a, n in lengths
+    ]
+    inputs = (
+        filled([sum(new[:i]) for i in range(len(new) + 1)], 7),
+        filled([a + n for a, n in lengths], 6),
+        filled([page for one in pages for page in one], 40),
+        filled([sum(map(len, pages[:i])) for i in range(len(pages) + 1)], 7),
+    )
+    num_tokens = sum(new) + padding
+    results = []
+    for prepare in (ragged_metadata.prepare, reference.prepare_ragged_metadata):
+        table = torch.full((6, 5), 77, dtype=torch.int32, device=DEVICE)
+        rows, positions = (torch.full((64,), 77, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        prepare(num_tokens, len(lengths), *inputs, table, rows, positions)
+        results.append((table, rows, positions))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    table, rows, positions = results[0]
+    assert (
+        positions[:num_tokens].tolist() == [p for a, n in lengths for p in range(a, a + n)] + [-1] * padding
+    )
+    assert rows[:num_tokens].tolist() == [i for i, n in enumerate(new) for _ in range(n)] + [-1] * padding
+    for row, one in zip(table.tolist(), [*pages, *[[]] * (6 - len(pages))], strict=True):
+        assert row == one + [0] * (5 - len(one))

@@ -1,0 +1,218 @@
+"""A two-layer model and a morning of requests, to run on a generation's stand-in and on the plugin."""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tests.autodeploy.standin import DEVICE, PACKAGE, Generation, capture, insertion, interface, plugin
+
+PAGE, WINDOW, MAX_SEQ_LEN, MAX_BATCH, MAX_TOKENS = 32, 48, 160, 8, 256
+HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 2, 64, 64
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DUMMY = interface.Request([1], 0, [5])
+"""maybe_pad_for_cuda_graph (AD/shim/ad_executor.py): one request with its own page, in every padding row."""
+
+
+class Attention(nn.Module):
+    """As AutoDeploy hands it to a backend: rope and attention are its ops, layout bsnd."""
+
+    def __init__(self, layer: int, window: int | None, rope: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer, self.window, self.rope, self.options = layer, window, rope, options
+        width = HEADS * HEAD_DIM
+        self.qkv = nn.Linear(width, (HEADS + 2 * KV_HEADS) * HEAD_DIM, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, table: Tensor, kv: Any) -> tuple[Tensor, Any]:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], 2)
+        if self.rope == "explicit":
+            half = (table.chunk(2, -1)[0][positions], table.chunk(2, -1)[1][positions])
+            cos, sin = (torch.ops.aten.cat.default([h, h], -1) for h in half)
+            q, k = _pair(torch.ops.auto_deploy.torch_rope_with_explicit_cos_sin.default(q, k, cos, sin, 2))
+        else:
+            q, k = _pair(torch.ops.auto_deploy.flashinfer_rope.default(q, k, positions, table, True))
+        if kv is not None:
+            k, v = kv
+        out = torch.ops.auto_deploy.torch_attention.default(
+            q, k, v, is_causal=True, sliding_window=self.window, layout="bsnd", **self.options
+        )
+        return self.out(out.flatten(2)), (k, v)
+
+
+def _pair(values: Any) -> tuple[Any, Any]:
+    return values[0], values[1]
+
+
+class Model(nn.Module):
+    """Token embedding, attention layers, head. ``shared``: a last layer that reads the cache of the first."""
+
+    def __init__(self, generation: Generation, rope: str = "table", shared: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = HEADS * HEAD_DIM
+        self.embed = nn.Embedding(VOCAB, width)
+        layers = []
+        for layer, window in enumerate((None, WINDOW, None)[: 3 if shared else 2]):
+            options = {"layer_idx": layer} if generation.layer_idx else {}
+            if layer == 2:
+                options["shared_kv_source_layer_idx"] = 0
+            layers.append(Attention(layer, window, rope, options))
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        inverse = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        angles = torch.arange(MAX_SEQ_LEN)[:, None] * inverse
+        self.register_buffer("table", torch.cat((angles.cos(), angles.sin()), -1))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        first = None
+        for index, layer in enumerate(self.layers):
+            y, kv = layer(x, position_ids, self.table, first if index == 2 else None)
+            first = kv if index == 0 else first
+            x = x + y
+        return self.head(x)
+
+
+class Deployment:
+    """The model, transformed by the plugin on one generation, with its caches.
+
+    Args:
+        generation: which AutoDeploy; it must be installed.
+        fuse: run the plugin's transform before the insertion.
+        rope: which of AutoDeploy's rope ops the graph has.
+        shared: see ``Model``.
+        kv_dtype: ``kv_cache_config.dtype``.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        *,
+        fuse: bool = False,
+        rope: str = "table",
+        shared: bool = False,
+        kv_dtype: str = "auto",
+    ) -> None:
+        self.generation, self.plugin = generation, plugin()
+        model = Model(generation, rope, shared).to(DEVICE, DTYPE)
+        model.table = model.table.float()
+        self.dense = model
+        self.gm = fx.symbolic_trace(model)
+        ids = torch.zeros(2, 4, dtype=torch.int, device=DEVICE)
+        insertion.propagate_shapes(self.gm, ids, ids.long())
+        self.fused = self._fuse() if fuse else 0
+        factory = interface.SequenceInfoWithHostPrepare if generation.host_names else interface.SequenceInfo
+        self.info = factory(generation, MAX_SEQ_LEN, MAX_BATCH, MAX_TOKENS, PAGE)
+        config = SimpleNamespace(
+            dtype=None if not generation.handlers else kv_dtype, max_attention_window=None
+        )
+        if generation.handlers:
+            config.tokens_per_block = PAGE
+        self.cm = interface.CachedSequenceInterface(generation, self.info, DEVICE, config)
+        registry = sys.modules[f"{PACKAGE}.custom_ops.attention_interface"].AttentionRegistry
+        kvcache = sys.modules[f"{PACKAGE}.transform.library.kvcache"]
+        insert = next(v for k, v in vars(kvcache).items() if k.lstrip("_").startswith("Insert"))
+        self.num_sites = insert(self.cm, registry.get(self.plugin.BACKEND)).apply(self.gm)
+        self.utils = sys.modules.get(f"{PACKAGE}.compile.piecewise_utils")
+
+    def _fuse(self) -> int:
+        transforms = sys.modules[f"{PACKAGE}.transform.interface"].TransformRegistry.transforms
+        self.gm, info = transforms[self.plugin.FUSE_ROPE]()._apply(self.gm, None, None, None)
+        return info.num_matches
+
+    def run(self) -> Tensor:
+        """The eager forward of the step in ``info``."""
+        return self.gm(**self.cm.named_args)
+
+
+class Requests:
+    """Sequences of random tokens with shuffled pages, and the dense model's logits at every position."""
+
+    def __init__(self, deployment: Deployment, lengths: list[int], num_pages: int, seed: int) -> None:
+        self.deployment = deployment
+        draw = random.Random(seed)
+        pages = [page for page in range(1, num_pages) if page != DUMMY.pages[0]]
+        draw.shuffle(pages)
+        self.tokens = [[draw.randrange(VOCAB) for _ in range(n)] for n in lengths]
+        self.pages = [[pages.pop() for _ in range(-(-n // PAGE))] for n in lengths]
+        self.pages[0][0] = 0  # which is a page like every other in AutoDeploy
+        self.done = [0] * len(lengths)
+        self.dummy_ran = False
+        with torch.no_grad():
+            self.expected = [self._dense(tokens) for tokens in self.tokens]
+
+    def _dense(self, tokens: list[int]) -> Tensor:
+        ids = torch.tensor([tokens], device=DEVICE)
+        return self.deployment.dense(ids, torch.arange(len(tokens), device=DEVICE)[None])[0]
+
+    def step(self, new: dict[int, int], *, num_extend: int = 0, how: Any = None, pad: int = 0) -> None:
+        """Run ``new`` tokens of each sequence, ordered prefill, extend, decode, and compare their logits.
+
+        Args:
+            new: number of tokens by sequence.
+            num_extend: how many of those before the decodes are extends.
+            how: a CapturedGraph or PiecewiseGraph to replay; default: the eager forward.
+            pad: the batch size or the token bucket of that graph.
+        """
+        info, batch = self.deployment.info, []
+        for i, n in new.items():
+            past = self.done[i]
+            batch.append(interface.Request(self.tokens[i][past : past + n], past, self.pages[i]))
+        if isinstance(how, capture.CapturedGraph):
+            self.dummy_ran |= pad > len(batch)
+            batch += [DUMMY] * (pad - len(batch))
+        info.nest_sequences(batch, num_extend=num_extend)
+        if isinstance(how, capture.PiecewiseGraph):
+            info.pad_tokens(pad)
+        with torch.no_grad():
+            logits = self.deployment.run() if how is None else how.replay(pad)
+        logits = logits.flatten(0, 1)
+        row = 0
+        for i, n in new.items():
+            want = self.expected[i][self.done[i] : self.done[i] + n]
+            close(logits[row : row + n], want, f"sequence {i}, positions {self.done[i]} on, of {new}")
+            self.done[i] += n
+            row += n
+
+    def check_untouched(self) -> None:
+        """Whatever is no token's still holds what it held, in every layer's part of the pool."""
+        for pool in self.deployment.cm.pools:
+            pages = pool if pool.dim() == 6 else pool[:, None]
+            written = torch.zeros(pages.shape[0], PAGE, dtype=torch.bool)
+            for owned, length in zip(self.pages, self.done, strict=True):
+                for position in range(length):
+                    written[owned[position // PAGE], position % PAGE] = True
+            if self.dummy_ran:
+                written[DUMMY.pages[0], 0] = True
+            slots = pages.permute(0, 4, 1, 2, 3, 5)
+            rest = slots[~written.to(DEVICE)]
+            assert bool((rest == interface.POISON).all()), "something was written that is no token's"
+
+
+def close(got: Tensor, want: Tensor, what: str) -> None:
+    """Equal up to rounding: float32 on a CPU, bfloat16 through two layers on a GPU."""
+    bound = 2e-5 if DTYPE is torch.float32 else 4e-2
+    error = (got.float() - want.float()).abs().max() / want.float().abs().max()
+    assert not bool(got.isnan().any()), f"NaN at {what}"
+    assert float(error) < bound, f"off by {float(error):.3g} of the largest logit at {what}"
+
+
+def morning(requests: Requests, *, decode: Any = None, mixed: Any = None, extend: bool = False) -> None:
+    """Prefill, mixed, chunked prefill with a one-token prompt, extend, decode."""
+    bucket = 128 if mixed is not None else 0
+    requests.step({0: 40, 1: 33}, how=mixed, pad=bucket)
+    requests.step({2: 64, 0: 1, 1: 1}, how=mixed, pad=bucket)
+    requests.step({2: 56, 3: 1, 0: 1, 1: 1}, how=mixed, pad=bucket)
+    if extend:
+        requests.step({0: 4, 1: 1, 2: 1, 3: 1}, num_extend=1, how=mixed, pad=bucket)
+    for _ in range(4):
+        requests.step({3: 1, 0: 1, 2: 1}, how=decode, pad=4)
+    requests.step({1: 1}, how=decode, pad=1)
+    requests.step({0: 1, 1: 1, 2: 1, 3: 1}, how=decode, pad=8)
+    requests.step({1: 16, 0: 1}, how=mixed, pad=bucket)

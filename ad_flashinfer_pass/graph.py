@@ -68,8 +68,9 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
 
 def finish(gm: fx.GraphModule) -> None:
     """Remove dead nodes, check the graph and generate its code; after every change."""
-    _erase_dead_writes(gm.graph)
     gm.graph.eliminate_dead_code()
+    while _erase_dead_writes(gm.graph):
+        gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
 
@@ -189,14 +190,21 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Nod
                 stack.append(source)
 
 
-def _erase_dead_writes(graph: fx.Graph) -> None:
-    """Erase in-place ops on tensors that nothing else reads; they count as impure, so they would stay."""
+def _erase_dead_writes(graph: fx.Graph) -> bool:
+    """Erase in-place ops on tensors that nothing else reads; they count as impure, so they would stay.
+
+    Returns:
+        Whether there were any.
+    """
+    found = False
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and mutates_input(node):
             args = op_args(node)
             written = [args[a.name] for a in node.target._schema.arguments if a.alias_info is not None]
             if all(_is_fresh_and_unread(tensor) for tensor in written):
                 graph.erase_node(node)
+                found = True
+    return found
 
 
 def _is_fresh_and_unread(tensor: Any) -> bool:

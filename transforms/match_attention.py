@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ad_flashinfer_pass import axes as ax
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import matching, ops
-from ad_flashinfer_pass.errors import NoAttentionError
+from ad_flashinfer_pass.axes import Dims
+from ad_flashinfer_pass.errors import NoAttentionError, UnsupportedError
 from ad_flashinfer_pass.matching import AttentionMatch, MaskTerm, Operand
 from ad_flashinfer_pass.registry import SiteNotes, Skip, TransformContext, TransformReport, register
 
@@ -36,6 +38,7 @@ def match_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("match_attention")
+    _fold_softmaxes(model.graph)
     for node in list(model.graph.nodes):
         if g.is_op(node, *matching.SDPA):
             match = matching.read_sdpa(node)
@@ -55,6 +58,15 @@ def match_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
     return model, report
 
 
+def _fold_softmaxes(graph: fx.Graph) -> None:
+    """exp(x) / sum(exp(x)) -> softmax(x), for logits of token pairs."""
+    for node in list(graph.nodes):
+        found = matching.written_out_softmax(node)
+        if found is not None:
+            g.replace_op(node, aten._softmax.default, *found, False)
+    graph.eliminate_dead_code()
+
+
 def _nothing_found(gm: fx.GraphModule, skipped: list[Skip]) -> str:
     seen = "; ".join(f"{skip.where}: {skip.reason}" for skip in skipped[:3])
     return (
@@ -66,29 +78,27 @@ def _nothing_found(gm: fx.GraphModule, skipped: list[Skip]) -> str:
 
 
 def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
-    last = match.last
+    last, axes = match.result.node, match.axes
     options: dict[str, Any] = {"scale": match.scale}
     if match.logit_cap is not None:
         options["logit_cap"] = match.logit_cap
-    if match.sinks is not None:
-        options["sinks"] = match.sinks
     with graph.inserting_before(last):
+        if match.sinks is not None:
+            options["sinks"] = _arranged(graph, match, match.sinks, (axes.heads,))
         attention = g.call_op(
             graph,
             torch.ops.ad_flashinfer.attention.default,
-            *(_seq_first(graph, operand) for operand in (match.query, match.key, match.value)),
-            _mask(graph, match.mask_terms),
+            _arranged(graph, match, match.query, axes.query),
+            _arranged(graph, match, match.key, axes.key),
+            _arranged(graph, match, match.value, axes.value),
+            _mask(graph, match),
             match.is_causal,
             **options,
         )
         for key in ("stack_trace", "nn_module_stack"):
             attention.meta[key] = last.meta.get(key)
         attention.meta["site_notes"] = SiteNotes(match.form, _folded(match))
-        # bsnd -> bnsd -> the layout of the node that is replaced.
-        order = tuple((0, 2, 1, 3)[dim] for dim in match.result_order)
-        result = _permuted(graph, attention, order)
-        if g.value(last).dim() == 3:
-            result = g.call_op(graph, aten.flatten.using_ints, result, 0, 1)
+        result = _arranged(graph, match, Operand(attention, axes.result), match.result.dims)
         if g.value(result).dtype != g.value(last).dtype:
             result = g.call_op(graph, aten.to.dtype, result, g.value(last).dtype)
     last.replace_all_uses_with(result)
@@ -100,6 +110,22 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         for user in list(source.users):
             graph.erase_node(user)
         graph.erase_node(source)
+
+
+def _arranged(graph: fx.Graph, match: AttentionMatch, operand: Operand, wanted: Dims) -> fx.Node:
+    """The operand with its axes as wanted.
+
+    Raises:
+        UnsupportedError: it has a dimension that cannot be taken apart.
+    """
+    node = ax.arrange(graph, operand.node, operand.dims, wanted)
+    if node is None:
+        raise UnsupportedError(
+            f"{g.where(operand.node)}: an operand {tuple(g.shape(operand.node))} of the attention at "
+            f"{g.where(match.result.node)} cannot be brought to [batch, tokens, heads, head_dim]: one of its "
+            "dimensions merges two that are dynamic. Keep batch and tokens apart around attention."
+        )
+    return node
 
 
 def _reshape_for_view(result: fx.Node) -> None:
@@ -115,10 +141,10 @@ def _reshape_for_view(result: fx.Node) -> None:
 
 def _folded(match: AttentionMatch) -> list[str]:
     """What the op takes over, in words."""
-    heads, kv_heads = (g.shape(x.node)[x.order[1]] for x in (match.query, match.key))
+    group = ax.size_of(match.axes.group)
     parts = [f"scale {match.scale:.6g}"]
-    if isinstance(heads, int) and isinstance(kv_heads, int) and heads != kv_heads:
-        parts.append(f"{heads // kv_heads} query heads a KV head")
+    if not group.is_one:
+        parts.append(f"{group} query heads a KV head")
     if match.logit_cap is not None:
         parts.append(f"logit cap {match.logit_cap:g}")
     if match.sinks is not None:
@@ -129,46 +155,30 @@ def _folded(match: AttentionMatch) -> list[str]:
     return parts
 
 
-def _seq_first(graph: fx.Graph, operand: Operand) -> fx.Node:
-    """The operand in layout bsnd."""
-    b, n, s, d = operand.order
-    return _permuted(graph, operand.node, (b, s, n, d))
-
-
-def _permuted(graph: fx.Graph, node: fx.Node, order: tuple[int, ...]) -> fx.Node:
-    if order == (0, 1, 2, 3):
-        return node
-    if order == (0, 2, 1, 3):
-        return g.call_op(graph, aten.transpose.int, node, 1, 2)
-    return g.call_op(graph, aten.permute.default, node, list(order))
-
-
-def _mask(graph: fx.Graph, terms: list[MaskTerm]) -> fx.Node | None:
+def _mask(graph: fx.Graph, match: AttentionMatch) -> fx.Node | None:
     """One mask, boolean (True = may attend) if all terms are, else additive."""
-    added = [term for term in terms if not term.is_bool]
-    shown = None
-    for term in terms:
+    shown, total = None, None
+    for term in match.mask_terms:
+        node = _over_logits(graph, match, term)
         if term.is_bool:
-            node = term.node
+            if g.value(node).dtype != torch.bool:
+                node = g.call_op(graph, aten.ne.Scalar, node, 0)
             if term.hides:
                 node = g.call_op(graph, aten.logical_not.default, node)
             shown = node if shown is None else g.call_op(graph, aten.logical_and.default, shown, node)
-    total = None
-    for term in added:
-        node = _with_heads(graph, term.node)
-        if term.factor != 1.0:
-            node = g.call_op(graph, aten.mul.Tensor, node, term.factor)
-        total = node if total is None else g.call_op(graph, aten.add.Tensor, total, node)
+        else:
+            if term.factor != 1.0:
+                node = g.call_op(graph, aten.mul.Tensor, node, term.factor)
+            total = node if total is None else g.call_op(graph, aten.add.Tensor, total, node)
     if total is None or shown is None:
         return shown if total is None else total
     hidden = g.call_op(graph, aten.logical_not.default, shown)
     return g.call_op(graph, aten.masked_fill.Scalar, total, hidden, float("-inf"))
 
 
-def _with_heads(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A bias [b * h, 1 or s, t] as [b, h, 1 or s, t]; the prover sees whether b is the batch."""
-    rows = g.shape(node)[0]
-    if g.value(node).dim() != 3 or not isinstance(rows, torch.SymInt):
-        return node
-    heads, _ = rows.node.expr.as_coeff_Mul()
-    return g.call_op(graph, aten.unflatten.int, node, 0, [-1, int(heads)])
+def _over_logits(graph: fx.Graph, match: AttentionMatch, term: MaskTerm) -> fx.Node:
+    """The term's node, broadcastable to [b, num_heads, s, t]; the prover sees whether b is the batch."""
+    if ax.whole(term.dims) == match.axes.logits:
+        return term.node
+    dims = ax.aligned(g.shape(term.node), term.dims)
+    return _arranged(graph, match, Operand(term.node, dims), match.axes.logits)

@@ -85,12 +85,12 @@ def test_one_head_expanded_to_all_is_multi_query() -> None:
 
 
 def test_tiled_heads_are_not_a_repeat() -> None:
-    """Heads in the order 0 1 0 1 are not grouped heads: they stay as they are, and stay right."""
+    """Heads in the order 0 1 0 1 stay here; match_attention puts the query's heads into that order."""
     model, ctx = SmallModel(attention_with(tiled)), context()
     gm, reports = run(model, ctx, "export_model", "eliminate_noops", "match_repeat_kv")
     assert reports["match_repeat_kv"].num_matches == 0
     gm, _ = run(gm, ctx, "match_attention")
-    assert HEADS in g.shape(g.op_args(find(gm, ATTENTION)[0])["key"])
+    assert KV_HEADS in g.shape(g.op_args(find(gm, ATTENTION)[0])["key"])
     assert_computes(gm, model)
 
 

@@ -24,6 +24,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.inspection.aliasing import views
 
 Size = int | str
 """A number, or an expression of symbols such as ``8*b*s``."""
@@ -79,6 +80,8 @@ class NodeData(_Data):
     """Arguments as text; nodes are written %name."""
     kwargs: dict[str, str] = {}
     value: Value = None
+    is_view: bool = False
+    """Whether the result lies in the memory of an input."""
     module: str = ""
     """Path of the module that made it."""
     source: str = ""
@@ -207,6 +210,7 @@ class GraphData(_Data):
                         op="outside",
                         target="outside",
                         value=node.value,
+                        is_view=node.is_view,
                         module=node.module,
                     )
                 )
@@ -239,7 +243,7 @@ class NodeNames:
     def data(self, gm: fx.GraphModule, title: str) -> GraphData:
         """The graph, all of whose nodes have been seen."""
         symbols = _symbols(gm)
-        device = _main_device(gm)
+        device, aliases = _main_device(gm), views(gm)
         nodes = tuple(
             NodeData(
                 name=self._names[node.name],
@@ -249,6 +253,7 @@ class NodeNames:
                 args=tuple(self._text(arg) for arg in node.args),
                 kwargs={key: self._text(arg) for key, arg in node.kwargs.items()},
                 value=_value(g.value(node), symbols),
+                is_view=node in aliases,
                 module=self._module(node),
                 source=_ENVIRONMENT.sub("", g.source_line(node)),
                 made_by=self._made_by[node.name],

@@ -181,7 +181,7 @@ def _signature(layer: LayerDiff) -> tuple[str, ...]:
 def _bytes_by_layer(graph: GraphData, symbols: Mapping[str, int]) -> Counter[int | None]:
     sizes: Counter[int | None] = Counter()
     for node in graph.nodes:
-        sizes[graph.layers[node.name]] += allocated_bytes(node, graph.by_name, symbols)
+        sizes[graph.layers[node.name]] += allocated_bytes(node, symbols)
     return sizes
 
 

@@ -6,10 +6,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
-
-import torch
 
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, Size, TensorType
 
@@ -57,36 +54,16 @@ def tensor_bytes(tensor: TensorType, symbols: Mapping[str, int]) -> int | None:
     return math.prod(dim for dim in sizes if dim is not None) * tensor.itemsize
 
 
-def allocated_bytes(node: NodeData, by_name: Mapping[str, NodeData], symbols: Mapping[str, int]) -> int:
-    """Bytes of memory that the node's result takes: 0 for inputs, weights and views, or if not known.
-
-    Ops that may return a view, such as reshape and contiguous, are taken to do so.
-    """
-    if node.op != "call_function" or node.target == "operator.getitem":
+def allocated_bytes(node: NodeData, symbols: Mapping[str, int]) -> int:
+    """Bytes of memory that the node's result takes: 0 for inputs, weights and views, and if not known."""
+    if node.op != "call_function" or node.is_view:
         return 0
-    total = 0
-    for tensor in node.tensors:
-        sources = [t for name in node.inputs if name in by_name for t in by_name[name].tensors]
-        if is_view(node.target) and any(source.dtype == tensor.dtype for source in sources):
-            continue
-        total += tensor_bytes(tensor, symbols) or 0
-    return total
+    return sum(tensor_bytes(tensor, symbols) or 0 for tensor in node.tensors)
 
 
 def activation_bytes(graph: GraphData, symbols: Mapping[str, int]) -> int:
     """Bytes of all intermediate results together, each counted once."""
-    return sum(allocated_bytes(node, graph.by_name, symbols) for node in graph.nodes)
-
-
-@cache
-def is_view(target: str) -> bool:
-    """Whether an op returns memory of its argument, for all that its schema says."""
-    namespace, _, rest = target.partition(".")
-    packet, _, overload = rest.partition(".")
-    op = getattr(getattr(getattr(torch.ops, namespace, None), packet, None), overload, None)
-    if not isinstance(op, torch._ops.OpOverload):
-        return False
-    return any(result.alias_info is not None for result in op._schema.returns)
+    return sum(allocated_bytes(node, symbols) for node in graph.nodes)
 
 
 def _evaluate(node: ast.expr, symbols: Mapping[str, int]) -> Any:

@@ -14,7 +14,7 @@
     names in FX:
     %model.norm.mul mul_56
 
-A comment holds the source line, then ``in`` and the module where the name does not begin with it, then
+A type that ends in & is a view: the result lies in the memory of an input. A comment holds the source line, then ``in`` and the module where the name does not begin with it, then
 ``by`` and the transform that made the node. A device is written behind the shape where it is not that of
 the header. A line holds nothing that a change elsewhere in the graph would alter, but for the names in FX,
 which therefore stand at the end.
@@ -53,7 +53,7 @@ def node_line(node: NodeData, device: str) -> str:
         return f"output({arguments})"
     target = f"{node.op} {node.target}" if node.op in _NAMED else node.target
     call = f"({arguments})" if node.op not in ("placeholder", "get_attr", "outside") else ""
-    kind = "" if node.value is None else f": {value_text(node.value, device)}"
+    kind = "" if node.value is None else f": {value_text(node.value, device)}{'&' * node.is_view}"
     notes = [node.source] if node.source else []
     if node.module != node.name.rpartition(".")[0]:
         notes.append(f"in {node.module}")
@@ -109,7 +109,8 @@ def _node(line: str, number: int, device: str, fx_names: dict[str, str]) -> Node
     target, op = match["target"], (match["op"] or "").strip()
     if not op:
         op = target if target in ("output", "outside") else "call_function"
-    name = match["name"] or "output"
+    name, kind = match["name"] or "output", match["type"]
+    is_view = kind is not None and kind.endswith("&")
     return NodeData(
         name=name,
         fx_name=fx_names.get(name, name),
@@ -117,7 +118,8 @@ def _node(line: str, number: int, device: str, fx_names: dict[str, str]) -> Node
         target=target,
         args=tuple(args),
         kwargs=kwargs,
-        value=_value(match["type"], device, number),
+        value=_value(kind[:-1] if is_view else kind, device, number),
+        is_view=is_view,
         module=name.rpartition(".")[0] if notes["module"] is None else notes["module"],
         source=notes["source"],
         made_by=notes["made_by"],

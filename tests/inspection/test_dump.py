@@ -233,3 +233,32 @@ def test_every_stage_is_written_to_the_directory_of_the_environment(
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "ad_flashinfer.cached_attention" in (tmp_path / files[-1]).read_text()
     assert len(read_graph(tmp_path / files[0]).nodes) > 20
+
+
+def test_views_are_those_of_eager_torch() -> None:
+    """Which results of a graph share memory with an input, against a run on real tensors.
+
+    The graph has reshapes that copy, after an expand and after a transpose, and some that do not.
+    """
+    gm = exported(SmallModel(eager()))
+    ids, positions = torch.zeros(2, 13, dtype=torch.int64), torch.arange(13).repeat(2, 1)
+    seen: dict[str, bool] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            if n.op == "call_function" and isinstance(result, torch.Tensor):
+                inputs = [self.env[source] for source in n.all_input_nodes]
+                storages = [t.untyped_storage()._cdata for t in inputs if isinstance(t, torch.Tensor)]
+                seen[n.name] = result.untyped_storage()._cdata in storages
+            return result
+
+    Recorder(gm, garbage_collect_values=False).run(ids, positions)
+    names = NodeNames()
+    names.see(gm, None)
+    shown = {node.fx_name: node.is_view for node in names.data(gm, "").nodes if node.fx_name in seen}
+
+    assert shown == seen
+    reshapes = [seen[n.name] for n in gm.graph.nodes if g.is_op(n, torch.ops.aten.reshape)]
+    assert True in seen.values()
+    assert False in reshapes

@@ -65,7 +65,13 @@ def test_bytes_are_those_of_the_tensors() -> None:
     def node(name: str, target: str, dtype: str, *shape: int | str, read: str = "x") -> NodeData:
         value = TensorType(dtype=dtype, shape=shape, device="cpu")
         return NodeData(
-            name=name, fx_name=name, op="call_function", target=target, args=(f"%{read}",), value=value
+            name=name,
+            fx_name=name,
+            op="call_function",
+            target=target,
+            args=(f"%{read}",),
+            value=value,
+            is_view=name == "view",
         )
 
     source = NodeData(

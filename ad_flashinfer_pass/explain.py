@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import fx
+
+from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.inspection.stages import run_stages
+from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import ledger
+from ad_flashinfer_pass.matching import SDPA
+from ad_flashinfer_pass.registry import SiteNotes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ad_flashinfer_pass.registry import CachedSite, TransformContext, TransformReport
-
-# What comes after the sites are known allocates memory.
-_AFTER_INSERTION = ("initialize_cache", "compile_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,34 +64,54 @@ class Explanation:
         return asdict(self)
 
 
-def explain(config: AutoDeployConfig, *, on_event: Callable[[str], None] | None = None) -> Explanation:
-    """Run the pass up to the insertion and say what it found; no cache is allocated.
+def explain(
+    config: AutoDeployConfig,
+    *,
+    graph: Path | None = None,
+    stage: str | None = None,
+    sm: int | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> Explanation:
+    """Run the pass up to the insertion, without weights, and say what it found.
 
     Args:
         config: the model and the settings of the pass.
+        graph: a saved ExportedProgram in place of the model.
+        stage: stop after this transform or stage. Before the insertion the sites have no kernels and caches.
+        sm: compute capability of the GPU for which kernels are chosen, 90 for 9.0. Default: that of
+            ``config.device``, or a CPU.
         on_event: called with the name of each phase as it begins.
 
     Raises:
+        ConfigError: no such stage; or the device is a GPU that is not here and ``sm`` is not given.
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model; the message names the node and the way out.
     """
-    from ad_flashinfer_pass import pipeline
-    from ad_flashinfer_pass.models.loading import load_model
+    device = torch.device(config.device)
+    if device.type == "cuda" and sm is None and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {config.device} is not here, so give its compute capability, as in --sm 90."
+        )
+    run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    if run.ctx.sites:
+        sites = _sites(run.ctx, device, sm)
+    else:
+        assert isinstance(run.module, fx.GraphModule)
+        sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
+    return Explanation(sites=sites, transforms=_notes(run.reports))
 
-    if on_event is not None:
-        on_event("load_model")
-    loaded = load_model(config)
-    ctx = pipeline.context(config)
-    _, reports = pipeline.run(loaded.module, ctx, on_event, skip=_AFTER_INSERTION)
-    return Explanation(sites=_sites(ctx), transforms=_notes(reports))
 
-
-def _sites(ctx: TransformContext) -> list[SiteExplanation]:
+def _sites(ctx: TransformContext, device: torch.device, sm: int | None) -> list[SiteExplanation]:
     pools = {resource.name: resource.bytes_per_page // resource.page_size for resource in ctx.resources}
-    return [_site(index, site, pools) for index, site in enumerate(ctx.sites)]
+    return [_site(index, site, pools, device, sm) for index, site in enumerate(ctx.sites)]
 
 
-def _site(index: int, site: CachedSite, pools: dict[str, int]) -> SiteExplanation:
+def _site(
+    index: int, site: CachedSite, pools: dict[str, int], device: torch.device, sm: int | None
+) -> SiteExplanation:
+    prefill, decode = (
+        select.choose(site.site, phase, device, site.where, sm) for phase in ("prefill", "decode")
+    )
     return SiteExplanation(
         index=index,
         module=site.module,
@@ -93,10 +120,33 @@ def _site(index: int, site: CachedSite, pools: dict[str, int]) -> SiteExplanatio
         folded=site.notes.folded,
         mask=site.notes.mask,
         needs=ledger(site.site),
-        prefill=f"{site.prefill.kernel}: {site.prefill.reason}",
-        decode=f"{site.decode.kernel}: {site.decode.reason}",
+        prefill=f"{prefill.kernel}: {prefill.reason}",
+        decode=f"{decode.kernel}: {decode.reason}",
         cache=site.cache,
         cache_bytes_per_token=0 if site.site.shares_kv else pools[site.cache],
+    )
+
+
+def _attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Attention that was matched, or SDPA calls if none was yet."""
+    matched = [node for node in gm.graph.nodes if g.is_op(node, torch.ops.ad_flashinfer.attention)]
+    return matched or [node for node in gm.graph.nodes if g.is_op(node, *SDPA)]
+
+
+def _site_before_insertion(index: int, node: fx.Node) -> SiteExplanation:
+    notes = node.meta.get("site_notes", SiteNotes(str(node.target), mask="not classified yet"))
+    return SiteExplanation(
+        index=index,
+        module=g.module_path(node),
+        where=g.where(node),
+        form=notes.form,
+        folded=notes.folded,
+        mask=notes.mask if g.op_args(node)["attn_mask"] is None else "not classified yet",
+        needs={},
+        prefill="",
+        decode="",
+        cache="",
+        cache_bytes_per_token=0,
     )
 
 

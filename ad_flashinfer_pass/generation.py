@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -102,24 +101,6 @@ def _generate(
     metrics = llm.engine.metrics
     reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
     return num_refused
-
-
-def explain_model(config: AutoDeployConfig, reporter: Reporter, *, as_json: bool, debug: bool) -> None:
-    """Write the explanation of a model to stdout."""
-    reporter.phase("load_libraries")
-    with libraries_quiet(not debug):
-        from ad_flashinfer_pass.explain import as_tables, explain
-
-        explanation = explain(config, on_event=reporter.phase)
-    reporter.generating()
-    if as_json:
-        print(json.dumps(explanation.as_dict(), indent=2))
-        return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for table in as_tables(explanation):
-        console.print(table)
 
 
 @contextmanager

@@ -38,7 +38,34 @@ def test_every_site_has_its_source_its_mask_and_its_items(gemma2: Path) -> None:
 def test_the_command_prints_one_json_object(gemma2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--json`` is data alone on stdout, with a site for each layer."""
     with pytest.raises(SystemExit) as stop:
-        main(["explain", "-m", str(gemma2), "--random-weights", "--json", "--max-seq-len", "256"])
+        main(["explain", "-m", str(gemma2), "--json", "--max-seq-len", "256"])
 
     assert not stop.value.code
     assert len(json.loads(capsys.readouterr().out)["sites"]) == 3
+
+
+def test_kernels_are_chosen_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """Llama in bfloat16 on SM90: XQA decodes, FMHA v2 prefills; on SM100 neither can."""
+    config = architectures.CONFIGS["llama_gqa4"]()
+    config.head_dim, config.dtype = 64, "bfloat16"
+    config.save_pretrained(tmp_path)
+    deploy = AutoDeployConfig(model=str(tmp_path), max_seq_len=256)
+
+    here, hopper, blackwell = (explain(deploy, sm=sm).sites[0] for sm in (None, 90, 100))
+
+    assert here.decode.startswith("reference:")
+    assert hopper.decode.startswith("xqa:")
+    assert hopper.prefill.startswith("fmha_v2:")
+    assert blackwell.decode.startswith("trtllm_gen:")
+    assert "xqa: compute capability major 10" in blackwell.decode
+
+
+def test_sites_are_shown_before_the_insertion(gemma2: Path) -> None:
+    """After match_attention the masks are not classified, after classify_mask they are."""
+    deploy = AutoDeployConfig(model=str(gemma2), max_seq_len=256)
+    matched = explain(deploy, stage="match_attention").sites
+    classified = explain(deploy, stage="classify_mask").sites
+
+    assert [site.mask for site in matched] == ["not classified yet"] * 3
+    assert ["sliding_window=12" in site.mask for site in classified] == [True, False, True]
+    assert not any(site.decode for site in classified)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Annotated
 
 from ad_flashinfer_pass.cli.options import (
-    OUTPUT,
+    MODEL,
     PROG,
     ConfigOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    GraphOption,
+    JsonOption,
     MaxSeqLenOption,
     ModelOption,
     QuietOption,
-    RandomWeightsOption,
+    StageOption,
     TokensPerBlockOption,
     TrustOption,
     error_border,
     option,
     settings,
 )
-from ad_flashinfer_pass.generation import explain_model
 from ad_flashinfer_pass.progress import Reporter
 
 EXAMPLES = f"""
@@ -31,22 +34,36 @@ The attention of the demo model:
 
 [green]{PROG} explain[/green]
 
-An architecture without its weights, as data:
+An architecture without its weights, on an H100, as data:
 
-[green]{PROG} explain -m config.json --random-weights --json | jq '.sites[0]'[/green]
+[green]{PROG} explain -m config.json --sm 90 --json | jq '.sites[0]'[/green]
+
+What was matched in a model whose masks the pass refuses:
+
+[green]{PROG} explain -m PATH --stage match_attention[/green]
 """
 
 
 def explain(
     model: ModelOption = None,
+    graph: GraphOption = None,
     config: ConfigOption = None,
-    random_weights: RandomWeightsOption = False,
+    stage: StageOption = None,
+    sm: Annotated[
+        int | None,
+        option(
+            MODEL,
+            "N",
+            "Choose kernels for a GPU of this compute capability: 90 (H100, H200), 100 (B200), 120. "
+            "Default: that of --device.",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     max_seq_len: MaxSeqLenOption = None,
     tokens_per_block: TokensPerBlockOption = None,
-    as_json: Annotated[bool, option(OUTPUT, None, "One JSON object.", "--json")] = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -54,17 +71,29 @@ def explain(
 
     Where it stands in the source, how it was matched, the class of its mask with the evidence, what
     was folded away, the kernel of each phase, and the bytes of its cache. A model that the pass
-    refuses is explained by the refusal.
+    refuses is explained by the refusal. No weights are read.
     """
     keys = {
         "model": model,
-        "skip_loading_weights": random_weights or None,
         "trust_remote_code": trust_remote_code or None,
         "dtype": dtype,
         "device": device,
         "max_seq_len": max_seq_len,
     }
     with error_border(debug):
+        from ad_flashinfer_pass.generation import libraries_quiet
+
         deploy = settings(config, keys, tokens_per_block)
-        with Reporter(quiet=quiet, live=True, debug=debug) as reporter:
-            explain_model(deploy, reporter, as_json=as_json, debug=debug)
+        with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
+            reporter.phase("load_libraries")
+            from ad_flashinfer_pass import explain as explaining
+
+            found = explaining.explain(deploy, graph=graph, stage=stage, sm=sm, on_event=reporter.phase)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+            return
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for table in explaining.as_tables(found):
+            console.print(table)

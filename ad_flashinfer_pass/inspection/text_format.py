@@ -14,10 +14,10 @@
     names in FX:
     %model.norm.mul mul_56
 
-A type that ends in & is a view: the result lies in the memory of an input. A comment holds the source line, then ``in`` and the module where the name does not begin with it, then
-``by`` and the transform that made the node. A device is written behind the shape where it is not that of
-the header. A line holds nothing that a change elsewhere in the graph would alter, but for the names in FX,
-which therefore stand at the end.
+A type that ends in & is a view: the result lies in the memory of an input. A device stands behind the shape
+where it is not that of the header. A comment holds the source line, then ``in`` and the module where the
+name does not begin with it, then ``by`` and the transform that made the node. A line holds nothing that a
+change elsewhere in the graph would alter, but for the names in FX, which therefore stand at the end.
 """
 
 from __future__ import annotations

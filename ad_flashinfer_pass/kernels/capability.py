@@ -78,28 +78,33 @@ class Capability:
 
     Asked last, because the answer may take time.
     """
+    workspace_bytes: int = 0
+    """Device memory that it keeps beside the pools, once for all sites."""
     compiles: bool = True
     """False if its modules take too long to be compiled by the first call that needs them."""
 
-    def refusals(self, site: Site, phase: Phase, device: torch.device) -> list[str]:
+    def refusals(self, site: Site, phase: Phase, device: torch.device, sm: int | None = None) -> list[str]:
         """Every reason why this provider cannot run a phase of ``site``, as text; empty if it can.
 
-        Items of the site are listed only for a phase and a device that the provider has.
+        Items of the site are listed only for a phase and a device that the provider has. With ``sm``, 90 for
+        compute capability 9.0, the answer is for a GPU elsewhere, and what is installed here is not asked.
         """
-        elsewhere = _unknown({"phase": (phase, self.phases), "device": (device.type, self.device_types)})
+        kind = device.type if sm is None else "cuda"
+        major = _compute_major(device) if sm is None else sm // 10
+        elsewhere = _unknown({"phase": (phase, self.phases), "device": (kind, self.device_types)})
         if self.compute_majors is not None and not elsewhere:
-            elsewhere = _unknown({"compute capability major": (_compute_major(device), self.compute_majors)})
+            elsewhere = _unknown({"compute capability major": (major, self.compute_majors)})
         if elsewhere:
             return elsewhere
         refused = self._refused_items(site, phase)
-        if self.modules is None:
+        if self.modules is None or sm is not None:
             return refused
         problem = flashinfer_modules.problem()
         if problem is not None:
             refused.append(problem)
         if refused:
             return refused
-        needed = self.modules(site, _compute_major(device))
+        needed = self.modules(site, major)
         lacking = (flashinfer_modules.lacking(spec, compiles=self.compiles) for spec in needed)
         return [reason for reason in lacking if reason is not None]
 

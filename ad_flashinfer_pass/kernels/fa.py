@@ -91,6 +91,7 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
 
 CAPABILITY = Capability(
     name="fa",
+    workspace_bytes=_WORKSPACE_BYTES,
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({8, 9, 10, 12}),
     dtypes=frozenset({torch.bfloat16, torch.float16}),

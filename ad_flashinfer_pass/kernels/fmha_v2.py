@@ -47,6 +47,7 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
 
 CAPABILITY = Capability(
     name="fmha_v2",
+    workspace_bytes=_WORKSPACE_BYTES,
     phases=frozenset({"prefill"}),
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({9}),

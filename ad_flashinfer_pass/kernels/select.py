@@ -41,7 +41,7 @@ def provider(name: str) -> Any:
     return PROVIDERS[name]
 
 
-def choose(site: Site, phase: Phase, device: torch.device, where: str) -> Choice:
+def choose(site: Site, phase: Phase, device: torch.device, where: str, sm: int | None = None) -> Choice:
     """The provider for a phase of a site.
 
     Args:
@@ -49,19 +49,22 @@ def choose(site: Site, phase: Phase, device: torch.device, where: str) -> Choice
         phase: decode is one new token of a sequence, prefill is more than one.
         device: where the graph runs.
         where: the site's node and source line, for the error.
+        sm: choose for a GPU of this compute capability, 90 for 9.0, wherever the graph is now; all that
+            can be installed there is taken to be.
 
     Raises:
         UnsupportedError: no provider covers the site; says which items each one lacks.
     """
     lacking: list[str] = []
     for name, module in PROVIDERS.items():
-        refusals = module.CAPABILITY.refusals(site, phase, device)
+        refusals = module.CAPABILITY.refusals(site, phase, device, sm)
         if not refusals:
             reason = "covers every item of the site"
             return Choice(name, f"{reason}; not {'; not '.join(lacking)}" if lacking else reason)
         lacking.append(f"{name}: {', '.join(refusals)}")
+    target = device if sm is None else f"SM{sm}"
     raise UnsupportedError(
-        f"{where}: no kernel does all that this attention needs for {phase} on {device} "
+        f"{where}: no kernel does all that this attention needs for {phase} on {target} "
         f"({'; '.join(lacking)}). Change kv_cache_config (dtype, tokens_per_block), or run on device: cpu, "
         "whose reference kernels do all of it."
     )

@@ -33,8 +33,12 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     return []
 
 
+_WORKSPACE_BYTES = 2**28
+_COUNTER_BYTES = 2**22
+"""4 for each sequence and query head of a step, or multiprocessor if there are more."""
 CAPABILITY = Capability(
     name="trtllm_gen",
+    workspace_bytes=_WORKSPACE_BYTES + _COUNTER_BYTES,
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({10}),
     dtypes=frozenset({torch.bfloat16, torch.float16}),
@@ -49,10 +53,6 @@ CAPABILITY = Capability(
     mixed_head_dims=False,
     modules=modules,
 )
-
-_WORKSPACE_BYTES = 2**28
-_COUNTER_BYTES = 2**22
-"""4 for each sequence and query head of a step, or multiprocessor if there are more."""
 
 
 @cache

@@ -39,8 +39,11 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     ]
 
 
+_SEMAPHORES = 2**21
+_SCRATCH_BYTES = 2**24
 CAPABILITY = Capability(
     name="xqa",
+    workspace_bytes=4 * _SEMAPHORES + _SCRATCH_BYTES,
     phases=frozenset({"decode"}),
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({9, 12}),
@@ -55,9 +58,6 @@ CAPABILITY = Capability(
     mixed_head_dims=False,
     modules=modules,
 )
-
-_SEMAPHORES = 2**21
-_SCRATCH_BYTES = 2**24
 
 
 class Workspace:

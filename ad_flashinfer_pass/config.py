@@ -49,6 +49,8 @@ _MIGRATION = {
     + _OUR_BACKEND,
     "attn_page_size": "it is now kv_cache_config.tokens_per_block",
     "free_mem_ratio": "it is now kv_cache_config.free_gpu_memory_fraction",
+    "piecewise_enabled": "steps with prefill are captured whole; cuda_graph_token_buckets: [] turns that off",
+    "piecewise_num_tokens": "give it as cuda_graph_token_buckets",
     "cuda_graph_config": "give its batch_sizes as cuda_graph_batch_sizes",
     "runtime": "generation always runs in this process; delete the key",
     "world_size": "tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin; delete the key",
@@ -125,6 +127,9 @@ class AutoDeployConfig(_Strict):
     """How the transformed graph is run."""
     cuda_graph_batch_sizes: list[int] | None = None
     """Batch sizes for which torch-cudagraph captures a graph; default: powers of two up to max_batch_size."""
+    cuda_graph_token_buckets: list[int] | None = None
+    """Token counts of prefill for which torch-cudagraph captures a graph; default: powers of two from 64
+    up to max_num_tokens. [] captures decode alone."""
     max_batch_size: int = Field(default=8, ge=1, le=8192)
     """Sequences in one step."""
     max_seq_len: int = Field(default=2048, ge=1)
@@ -163,6 +168,12 @@ class AutoDeployConfig(_Strict):
         if sizes is not None and not (sizes and 1 <= min(sizes) <= max(sizes) <= self.max_batch_size):
             raise ValueError(
                 f"cuda_graph_batch_sizes must lie within 1..max_batch_size={self.max_batch_size}, got {sizes}"
+            )
+        buckets = self.cuda_graph_token_buckets
+        if buckets and not 2 <= min(buckets) <= max(buckets) <= self.token_budget:
+            raise ValueError(
+                f"cuda_graph_token_buckets must lie within 2..max_num_tokens={self.token_budget}, "
+                f"got {buckets}"
             )
         return self
 

@@ -67,8 +67,7 @@ def _stream(job: Job, llm: LLM, model_input: str | list[int], out: Stdout, repor
             out.write(piece)
     finally:
         out.write("\n")
-    metrics = llm.engine.metrics
-    reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
+    _report_end(llm, reporter)
 
 
 def _generate(
@@ -98,9 +97,15 @@ def _generate(
         raise KeyboardInterrupt(f"{num_done} of {len(inputs)} prompts done{where}") from None
     if num_done > num_refused:
         out.keep()
+    _report_end(llm, reporter)
+    return num_refused
+
+
+def _report_end(llm: LLM, reporter: Reporter) -> None:
     metrics = llm.engine.metrics
     reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
-    return num_refused
+    for reason, count in metrics.eager_steps.items():
+        reporter.line(f"{count} steps ran without a CUDA graph: {reason}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
@@ -31,7 +32,8 @@ def call_op(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: A
     node = graph.call_function(target, args, kwargs)
     mode = next(filter(None, map(_mode, node.all_input_nodes)), None)
     if mode is not None:
-        with mode, torch.no_grad():
+        # Without it torch 2.11 decomposes ops such as linear in C++, which knows no symbolic sizes.
+        with mode, torch.no_grad(), enable_python_dispatcher():
             fake_args = map_arg(args, lambda n: n.meta["val"])
             fake_kwargs = map_arg(kwargs, lambda n: n.meta["val"])
             node.meta["val"] = target(*fake_args, **fake_kwargs)

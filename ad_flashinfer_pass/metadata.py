@@ -1,8 +1,9 @@
 """The per-step metadata: which token belongs to which sequence and page.
 
 Names, dtypes and formulas are those of AutoDeploy's ``SequenceInfo``, so that a graph made here and a
-graph made in AutoDeploy take the same inputs. All tensors are allocated once at full capacity and
-written in place; entries past the current length are stale and must not be read.
+graph made in AutoDeploy take the same inputs. All tensors are views of one device buffer, allocated once at
+full capacity; a step writes them into pinned memory and copies that in one go. Entries past the current
+length are stale and must not be read. R is ``max_rows``, room for sequences and padding rows.
 
 ====================  ============  =======================================================================
 name                  dtype         content, for sequences 0..n-1 ordered prefill, extend, decode
@@ -10,21 +11,25 @@ name                  dtype         content, for sequences 0..n-1 ordered prefil
 input_ids             int64         tokens of this step: [b, 1] if every sequence decodes, else [1, total]
 position_ids          int64         absolute position of each token, shaped as input_ids
 batch_info_host       int32 [12]    host only, see ``BatchInfo``
-cu_seqlen             int32 [B+1]   exclusive prefix sum of the new tokens of each sequence
-input_pos             int32 [B]     tokens already in the cache
-seq_len_with_cache    int32 [B]     input_pos + new tokens
+cu_seqlen             int32 [R+1]   exclusive prefix sum of the new tokens of each sequence
+input_pos             int32 [R]     tokens already in the cache
+seq_len_with_cache    int32 [R]     input_pos + new tokens
 cache_loc             int32 [*]     page ids of all sequences, concatenated
-cu_num_pages          int32 [B+1]   exclusive prefix sum of the pages of each sequence
+cu_num_pages          int32 [R+1]   exclusive prefix sum of the pages of each sequence
 token_gather_indices  int64 [n]     rows of the flattened tokens whose logits are wanted
 ====================  ============  =======================================================================
 
 Source: TensorRT-LLM ``_torch/auto_deploy/custom_ops/attention_interface.py`` (the 12-int generation).
+
+Decode steps can follow one another without the host: ``advance`` takes the tokens that were sampled and
+writes the metadata of the next step on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -40,20 +45,41 @@ METADATA_ARGS = (
 )
 
 
+IDLE = -2
+"""In place of a token: the sequence had stopped before this step."""
+_MAX_STOP_TOKENS = 8
+_STAGES = 4
+_ALIGNMENT = 16
+
+
 class SequenceStep(NamedTuple):
     """What one sequence does in one step."""
 
     token_ids: Sequence[int]
-    """New tokens, at least one."""
+    """New tokens, at least one. -1 - i is the i-th token that the step before sampled, whatever it is."""
     input_pos: int
     """Tokens of the sequence that are already in the cache."""
     pages: Sequence[int]
-    """Page ids that hold positions 0 .. input_pos + len(token_ids) - 1, none of them page 0."""
+    """Page ids that hold positions 0 .. input_pos + len(token_ids) - 1 at least, none of them page 0."""
     gather: bool = True
     """Whether the logits of the last token are wanted."""
 
 
-_PADDING = SequenceStep(token_ids=(0,), input_pos=0, pages=(0,))
+class Bucket(NamedTuple):
+    """The shape to which a step is padded, so that a captured graph can run it.
+
+    Padding rows use page 0. With ``num_tokens`` there are ``SequenceInfo.max_prefill_rows`` prefill and
+    extend sequences, the last of them without tokens, and max_batch_size rows of logits; without, each
+    sequence has its row of logits.
+    """
+
+    num_tokens: int
+    """Tokens of prefill and extend sequences; 0 in a bucket of decode steps."""
+    num_decode: int
+    """Decode sequences, of one token each."""
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens} tokens" if self.num_tokens else f"batch size {self.num_decode}"
 
 
 class BatchInfo(NamedTuple):
@@ -71,6 +97,18 @@ class BatchInfo(NamedTuple):
     max_batch_size: int
     num_tokens_to_gather: int
     gather_required: int
+
+
+class _Layout(NamedTuple):
+    """A step as it is written."""
+
+    sequences: Sequence[SequenceStep]
+    """Padding rows included."""
+    counts: list[int]
+    """The first six of ``BatchInfo``."""
+    gather: list[int]
+    num_real: int
+    """How many of ``gather`` belong to sequences that are no padding."""
 
 
 class SequenceInfo:
@@ -98,108 +136,176 @@ class SequenceInfo:
         self.tokens_per_block = tokens_per_block
         self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
         self.device = device
+        # Every prompt of a batch and the padding of a token bucket, which counts as prompts too.
+        self.max_prefill_rows = max_batch_size + -(-max_num_tokens // max_seq_len)
+        self.max_rows = self.max_prefill_rows + max_batch_size
         self._batch_info_host = torch.zeros(len(BatchInfo._fields), dtype=torch.int32)
-        sizes = {
-            "cu_seqlen": max_batch_size + 1,
-            "input_pos": max_batch_size,
-            "seq_len_with_cache": max_batch_size,
-            "cu_num_pages": max_batch_size + 1,
-            "cache_loc": max_batch_size * self.max_blocks_per_seq,
-        }
-        # One buffer for all int32 metadata, one for the int64, so that a step is two copies.
-        self._int32_host, self._int32, self._views = _packed(sizes, torch.int32, device)
-        sizes64 = {
-            "input_ids": max_num_tokens,
-            "position_ids": max_num_tokens,
-            "token_gather_indices": max_batch_size,
-        }
-        self._int64_host, self._int64, views64 = _packed(sizes64, torch.int64, device)
-        self._views.update(views64)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._buffer = _StagedBuffer(
+            {
+                "input_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "token_gather_indices": (torch.int64, (max_batch_size,)),
+                "stop_token_ids": (torch.int64, (max_batch_size, _MAX_STOP_TOKENS)),
+                "is_stopped": (torch.int32, (max_batch_size,)),
+                "cu_seqlen": (torch.int32, (self.max_rows + 1,)),
+                "input_pos": (torch.int32, (self.max_rows,)),
+                "seq_len_with_cache": (torch.int32, (self.max_rows,)),
+                "cu_num_pages": (torch.int32, (self.max_rows + 1,)),
+                # Last, because only the part that is used is copied. One more, as in AutoDeploy: where the
+                # first page of a padding row would stand.
+                "cache_loc": (torch.int32, (max_batch_size * self.max_blocks_per_seq + 1,)),
+            },
+            device,
+        )
+        self.tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        """Tokens sampled in the last step for which ``advance`` was called, in the order of its logits."""
         self._shape = (1, 0)
         self._num_gather = 0
 
-    def nest_sequences(self, sequences: Sequence[SequenceStep], *, pad_to: int | None = None) -> None:
-        """Write the metadata of one step.
+    def nest_sequences(
+        self,
+        sequences: Sequence[SequenceStep],
+        *,
+        pad_to: Bucket | None = None,
+        stop_token_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Write the metadata of one step. Never waits for the device.
 
         Args:
             sequences: ordered prefill (many tokens, no past), extend (many tokens, a past), decode (one
                 token).
-            pad_to: add decode sequences of length 1 on page 0 until there are this many; each has a row of
-                logits. All of ``sequences`` must decode then, and there may be none.
+            pad_to: add padding rows up to this shape. There may be no sequences then.
+            stop_token_ids: for each row of logits the tokens after which ``advance`` lets it rest on page 0;
+                only the first eight are used.
 
         Raises:
             ValueError: the step is empty, out of order, too large, or its pages do not cover it.
         """
-        if pad_to is not None:
-            sequences = self._padded(sequences, pad_to)
-        lens = [len(seq.token_ids) for seq in sequences]
-        self._check(sequences, lens)
-        if self._copied is not None:
-            self._copied.synchronize()  # else the copy of the last step could read what is written now
-        kinds = [_kind(seq) for seq in sequences]
-        counts = [value for kind in range(3) for value in _count(kinds, lens, kind)]
+        step = self._layout(sequences, pad_to)
+        sequences, lens = step.sequences, [len(seq.token_ids) for seq in step.sequences]
         ends = list(accumulate(lens))
-        self._num_gather = sum(seq.gather for seq in sequences)
+        total, self._num_gather = ends[-1], len(step.gather)
         limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
-        info = BatchInfo._make((*counts, *limits, self._num_gather, 1))
+        info = BatchInfo._make((*step.counts, *limits, self._num_gather, 1))
         self._batch_info_host.numpy()[:] = info
+        ids = [t for seq in sequences for t in seq.token_ids]
+        spans = [(seq.input_pos, seq.input_pos + n) for seq, n in zip(sequences, lens, strict=True)]
         pages = [page for seq in sequences for page in seq.pages]
-        positions = [
-            p for seq, n in zip(sequences, lens, strict=True) for p in range(seq.input_pos, seq.input_pos + n)
-        ]
-        self._write("cu_seqlen", [0, *ends])
-        self._write("input_pos", [seq.input_pos for seq in sequences])
-        self._write(
-            "seq_len_with_cache",
-            [seq.input_pos + n for seq, n in zip(sequences, lens, strict=True)],
-        )
-        self._write("cu_num_pages", [0, *accumulate(len(seq.pages) for seq in sequences)])
-        self._write("cache_loc", pages)
-        self._write("input_ids", [t for seq in sequences for t in seq.token_ids])
-        self._write("position_ids", positions)
-        gather = [end - 1 for seq, end in zip(sequences, ends, strict=True) if seq.gather]
-        self._write("token_gather_indices", gather)
-        if self._int32 is not self._int32_host:
-            self._int32.copy_(self._int32_host, non_blocking=True)
-            self._int64.copy_(self._int64_host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-        total = ends[-1]
-        self._shape = (total, 1) if kinds[0] == 2 else (1, total)
+        write = self._buffer.next_stage()
+        write("input_ids", ids)
+        write("position_ids", [position for span in spans for position in range(*span)])
+        write("token_gather_indices", step.gather)
+        write("is_stopped", [0] * step.num_real + [1] * (self._num_gather - step.num_real))
+        if stop_token_ids:
+            unused = [-1] * _MAX_STOP_TOKENS
+            write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stop_token_ids])
+        write("cu_seqlen", [0, *ends])
+        write("input_pos", [start for start, _ in spans])
+        write("seq_len_with_cache", [end for _, end in spans])
+        write("cu_num_pages", [0, *accumulate(len(seq.pages) for seq in sequences)])
+        write("cache_loc", pages)
+        self._buffer.copy_to_device(len(pages))
+        if ids and min(ids) < 0:
+            self._fill_in_tokens(total)
+        self._shape = (total, 1) if info.num_decode == total else (1, total)
 
     def named_args(self) -> dict[str, Tensor]:
         """The inputs of the graph by name; shapes as in the module docstring."""
-        total = self._shape[0] * self._shape[1]
-        args = {name: self._views[name][1] for name in METADATA_ARGS if name in self._views}
+        total = prod(self._shape)
+        views = self._buffer.views
+        args = {name: views[name] for name in METADATA_ARGS if name in views}
         args["batch_info_host"] = self._batch_info_host
-        args["input_ids"] = self._views["input_ids"][1][:total].view(self._shape)
-        args["position_ids"] = self._views["position_ids"][1][:total].view(self._shape)
-        args["token_gather_indices"] = self._views["token_gather_indices"][1][: self._num_gather]
+        args["input_ids"] = views["input_ids"][:total].view(self._shape)
+        args["position_ids"] = views["position_ids"][:total].view(self._shape)
+        args["token_gather_indices"] = views["token_gather_indices"][: self._num_gather]
         return args
 
-    def _write(self, name: str, values: list[int]) -> None:
-        # numpy takes a short list ten times faster than torch.
-        self._views[name][0].numpy()[: len(values)] = values
+    def advance(self, sampled: Tensor) -> None:
+        """Take the sampled tokens, and make the metadata that of the next step if all sequences decode.
 
-    @staticmethod
-    def _padded(sequences: Sequence[SequenceStep], pad_to: int) -> list[SequenceStep]:
-        if len(sequences) > pad_to or any(_kind(seq) != 2 for seq in sequences):
+        Runs on the device alone, so that it can be captured. A sequence whose token stops it, or is none,
+        rests from then on: it is one token on page 0, and its token is ``IDLE``. The pages of the others must
+        hold one token more. After a step with prefill the next one must be nested.
+
+        Args:
+            sampled: int64 [n], tokens of the first n rows of logits; negative for none.
+        """
+        n = sampled.shape[0]
+        views = self._buffer.views
+        is_stopped = views["is_stopped"][:n]
+        tokens = torch.where(is_stopped > 0, IDLE, sampled)
+        self.tokens[:n] = tokens
+        if self._shape[1] != 1:
+            return
+        is_stop = (tokens[:, None] == views["stop_token_ids"][:n]).any(1)
+        goes_on = ~(is_stop | (tokens < 0))
+        is_stopped.copy_(~goes_on)
+        views["input_ids"][:n] = tokens * goes_on
+        input_pos = (views["input_pos"][:n] + 1) * goes_on
+        views["input_pos"][:n] = input_pos
+        views["position_ids"][:n] = input_pos
+        torch.add(input_pos, 1, out=views["seq_len_with_cache"][:n])
+        first_page = views["cu_num_pages"][:n].long()
+        cache_loc = views["cache_loc"]
+        cache_loc[first_page] = cache_loc[first_page] * goes_on
+
+    def _fill_in_tokens(self, num_tokens: int) -> None:
+        ids = self._buffer.views["input_ids"][:num_tokens]
+        ids.copy_(torch.where(ids < 0, self.tokens[(-1 - ids).clamp(min=0)].clamp(min=0), ids))
+
+    def _layout(self, sequences: Sequence[SequenceStep], bucket: Bucket | None) -> _Layout:
+        """The step as it is written: with padding, if to a bucket."""
+        lens = [len(seq.token_ids) for seq in sequences]
+        kinds = [_kind(seq) for seq in sequences]
+        self._check(sequences, lens, kinds, may_be_empty=bucket is not None)
+        gather = [end - 1 for seq, end in zip(sequences, accumulate(lens), strict=True) if seq.gather]
+        counts = [value for kind in range(3) for value in _count(kinds, lens, kind)]
+        if bucket is None:
+            return _Layout(sequences, counts, gather, len(gather))
+        num_long, long_tokens = counts[0] + counts[2], counts[1] + counts[3]
+        rows = self._padding_prompts(sequences[:num_long], bucket.num_tokens - long_tokens, bucket)
+        decodes = sequences[num_long:]
+        if len(decodes) > bucket.num_decode or bucket.num_decode > self.max_batch_size:
             raise ValueError(
-                f"only decode sequences can be padded, to no less than their number, got {len(sequences)} "
-                f"sequences and pad_to={pad_to}"
+                f"{len(decodes)} decode sequences cannot be padded to {bucket.num_decode} "
+                f"(max_batch_size={self.max_batch_size})"
             )
-        return [*sequences, *[_PADDING] * (pad_to - len(sequences))]
+        padding = SequenceStep((0,), 0, ())
+        padded = [*rows, *decodes, *[padding] * (bucket.num_decode - len(decodes))]
+        shift = bucket.num_tokens - long_tokens
+        moved = [row if row < long_tokens else row + shift for row in gather]
+        if bucket.num_tokens:
+            moved += [0] * (self.max_batch_size - len(gather))
+        else:
+            moved = list(range(bucket.num_decode))
+        counts = [len(rows), bucket.num_tokens, 0, 0, bucket.num_decode, bucket.num_decode]
+        return _Layout(padded, counts, moved, len(gather))
 
-    def _check(self, sequences: Sequence[SequenceStep], lens: list[int]) -> None:
-        if not sequences or min(lens) == 0:
+    def _padding_prompts(
+        self, prompts: Sequence[SequenceStep], num_missing: int, bucket: Bucket
+    ) -> list[SequenceStep]:
+        """The prompts, then prompts on page 0 that fill up the tokens, then rows without tokens."""
+        if num_missing < 0:
+            raise ValueError(
+                f"{bucket.num_tokens - num_missing} tokens of prompts cannot be padded to {bucket}"
+            )
+        if bucket.num_tokens == 0:
+            return []
+        starts = range(0, num_missing, self.max_seq_len)
+        sizes = [min(num_missing - start, self.max_seq_len) for start in starts]
+        rows = [*prompts, *(SequenceStep((0,) * size, 0, ()) for size in sizes)]
+        return rows + [SequenceStep((), 0, ())] * (self.max_prefill_rows - len(rows))
+
+    def _check(
+        self, sequences: Sequence[SequenceStep], lens: list[int], kinds: list[int], *, may_be_empty: bool
+    ) -> None:
+        if min(lens, default=int(may_be_empty)) == 0:
             raise ValueError("a step must hold at least one sequence, each with at least one token")
         if len(sequences) > self.max_batch_size or sum(lens) > self.max_num_tokens:
             raise ValueError(
                 f"a step must hold at most max_batch_size={self.max_batch_size} sequences and "
                 f"max_num_tokens={self.max_num_tokens} tokens, got {len(sequences)} and {sum(lens)}"
             )
-        kinds = [_kind(seq) for seq in sequences]
         if kinds != sorted(kinds):
             raise ValueError("sequences must be ordered prefill, extend, decode")
         for index, (seq, n) in enumerate(zip(sequences, lens, strict=True)):
@@ -209,12 +315,11 @@ class SequenceInfo:
                     f"sequence {index}: positions {seq.input_pos}..{end - 1} must lie within "
                     f"max_seq_len={self.max_seq_len}"
                 )
-            if seq is _PADDING:
-                continue
-            if len(seq.pages) != -(-end // self.tokens_per_block) or min(seq.pages) < 1:
+            num_pages = -(-end // self.tokens_per_block)
+            if not num_pages <= len(seq.pages) <= self.max_blocks_per_seq or min(seq.pages) < 1:
                 raise ValueError(
-                    f"sequence {index}: {end} tokens need {-(-end // self.tokens_per_block)} pages "
-                    f"other than page 0, got {list(seq.pages)}"
+                    f"sequence {index}: {end} tokens need {num_pages} pages or more, up to "
+                    f"{self.max_blocks_per_seq}, other than page 0, got {list(seq.pages)}"
                 )
 
 
@@ -230,15 +335,63 @@ def _count(kinds: list[int], lens: list[int], kind: int) -> tuple[int, int]:
     return len(chosen), sum(chosen)
 
 
-def _packed(
-    sizes: dict[str, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """One host and one device buffer, and (host, device) views of them by name."""
-    host = torch.zeros(sum(sizes.values()), dtype=dtype, pin_memory=device.type == "cuda")
-    on_device = host if device.type == "cpu" else torch.zeros_like(host, device=device)
-    starts = [0, *accumulate(sizes.values())]
-    views = {
-        name: (host[start : start + size], on_device[start : start + size])
-        for (name, size), start in zip(sizes.items(), starts, strict=False)
-    }
-    return host, on_device, views
+class _StagedBuffer:
+    """One device buffer with named parts, and pinned copies of it that are written in turn.
+
+    On a CPU they are the same memory. Elsewhere a copy may still wait on the device for the steps before it,
+    while the next one is written: it has another stage.
+
+    Args:
+        fields: dtype and shape of each part; of the last one only what is used is copied.
+        device: where the buffer is.
+    """
+
+    def __init__(self, fields: dict[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
+        sizes = [_round_up(dtype.itemsize * prod(shape)) for dtype, shape in fields.values()]
+        starts = [0, *accumulate(sizes)]
+        is_cuda = device.type == "cuda"
+        num_stages = 1 if device.type == "cpu" else _STAGES
+        self._stages = torch.zeros(num_stages, starts[-1], dtype=torch.uint8, pin_memory=is_cuda)
+        self._on_device = self._stages[0] if device.type == "cpu" else self._stages[0].to(device)
+        self._events = [torch.cuda.Event() for _ in range(num_stages)] if is_cuda else []
+        self._last = (starts[-2], next(reversed(fields.values()))[0].itemsize)
+        self._stage = 0
+
+        def views_of(buffer: Tensor) -> dict[str, Tensor]:
+            return {
+                name: buffer[start : start + dtype.itemsize * prod(shape)].view(dtype).view(shape)
+                for start, (name, (dtype, shape)) in zip(starts, fields.items(), strict=False)
+            }
+
+        self.views = views_of(self._on_device)
+        # numpy takes a short list ten times faster than torch.
+        self._arrays = [
+            {name: view.numpy() for name, view in views_of(stage).items()} for stage in self._stages
+        ]
+
+    def next_stage(self) -> Callable[[str, Sequence[int] | Sequence[list[int]]], None]:
+        """What writes the first elements of a part. Waits for the copy ``_STAGES`` steps ago, if it must."""
+        self._stage = (self._stage + 1) % len(self._stages)
+        if self._events:
+            self._events[self._stage].synchronize()
+        arrays = self._arrays[self._stage]
+
+        def write(name: str, values: Sequence[int] | Sequence[list[int]]) -> None:
+            if values:
+                arrays[name][: len(values)] = values
+
+        return write
+
+    def copy_to_device(self, num_last: int) -> None:
+        """Copy what was written, with this many elements of the last part."""
+        stage = self._stages[self._stage]
+        if stage.data_ptr() == self._on_device.data_ptr():
+            return
+        end = self._last[0] + num_last * self._last[1]
+        self._on_device[:end].copy_(stage[:end], non_blocking=True)
+        if self._events:
+            self._events[self._stage].record()
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -90,6 +90,8 @@ def run(
     Raises:
         TransformError: a transform refuses the model; see ``errors``.
     """
+    if on_event is not None:
+        ctx.on_event = on_event
     entries = sorted(ctx.config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
     reports = []
     writer = StageWriter.from_environment()

@@ -36,7 +36,9 @@ class FakeLLM:
         self.inputs: list[Any] = []
         self.sampling: SamplingParams | None = None
         self.engine = SimpleNamespace(
-            metrics=SimpleNamespace(num_generated_tokens=7, num_pages=9, num_preemptions=1)
+            metrics=SimpleNamespace(
+                num_generated_tokens=7, num_pages=9, num_preemptions=1, eager_steps={"prefill": 2}
+            )
         )
 
     def generate(

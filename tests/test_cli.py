@@ -80,7 +80,8 @@ def test_tells_progress_in_lines_on_stderr(command: Command) -> None:
     assert lines[3].startswith("ready in")
     assert "7 tokens in" in lines[4]
     assert "tokens/s), at most 3 of 9 pages, 1 preemptions" in lines[4]
-    assert len(lines) == 5
+    assert lines[5] == "2 steps ran without a CUDA graph: prefill"
+    assert len(lines) == 6
 
 
 def test_quiet_says_nothing_but_errors(command: Command) -> None:

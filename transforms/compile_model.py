@@ -1,7 +1,8 @@
 """The callable of ``compile_backend``.
 
-``torch-simple``: the graph's own Python code, op by op. ``torch-cudagraph``: the same, with decode steps
-captured for the batch sizes of ``cuda_graph_batch_sizes`` and replayed; see ``runtime.cuda_graph``.
+``torch-simple``: the graph's own Python code, op by op. ``torch-cudagraph``: the same, captured and replayed,
+for the batch sizes of ``cuda_graph_batch_sizes`` and the token counts of ``cuda_graph_token_buckets``; see
+``runtime.cuda_graph``.
 ``torch-opt``: all but our ops compiled by Inductor, see ``pieces``; on CUDA captured likewise.
 
 Parameters move to the top of the module: reading ``model.layers.0.mlp.up_proj.weight`` takes six lookups
@@ -14,10 +15,16 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels.capability import Phase
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pieces import compile_pieces
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
-from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes
+from ad_flashinfer_pass.runtime.cuda_graph import (
+    CudaGraphModule,
+    default_batch_sizes,
+    default_token_buckets,
+)
 
 
 @register("compile_model")
@@ -34,11 +41,44 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
         report.notes.append(f"Inductor: {len(pieces)} distinct pieces, called {num_calls} times a step")
     if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda":
         return model, report
-    sizes = ctx.config.cuda_graph_batch_sizes or default_batch_sizes(ctx.config.max_batch_size)
-    captured = CudaGraphModule(model, sizes)
-    captured.capture(ctx.sequence_info, ctx.caches)
-    report.notes.append(f"decode captured for batch sizes {', '.join(map(str, captured.batch_sizes))}")
-    return captured, report
+    return _captured(model, ctx, report), report
+
+
+def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) -> CudaGraphModule:
+    config = ctx.config
+    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
+    captured = CudaGraphModule(
+        model,
+        default_batch_sizes(config.max_batch_size) if sizes is None else sizes,
+        default_token_buckets(config.token_budget) if buckets is None else buckets,
+        _host_kernels(ctx),
+    )
+    captured.capture(
+        ctx.sequence_info, ctx.caches, lambda text: ctx.on_event(f"compile_model: CUDA graphs, {text}")
+    )
+    report.notes.append(f"decode captured for batch sizes {_listed(captured.batch_sizes)}")
+    report.notes.append(f"prefill captured for token counts {_listed(captured.token_buckets)}")
+    for phase, kernel in captured.host_kernels.items():
+        report.notes.append(f"not captured: {phase} by {kernel}, which reads lengths on the host")
+    mebibytes = sum(cost.bytes for cost in captured.costs) / 2**20
+    report.notes.append(f"capture: {sum(c.seconds for c in captured.costs):.1f} s, {mebibytes:.1f} MiB")
+    return captured
+
+
+def _host_kernels(ctx: TransformContext) -> dict[Phase, str]:
+    """The kernel that keeps a phase from being captured, for each phase that has one."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    chosen = {phase: {getattr(site, phase).kernel for site in ctx.sites} for phase in phases}
+    return {
+        phase: kernel
+        for phase, kernels in chosen.items()
+        for kernel in sorted(kernels)
+        if phase in select.provider(kernel).CAPABILITY.host_phases
+    }
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes)) or "none"
 
 
 def _warm_up(model: nn.Module, ctx: TransformContext) -> None:

@@ -73,6 +73,8 @@ class Capability:
     shared_kv: bool = True
     mixed_head_dims: bool = True
     """K and V of different head size."""
+    host_phases: frozenset[Phase] = frozenset()
+    """Phases in which it reads lengths on the host, so that a CUDA graph cannot hold them."""
     modules: Callable[[Site, int], Sequence[JitSpecNvcc]] | None = None
     """FlashInfer's modules that run a site, by the compute capability's major; None: FlashInfer is not used.
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site
 from ad_flashinfer_pass.kernels.modules import lacking
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
@@ -95,6 +96,7 @@ CAPABILITY = Capability(
     device_types=frozenset({"cuda"}),
     compute_majors=frozenset({8, 9, 10, 12}),
     dtypes=frozenset({torch.bfloat16, torch.float16}),
+    host_phases=frozenset({"prefill"}),
     kv_dtypes=dict.fromkeys(("prefill", "decode"), frozenset({torch.float8_e4m3fn})),
     head_dims=frozenset({64, 128, 256}),
     chunk=False,
@@ -105,10 +107,12 @@ CAPABILITY = Capability(
 )
 
 
-@cache
-def _workspace(device: torch.device) -> Tensor:
-    """For one stream at a time, and for these kernels alone."""
-    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+class _Eager:
+    """Scratch memory of a device, for one stream at a time, and the plans of steps that are not captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scratch = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.planned: dict[tuple[Phase, _Shape], _Planned] = {}
 
 
 class _Planned:
@@ -135,7 +139,7 @@ class _Planned:
                 for name, size in sizes.items()
             }
         self.wrapper = BatchPrefillWithPagedKVCacheWrapper(
-            _workspace(device),
+            workspaces.get(_Eager, device).scratch,
             "HND",
             use_cuda_graph=graph is not None,
             backend=_backend(shape, torch.cuda.get_device_capability(device)[0]),
@@ -221,19 +225,22 @@ _graph: GraphPlans | None = None
 
 
 @contextmanager
-def planning() -> Iterator[GraphPlans]:
-    """Within it decode runs as in a CUDA graph: warm it up once, capture it, and keep the plans."""
+def planning(plans: GraphPlans | None = None) -> Iterator[GraphPlans]:
+    """Within it decode runs as in a CUDA graph, from these plans: once to make them, then to be captured."""
     global _graph
-    _graph = GraphPlans()
+    _graph = GraphPlans() if plans is None else plans
     try:
         yield _graph
     finally:
         _graph = None
 
 
-@cache
 def _planned(phase: Phase, shape: _Shape, device: torch.device) -> _Planned:
-    return _Planned(shape, device)
+    """The plan of steps that are not captured."""
+    planned = workspaces.get(_Eager, device).planned
+    if (phase, shape) not in planned:
+        planned[phase, shape] = _Planned(shape, device)
+    return planned[phase, shape]
 
 
 def prefill(

@@ -6,8 +6,8 @@ and masks, which takes tens of processor minutes, so this provider is chosen onl
 What it does not check, and what is done here about it:
 
 - The tensor ``seq_lens`` is never read; the lengths come from prefix sums.
-- If the query has batch * max_q_len rows, all sequences are taken to be equally long. Here max_q_len is the
-  smaller of all rows and the longest sequence possible, so that this holds only if they are.
+- If the query has batch * max_q_len rows, all sequences are taken to be as long as the first. A captured call
+  is replayed with other lengths, so max_q_len, which is only an upper bound, is kept off that.
 - The window applies whenever it is shorter than max_kv_len, whatever the mask mode; one of a single token
   must be asked for by the mode.
 - The pool's strides are derived from its shape. Of a pool that is one layer of a larger one, K and V are
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
@@ -64,7 +65,6 @@ CAPABILITY = Capability(
 )
 
 
-@cache
 def _workspace(device: torch.device) -> Tensor:
     """For one stream at a time; the kernel clears what it needs cleared."""
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -89,16 +89,19 @@ def prefill(
     query = query.contiguous()
     pool, blocks = (kv_cache, block_table) if kv_cache.is_contiguous() else _blocks(kv_cache, block_table)
     out = torch.empty_like(query)
+    num_rows, batch = query.shape[0], seq_len_with_cache.shape[0]
+    max_q_len = min(num_rows, max_kv_len)
+    max_q_len += batch > 1 and num_rows == batch * max_q_len
     trtllm_fmha_v2_prefill(
         (query, pool),
         _LAYOUT,
-        _workspace(query.device),
+        workspaces.get(_workspace, query.device),
         seq_len_with_cache,
-        min(query.shape[0], max_kv_len),
-        max_kv_len,
+        max_q_len,
+        max(max_kv_len, max_q_len),
         float(spec.scale),
         1.0,
-        seq_len_with_cache.shape[0],
+        batch,
         cu_seqlen,
         F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
         block_tables=blocks,

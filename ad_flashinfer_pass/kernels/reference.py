@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels.capability import Capability
 
-CAPABILITY = Capability(name="reference")
+CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}))
 
 
 class AttentionSpec(NamedTuple):
@@ -54,7 +54,8 @@ def prepare_metadata(
     block_table = cache_loc.new_zeros((input_pos.shape[0], max_blocks_per_seq))
     block_table[:num_seqs] = pages
 
-    if num_tokens == num_seqs:  # one token each, the decode step
+    if num_tokens == num_seqs and bool((cu_seqlen[1 : num_seqs + 1] > cu_seqlen[:num_seqs]).all()):
+        # One token each, the decode step.
         position = input_pos[:num_seqs].long()
         page = pages.gather(1, (position // page_size)[:, None])[:, 0]
         return block_table, page * page_size + position % page_size
@@ -158,6 +159,8 @@ def prefill(
     bounds, totals = cu_seqlen.tolist(), seq_len_with_cache.tolist()
     outputs = []
     for row, total in enumerate(totals):
+        if total == 0:  # a row of a captured step that no sequence uses
+            continue
         q = query[bounds[row] : bounds[row + 1]][None]
         k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim, spec)
         outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])

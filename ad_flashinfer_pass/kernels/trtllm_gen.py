@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import KernelError
+from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
@@ -55,7 +55,6 @@ CAPABILITY = Capability(
 )
 
 
-@cache
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Scratch memory, and counters that are zero before and after each launch; for one stream at a time."""
     sizes = (_WORKSPACE_BYTES, _COUNTER_BYTES)
@@ -94,7 +93,7 @@ def prefill(
     """
     from flashinfer.prefill import trtllm_batch_context_with_kv_cache
 
-    scratch, counters = _workspace(query.device)
+    scratch, counters = workspaces.get(_workspace, query.device)
     max_kv_len = block_table.shape[1] * kv_cache.shape[3]
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -139,7 +138,7 @@ def decode(
     """
     from flashinfer.decode import trtllm_batch_decode_with_kv_cache
 
-    scratch, counters = _workspace(query.device)
+    scratch, counters = workspaces.get(_workspace, query.device)
     query = query.contiguous()
     out = torch.empty_like(query)
     with _explained("decode"):

@@ -13,12 +13,12 @@ windowed or not: every combination must have been called once before a graph is 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
@@ -74,10 +74,9 @@ class Workspace:
         self.num_processors = torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
 def workspace(device: torch.device) -> Workspace:
     """The workspace of a device, made at the first call, which must not be in a capture."""
-    return Workspace(device)
+    return workspaces.get(Workspace, device)
 
 
 def decode(

@@ -35,6 +35,34 @@ class CachedModel:
         self.num_pages = next(iter(caches.values())).shape[0]
         self.vocab_size = vocab_size
 
+    @property
+    def eager_steps(self) -> dict[str, int]:
+        """Steps that ran eagerly although graphs were captured, by reason."""
+        return dict(self.module.fallbacks) if isinstance(self.module, CudaGraphModule) else {}
+
+    def nest(self, sequences: Sequence[SequenceStep], stop_token_ids: Sequence[Sequence[int]] = ()) -> None:
+        """Write the metadata of a step, padded to the shape of a captured graph if there is one.
+
+        Args:
+            sequences: ordered prefill, extend, decode; see ``metadata.SequenceStep``.
+            stop_token_ids: see ``SequenceInfo.nest_sequences``.
+
+        Raises:
+            ValueError: the step is empty, out of order or too large.
+        """
+        bucket = self.module.bucket(sequences) if isinstance(self.module, CudaGraphModule) else None
+        self.sequence_info.nest_sequences(sequences, pad_to=bucket, stop_token_ids=stop_token_ids)
+
+    def forward(self) -> Tensor:
+        """Run the graph on the metadata as they are; K and V of the new tokens are written to their pages.
+
+        Returns:
+            Logits [n, vocab_size] on the device: first those of the sequences with gather, in order, then of
+            padding rows. The next call may overwrite them.
+        """
+        with torch.inference_mode():
+            return self.module(**self.sequence_info.named_args(), **self.caches)[0]
+
     def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
         """Run the graph once; K and V of the new tokens are written to their pages.
 
@@ -47,15 +75,15 @@ class CachedModel:
         Raises:
             ValueError: the step is empty, out of order or too large; nothing was run.
         """
-        bucket = self.module.bucket(sequences) if isinstance(self.module, CudaGraphModule) else None
-        self.sequence_info.nest_sequences(sequences, pad_to=bucket)
-        with torch.inference_mode():
-            logits = self.module(**self.sequence_info.named_args(), **self.caches)[0]
-        return logits if bucket is None else logits[: len(sequences)]
+        self.nest(sequences)
+        logits = self.forward()[: sum(seq.gather for seq in sequences)]
+        return logits.clone() if isinstance(self.module, CudaGraphModule) else logits
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Zero some pages: NaN left behind in one would reach the sequence that owns it next."""
-        index = torch.tensor(pages, device=self.device)
+        index = torch.tensor(pages)
+        if self.device.type == "cuda":
+            index = index.pin_memory().to(self.device, non_blocking=True)
         with torch.inference_mode():
             for cache in self.caches.values():
                 cache[index] = 0

@@ -1,118 +1,314 @@
-"""Decode steps as CUDA graphs.
+"""Steps as CUDA graphs.
 
-For each batch size of a list, the buckets, the transformed graph is captured once on rows that use the
-scratch page. A decode step is padded with such rows to the smallest bucket that holds it, and replayed. Of a
-step only the contents of the metadata and the caches may change: their addresses are in the graph and are
-compared before each replay. All other steps run eagerly, each counted by its reason.
+The transformed graph is captured once for each bucket, on padding rows alone: for each batch size of decode
+steps, and for each token count of steps with prefill. A step is padded to the smallest bucket that holds it,
+and replayed. Of a step only the contents of the metadata and the caches may change. What a graph has baked in
+is compared before each replay: the integers of ``batch_info_host``, which hold the bucket and the bounds, the
+addresses of all inputs, and the generation of the kernels' workspaces. All other steps run eagerly, each
+counted by its reason.
+
+After a decode step the greedy choice of tokens and ``SequenceInfo.advance`` are a second graph of its bucket.
+
+On a CPU there are no graphs: a replay runs the module again, with the same padding, checks and counts.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.kernels import fa
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.kernels import fa, workspaces
+from ad_flashinfer_pass.kernels.capability import Phase
+from ad_flashinfer_pass.metadata import BatchInfo, Bucket, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.sampling import most_likely
+
+logger = logging.getLogger(__name__)
 
 _WARM_UPS = 2
 
 
+class _Graph(Protocol):
+    def replay(self) -> None: ...
+
+
 class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    bucket: Bucket
+    graph: _Graph
     logits: Tensor
     """Where each replay puts its result."""
+    greedy: _Graph | None
+    """Takes the most likely tokens of ``logits`` and advances; only for decode steps."""
+    shape: torch.Size
+    """Of the tokens."""
     addresses: list[int]
     """Of the inputs, in order."""
+    generation: int
+    """Of the workspaces."""
     plans: fa.GraphPlans
     """What kernels that need a plan read; renewed before each replay."""
 
 
+class CaptureCost(NamedTuple):
+    """What it took to capture a bucket."""
+
+    bucket: Bucket
+    seconds: float
+    bytes: int
+    """Of device memory that the graph keeps; buckets share one pool, so most of it is the first one's."""
+
+
 class CudaGraphModule(nn.Module):
-    """A transformed graph that replays its decode steps.
+    """A transformed graph that replays its steps.
 
     Args:
         eager: the graph; called with metadata and caches by name, returns logits [1, n, vocab].
-        batch_sizes: the buckets.
+        batch_sizes: buckets of decode steps, in sequences.
+        token_buckets: buckets of steps with prefill, in tokens of prefill and extend sequences.
+        host_kernels: for a phase that cannot be captured, which kernel it is that reads lengths on the host.
     """
 
-    def __init__(self, eager: nn.Module, batch_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        eager: nn.Module,
+        batch_sizes: Sequence[int],
+        token_buckets: Sequence[int] = (),
+        host_kernels: Mapping[Phase, str] | None = None,
+    ) -> None:
         super().__init__()
         self.eager = eager
-        self.batch_sizes = sorted(set(batch_sizes))
+        self.host_kernels = dict(host_kernels or {})
+        self.batch_sizes = [] if "decode" in self.host_kernels else sorted(set(batch_sizes))
+        self.token_buckets = [] if self.host_kernels else sorted(set(token_buckets))
         self.num_replays = 0
         self.fallbacks: Counter[str] = Counter()
         """Steps that ran eagerly, by reason."""
-        self._captured: dict[int, _Captured] = {}
+        self.costs: list[CaptureCost] = []
+        """In the order of capture."""
+        self._captured: dict[tuple[int, ...], _Captured] = {}
+        """By the integers of ``batch_info_host``."""
+        self._buckets: list[Bucket] = []
+        """Those captured, the smallest first."""
+        self._last: _Captured | None = None
+        """What the last call replayed."""
 
-    def bucket(self, sequences: Sequence[SequenceStep]) -> int | None:
-        """The batch size to which a step should be padded; None if no graph can run it."""
-        if not all(len(seq.token_ids) == 1 and seq.gather for seq in sequences):
+    def bucket(self, sequences: Sequence[SequenceStep]) -> Bucket | None:
+        """The shape to which a step should be padded; None if no graph can run it."""
+        num_tokens = sum(len(seq.token_ids) for seq in sequences if len(seq.token_ids) > 1)
+        num_decode = sum(len(seq.token_ids) == 1 for seq in sequences)
+        if num_tokens == 0 and not all(seq.gather for seq in sequences):
             return None
-        sizes = (size for size in self.batch_sizes if size in self._captured)
-        return next((size for size in sizes if size >= len(sequences)), None)
+        for bucket in self._buckets:
+            same_kind = (bucket.num_tokens > 0) == (num_tokens > 0)
+            if same_kind and bucket.num_tokens >= num_tokens and bucket.num_decode >= num_decode:
+                return bucket
+        return None
 
-    def capture(self, sequence_info: SequenceInfo, caches: Mapping[str, Tensor]) -> None:
+    def capture(
+        self,
+        sequence_info: SequenceInfo,
+        caches: Mapping[str, Tensor],
+        on_progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Capture every bucket, the largest first so that the smaller ones fit into its memory.
+
+        All are warmed before the first is captured: kernels are compiled, loaded and chosen by their first
+        runs, none of which can be captured.
 
         Args:
             sequence_info: its tensors are the inputs of the graphs, from now on and at the same addresses.
             caches: likewise; only the scratch page is written.
+            on_progress: called with a line of text before each bucket.
         """
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(sequence_info.device)
-        for size in reversed(self.batch_sizes):
-            sequence_info.nest_sequences([], pad_to=size)
-            inputs = {**sequence_info.named_args(), **caches}
-            with torch.inference_mode():
-                # Kernels are compiled, loaded and chosen by the first runs, none of which can be captured.
-                stream.wait_stream(torch.cuda.current_stream())
-                with fa.planning() as plans:
-                    with torch.cuda.stream(stream):
-                        for _ in range(_WARM_UPS):
-                            self.eager(**inputs)
-                    torch.cuda.current_stream().wait_stream(stream)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool, stream=stream):
-                        logits = self.eager(**inputs)
-            self._captured[size] = _Captured(graph, logits, _addresses(inputs), plans)
+        buckets = [Bucket(tokens, sequence_info.max_batch_size) for tokens in reversed(self.token_buckets)]
+        buckets += [Bucket(0, size) for size in reversed(self.batch_sizes)]
+        plans = [fa.GraphPlans() for _ in buckets]
+        with torch.inference_mode():
+            recorder = _recorder(sequence_info.device)
+            for index, bucket in enumerate(buckets):
+                on_progress(f"warm-up {index + 1} of {len(buckets)}: {bucket}")
+                inputs = self._padding_step(bucket, sequence_info, caches)
+                with recorder.warming(), fa.planning(plans[index]):
+                    for _ in range(_WARM_UPS):
+                        sequence_info.advance(most_likely(self.eager(**inputs)[0]))
+            recorder.release_warm_up()
+            for index, bucket in enumerate(buckets):
+                on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
+                self._capture_one(bucket, recorder, sequence_info, caches, plans[index])
+        self._buckets = buckets[::-1]
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [1, n, vocab]; a replay if there is a graph for exactly these inputs."""
+        """Logits [1, n, vocab]; a replay if there is a graph for exactly these inputs.
+
+        The result of a replay is overwritten by the next one.
+        """
         captured = self._graph_for(inputs)
         if isinstance(captured, str):
+            self._last = None
+            if captured not in self.fallbacks:
+                logger.debug("a step runs eagerly: %s", captured)
             self.fallbacks[captured] += 1
             return self.eager(**inputs)
+        self._last = captured
         captured.plans.renew(inputs["seq_len_with_cache"], inputs["cache_loc"])
         captured.graph.replay()
         self.num_replays += 1
-        # The next replay overwrites its own result.
-        return captured.logits.clone()
+        return captured.logits
+
+    def advance_greedily(self) -> bool:
+        """Choose the most likely tokens of the last call's logits, and advance, by a replay.
+
+        Returns:
+            Whether there is a graph that does it; if not, nothing was done.
+        """
+        if self._last is None or self._last.greedy is None:
+            return False
+        self._last.greedy.replay()
+        return True
+
+    @staticmethod
+    def _padding_step(
+        bucket: Bucket, sequence_info: SequenceInfo, caches: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        sequence_info.nest_sequences([], pad_to=bucket)
+        return {**sequence_info.named_args(), **caches}
+
+    def _capture_one(
+        self,
+        bucket: Bucket,
+        recorder: _CudaRecorder | _Rerunner,
+        sequence_info: SequenceInfo,
+        caches: Mapping[str, Tensor],
+        plans: fa.GraphPlans,
+    ) -> None:
+        start, free = time.perf_counter(), recorder.free_bytes()
+        inputs = self._padding_step(bucket, sequence_info, caches)
+        with fa.planning(plans):
+            graph, logits = recorder.record(lambda: self.eager(**inputs))
+        greedy = None
+        if not bucket.num_tokens:
+
+            def choose() -> Tensor:
+                sequence_info.advance(most_likely(logits[0]))
+                return sequence_info.tokens
+
+            greedy, _ = recorder.record(choose)
+        self.costs.append(CaptureCost(bucket, time.perf_counter() - start, free - recorder.free_bytes()))
+        self._captured[tuple(inputs["batch_info_host"].tolist())] = _Captured(
+            bucket,
+            graph,
+            logits,
+            greedy,
+            inputs["input_ids"].shape,
+            _addresses(inputs),
+            workspaces.generation(),
+            plans,
+        )
 
     def _graph_for(self, inputs: dict[str, Tensor]) -> _Captured | str:
         """The graph captured for these inputs, or why there is none."""
-        batch_size, length = inputs["input_ids"].shape
-        if length != 1:
-            return "prefill"
-        captured = self._captured.get(batch_size)
+        key = tuple(inputs["batch_info_host"].tolist())
+        captured = self._captured.get(key)
         if captured is None:
-            return f"no graph for {batch_size} sequences"
-        if inputs["token_gather_indices"].shape[0] != batch_size:
-            return "logits of only some sequences"
+            return self._why_no_graph(BatchInfo._make(key))
+        if captured.generation != workspaces.generation():
+            return "workspaces were released since capture"
         addresses = _addresses(inputs)
-        if addresses != captured.addresses:
+        if addresses != captured.addresses or inputs["input_ids"].shape != captured.shape:
             moved = zip(inputs, addresses, captured.addresses, strict=True)
-            return f"moved since capture: {', '.join(name for name, now, then in moved if now != then)}"
+            names = [name for name, now, then in moved if now != then]
+            return f"moved since capture: {', '.join(names)}" if names else "tokens of another shape"
         return captured
+
+    def _why_no_graph(self, info: BatchInfo) -> str:
+        if any(key[:6] == info[:6] and key[10:] == info[10:] for key in self._captured):
+            return "captured with other bounds"
+        num_tokens = info.num_prefill_tokens + info.num_extend_tokens
+        phases: tuple[Phase, ...] = ("prefill", "decode") if num_tokens else ("decode",)
+        for phase in phases:
+            if phase in self.host_kernels:
+                return f"{phase} by {self.host_kernels[phase]}, which reads lengths on the host"
+        if num_tokens:
+            largest = max(self.token_buckets, default=0)
+            return f"prefill of more than {largest} tokens" if largest else "prefill"
+        if info.num_tokens_to_gather != info.num_decode:
+            return "logits of only some sequences"
+        return f"no graph for {info.num_decode} sequences"
+
+
+class _CudaRecorder:
+    """Records CUDA graphs, all in one memory pool and from one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def release_warm_up(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = run()
+        return graph, result
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
+
+
+class _Rerunner:
+    """Stands for ``_CudaRecorder`` on a CPU: a graph is the function, and runs again."""
+
+    class _Function(NamedTuple):
+        run: Callable[[], Tensor]
+        result: Tensor
+
+        def replay(self) -> None:
+            with torch.inference_mode():
+                self.result.copy_(self.run())
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        yield
+
+    def release_warm_up(self) -> None: ...
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
+        graph = self._Function(run, run())
+        return graph, graph.result
+
+    def free_bytes(self) -> int:
+        return 0
+
+
+def _recorder(device: torch.device) -> _CudaRecorder | _Rerunner:
+    return _CudaRecorder(device) if device.type == "cuda" else _Rerunner()
 
 
 def default_batch_sizes(max_batch_size: int) -> list[int]:
     """Powers of two up to the largest batch, and that one."""
     powers = [2**i for i in range(max_batch_size.bit_length()) if 2**i < max_batch_size]
     return [*powers, max_batch_size]
+
+
+def default_token_buckets(max_num_tokens: int) -> list[int]:
+    """Powers of two from 64 up to the largest step, and that one: AutoDeploy's ``piecewise_num_tokens``."""
+    return [size for size in default_batch_sizes(max_num_tokens) if size >= 64 or size == max_num_tokens]
 
 
 def _addresses(inputs: Mapping[str, Tensor]) -> list[int]:

@@ -46,6 +46,10 @@ class StepModel(Protocol):
         """Pages of the cache, page 0 included, which is scratch."""
 
     @property
+    def eager_steps(self) -> dict[str, int]:
+        """Steps that no captured graph could run, by reason."""
+
+    @property
     def vocab_size(self) -> int:
         """Width of the logits; token ids lie in 0..vocab_size - 1."""
 
@@ -99,6 +103,8 @@ class Metrics:
     pages_in_use: int
     num_pages: int
     """Pages that requests can use: those of the cache without page 0."""
+    eager_steps: dict[str, int]
+    """Steps that no captured graph could run, by reason; empty if none was captured."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -180,6 +186,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             pages_in_use=self._pool.num_in_use,
             num_pages=self._pool.capacity,
+            eager_steps=self._model.eager_steps,
         )
 
     def add_request(

@@ -176,7 +176,7 @@ class Sampler:
             self._rows = rows
         batch = self._batch
         scores = batch.penalise(logits)
-        tokens = _most_likely(scores)
+        tokens = most_likely(scores)
         if batch.is_drawn is not None:
             drawn = _draw(batch.filter(scores), _uniforms(rows, logits.device))
             tokens = torch.where(batch.is_drawn & (tokens >= 0), drawn, tokens)
@@ -252,8 +252,8 @@ def _uniform(seed: int, index: int) -> float:
     return int.from_bytes(digest, "little") / 2**48
 
 
-def _most_likely(scores: Tensor) -> Tensor:
-    """int64 [n]: the first largest score of each row, -1 if it is not finite."""
+def most_likely(scores: Tensor) -> Tensor:
+    """int64 [n]: the first largest score of each row of [n, vocab_size], -1 if it is not finite."""
     # The largest is NaN if any is: one value tells of NaN and infinity in the whole row.
     if scores.device.type == "cpu":
         # numpy's argmax is vectorised, torch's on a CPU is not: ten times slower at 32,000 tokens.

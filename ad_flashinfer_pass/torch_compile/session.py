@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, SessionError
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.metadata import Bucket, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.registry import KvCacheResource
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.transforms.initialize_cache import free_bytes
@@ -416,7 +416,7 @@ class Batch:
             return logits[0, : len(rows)]
         return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
 
-    def write(self, pad_to: int | None = None) -> None:
+    def write(self, pad_to: Bucket | None = None) -> None:
         """Write the metadata of the step; see ``SequenceInfo.nest_sequences``."""
         self._session.sequence_info.nest_sequences(self.steps, pad_to=pad_to)
 

@@ -152,13 +152,13 @@ def test_captured_equals_eager_exactly(name: str, kv_dtype: str) -> None:
 
     def both(**inputs: Tensor) -> Tensor:
         result = replay(**inputs)
-        if inputs["input_ids"].shape[1] == 1:
-            # The eager run writes the same K and V to the same slots once more.
-            with fa.planning():  # its plans are those of a graph
-                assert torch.equal(result, module.eager(**inputs))
+        # The eager run writes the same K and V to the same slots once more.
+        with fa.planning():  # its plans are those of a graph
+            assert torch.equal(result, module.eager(**inputs))
         return result
 
     module.forward = both  # type: ignore[method-assign]
     generate(cached)
     assert module.num_replays > NEW_TOKENS // 2
-    assert set(module.fallbacks) == {"prefill"}
+    eager = "prefill by reference, which reads lengths on the host"
+    assert set(module.fallbacks) <= {eager}

@@ -7,20 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.kernels import fa, select
-from ad_flashinfer_pass.metadata import METADATA_ARGS, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.kernels.capability import Phase
+from ad_flashinfer_pass.kernels.reference import AttentionSpec
+from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from tests.gpu.paged import DEVICE, Shape, attend, bound, bound_of_8_bits, site_of
+from tests.runtime.two_layers import Sizes, TwoLayers, changed_slots, random_step
 
-HEADS, KV_HEADS, DIM, PAGE, PAGES, MAX_LEN, BATCH = 8, 2, 128, 32, 80, 512, 8
-PLAIN = Shape(num_kv_heads=KV_HEADS, page_size=PAGE)
+SIZES = Sizes()
+PLAIN = Shape(num_kv_heads=SIZES.kv_heads, page_size=SIZES.page_size)
+WINDOW = replace(PLAIN, sliding_window=12)
 FP8 = replace(PLAIN, kv_dtype=torch.float8_e4m3fn, k_scale=0.02, v_scale=0.75)
-CASES = {
+DECODE = {
     "xqa": ("xqa", PLAIN),
-    "xqa_window": ("xqa", replace(PLAIN, sliding_window=12)),
+    "xqa_window": ("xqa", WINDOW),
     "xqa_fp8": ("xqa", FP8),
     "fa": ("fa", PLAIN),
     "fa_fp8": ("fa", FP8),
@@ -28,144 +31,115 @@ CASES = {
 }
 
 
-class TwoLayers(nn.Module):
-    """Metadata, then append and attend twice; the tokens of the step choose q, k and v from a table."""
-
-    def __init__(self, kernel: str, shape: Shape) -> None:
-        super().__init__()
-        self.kernel, self.shape = kernel, shape
-        width = (HEADS + 2 * KV_HEADS) * DIM
-        self.table = nn.Buffer(torch.randn(2, 97, width, device=DEVICE).bfloat16())
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, token_gather_indices: Tensor, **inputs: Tensor
-    ) -> Tensor:
-        """[1, rows, features] of the gathered tokens."""
-        metadata = [inputs[name] for name in METADATA_ARGS]
-        info, cu_seqlen, input_pos, seq_len, cache_loc, cu_num_pages = metadata
-        table, slots = ops.prepare_metadata(
-            position_ids, info, cu_seqlen, input_pos, cache_loc, cu_num_pages, MAX_LEN // PAGE, PAGE
-        )
-        outs = []
-        for layer in range(2):
-            qkv = self.table[layer][input_ids].unflatten(-1, (-1, DIM))
-            q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
-            cache = inputs[f"kv_cache_{layer}"]
-            ops.append_kv(k, v, slots, cache, self.shape.k_scale, self.shape.v_scale)
-            outs.append(
-                ops.cached_attention(
-                    q,
-                    cache,
-                    info,
-                    cu_seqlen,
-                    seq_len,
-                    table,
-                    self.shape.spec.scale,
-                    DIM,
-                    self.shape.sliding_window,
-                    self.shape.logit_cap,
-                    decode_kernel=self.kernel,
-                    k_scale=self.shape.k_scale,
-                    v_scale=self.shape.v_scale,
-                )
-            )
-        return torch.stack(outs, 2).flatten(0, 1).flatten(1)[token_gather_indices][None]
-
-    def assert_within_bound(self, out: Tensor, steps: list[SequenceStep], caches: dict[str, Tensor]) -> None:
-        """Compare with attention in float64 over what the caches hold."""
-        shape = self.shape
-        for row, step in zip(out.unflatten(1, (2, HEADS, DIM)), steps, strict=True):
-            for layer in range(2):
-                pages = torch.tensor(step.pages, device=DEVICE)
-                kv = caches[f"kv_cache_{layer}"][pages].double().transpose(2, 3)
-                k = kv[:, 0].flatten(0, 1)[: step.input_pos + 1] * shape.k_scale
-                v = kv[:, 1].flatten(0, 1)[: step.input_pos + 1] * shape.v_scale
-                q = self.table[layer][step.token_ids[0]].unflatten(-1, (-1, DIM))[None, :HEADS]
-                rounds = self.kernel == "xqa" and shape.kv_dtype is not None
-                q = q.to(shape.kv_dtype).double() if rounds else q.double()
-                expected, spread = attend(q, k, v, step.input_pos, shape.spec, None)
-                limit = bound(expected, spread, len(k), shape.dtype)
-                if rounds:
-                    limit += bound_of_8_bits(q, k, v, spread, shape.spec)
-                assert bool(((row[layer].double() - expected[0]).abs() <= limit[0]).all())
-
-
-def random_step(rng: random.Random, size: int) -> list[SequenceStep]:
-    pages = rng.sample(range(1, PAGES), PAGES - 1)
-    steps = []
-    for _ in range(size):
-        past = rng.choice([0, PAGE - 1, PAGE, rng.randrange(MAX_LEN - 1), rng.randrange(100)])
-        count = -(-(past + 1) // PAGE)
-        if count > len(pages):
-            past, count = 0, 1
-        steps.append(SequenceStep([rng.randrange(97)], past, [pages.pop() for _ in range(count)]))
-    return steps
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_replay_equals_eager_and_keeps_to_its_pages(case: str) -> None:
-    """150 steps of random composition, lengths, pages and padding, through all buckets."""
+def graphs(
+    shape: Shape, kernels: dict[Phase, str], batch_sizes: list[int], token_buckets: list[int]
+) -> tuple[CudaGraphModule, SequenceInfo, dict[str, Tensor]]:
+    for phase, kernel in kernels.items():
+        refusals = select.provider(kernel).CAPABILITY.refusals(site_of(shape), phase, DEVICE)
+        if refusals:
+            pytest.skip(", ".join(refusals))
     torch.manual_seed(0)
+    model = TwoLayers(
+        SIZES,
+        DEVICE,
+        torch.bfloat16,
+        window=shape.sliding_window,
+        logit_cap=shape.logit_cap,
+        kv_dtype=shape.kv_dtype,
+        scales=(shape.k_scale, shape.v_scale),
+        prefill_kernel=kernels.get("prefill", "reference"),
+        decode_kernel=kernels["decode"],
+    )
+    return CudaGraphModule(model, batch_sizes, token_buckets), model.info(), model.caches()
+
+
+def check_replays(
+    module: CudaGraphModule,
+    info: SequenceInfo,
+    caches: dict[str, Tensor],
+    shape: Shape,
+    *,
+    with_prefill: bool,
+) -> None:
+    """150 steps of random composition, lengths, pages and padding, through all buckets."""
     rng = random.Random(0)
-    kernel, shape = CASES[case]
-    refusals = select.provider(kernel).CAPABILITY.refusals(site_of(shape), "decode", DEVICE)
-    if refusals:
-        pytest.skip(", ".join(refusals))
-    layers = TwoLayers(kernel, shape)
-    module = CudaGraphModule(layers, [1, 2, 4, BATCH])
-    info = SequenceInfo(MAX_LEN, BATCH, 64, PAGE, DEVICE)
-    caches = random_caches(shape)
     kept = {name: cache.clone() for name, cache in caches.items()}
     with torch.inference_mode():
         module.capture(info, caches)
         for name, cache in caches.items():
             assert same_bytes(cache[1:], kept[name][1:]), "capture wrote to a page"
         for _ in range(150):
+            steps = random_step(rng, SIZES, with_prefill=with_prefill)
+            n = sum(s.gather for s in steps)
             before = {name: cache.clone() for name, cache in caches.items()}
-            steps = random_step(rng, rng.randint(1, BATCH))
             info.nest_sequences(steps, pad_to=module.bucket(steps))
             inputs = {**info.named_args(), **caches}
-            replayed = module(**inputs)
+            replayed = module(**inputs)[0, :n].clone()
             after = {name: cache.clone() for name, cache in caches.items()}
             for name, cache in caches.items():
                 cache.copy_(before[name])
             with fa.planning():  # its plans are those of a graph
-                eager = module.eager(**inputs)
-            n = len(steps)
-            assert bool(torch.isfinite(replayed[0, :n]).all())
-            assert torch.equal(replayed[0, :n], eager[0, :n])
-            layers.assert_within_bound(replayed[0, :n], steps, after)
+                eager = module.eager(**inputs)[0, :n]
+            assert bool(torch.isfinite(replayed).all())
+            assert torch.equal(replayed, eager)
+            assert_within_bound(module.eager, shape, replayed, steps, after)
             for name, cache in caches.items():
                 assert same_bytes(cache[1:], after[name][1:])
-                new, old = after[name].view(torch.uint8), before[name].view(torch.uint8)
-                changed = (new != old).any(-1).any(1).any(1)
-                for s in steps:
-                    changed[s.pages[s.input_pos // PAGE], s.input_pos % PAGE] = False
-                changed[0] = False
-                assert not changed.any(), "a slot outside the step changed"
+                assert not changed_slots(before[name], cache, steps).any()
     assert module.num_replays == 150
     assert not module.fallbacks
 
 
-def random_caches(shape: Shape) -> dict[str, Tensor]:
-    sizes, dtype = (PAGES, 2, KV_HEADS, PAGE, DIM), shape.kv_dtype or shape.dtype
-    return {f"kv_cache_{i}": torch.randn(sizes, device=DEVICE).to(dtype) for i in range(2)}
+def assert_within_bound(
+    model: torch.nn.Module, shape: Shape, out: Tensor, steps: list[SequenceStep], caches: dict[str, Tensor]
+) -> None:
+    """Compare the last token of each sequence with attention in float64 over what the caches hold."""
+    assert isinstance(model, TwoLayers)
+    spec = AttentionSpec(SIZES.head_dim**-0.5, shape.sliding_window, shape.logit_cap)
+    rounds = shape.kv_dtype is not None and model.decode_kernel == "xqa"
+    rows = out.unflatten(1, (SIZES.heads, SIZES.head_dim, 2))
+    for row, step in zip(rows, (s for s in steps if s.gather), strict=True):
+        past = step.input_pos + len(step.token_ids) - 1
+        for layer in range(2):
+            kv = caches[f"kv_cache_{layer}"][torch.tensor(step.pages, device=DEVICE)].double().transpose(2, 3)
+            k = kv[:, 0].flatten(0, 1)[: past + 1] * shape.k_scale
+            v = kv[:, 1].flatten(0, 1)[: past + 1] * shape.v_scale
+            q = model.table[layer][step.token_ids[-1]].unflatten(-1, (-1, SIZES.head_dim))[
+                None, : SIZES.heads
+            ]
+            q = (q.to(shape.kv_dtype) if rounds else q).double()
+            expected, spread = attend(q, k, v, past, spec, None)
+            limit = bound(expected, spread, past + 1, shape.dtype)
+            if rounds:
+                limit += bound_of_8_bits(q, k, v, spread, spec)
+            assert bool(((row[..., layer].double() - expected[0]).abs() <= limit[0]).all())
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
+@pytest.mark.parametrize("case", DECODE)
+def test_every_decode_replay_equals_eager_and_keeps_to_its_pages(case: str) -> None:
+    """Each kernel that can decode in a graph, over caches of 16 and 8 bits."""
+    kernel, shape = DECODE[case]
+    module, info, caches = graphs(shape, {"decode": kernel}, [1, 2, 4, SIZES.max_batch_size], [])
+    check_replays(module, info, caches, shape, with_prefill=False)
+
+
+@pytest.mark.parametrize("shape", [PLAIN, WINDOW], ids=["plain", "window"])
+def test_every_replay_with_prefill_equals_eager_and_keeps_to_its_pages(shape: Shape) -> None:
+    """On FMHA v2 and XQA within one graph, with prompts, chunks, decodes and padding."""
+    kernels: dict[Phase, str] = {"prefill": "fmha_v2", "decode": "xqa"}
+    module, info, caches = graphs(shape, kernels, [], [64, SIZES.max_num_tokens])
+    check_replays(module, info, caches, shape, with_prefill=True)
+
+
 def test_a_moved_cache_is_noticed() -> None:
     """A pool at another address is not read at the old one: the step is eager, and counted with its name."""
-    module = CudaGraphModule(TwoLayers("xqa", PLAIN), [1])
-    info = SequenceInfo(MAX_LEN, BATCH, 64, PAGE, DEVICE)
-    caches = {
-        f"kv_cache_{i}": torch.zeros(PAGES, 2, KV_HEADS, PAGE, DIM, device=DEVICE).bfloat16()
-        for i in range(2)
-    }
+    module, info, caches = graphs(PLAIN, {"decode": "xqa"}, [1], [])
     module.capture(info, caches)
-    caches["kv_cache_1"] = caches["kv_cache_1"].clone()
+    caches["kv_cache_1"] = torch.zeros_like(caches["kv_cache_1"])
     steps = [SequenceStep([3], 0, [5])]
     info.nest_sequences(steps, pad_to=module.bucket(steps))
     with torch.inference_mode():

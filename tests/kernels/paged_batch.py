@@ -111,9 +111,11 @@ class PagedBatch:
 
     def _write(self, index: int, position: int) -> None:
         page, offset = self.slot(index, position)
-        key, value = self.key[index][position], self.value[index][position]
-        self.kv_cache[page, 0, :, offset, : self.shape.head_dim] = key / self.shape.k_scale
-        self.kv_cache[page, 1, :, offset, : self.shape.v_head_dim] = value / self.shape.v_scale
+        limit = torch.finfo(self.kv_cache.dtype).max
+        key = (self.key[index][position] / self.shape.k_scale).clamp(-limit, limit)
+        value = (self.value[index][position] / self.shape.v_scale).clamp(-limit, limit)
+        self.kv_cache[page, 0, :, offset, : self.shape.head_dim] = key
+        self.kv_cache[page, 1, :, offset, : self.shape.v_head_dim] = value
 
     def prepare(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Block table and slots from the op, for as many tokens as ``position_ids`` has."""

@@ -58,6 +58,7 @@ class ToyModel:
         )
         self.num_pages = num_pages
         self.vocab_size = VOCAB_SIZE
+        self.eager_steps: dict[str, int] = {}
         self.fail_next: BaseException | None = None
         self.steps: list[list[SequenceStep]] = []
         self._cache: dict[tuple[int, int], int] = {}

@@ -8,6 +8,7 @@ same memory at every call.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _buffer(name: str, key: tuple[Any, ...], shape: tuple[int, ...], device: tor
 def _table_width(batch_info_host: Tensor, seq_len_with_cache: Tensor, cache_loc: Tensor) -> int:
     """Blocks of the longest sequence, or an upper bound, which a graph may bake in."""
     if batch_info_host.numel() > 7:
-        return int(batch_info_host[7])
+        return max(1, batch_info_host.tolist()[7])
     return max(1, cache_loc.numel() // seq_len_with_cache.numel())
 
 
@@ -98,12 +99,12 @@ def prepare_metadata(
     capacity = (1 << (num_tokens - 1).bit_length(),)  # so that the buffers of all sizes together stay small
     rows, positions = (_buffer(name, key, capacity, device)[:num_tokens] for name in ("rows", "positions"))
     args = (cu_seqlen, seq_len_with_cache, cache_loc, cu_num_pages, block_table, rows, positions)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        reference.prepare_ragged_metadata(num_tokens, num_seqs, *args)
+    else:
         from ad_flashinfer_pass.kernels import ragged_metadata  # needs triton
 
         ragged_metadata.prepare(num_tokens, num_seqs, *args)
-    else:
-        reference.prepare_ragged_metadata(num_tokens, num_seqs, *args)
     return block_table, rows, positions
 
 
@@ -224,7 +225,7 @@ def _append(
     """K and V to their pages; returns Q, rotated like K if ``rope`` is given."""
     num_tokens = query.shape[1]
     rows, positions = token_rows[:num_tokens], token_positions[:num_tokens]
-    if kv_cache.device.type == "cuda":
+    if kv_cache.device.type != "cpu":
         from ad_flashinfer_pass.kernels import rope_append  # needs triton
 
         if rope is None:
@@ -285,7 +286,8 @@ for _overload in (PREPARE, f"{PREPARE}.batch_info"):
 
 
 @torch.library.register_fake(ATTENTION)
-def _(q: Tensor, k: Tensor, v: Tensor, *args: object, out: Tensor | None = None, **kwargs: object) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+    out = inspect.signature(mha_with_cache).bind(q, k, v, *args, **kwargs).arguments.get("out")
     return q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out.new_empty(0)
 
 

@@ -32,7 +32,13 @@ aten = torch.ops.aten
 _OPTIONS = ("session", "compile_backend", "mode", "cuda_graph_batch_sizes")
 _ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask", "insert_cached_attention")
 # What a session or this module does in their place.
-_NOT_HERE = ("export_model", "gather_logits_before_lm_head", "initialize_cache", "compile_model")
+_NOT_HERE = (
+    "export_model",
+    "fuse_gemms",  # the user's module keeps its weights, so fused ones would be in memory twice
+    "gather_logits_before_lm_head",
+    "initialize_cache",
+    "compile_model",
+)
 
 
 def flashinfer_trtllm(
@@ -121,7 +127,7 @@ class _Compiled:
         """For one run of the transforms."""
         changes = dict(self._changes)
         if self.backend != runners.INDUCTOR:
-            changes["compile_backend"] = self.backend
+            changes |= {"compile_backend": self.backend, "cuda_graph_token_buckets": []}
         return TransformContext(
             self.session.config(**changes), self.session.device, self.session.sequence_info
         )

@@ -136,7 +136,7 @@ class Piece(nn.Module):
         args = []
         for what in self._order:
             if isinstance(what, str):
-                args.append(getattr(self, what))
+                args.append(self._attribute(what))
             else:
                 args.append(num_tokens if what < 0 else given[what])
         return self._run(*args)
@@ -157,14 +157,22 @@ class Piece(nn.Module):
         extra = [{i: dynamic for i, n in enumerate(shape) if n is None} for shape in self._extra_shapes]
         return [{1: dynamic}, {1: dynamic}, *extra]
 
+    def _attribute(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
+
     def _enter(self, name: str, tensor: Tensor) -> str:
-        name = re.sub(r"\W", "_", name)
-        while hasattr(self, name):
-            name += "_"
+        """Put a parameter or buffer where the model has it."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
         if isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
+            owner.register_parameter(leaf, tensor)
         else:
-            self.register_buffer(name, tensor)
+            owner.register_buffer(leaf, tensor)
         return name
 
 
@@ -208,6 +216,6 @@ def _source_name(node: fx.Node) -> str:
 def _readable(name: str) -> str:
     """L['self']._modules['model']._parameters['weight'] -> model.weight."""
     name = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
-    name = re.sub(r"^L\['(\w+)'\]", r"\1", name)
-    name = re.sub(r"\['(\w+)'\]", r".\1", name)
+    name = re.sub(r"^[LG]\['(\w+)'\]", r"\1", name)
+    name = re.sub(r"\['?(\w+)'?\]", r".\1", name)
     return re.sub(r"^self\.", "", name)

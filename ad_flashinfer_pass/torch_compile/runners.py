@@ -161,7 +161,10 @@ def _symbols(tensor: Tensor, token_dims: Sequence[int]) -> StatelessSymbolicCont
 
 
 class _Captured:
-    """A whole model through ``compile_model``: decode steps are replays of CUDA graphs."""
+    """A whole model through ``compile_model``; on CUDA decode steps are replays of graphs.
+
+    Steps with prefill are not: a captured one gives the logits of the last tokens, not of all.
+    """
 
     def __init__(
         self,
@@ -187,8 +190,10 @@ class _Captured:
         session.compiles.append(CompileRecord(backend, "decode", time.perf_counter() - start))
 
     def __call__(self, batch: Batch, extra: Sequence[Tensor]) -> Sequence[Tensor]:
-        logits = self._model.step(batch.steps)[None]
-        return [logits if batch.num_tokens > 1 else logits.repeat(1, 2, 1)]
+        self._model.nest(batch.steps)
+        logits = self._model.forward()[None, : batch.num_tokens]
+        # A copy, since the next replay overwrites its own result.
+        return [logits.repeat(1, 2 if batch.num_tokens == 1 else 1, 1)]
 
 
 def _as_served(gm: fx.GraphModule, ctx: TransformContext) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, SessionError
-from ad_flashinfer_pass.metadata import Bucket, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 from ad_flashinfer_pass.registry import KvCacheResource
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.transforms.initialize_cache import free_bytes
@@ -416,10 +416,6 @@ class Batch:
             return logits[0, : len(rows)]
         return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
 
-    def write(self, pad_to: Bucket | None = None) -> None:
-        """Write the metadata of the step; see ``SequenceInfo.nest_sequences``."""
-        self._session.sequence_info.nest_sequences(self.steps, pad_to=pad_to)
-
     def __enter__(self) -> Batch:
         session = self._session
         if self.steps:
@@ -438,7 +434,7 @@ class Batch:
         self.sequences = ids
         self.packed_ids = [ids[i] for i in order]
         self.steps = [self._step(ids[i], self._entries[i][1]) for i in order]
-        self.write()
+        session.sequence_info.nest_sequences(self.steps)
         args = session.sequence_info.named_args()
         # Copies, since torch.compile would take the places of views in their buffer for sizes that vary.
         times = 2 if self.num_tokens == 1 else 1

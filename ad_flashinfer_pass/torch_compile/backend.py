@@ -22,8 +22,8 @@ from torch import fx, nn
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import nearest
-from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, SessionError
-from ad_flashinfer_pass.registry import TransformContext
+from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, SessionError, TransformError
+from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, exported, sources
 from ad_flashinfer_pass.torch_compile.session import Batch, CacheGroup, CacheSession, CompileRecord
@@ -38,6 +38,11 @@ _NOT_HERE = (
     "gather_logits_before_lm_head",
     "initialize_cache",
     "compile_model",
+)
+
+_SPLIT = (
+    "A graph break split the model into pieces, and what runs between them is not checked: "
+    "torch.compile(..., fullgraph=True) says where."
 )
 
 
@@ -163,17 +168,30 @@ class _Transformed:
             owner.gm, owner.inputs, args, batch.inputs["input_ids"], batch.inputs["position_ids"]
         )
         self._weights = [args[i] for i in owner.attributes]  # their ids are taken while they live
+        if self._piece.extra:
+            session.note_split(_SPLIT)
         ctx = owner.context()
-        gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
-        _refuse_training(gm)
         self._group: CacheGroup | None = None
-        if _insert_caches(gm, ctx):
-            where = ctx.sites[0].module or ctx.sites[0].where
-            self._group = session.group(_layer_keys(gm), ctx.resources, where)
+        gm = None
+        try:
+            gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
+            _refuse_training(gm)
+            if _insert_caches(gm, ctx):
+                self._group = session.group(_layer_keys(gm, ctx), ctx.resources, _name(ctx.sites[0]))
+        except TransformError as err:
+            raise type(err)(f"{err}{self._hint(gm)}") from err
         seconds = time.perf_counter() - start
         session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
         caches = self._group.caches if self._group is not None else []
         self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode)
+
+    def _hint(self, gm: fx.GraphModule | None) -> str:
+        """What may be behind a refusal."""
+        if self._piece.extra or (gm is not None and len(g.args(gm.graph.output_node())[0]) > 1):
+            return f" {_SPLIT}"
+        if "position_ids" not in self._piece.where:
+            return " The model was called without position_ids: give it those of batch.inputs."
+        return ""
 
     def __call__(self, batch: Batch, args: Sequence[Any]) -> Any:
         for name, index in self._piece.where.items():
@@ -208,22 +226,32 @@ def _refuse_training(gm: fx.GraphModule) -> None:
                 )
 
 
-def _layer_keys(gm: fx.GraphModule) -> list[Hashable]:
+def _name(site: CachedSite) -> str:
+    return site.module or site.where
+
+
+def _layer_keys(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
     """What tells each cache of a graph from all others: the weights that K and V are projected with.
 
     A layer that runs more than once, as in models that share weights, has a cache each time.
     """
     keys: list[Hashable] = []
     seen: Counter[Hashable] = Counter()
+    first_site = {site.cache: site for site in reversed(ctx.sites)}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.ad_flashinfer.append_kv.default):
-        cache = g.value(g.args(node)[3])
-        key = (*(_projection(x) for x in g.args(node)[:2]), tuple(cache.shape[1:]), cache.dtype)
-        keys.append((*key, seen[key]))
-        seen[key] += 1
+        key, value, _, cache = g.args(node)
+        weights = _projection(key), _projection(value)
+        if None in weights:
+            raise SessionError(
+                f"{_name(first_site[cache.name])} takes K or V that no weight of its graph makes. {_SPLIT}"
+            )
+        layer = (*weights, tuple(g.shape(cache)[1:]), g.value(cache).dtype)
+        keys.append((*layer, seen[layer]))
+        seen[layer] += 1
     return keys
 
 
-def _projection(node: fx.Node) -> int:
+def _projection(node: fx.Node) -> int | None:
     """Identity of the nearest weight matrix that a tensor is made with."""
     level, seen = [node], {node}
     while level:
@@ -234,7 +262,4 @@ def _projection(node: fx.Node) -> int:
                     return id(weight)
         level = [x for current in level for x in current.all_input_nodes if x not in seen]
         seen.update(level)
-    raise SessionError(
-        f"{g.where(node)}: this attention takes K or V that no weight of its graph makes: a graph break "
-        "stands between the projections and the attention. torch.compile(..., fullgraph=True) says where."
-    )
+    return None

@@ -111,12 +111,12 @@ class Piece(nn.Module):
             elif arg is input_ids or arg is position_ids:
                 self._order.append(0 if arg is input_ids else 1)
                 self.where["input_ids" if arg is input_ids else "position_ids"] = index
-            elif not arg.is_floating_point() and any(not isinstance(size, int) for size in source.shape):
+            elif not arg.is_floating_point() and arg.numel() > 1:
                 raise SessionError(
-                    f"{source.name} [{', '.join(map(str, arg.shape))}] is over tokens and not one of "
-                    "batch.inputs. Call the model with batch.inputs and no mask: sequences of any length "
-                    "lie one after the other. If the model made it, a graph break cut it off: "
-                    "torch.compile(..., fullgraph=True) says where."
+                    f"{source.name}, {arg.dtype} {list(arg.shape)}, is none of batch.inputs. Call the "
+                    "model with batch.inputs themselves and without a mask: sequences of any length lie "
+                    "one after the other. If the model made it, a graph break cut it off: torch.compile(..., "
+                    "fullgraph=True) says where."
                 )
             else:
                 self._order.append(2 + len(self.extra))
@@ -195,6 +195,9 @@ def exported(piece: Piece, device: torch.device, max_num_tokens: int) -> fx.Grap
             f"the graph cannot be exported with a dynamic number of tokens: {reason_of(err)}"
         ) from err
     gm, guards = plain_module(program.module())
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {key: (_readable(path), kind) for key, (path, kind) in stack.items()}
     for num_tokens in (*_OTHER_TOKENS, max_num_tokens):
         inputs = [
             torch.empty_like(x, device="meta") for x in piece.examples(num_tokens, torch.device("meta"))
@@ -214,7 +217,7 @@ def _source_name(node: fx.Node) -> str:
 
 
 def _readable(name: str) -> str:
-    """L['self']._modules['model']._parameters['weight'] -> model.weight."""
+    """L['self']._modules['model']._parameters['weight'] -> model.weight; also of paths without underscores."""
     name = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
     name = re.sub(r"^[LG]\['(\w+)'\]", r"\1", name)
     name = re.sub(r"\['?(\w+)'?\]", r".\1", name)

@@ -9,6 +9,7 @@ session may be called once. The sequences grow when the context ends without an 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -141,6 +142,7 @@ class CacheSession:
         self._caches: dict[Hashable, Tensor] = {}
         self._groups: dict[tuple[Hashable, ...], CacheGroup] = {}
         self._open: Batch | None = None
+        self._is_split_noted = False
 
     def config(self, **changes: Any) -> AutoDeployConfig:
         """The session's settings as a config of the pass, with ``changes``.
@@ -290,6 +292,12 @@ class CacheSession:
             caches = [self._caches[key] for key in keys]
             self._groups[group_key] = CacheGroup(group_key, caches, where)
         return self._groups[group_key]
+
+    def note_split(self, message: str) -> None:
+        """Warn once that a model was split."""
+        if not self._is_split_noted:
+            self._is_split_noted = True
+            warnings.warn(message, stacklevel=2)
 
     def _checked(
         self, schedule: Sequence[tuple[int | None, Sequence[int]]], sort: bool

@@ -22,7 +22,13 @@ from torch import fx, nn
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import nearest
-from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, SessionError, TransformError
+from ad_flashinfer_pass.errors import (
+    ConfigError,
+    NoAttentionError,
+    PackingError,
+    SessionError,
+    TransformError,
+)
 from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, exported, sources
@@ -172,22 +178,21 @@ class _Transformed:
             session.note_split(_SPLIT)
         ctx = owner.context()
         self._group: CacheGroup | None = None
-        gm = None
         try:
             gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
             _refuse_training(gm)
             if _insert_caches(gm, ctx):
                 self._group = session.group(_layer_keys(gm, ctx), ctx.resources, _name(ctx.sites[0]))
         except TransformError as err:
-            raise type(err)(f"{err}{self._hint(gm)}") from err
+            raise type(err)(f"{err}{self._hint()}") from err
         seconds = time.perf_counter() - start
         session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
         caches = self._group.caches if self._group is not None else []
         self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode)
 
-    def _hint(self, gm: fx.GraphModule | None) -> str:
+    def _hint(self) -> str:
         """What may be behind a refusal."""
-        if self._piece.extra or (gm is not None and len(g.args(gm.graph.output_node())[0]) > 1):
+        if self._piece.extra:
             return f" {_SPLIT}"
         if "position_ids" not in self._piece.where:
             return " The model was called without position_ids: give it those of batch.inputs."
@@ -209,9 +214,12 @@ def _insert_caches(gm: fx.GraphModule, ctx: TransformContext) -> bool:
     """Run the transforms in place; whether the graph has attention."""
     try:
         pipeline.run(gm, ctx, skip=_NOT_HERE)
-    except NoAttentionError:
+    except NoAttentionError as nothing:
         # A piece between graph breaks, or a model without attention, which the batch refuses when it ends.
-        pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS))
+        try:
+            pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS))
+        except PackingError as err:
+            raise PackingError(f"{err} There is no attention in this graph. {_SPLIT}") from nothing
         return False
     return True
 

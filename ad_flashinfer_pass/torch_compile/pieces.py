@@ -133,7 +133,7 @@ class Piece(nn.Module):
                 if known is None:
                     torch._check(size == num_tokens)
         given = (input_ids, position_ids, *extra)
-        args = []
+        args: list[Any] = []
         for what in self._order:
             if isinstance(what, str):
                 args.append(self._attribute(what))
@@ -217,7 +217,7 @@ def _source_name(node: fx.Node) -> str:
 
 
 def _readable(name: str) -> str:
-    """L['self']._modules['model']._parameters['weight'] -> model.weight; also of paths without underscores."""
+    """L["self"]._modules["model"]._parameters["weight"] -> model.weight."""
     name = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
     name = re.sub(r"^[LG]\['(\w+)'\]", r"\1", name)
     name = re.sub(r"\['?(\w+)'?\]", r".\1", name)

@@ -39,6 +39,10 @@ def _checked(node: fx.Node) -> dict[str, Any]:
     names = ("query", "key", "value", "scale", "sinks", "sliding_window", "logit_cap")
     args = dict(zip(names, api.op_args(node, *names), strict=True))
     mask, dropout, causal, layout = api.op_args(node, "attn_mask", "dropout_p", "is_causal", "layout")
+    if any("trtllm" in key and ("rope" in key or "fused_qkv" in key) for key in map(str, node.meta)):
+        raise _refuse(
+            node, "fuse_rope_into_trtllm_attention: it left the rotation to the backend trtllm; disable it"
+        )
     if mask is not None:
         raise _refuse(node, f"the attention mask {mask}: it attends causally, by position")
     if not causal:

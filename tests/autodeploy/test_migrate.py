@@ -1,0 +1,212 @@
+"""Migration of AutoDeploy's YAML: what it means, and that the rest of the text stays byte by byte."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ad_flashinfer_pass import cli
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.migrate import BACKEND, migrate
+
+OLD = """\
+# Nemotron on one H200
+runtime: trtllm
+compile_backend: torch-cudagraph   # keep
+attn_backend: flashinfer  # the one that plans
+free_mem_ratio: 0.65
+attn_page_size: 64   # tokens
+cuda_graph_batch_sizes:
+  - 1
+  - 8
+use_pt_cache_backend: true
+kv_cache_config:
+  # not supported for hybrid models
+  enable_block_reuse: false
+
+transforms:
+  detect_sharding:
+    sharding_dims: ['ep', 'bmm']
+  # rotation
+  fuse_rope_into_trtllm_attention:
+    stage: post_load_fusion
+    enabled: true
+  # cache
+  insert_cached_attention:
+    backend: flashinfer
+    cache_config:
+      dtype: float8_e4m3fn
+max_batch_size: 64
+"""
+NEW = {
+    "runtime": "trtllm",
+    "compile_backend": "torch-cudagraph",
+    "attn_backend": BACKEND,
+    "kv_cache_config": {
+        "enable_block_reuse": False,
+        "tokens_per_block": 64,
+        "free_gpu_memory_fraction": 0.65,
+        "dtype": "fp8",
+    },
+    "transforms": {
+        "detect_sharding": {"sharding_dims": ["ep", "bmm"]},
+        "fuse_rope_into_flashinfer_trtllm": {"stage": "post_load_fusion"},
+    },
+    "max_batch_size": 64,
+    "cuda_graph_config": {"batch_sizes": [1, 8]},
+}
+
+
+def test_a_config_of_1_2_becomes_one_of_main() -> None:
+    """Every key that was renamed, removed or is another backend's."""
+    result = migrate(OLD)
+    assert yaml.safe_load(result.after) == NEW
+    assert len(result.notes) == 9
+
+
+def test_comments_and_everything_else_stay() -> None:
+    """Nothing but lines with migrated keys is touched."""
+    after = migrate(OLD).after
+    gone = [line[2:] for line in difflib.ndiff(OLD.splitlines(), after.splitlines()) if line.startswith("- ")]
+    assert [line for line in gone if "#" in line] == [
+        "attn_backend: flashinfer  # the one that plans",
+        "attn_page_size: 64   # tokens",
+    ]
+    for line in OLD.splitlines():
+        assert line in gone or line in after.splitlines()
+    assert "attn_backend: flashinfer_trtllm  # the one that plans" in after
+    assert "  # cache\n" in after
+
+
+def test_for_1_2_its_keys_stay() -> None:
+    """Only the backend and what belongs to another one change."""
+    config = yaml.safe_load(migrate(OLD, "1.2").after)
+    assert config["attn_page_size"] == 64
+    assert config["free_mem_ratio"] == 0.65
+    assert config["transforms"]["insert_cached_attention"] == {"cache_config": {"dtype": "float8_e4m3fn"}}
+    assert config["attn_backend"] == BACKEND
+
+
+@pytest.mark.parametrize("text", ["", "a: 1", "transforms: {}\n", "transforms:\nb: 2\n", "# nothing\n"])
+def test_keys_that_were_not_there(text: str) -> None:
+    """An empty file, empty mappings and a last line without an end."""
+    before, after = yaml.safe_load(text) or {}, yaml.safe_load(migrate(text).after)
+    assert after == {
+        **before,
+        "attn_backend": BACKEND,
+        "transforms": {"fuse_rope_into_flashinfer_trtllm": {"stage": "post_load_fusion"}},
+    }
+
+
+def test_a_page_size_that_no_kernel_reads_becomes_32() -> None:
+    """An unpaged cache had pages as long as a sequence."""
+    result = migrate("attn_page_size: 8192\n")
+    assert yaml.safe_load(result.after)["kv_cache_config"] == {"tokens_per_block": 32}
+    assert any("8192 -> 32" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("free_mem_ratio: 0.5\nkv_cache_config:\n  free_gpu_memory_fraction: 0.9\n", "the file has both"),
+        ("- a\n", "a config is a mapping"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_what_cannot_be_migrated(text: str, message: str) -> None:
+    """A contradiction, and what is no config."""
+    with pytest.raises(ConfigError, match=message):
+        migrate(text)
+
+
+_names = st.sampled_from(
+    ["max_batch_size", "runtime", "world_size", "model_kwargs", "kv_cache_config", "transforms"]
+)
+_leaves = st.one_of(st.integers(0, 9), st.booleans(), st.sampled_from(["x y", "'", "a # b", "1"]), st.none())
+_values = st.recursive(
+    _leaves, lambda inner: st.dictionaries(st.sampled_from("pqr"), inner, max_size=2), max_leaves=6
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    config=st.dictionaries(_names, _values, max_size=4).map(
+        lambda c: {
+            k: v if isinstance(v, dict) or k not in ("kv_cache_config", "transforms") else {}
+            for k, v in c.items()
+        }
+    ),
+    free=st.one_of(st.none(), st.floats(0.1, 0.9)),
+    flow=st.booleans(),
+)
+def test_any_config_keeps_its_other_keys_and_is_done_once(
+    config: dict[str, Any], free: float | None, flow: bool
+) -> None:
+    """Whatever else is there means the same afterwards, and a second migration changes nothing."""
+    config = dict(config) if free is None else {"free_mem_ratio": free, **config}
+    text = yaml.safe_dump(config, default_flow_style=None if flow else False, sort_keys=False)
+    once = migrate(text).after
+    want = {k: v for k, v in config.items() if k != "free_mem_ratio"}
+    cache = {**(config.get("kv_cache_config") or {})} | (
+        {} if free is None else {"free_gpu_memory_fraction": free}
+    )
+    got = yaml.safe_load(once)
+    transforms = got.pop("transforms")
+    assert transforms.pop("fuse_rope_into_flashinfer_trtllm") == {"stage": "post_load_fusion"}
+    assert got.pop("attn_backend") == BACKEND
+    assert transforms == (want.pop("transforms", None) or {})
+    assert got.pop("kv_cache_config", {}) == cache
+    want.pop("kv_cache_config", None)
+    assert got == want
+    assert migrate(once).after == once
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["migrate", *arguments])
+    return int(ended.value.code or 0)
+
+
+def test_the_command_rewrites_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--check only shows, and exits with 1; without it the file is rewritten, once."""
+    file = tmp_path / "config.yaml"
+    file.write_text(OLD)
+    assert run(str(file), "--check") == 1
+    assert file.read_text() == OLD
+    shown = capsys.readouterr()
+    assert "+attn_backend: flashinfer_trtllm  # the one that plans" in shown.out
+    assert "attn_page_size -> kv_cache_config.tokens_per_block" in shown.err
+    assert run(str(file)) == 0
+    assert yaml.safe_load(file.read_text()) == NEW
+    capsys.readouterr()
+    assert run(str(file)) == 0
+    again = capsys.readouterr()
+    assert (again.out, again.err) == ("", f"{file}: nothing to change\n")
+    assert run(str(tmp_path / "none.yaml")) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parent.parent.parent / "configs").glob("autodeploy_*.yaml")),
+    ids=lambda p: p.stem,
+)
+def test_the_configs_are_migrated_already(path: Path) -> None:
+    """Each is what migrate makes of it, for the release that it is for, and has a stage for our transform."""
+    text = path.read_text()
+    assert migrate(text, "1.2" if path.stem.endswith("1_2") else "main").after == text
+    assert yaml.safe_load(text)["attn_backend"] == BACKEND
+
+
+def test_the_config_of_1_2_migrates_to_that_of_main() -> None:
+    """The two Llama configs say the same."""
+    configs = Path(__file__).parent.parent.parent / "configs"
+    old, new = ((configs / f"autodeploy_llama3_8b{x}.yaml").read_text() for x in ("_1_2", ""))
+    want = yaml.safe_load(new)
+    assert want["kv_cache_config"].pop("dtype") == "auto"
+    assert yaml.safe_load(migrate(old).after) == want

@@ -16,6 +16,7 @@ from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.inspection.stages import run_stages
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import ledger
+from ad_flashinfer_pass.kernels.select import Choice
 from ad_flashinfer_pass.matching import SDPA
 from ad_flashinfer_pass.registry import SiteNotes
 
@@ -87,31 +88,50 @@ def explain(
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model; the message names the node and the way out.
     """
-    device = torch.device(config.device)
-    if device.type == "cuda" and sm is None and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {config.device} is not here, so give its compute capability, as in --sm 90."
-        )
+    check_target(config, sm)
     run = run_stages(config, graph, None if stage is None else [stage], on_event)
     if run.ctx.sites:
-        sites = _sites(run.ctx, device, sm)
+        sites = _sites(run.ctx, config, sm)
     else:
         assert isinstance(run.module, fx.GraphModule)
         sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
     return Explanation(sites=sites, transforms=_notes(run.reports))
 
 
-def _sites(ctx: TransformContext, device: torch.device, sm: int | None) -> list[SiteExplanation]:
+def check_target(config: AutoDeployConfig, sm: int | None) -> None:
+    """Refuse to choose kernels for a GPU of which nothing is known.
+
+    Raises:
+        ConfigError: the device is a GPU that is not here and ``sm`` is not given.
+    """
+    if config.device.startswith("cuda") and sm is None and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {config.device} is not here, so give its compute capability, as in --sm 90."
+        )
+
+
+def site_choices(site: CachedSite, config: AutoDeployConfig, sm: int | None) -> tuple[Choice, Choice]:
+    """The kernels for prefill and decode of a site, on ``config.device`` or on a GPU elsewhere.
+
+    Raises:
+        UnsupportedError: no kernel covers the site.
+    """
+    device = torch.device(config.device)
+    return (
+        select.choose(site.site, "prefill", device, site.where, sm),
+        select.choose(site.site, "decode", device, site.where, sm),
+    )
+
+
+def _sites(ctx: TransformContext, config: AutoDeployConfig, sm: int | None) -> list[SiteExplanation]:
     pools = {resource.name: resource.bytes_per_page // resource.page_size for resource in ctx.resources}
-    return [_site(index, site, pools, device, sm) for index, site in enumerate(ctx.sites)]
+    return [_site(index, site, pools, site_choices(site, config, sm)) for index, site in enumerate(ctx.sites)]
 
 
 def _site(
-    index: int, site: CachedSite, pools: dict[str, int], device: torch.device, sm: int | None
+    index: int, site: CachedSite, pools: dict[str, int], choices: tuple[Choice, Choice]
 ) -> SiteExplanation:
-    prefill, decode = (
-        select.choose(site.site, phase, device, site.where, sm) for phase in ("prefill", "decode")
-    )
+    prefill, decode = choices
     return SiteExplanation(
         index=index,
         module=site.module,

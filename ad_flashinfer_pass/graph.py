@@ -30,18 +30,21 @@ _UNTAGGED_POINTWISE = frozenset(
 def call_op(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A ``call_function`` node at the graph's insertion point, with its ``meta["val"]``."""
     node = graph.call_function(target, args, kwargs)
-    mode = next(filter(None, map(_mode, node.all_input_nodes)), None)
-    if mode is not None:
-        # Without it torch 2.11 decomposes ops such as linear in C++, which knows no symbolic sizes.
-        with mode, torch.no_grad(), enable_python_dispatcher():
-            fake_args = map_arg(args, lambda n: n.meta["val"])
-            fake_kwargs = map_arg(kwargs, lambda n: n.meta["val"])
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+    _compute_value(node)
     for key in ("nn_module_stack", "stack_trace"):
         source = next((n for n in reversed(node.all_input_nodes) if key in n.meta), None)
         if source is not None:
             node.meta[key] = source.meta[key]
     return node
+
+
+def update_values(changed: fx.Node) -> None:
+    """Compute ``meta["val"]`` of all that is computed from a node, after its shape or dtype changed."""
+    stale = {changed}
+    for node in changed.graph.nodes:
+        if node.op == "call_function" and not stale.isdisjoint(node.all_input_nodes):
+            _compute_value(node)
+            stale.add(node)
 
 
 def replace_op(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
@@ -220,3 +223,14 @@ def _is_fresh_and_unread(tensor: Any) -> bool:
 def _mode(node: fx.Node) -> FakeTensorMode | None:
     values = value(node) if isinstance(value(node), (tuple, list)) else [value(node)]
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def _compute_value(node: fx.Node) -> None:
+    mode = next(filter(None, map(_mode, node.all_input_nodes)), None)
+    if mode is not None:
+        assert callable(node.target)
+        # Without it torch 2.11 decomposes ops such as linear in C++, which knows no symbolic sizes.
+        with mode, torch.no_grad(), enable_python_dispatcher():
+            fake_args = map_arg(node.args, lambda n: n.meta["val"])
+            fake_kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*fake_args, **fake_kwargs)

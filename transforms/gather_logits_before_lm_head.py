@@ -32,14 +32,15 @@ def gather_logits_before_lm_head(
     lm_head = _lm_head(logits)
     source, user = (g.args(lm_head)[0], lm_head) if lm_head is not None else (logits, output)
     report.notes.append(f"before {user.name}")
-    indices = g.add_input(
-        model, "token_gather_indices", ctx.sequence_info.named_args()["token_gather_indices"]
-    )
+    # As many rows as there can be: each sequence has one.
+    most = torch.empty(ctx.sequence_info.max_batch_size, dtype=torch.int64, device=ctx.device)
+    indices = g.add_input(model, "token_gather_indices", most)
     with model.graph.inserting_before(user):
         width = g.shape(source)[-1]
         tokens = g.call_op(model.graph, aten.reshape.default, source, [1, -1, width])
         rows = g.call_op(model.graph, aten.index_select.default, tokens, 1, indices)
     user.replace_input_with(source, rows)
+    g.update_values(rows)
     g.finish(model)
     return model, report
 

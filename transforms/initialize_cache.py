@@ -8,12 +8,29 @@ scratch: padding rows read and write it, and no sequence owns it.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ad_flashinfer_pass.errors import CapacityError
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+
+
+class Pages(NamedTuple):
+    """Pages of each pool, the scratch page not counted."""
+
+    wanted: int
+    """For max_batch_size sequences of max_seq_len tokens, or for max_tokens if that is less."""
+    fitting: int
+    """In the share of the free memory."""
+    bytes_per_page: int
+    """Of one page in every pool."""
+
+    @property
+    def allocated(self) -> int:
+        """How many are allocated."""
+        return min(self.wanted, self.fitting)
 
 
 @register("initialize_cache")
@@ -24,32 +41,42 @@ def initialize_cache(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
         CapacityError: not even one page a layer fits.
     """
     report = TransformReport("initialize_cache", num_matches=len(ctx.resources))
-    config, info = ctx.config.kv_cache_config, ctx.sequence_info
-    page_bytes = sum(resource.bytes_per_page for resource in ctx.resources)
-    per_seq = info.max_blocks_per_seq
-    wanted = info.max_batch_size * per_seq
-    if config.max_tokens is not None:
-        wanted = min(wanted, -(-config.max_tokens // info.tokens_per_block))
-    free = int(free_bytes(ctx.device) * config.free_gpu_memory_fraction)
-    fitting = free // page_bytes - 1
-    if fitting < 1:
-        raise CapacityError(
-            f"the KV cache needs at least {2 * page_bytes} bytes, {free} are free on {ctx.device} "
-            f"(free_gpu_memory_fraction={config.free_gpu_memory_fraction}). Free memory or lower "
-            "tokens_per_block."
-        )
-    pages = min(wanted, fitting)
-    ctx.num_pages = pages + 1
+    info = ctx.sequence_info
+    pages = count_pages(ctx, free_bytes(ctx.device))
+    ctx.num_pages = pages.allocated + 1
     for resource in ctx.resources:
         ctx.caches[resource.name] = resource.allocate(ctx.num_pages, ctx.device)
     report.notes.append(
-        f"{pages} pages of {info.tokens_per_block} tokens: {pages * info.tokens_per_block} tokens, "
-        f"{ctx.num_pages * page_bytes / 2**20:.1f} MiB in {len(ctx.resources)} pools, "
-        f"{page_bytes // info.tokens_per_block} bytes a token"
+        f"{pages.allocated} pages of {info.tokens_per_block} tokens: "
+        f"{pages.allocated * info.tokens_per_block} tokens, "
+        f"{ctx.num_pages * pages.bytes_per_page / 2**20:.1f} MiB in {len(ctx.resources)} pools, "
+        f"{pages.bytes_per_page // info.tokens_per_block} bytes a token"
     )
-    if pages < wanted:
-        report.notes.append(f"memory limits it: {wanted} pages were wanted")
+    if pages.allocated < pages.wanted:
+        report.notes.append(f"memory limits it: {pages.wanted} pages were wanted")
     return model, report
+
+
+def count_pages(ctx: TransformContext, free: int) -> Pages:
+    """How many pages the pools get on a device with ``free`` bytes.
+
+    Raises:
+        CapacityError: not even one page a layer fits.
+    """
+    config, info = ctx.config.kv_cache_config, ctx.sequence_info
+    bytes_per_page = sum(resource.bytes_per_page for resource in ctx.resources)
+    wanted = info.max_batch_size * info.max_blocks_per_seq
+    if config.max_tokens is not None:
+        wanted = min(wanted, -(-config.max_tokens // info.tokens_per_block))
+    share = int(free * config.free_gpu_memory_fraction)
+    fitting = share // bytes_per_page - 1
+    if fitting < 1:
+        raise CapacityError(
+            f"the KV cache needs at least {2 * bytes_per_page} bytes, {share} are free on {ctx.device} "
+            f"(free_gpu_memory_fraction={config.free_gpu_memory_fraction}). Free memory or lower "
+            "tokens_per_block."
+        )
+    return Pages(wanted, fitting, bytes_per_page)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -52,7 +52,7 @@ def load_weightless(config: AutoDeployConfig) -> nn.Module:
 
 
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    if parameter is None:
+    if parameter is None or parameter.is_meta:  # the same weight, registered a second time, stays the same
         return None
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 

@@ -85,3 +85,12 @@ def test_the_input_is_appended() -> None:
     *_, last = gm.graph.find_nodes(op="placeholder")
     assert last.name == "token_gather_indices"
     assert g.value(last).dtype == torch.int64
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_shapes_behind_the_gather_are_those_of_the_rows(head: str) -> None:
+    """meta["val"] says one row for each sequence of the largest batch, to the end of the graph."""
+    gm, _, _ = gathered(head)
+    logits = gm.graph.output_node().args[0]
+    assert isinstance(logits, fx.Node)
+    assert g.shape(logits) == (1, context().config.max_batch_size, VOCAB)

@@ -80,12 +80,13 @@ def _site(node: fx.Node, kv_dtype: torch.dtype, page_size: int, shares_kv: bool)
 
 
 def _choose(node: fx.Node, site: Site) -> tuple[str, str]:
-    """The kernels of prefill and decode. On a GPU the reference, which waits for the device, is none."""
+    """The kernels of prefill and decode; a captured decode must neither wait nor be planned."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = []
     for phase in ("prefill", "decode"):
         choice = select.choose(site, phase, device, _where(node))
-        if device.type == "cuda" and choice.kernel == "reference":
+        unfit = {"reference"} | (ops.HOST_PLANNED if phase == "decode" else set())
+        if device.type == "cuda" and choice.kernel in unfit:
             raise UnsupportedError(
                 f"{_where(node)}: no TRT-LLM kernel can do its {phase} here ({choice.reason}). {WAY_OUT}, "
                 "change kv_cache_config (dtype, tokens_per_block), or build what is missing: "

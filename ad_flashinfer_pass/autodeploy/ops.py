@@ -19,6 +19,8 @@ from ad_flashinfer_pass.ops import cached_attention
 
 PREPARE = "auto_deploy::flashinfer_trtllm_attention_prepare_metadata"
 ATTENTION = "auto_deploy::flashinfer_trtllm_attention_mha_with_cache"
+HOST_PLANNED = frozenset({"fa"})
+"""Providers that plan on the host: for prefill, which AutoDeploy runs eagerly, and not for decode."""
 DEFERRED_ROPE = "auto_deploy::flashinfer_trtllm_deferred_rope"
 
 _METADATA = "Tensor cu_seqlen, Tensor seq_len_with_cache, Tensor cache_loc, Tensor cu_num_pages"
@@ -46,6 +48,8 @@ torch.library.define(
 torch.library.define(DEFERRED_ROPE, f"(Tensor x, {_ROPE}) -> Tensor")
 
 _buffers: dict[tuple[Any, ...], Tensor] = {}
+_step = 0
+_step_tables: dict[int, tuple[int, Tensor]] = {}
 
 
 def counts(batch_info_host: Tensor) -> list[int]:
@@ -91,6 +95,8 @@ def prepare_metadata(
         block_table int32 [max_batch_size, max_blocks_per_seq], token_rows and token_positions int32
         [position_ids.numel()]; in memory that belongs to ``cache_loc`` and to the number of tokens.
     """
+    global _step
+    _step += 1
     num_prefill, _, num_extend, _, num_decode, _ = counts(batch_info_host)
     num_tokens, num_seqs = position_ids.numel(), num_prefill + num_extend + num_decode
     key, device = (cache_loc.data_ptr(),), cache_loc.device
@@ -175,6 +181,8 @@ def mha_with_cache(
         )
     elif not read_cache_only:
         _append(query, key, value, kv_cache, block_table, token_rows, token_positions, None, False)
+    if info[0] + info[2] and prefill_kernel in HOST_PLANNED:
+        block_table = _table_of_step(block_table)
     attended = cached_attention(
         query,
         kv_cache,
@@ -197,6 +205,15 @@ def mha_with_cache(
     rows[:num_tokens].copy_(attended)
     rows[num_tokens:].zero_()
     return result if out is None else out.new_empty(0)
+
+
+def _table_of_step(block_table: Tensor) -> Tensor:
+    """A copy that is another tensor in every step: how kernels with a plan know that it is out of date."""
+    made, table = _step_tables.get(block_table.data_ptr(), (0, block_table))
+    if made != _step:
+        table = block_table.clone()
+        _step_tables[block_table.data_ptr()] = (_step, table)
+    return table
 
 
 def _angles(

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ad_flashinfer_pass.errors import UnsupportedError
+from ad_flashinfer_pass.kernels import reference, select
 from ad_flashinfer_pass.kernels.capability import Site
 from tests.autodeploy import scenario, standin
 from tests.autodeploy.standin import GENERATIONS
-from tests.autodeploy.test_prototype_flaws import CONFIG, attention_node
+from tests.autodeploy.test_prototype_flaws import CONFIG, Batch, attention_node
 
 E2, E2B, E3, E4, E5, E6 = GENERATIONS
 
@@ -107,6 +109,33 @@ def test_a_page_size_that_only_the_cache_knows_is_checked_when_it_is_made(
         info.page_size = 8192
         with pytest.raises(UnsupportedError, match="page size 8192"):
             make(info)
+
+
+def test_kernels_with_a_plan_get_a_new_table_in_every_step(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The persistent table would be taken for that of the step before; within a step all layers share one."""
+    seen: list[Tensor] = []
+
+    def prefill(*args: Any) -> Tensor:
+        seen.append(args[4])
+        return reference.prefill(*args)
+
+    monkeypatch.setitem(select.PROVIDERS, "fa", SimpleNamespace(prefill=prefill))
+    for seed in range(2):
+        batch = Batch([(0, 11), (9, 4), (8, 1)], seed=seed)
+        prepared = batch.prepare()
+        for _layer in range(2):
+            batch.check(batch.attend(prepared, prefill_kernel="fa"))
+    addresses = [table.data_ptr() for table in seen]
+    assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
+
+
+def test_decode_by_a_kernel_with_a_plan_is_refused(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would renew its plan before a replay."""
+    on_gpu(monkeypatch, (8, 0))
+    chosen = select.Choice("fa", "covers every item of the site")
+    monkeypatch.setattr(select, "choose", lambda *_: chosen)
+    with pytest.raises(UnsupportedError, match="no TRT-LLM kernel can do its decode here"):
+        ad.FlashInferTrtllmAttention.get_cache_initializers(attention_node(E6), CONFIG)
 
 
 def test_layers_may_share_a_cache() -> None:

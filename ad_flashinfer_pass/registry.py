@@ -116,6 +116,8 @@ class TransformContext:
     """Width of the logits."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
+    keeps_source: bool = False
+    """The module that was transformed stays in use, so its weights must not be in memory twice."""
     on_event: Callable[[str], None] = lambda text: None
     """Takes a line of progress from a transform that takes long."""
 

@@ -5,7 +5,8 @@ After:  qkv = linear(x, cat(w_q, w_k, w_v), cat(b_q, b_k, b_v)), q = qkv[..., :n
 
 Legal because an output feature of a linear depends on its own row of the weight only. One GEMM with many rows
 streams its weight faster than three with few. Weights that something else reads, too, stay as they are:
-fused, they would be in memory twice.
+fused, they would be in memory twice. Where the module that was transformed stays in use (torch.compile), its
+parameters become views of the fused ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
@@ -42,7 +43,7 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
             groups[args["input"], g.value(weight).device, dtypes].append(node)
     for linears in groups.values():
         if len(linears) > 1:
-            _fuse(model, linears)
+            _fuse(model, linears, ctx.keeps_source)
             report.num_matches += 1
     if report.num_matches:
         g.finish(model)
@@ -50,14 +51,14 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
     return model, report
 
 
-def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
+def _fuse(gm: fx.GraphModule, linears: list[fx.Node], keeps_source: bool) -> None:
     args = [g.op_args(node) for node in linears]
     names = [str(each["weight"].target) for each in args]
     name = "_".join([names[0].rpartition(".")[0], *(n.split(".")[-2] for n in names[1:])]).replace(".", "_")
-    weight = _add_parameter(gm, f"{name}_weight", [each["weight"] for each in args])
+    weight = _add_parameter(gm, f"{name}_weight", [each["weight"] for each in args], keeps_source)
     bias = None
     if args[0]["bias"] is not None:
-        bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args])
+        bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args], keeps_source)
     with gm.graph.inserting_before(linears[0]):
         fused = g.call_op(gm.graph, aten.linear.default, args[0]["input"], weight, bias)
     for key in ("nn_module_stack", "stack_trace"):
@@ -77,9 +78,14 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
                 user.target = aten.reshape.default
 
 
-def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.Node:
+def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node], keeps_source: bool) -> fx.Node:
+    tensors = [g.attribute(part) for part in parts]
     with torch.no_grad():
-        fused = torch.cat([g.attribute(part) for part in parts])
+        fused = _joined(tensors)
+    if keeps_source:
+        # The module that has the parts reads them where they are now.
+        for tensor, rows in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.data = rows
     gm.register_parameter(name, nn.Parameter(fused, requires_grad=False))
     placeholder = gm.graph.find_nodes(op="placeholder")[0]
     with gm.graph.inserting_before(placeholder):
@@ -87,6 +93,20 @@ def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.No
     mode = g.fake_mode(gm)
     node.meta["val"] = mode.from_tensor(fused, static_shapes=True) if mode else fused
     return node
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor with the parts below each other: a copy, unless they lie like that in memory."""
+    first = parts[0]
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    if (
+        all(part.is_contiguous() for part in parts)
+        and len({part.untyped_storage().data_ptr() for part in parts}) == 1
+        and [part.data_ptr() for part in parts[1:]] == ends[:-1]
+    ):
+        rows = sum(len(part) for part in parts)
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    return torch.cat(parts)
 
 
 def _delete_unread(gm: fx.GraphModule) -> None:

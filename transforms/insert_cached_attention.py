@@ -59,7 +59,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
         raise NoAttentionError(
             "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
         )
-    scales = _scales(ctx, list(dict.fromkeys(_pair(node) for node in sites)))
+    scales = _scales(ctx, list(dict.fromkeys(cache_pair(node) for node in sites)))
     inputs, block_table, slot_mapping = _insert_metadata(model, ctx)
     caches: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for node in sites:
@@ -111,7 +111,7 @@ def _insert_site(
 ) -> None:
     args = g.op_args(node)
     query, key, value = args["query"], args["key"], args["value"]
-    pair = _pair(node)
+    pair = cache_pair(node)
     site = _site(ctx, args, scales[pair], shares_kv=pair in caches)
     quantized = {name: s for name, s in zip(("k_scale", "v_scale"), scales[pair], strict=True) if s != 1.0}
     prefill, decode = (
@@ -226,7 +226,7 @@ def _add_cache(gm: fx.GraphModule, ctx: TransformContext, site: Site) -> fx.Node
     return g.add_input(gm, resource.name, resource.allocate(2, torch.device("meta")))
 
 
-def _pair(site: fx.Node) -> tuple[fx.Node, fx.Node]:
+def cache_pair(site: fx.Node) -> tuple[fx.Node, fx.Node]:
     """What identifies the cache of a site: the K and V that it holds."""
     args = g.op_args(site)
     return _source(args["key"]), _source(args["value"])

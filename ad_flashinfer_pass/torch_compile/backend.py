@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
-from ad_flashinfer_pass.config import nearest
+from ad_flashinfer_pass.config import STAGES, nearest
 from ad_flashinfer_pass.errors import (
     ConfigError,
     NoAttentionError,
@@ -33,6 +33,7 @@ from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, exported, sources
 from ad_flashinfer_pass.torch_compile.session import Batch, CacheGroup, CacheSession, CompileRecord
+from ad_flashinfer_pass.transforms.insert_cached_attention import cache_pair
 
 aten = torch.ops.aten
 _OPTIONS = ("session", "compile_backend", "mode", "cuda_graph_batch_sizes")
@@ -40,7 +41,6 @@ _ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask", 
 # What a session or this module does in their place.
 _NOT_HERE = (
     "export_model",
-    "fuse_gemms",  # the user's module keeps its weights, so fused ones would be in memory twice
     "gather_logits_before_lm_head",
     "initialize_cache",
     "compile_model",
@@ -139,8 +139,14 @@ class _Compiled:
         changes = dict(self._changes)
         if self.backend != runners.INDUCTOR:
             changes |= {"compile_backend": self.backend, "cuda_graph_token_buckets": []}
+        if self.backend in (runners.INDUCTOR, "torch-simple"):
+            # To fuse weights makes the module's own views of them, which only served models are worth.
+            changes["transforms"] = {"fuse_gemms": {"enabled": False}}
         return TransformContext(
-            self.session.config(**changes), self.session.device, self.session.sequence_info
+            config=self.session.config(**changes),
+            device=self.session.device,
+            sequence_info=self.session.sequence_info,
+            keeps_source=True,
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -181,8 +187,9 @@ class _Transformed:
         try:
             gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
             _refuse_training(gm)
-            if _insert_caches(gm, ctx):
-                self._group = session.group(_layer_keys(gm, ctx), ctx.resources, _name(ctx.sites[0]))
+            keys = _transform(gm, ctx)
+            if keys:
+                self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]))
         except TransformError as err:
             raise type(err)(f"{err}{self._hint()}") from err
         seconds = time.perf_counter() - start
@@ -210,18 +217,23 @@ class _Transformed:
         return outputs
 
 
-def _insert_caches(gm: fx.GraphModule, ctx: TransformContext) -> bool:
-    """Run the transforms in place; whether the graph has attention."""
+def _transform(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
+    """Run the transforms in place; gives the keys of the layers, in order, none if there is no attention."""
+    stages = {name: STAGES.index(settings.stage) for name, settings in ctx.config.transforms.items()}
+    early = [name for name, stage in stages.items() if stage < STAGES.index("post_load_fusion")]
+    late = [name for name in stages if name not in early]
     try:
-        pipeline.run(gm, ctx, skip=_NOT_HERE)
+        pipeline.run(gm, ctx, skip=(*_NOT_HERE, *late))
     except NoAttentionError as nothing:
         # A piece between graph breaks, or a model without attention, which the batch refuses when it ends.
         try:
             pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS))
         except PackingError as err:
             raise PackingError(f"{err} There is no attention in this graph. {_SPLIT}") from nothing
-        return False
-    return True
+        return []
+    keys = _layer_keys(gm, ctx)  # while each layer has weights of its own
+    pipeline.run(gm, ctx, skip=(*_NOT_HERE, *early))
+    return keys
 
 
 def _refuse_training(gm: fx.GraphModule) -> None:
@@ -243,20 +255,25 @@ def _layer_keys(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
 
     A layer that runs more than once, as in models that share weights, has a cache each time.
     """
-    keys: list[Hashable] = []
+    keys: dict[tuple[fx.Node, fx.Node], Hashable] = {}
     seen: Counter[Hashable] = Counter()
-    first_site = {site.cache: site for site in reversed(ctx.sites)}
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.ad_flashinfer.append_kv.default):
-        key, value, _, cache = g.args(node)
-        weights = _projection(key), _projection(value)
+    kv_dtype = ctx.config.kv_cache_config.dtype
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.ad_flashinfer.attention.default):
+        pair = cache_pair(node)
+        if pair in keys:
+            continue
+        args = g.op_args(node)
+        weights = _projection(args["key"]), _projection(args["value"])
         if None in weights:
             raise SessionError(
-                f"{_name(first_site[cache.name])} takes K or V that no weight of its graph makes. {_SPLIT}"
+                f"{g.module_path(node) or g.where(node)} takes K or V that no weight of its graph makes. "
+                f"{_SPLIT}"
             )
-        layer = (*weights, tuple(g.shape(cache)[1:]), g.value(cache).dtype)
-        keys.append((*layer, seen[layer]))
+        shapes = [tuple(g.shape(args[name])[2:]) for name in ("key", "value")]
+        layer = (*weights, *shapes, g.value(args["key"]).dtype, kv_dtype)
+        keys[pair] = (*layer, seen[layer])
         seen[layer] += 1
-    return keys
+    return list(keys.values())
 
 
 def _projection(node: fx.Node) -> int | None:

@@ -185,7 +185,11 @@ class _Captured:
         start = time.perf_counter()
         _as_served(gm, ctx)
         ctx.caches.update(zip((resource.name for resource in ctx.resources), caches, strict=True))
+        # Its warm-up runs on page 1, which may have an owner here.
+        kept = [cache[1].clone() for cache in caches]
         module, _ = registry.get("compile_model")(gm, ctx)
+        for cache, page in zip(caches, kept, strict=True):
+            cache[1] = page
         self._model = CachedModel(module, ctx.caches, session.sequence_info, ctx.vocab_size)
         session.compiles.append(CompileRecord(backend, "decode", time.perf_counter() - start))
 

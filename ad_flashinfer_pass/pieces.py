@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -34,7 +35,8 @@ _TOKENWISE = ("input_ids", "position_ids")
 _TOKENS, _ROWS = 48, 24
 """Tokens and logits' rows of the example: not 0 or 1, which are constants to a ShapeEnv; not equal."""
 _CUTS = frozenset(
-    getattr(torch.ops.ad_flashinfer, name).default for name in ops.__all__ if name != "attention"
+    getattr(torch.ops.ad_flashinfer, op.__name__).default
+    for op in (ops.prepare_metadata, ops.append_kv, ops.cached_attention)
 )
 
 
@@ -122,7 +124,8 @@ def _with_one_row(model: fx.GraphModule) -> fx.GraphModule:
                 row = graph.call_function(aten.view.default, (node, [1, -1]))
             node.replace_all_uses_with(row, delete_user_cb=lambda user, row=row: user is not row)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    FakeTensorProp(flat, mode).propagate_dont_convert_inputs(*(_fake(node, mode) for node in inputs))
+    with enable_python_dispatcher():  # torch 2.11 cannot take the shape of a linear without
+        FakeTensorProp(flat, mode).propagate_dont_convert_inputs(*(_fake(node, mode) for node in inputs))
     for node in list(graph.nodes):
         if node.op == "call_function" and isinstance(g.value(node), int):
             node.replace_all_uses_with(g.value(node))

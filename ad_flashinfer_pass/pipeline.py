@@ -51,7 +51,8 @@ def transform_module(
     """
     ctx = context(config)
     transformed, reports = run(module, ctx, on_event)
-    return CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size), reports
+    model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
+    return model, reports
 
 
 def context(config: AutoDeployConfig) -> TransformContext:

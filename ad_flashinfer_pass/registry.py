@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels.capability import Site
@@ -114,6 +114,10 @@ class TransformContext:
     """Allocated pools by the name of their graph input."""
     vocab_size: int = 0
     """Width of the logits."""
+    small_batch_model: fx.GraphModule | None = None
+    """The graph for steps of few tokens, where there is another one."""
+    weight_bytes: int = 0
+    """Bytes of the weights that every step reads whole: all but tables of which it reads its tokens' rows."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
     keeps_source: bool = False

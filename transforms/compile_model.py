@@ -12,7 +12,7 @@ in Python, for each parameter and step.
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.kernels import select
@@ -31,17 +31,41 @@ from ad_flashinfer_pass.runtime.cuda_graph import (
 def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
     """Make the graph ready to be called."""
     assert isinstance(model, fx.GraphModule)
-    model = _with_flat_attributes(model)
+    ctx.weight_bytes = _weight_bytes(model)
     report = TransformReport("compile_model", num_matches=1)
-    report.notes.append(f"{ctx.config.compile_backend}: {len(model.graph.nodes)} nodes")
+    compiled: nn.Module = _compiled(model, ctx, report)
+    if ctx.small_batch_model is not None:
+        compiled = _BySize(_compiled(ctx.small_batch_model, ctx, report), compiled)
     if ctx.config.compile_backend == "torch-opt":
-        model, pieces = compile_pieces(model)
-        _warm_up(model, ctx)
-        num_calls = sum(piece.num_calls for piece in pieces)
-        report.notes.append(f"Inductor: {len(pieces)} distinct pieces, called {num_calls} times a step")
+        _warm_up(compiled, ctx)
     if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda":
-        return model, report
-    return _captured(model, ctx, report), report
+        return compiled, report
+    return _captured(compiled, ctx, report), report
+
+
+class _BySize(nn.Module):
+    """One graph for steps of up to ``small_gemm.MAX_TOKENS`` tokens, another for larger ones."""
+
+    def __init__(self, small: nn.Module, large: nn.Module) -> None:
+        super().__init__()
+        from ad_flashinfer_pass.kernels import small_gemm  # needs triton
+
+        self.small, self.large, self.limit = small, large, small_gemm.MAX_TOKENS
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        graph = self.small if inputs["input_ids"].numel() <= self.limit else self.large
+        return graph(**inputs)
+
+
+def _compiled(model: fx.GraphModule, ctx: TransformContext, report: TransformReport) -> fx.GraphModule:
+    model = _with_flat_attributes(model)
+    report.notes.append(f"{ctx.config.compile_backend}: {len(model.graph.nodes)} nodes")
+    if ctx.config.compile_backend != "torch-opt":
+        return model
+    model, pieces = compile_pieces(model)
+    num_calls = sum(piece.num_calls for piece in pieces)
+    report.notes.append(f"Inductor: {len(pieces)} distinct pieces, called {num_calls} times a step")
+    return model
 
 
 def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) -> CudaGraphModule:
@@ -94,6 +118,15 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
             model(**info.named_args(), **ctx.caches)
     for cache in ctx.caches.values():
         cache[1] = 0
+
+
+def _weight_bytes(model: fx.GraphModule) -> int:
+    read: dict[int, int] = {}
+    for node in model.graph.find_nodes(op="get_attr"):
+        tensor = g.attribute(node)
+        if not all(g.is_op(user, torch.ops.aten.embedding) for user in node.users):
+            read[id(tensor)] = tensor.nbytes
+    return sum(read.values())
 
 
 def _with_flat_attributes(model: fx.GraphModule) -> fx.GraphModule:

@@ -19,6 +19,7 @@ class CachedModel:
         caches: pools by the name of their graph input, [num_pages, 2, heads, page_size, head_dim].
         sequence_info: owner of the metadata tensors.
         vocab_size: width of the logits.
+        weight_bytes: bytes of weights that every step reads whole; see ``TransformContext``.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class CachedModel:
         caches: dict[str, Tensor],
         sequence_info: SequenceInfo,
         vocab_size: int,
+        weight_bytes: int = 0,
     ) -> None:
         self.module = module
         self.caches = caches
@@ -34,6 +36,7 @@ class CachedModel:
         self.device = sequence_info.device
         self.num_pages = next(iter(caches.values())).shape[0]
         self.vocab_size = vocab_size
+        self.weight_bytes = weight_bytes
 
     @property
     def eager_steps(self) -> dict[str, int]:

@@ -1,0 +1,305 @@
+"""Linears of a few tokens, which are bound by reading the weight, together with what stands around them.
+
+A decode step reads every weight once. cuBLAS reaches about 86 % of the memory's speed there; the two kernels
+here are chosen instead where ``tune`` measured them to be faster. A norm before the product, SwiGLU
+after it and the addition to the residual stream cost next to nothing inside, and a launch and a wait each
+outside. Both kernels give each program whole rows of the weight, so that its reads are long and in order:
+
+- ``_gemv``: one token. Products are summed in float32 registers, no tensor cores; the norm costs no pass of
+  its own, since its scale can be applied to the sums.
+- ``_skinny``: up to 64 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
+  The inner dimension can be split among programs; the last to finish adds the parts, always in one order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_TOKENS = 64
+_PARTIALS, _COUNTERS = 2**24, 2**14
+"""Elements of the workspace."""
+_SHARED_BYTES = 220 * 1024
+"""Shared memory that a program may ask for: of 227 KiB on compute capability 9.0."""
+
+
+class Around(NamedTuple):
+    """What is computed beside x weight^T."""
+
+    bias: Tensor | None = None
+    """[rows of the weight]"""
+    norm: Tensor | None = None
+    """[depth]: x is first divided by its root mean square and multiplied by this."""
+    eps: float = 0.0
+    """Added to the mean square."""
+    residual: Tensor | None = None
+    """[tokens, rows of the result], contiguous: added to the result."""
+    gated: bool = False
+    """The result is silu(first half of the rows) * second half."""
+
+
+class Config(NamedTuple):
+    """A way to launch one of the kernels."""
+
+    rows: int
+    """Rows of the weight that a program computes."""
+    depth: int
+    """Elements of a row that are read at once."""
+    split: int
+    """Programs that share the rows; 1 for ``_gemv``."""
+    warps: int
+    stages: int
+
+
+# Of 1,626 configurations that were timed for the weight shapes of Llama-3.1-8B on an H200, those that were
+# the best or next to it for some shape.
+_CANDIDATES = {
+    1: [(1, 2048, 1, 8, 1), (1, 2048, 1, 4, 1), (2, 2048, 1, 8, 1), (1, 4096, 1, 8, 1)],
+    16: [(32, 512, 1, 2, 4), (16, 512, 1, 2, 3), (32, 256, 1, 2, 4), (64, 128, 1, 4, 4), (64, 128, 4, 4, 4)],
+    32: [(64, 128, 1, 4, 4), (128, 128, 1, 4, 4), (64, 128, 2, 4, 4), (64, 256, 2, 4, 4), (32, 256, 1, 2, 3)],
+    64: [(128, 128, 1, 4, 4), (128, 128, 1, 8, 4), (64, 128, 1, 4, 3), (64, 128, 2, 4, 6)],
+}
+
+
+def candidates(num_tokens: int, rows: int, depth: int, gated: bool = False) -> list[Config]:
+    """The configurations worth timing for a result of so many rows; none beyond ``MAX_TOKENS`` tokens."""
+    if num_tokens > MAX_TOKENS:
+        return []
+    configs = [Config(*values) for values in _CANDIDATES[1 if num_tokens == 1 else _token_block(num_tokens)]]
+    return [config for config in configs if num_tokens == 1 or _fits(config, num_tokens, rows, depth, gated)]
+
+
+def _fits(config: Config, num_tokens: int, rows: int, depth: int, gated: bool) -> bool:
+    tile_bytes = 2 * config.depth * (config.rows * (1 + gated) + _token_block(num_tokens))
+    if depth % (config.depth * config.split) or tile_bytes * config.stages > _SHARED_BYTES:
+        return False
+    tiles = triton.cdiv(rows, config.rows)
+    has_space = tiles <= _COUNTERS and num_tokens * rows * config.split <= _PARTIALS
+    return config.split == 1 or (has_space and not gated)
+
+
+def _token_block(num_tokens: int) -> int:
+    return max(16, triton.next_power_of_2(num_tokens))
+
+
+def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
+    """``ops.linear`` in one kernel, or two if there is a norm and more than one token.
+
+    Args:
+        x: [tokens, depth], contiguous, at most ``MAX_TOKENS`` tokens.
+        weight: [rows, depth], contiguous.
+        around: what else is computed.
+        config: one of ``candidates``.
+
+    Returns:
+        [tokens, rows], or [tokens, rows // 2] if gated, in the dtype of x.
+    """
+    (num_tokens, depth), rows = x.shape, weight.shape[0] // (2 if around.gated else 1)
+    out = torch.empty((num_tokens, rows), dtype=x.dtype, device=x.device)
+    if num_tokens == 1:
+        _gemv[(triton.cdiv(rows, config.rows),)](
+            x,
+            weight,
+            around.bias,
+            around.norm,
+            around.residual,
+            out,
+            rows,
+            around.eps,
+            DEPTH=depth,
+            ROWS=config.rows,
+            BLOCK=config.depth,
+            GATED=around.gated,
+            num_warps=config.warps,
+        )
+        return out
+    if around.norm is not None:
+        x = rms_norm(x, around.norm, around.eps)
+    space = _workspace(x.device)
+    _skinny[(triton.cdiv(rows, config.rows), config.split)](
+        x,
+        weight,
+        around.bias,
+        around.residual,
+        out,
+        space.partials,
+        space.counters,
+        num_tokens,
+        rows,
+        DEPTH=depth,
+        ROWS=config.rows,
+        TOKENS=_token_block(num_tokens),
+        BLOCK=config.depth,
+        SPLIT=config.split,
+        GATED=around.gated,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 and rounded once.
+
+    Args:
+        x: [tokens, depth], contiguous.
+        weight: [depth].
+        eps: added to the mean square.
+    """
+    out = torch.empty_like(x)
+    depth = x.shape[1]
+    _rms_norm[(x.shape[0],)](
+        x, weight, out, eps, DEPTH=depth, BLOCK=triton.next_power_of_2(depth), num_warps=8
+    )
+    return out
+
+
+class _Workspace(NamedTuple):
+    partials: Tensor
+    counters: Tensor
+    """Zero before and after each launch."""
+
+
+@cache
+def _workspace(device: torch.device) -> _Workspace:
+    """For one stream at a time; never grows, so that captured graphs may keep its address."""
+    return _Workspace(
+        torch.empty(_PARTIALS, dtype=torch.float32, device=device),
+        torch.zeros(_COUNTERS, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    out,
+    eps,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < DEPTH
+    row = tl.program_id(0).to(tl.int64) * DEPTH
+    v = tl.load(x + row + lanes, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(v * v, axis=0) / DEPTH + eps)
+    v *= scale * tl.load(weight + lanes, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row + lanes, v.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gemv(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    norm,
+    residual,
+    out,
+    num_rows,
+    eps,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """ROWS rows of the result for one token; a gated row is two of the weight, num_rows apart."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lanes = tl.arange(0, BLOCK)
+    row_mask = rows < num_rows
+    weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
+    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, DEPTH, BLOCK):
+        lane_mask = start + lanes < DEPTH
+        mask = row_mask[:, None] & lane_mask[None, :]
+        w = tl.load(weights + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        v = tl.load(x + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += v * v
+            v *= tl.load(norm + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
+        sums += w.to(tl.float32) * v[None, :]
+        if GATED:
+            up = weights + start + num_rows.to(tl.int64) * DEPTH
+            w = tl.load(up, mask=mask, other=0.0, eviction_policy="evict_first")
+            ups += w.to(tl.float32) * v[None, :]
+    scale = 1.0
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / DEPTH + eps)
+    total = tl.sum(sums, axis=1) * scale
+    if bias is not None:
+        total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.sum(ups, axis=1) * scale
+        if bias is not None:
+            up += tl.load(bias + num_rows + rows, mask=row_mask, other=0.0).to(tl.float32)
+        total = total * tl.sigmoid(total) * up
+    if residual is not None:
+        total += tl.load(residual + rows, mask=row_mask, other=0.0).to(tl.float32)
+    tl.store(out + rows, total.to(out.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _skinny(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    partials,
+    counters,
+    num_tokens,
+    num_rows,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """ROWS rows of the result for all tokens, over a part of the depth; gated ones are not split."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    tokens = tl.arange(0, TOKENS)
+    lanes = part * (DEPTH // SPLIT) + tl.arange(0, BLOCK)
+    weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
+    inputs = x + tokens[None, :] * DEPTH + lanes[:, None]
+    row_mask, token_mask = rows < num_rows, tokens < num_tokens
+    sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    ups = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for start in range(0, DEPTH // SPLIT, BLOCK):
+        w = tl.load(weights + start, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
+        v = tl.load(inputs + start, mask=token_mask[None, :], other=0.0)
+        sums = tl.dot(w, v, sums)
+        if GATED:
+            up = weights + start + num_rows.to(tl.int64) * DEPTH
+            w = tl.load(up, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
+            ups = tl.dot(w, v, ups)
+    places = tokens[None, :] * num_rows + rows[:, None]
+    mask = row_mask[:, None] & token_mask[None, :]
+    is_last = True
+    if SPLIT > 1:
+        size = num_tokens * num_rows
+        tl.store(partials + part * size + places, sums, mask=mask)
+        tl.debug_barrier()
+        is_last = tl.atomic_add(counters + tile, 1) == SPLIT - 1
+        if is_last:
+            tl.store(counters + tile, 0)
+            sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            for other in tl.static_range(SPLIT):
+                sums += tl.load(partials + other * size + places, mask=mask, other=0.0, cache_modifier=".cg")
+    if is_last:
+        if bias is not None:
+            sums += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            if bias is not None:
+                ups += tl.load(bias + num_rows + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+            sums = sums * tl.sigmoid(sums) * ups
+        if residual is not None:
+            sums += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + places, sums.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,102 @@
+"""``ad_flashinfer.linear``: a linear of few tokens and what stands around it, by the fastest kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NAME = "ad_flashinfer::linear"
+
+torch.library.define(
+    _NAME,
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, Tensor? residual=None, "
+    "bool gated=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """residual + swiglu(rms_norm(x) weight^T + bias), each part but the product if it is asked for.
+
+    On CUDA by the kernel that ``kernels.tune`` chose for the shape and the number of tokens, elsewhere, and
+    where it chose none, by torch.
+
+    Args:
+        x: [..., depth].
+        weight: [rows, depth], contiguous.
+        bias: [rows].
+        norm: [depth]; x is divided by sqrt(mean(x^2) + eps) and multiplied by this.
+        eps: of the norm.
+        residual: [..., rows of the result], added to the result.
+        gated: the result is silu(first half of the rows) * second half.
+
+    Returns:
+        [..., rows], or [..., rows // 2] if gated, in the dtype of x.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    flat_residual = None if residual is None else residual.reshape(tokens.shape[0], -1)
+    out = _linear(tokens, weight, bias, norm, eps, flat_residual, gated)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    if x.device.type == "cuda":
+        from ad_flashinfer_pass.kernels import small_gemm, tune  # needs triton
+
+        config = tune.chosen_linear(x.shape[0], weight, norm is not None, residual is not None, gated)
+        if config is not None:
+            around = small_gemm.Around(bias, norm, eps, residual, gated)
+            return small_gemm.run(x.contiguous(), weight, around, config)
+    return by_torch(x, weight, bias, norm, eps, residual, gated)
+
+
+def by_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """The same by torch's kernels; x [tokens, depth]."""
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, eps)
+    out = F.linear(x, weight, bias)
+    if gated:
+        gate, up = out.chunk(2, -1)
+        out = F.silu(gate) * up
+    return out if residual is None else residual + out
+
+
+torch.library.impl(_NAME, "default", linear)
+
+
+@torch.library.register_fake(_NAME)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if gated else 1)))

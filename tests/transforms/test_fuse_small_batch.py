@@ -1,0 +1,134 @@
+"""``fuse_small_batch``: what a linear takes in, what it leaves, and that the result is the same."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import registry
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.pipeline import context, run, transform_module
+from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
+from tests import architectures
+from tests.transforms.small_models import SmallModel, exported, find
+from tests.transforms.small_models import context as small_context
+from tests.transforms.small_models import run as run_transforms
+
+rms_norm = F.rms_norm
+LINEAR = torch.ops.ad_flashinfer.linear
+WIDTH = 32
+
+
+class Gated(nn.Module):
+    """RMSNorm, gate and up, down, with a residual."""
+
+    def __init__(self, norm_is_read: bool = False, gate_is_read: bool = False) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.gate, self.up = nn.Linear(WIDTH, 48, bias=False), nn.Linear(WIDTH, 48, bias=False)
+        self.down = nn.Linear(48, WIDTH)
+        self.norm_is_read, self.gate_is_read = norm_is_read, gate_is_read
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape as x."""
+        wide = x.float()
+        normed = self.scale * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        gate = self.gate(normed)
+        out = x + self.down(F.silu(gate) * self.up(normed))
+        if self.norm_is_read:
+            out = out + normed
+        return out + gate.mean(-1, keepdim=True) if self.gate_is_read else out
+
+
+def fused(part: Gated) -> tuple[fx.GraphModule, list[dict[str, object]]]:
+    model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=part).to(torch.bfloat16)
+    ctx = small_context()
+    gm, _ = run_transforms(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    inputs = torch.randint(29, (2, 7)), torch.arange(7).repeat(2, 1)
+    before = gm(*inputs)
+    small, *_ = with_fused_linears(gm)
+    # The roundings of bfloat16 between the fused kernels are gone.
+    torch.testing.assert_close(small(*inputs), before, atol=0.06, rtol=0.02)
+    return small, [g.op_args(node) for node in find(small, LINEAR)]
+
+
+def test_norm_swiglu_and_residual_are_taken_in() -> None:
+    gm, (gate_up, down, lm_head) = fused(Gated())
+    assert gate_up["norm"] is not None
+    assert gate_up["eps"] == 1e-5
+    assert gate_up["gated"]
+    assert down["residual"] is not None
+    assert down["bias"] is not None
+    assert lm_head["norm"] is lm_head["residual"] is None
+    assert not find(gm, torch.ops.aten.silu, torch.ops.aten.rsqrt, torch.ops.aten.linear)
+
+
+def test_what_something_else_reads_stays() -> None:
+    _, (gate_up, *_) = fused(Gated(norm_is_read=True))
+    assert gate_up["norm"] is None
+    assert gate_up["gated"]
+    _, (gate_up, *_) = fused(Gated(gate_is_read=True))
+    assert gate_up["norm"] is not None
+    assert not gate_up["gated"]
+
+
+@pytest.mark.parametrize("name", ["llama_gqa4", "qwen2", "gemma2"])
+def test_logits_of_real_models(name: str) -> None:
+    """No further from the model in float32 than before; Gemma's norm is another, and is left alone."""
+    model: nn.Module = architectures.random_model(architectures.CONFIGS[name](), "eager")
+    model = model.to(torch.bfloat16)
+    tokens = list(range(20))
+    with torch.no_grad():
+        exact = deepcopy(model).float()(torch.tensor([tokens])).logits[0, -1]
+    ctx = context(AutoDeployConfig(max_batch_size=2, max_seq_len=64))
+    gm, _ = run(model, ctx, skip=("compile_model", "fuse_small_batch"))
+    assert isinstance(gm, fx.GraphModule)
+
+    def error(graph: fx.GraphModule) -> float:
+        ctx.sequence_info.nest_sequences([SequenceStep(tokens, 0, [1]), SequenceStep([5, 6], 0, [2])])
+        logits = graph(**ctx.sequence_info.named_args(), **ctx.caches)[0, 0]
+        return float((logits.float() - exact).norm() / exact.norm())
+
+    small, count, skipped = with_fused_linears(gm)
+    assert count == 4 * 3 + 1
+    assert not skipped
+    parts = [g.op_args(node) for node in find(small, LINEAR)]
+    assert sum(part["norm"] is not None for part in parts) == (0 if name == "gemma2" else 2 * 3)
+    assert sum(part["residual"] is not None for part in parts) == (0 if name == "gemma2" else 2 * 3)
+    assert sum(part["gated"] for part in parts) == (0 if name == "gemma2" else 3)
+    assert 0 < error(small) < 1.2 * error(gm) < 0.1
+
+
+def test_steps_go_to_the_graph_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both graphs, steps of few and of many tokens give what one graph gives."""
+    model: nn.Module = architectures.random_model(architectures.CONFIGS["llama_gqa4"](), "sdpa")
+    model = model.to(torch.bfloat16)
+    config = AutoDeployConfig(max_batch_size=4, max_seq_len=128)
+    one = transform_module(model, config)[0]
+    ctx = context(config)
+    both, _ = run(model, ctx, skip=("compile_model", "fuse_small_batch"))
+    assert isinstance(both, fx.GraphModule)
+    ctx.small_batch_model = with_fused_linears(both)[0]
+    calls: list[int] = []
+
+    def counted(x: Tensor, *args: Any) -> Tensor:
+        calls.append(len(x))
+        return rms_norm(x, *args)
+
+    monkeypatch.setattr(F, "rms_norm", counted)
+    compiled, _ = registry.get("compile_model")(both, ctx)
+    for count in (1, 5, 64, 65, 90):
+        step = [SequenceStep(list(range(1, count + 1)), 0, [1, 2, 3][: 1 + (count - 1) // 32])]
+        ctx.sequence_info.nest_sequences(step)
+        found = compiled(**ctx.sequence_info.named_args(), **ctx.caches)[0]
+        expected = one.step(step)
+        assert (found - expected).norm() < 0.1 * expected.norm()
+    assert set(calls) == {1, 5, 64}

@@ -1,0 +1,170 @@
+"""A second graph for steps of few tokens, whose linears take in what stands around them.
+
+Before: n = rms_norm(x); y = linear(n, w); z = residual + y                 three kernels
+        n = rms_norm(x); g, u = linear(n, w) cut in two; z = silu(g) * u    three kernels
+After:  z = ad_flashinfer.linear(x, w, b, norm, eps, residual, gated)       one, or two
+
+Legal because each part is taken in only where nothing else reads what stood between. The sums are the same,
+in float32; what was rounded between two kernels is not rounded any more. Only where steps are captured, for
+up to ``small_gemm.MAX_TOKENS`` tokens: beyond, a linear is bound by arithmetic, and cuBLAS and Inductor are
+better.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
+from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
+
+aten = torch.ops.aten
+_LINEAR = torch.ops.ad_flashinfer.linear.default
+
+
+@register("fuse_small_batch")
+def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Make ``ctx.small_batch_model``, which shares the weights of the model, and measure its linears."""
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("fuse_small_batch")
+    if ctx.device.type != "cuda" or ctx.config.compile_backend == "torch-simple":
+        report.notes.append("steps are not captured: one graph for all")
+        return model, report
+    small, report.num_matches, report.skipped = with_fused_linears(model)
+    ctx.small_batch_model = small
+    from ad_flashinfer_pass.kernels import tune  # needs triton
+
+    config = ctx.config
+    sizes = config.cuda_graph_batch_sizes or default_batch_sizes(config.max_batch_size)
+    buckets = config.cuda_graph_token_buckets or default_token_buckets(config.token_budget)
+    linears = []
+    for node in small.graph.find_nodes(op="call_function", target=_LINEAR):
+        args = g.op_args(node)
+        has_norm, has_residual = args["norm"] is not None, args["residual"] is not None
+        linears.append((g.attribute(args["weight"]), has_norm, has_residual, args["gated"]))
+    report.notes += tune.tune_linears(linears, sorted({*sizes, *buckets}))
+    return model, report
+
+
+def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list[Skip]]:
+    """A copy of a graph with its linears replaced, each with as much of its surroundings as it can take in.
+
+    Returns:
+        The copy, which shares the weights; how many were replaced, and those that were not.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    gm = fx.GraphModule(model, graph)
+    skipped, count = [], 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        args = g.op_args(node)
+        reason = _unfit(args["weight"])
+        if reason is not None:
+            skipped.append(Skip(g.where(node), reason))
+            continue
+        norm = _rms_norm(args["input"])
+        if norm is not None and not all(g.is_op(user, aten.linear, _LINEAR) for user in args["input"].users):
+            norm = None  # the normed x is needed anyway
+        last, gated = _swiglu(node)
+        residual, last = (None, last) if gated else _residual(last)
+        x = args["input"] if norm is None else norm.x
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        g.replace_op(last, _LINEAR, x, args["weight"], args["bias"], weight, eps, residual, gated)
+        count += 1
+    g.finish(gm)
+    return gm, count, skipped
+
+
+def _unfit(weight: fx.Node) -> str | None:
+    """Why the kernels cannot run a linear with this weight."""
+    if weight.op != "get_attr":
+        return "its weight is computed"
+    tensor = g.attribute(weight)
+    if tensor.dtype not in (torch.bfloat16, torch.float16):
+        return f"its weight is {tensor.dtype}"
+    if not tensor.is_contiguous():
+        return "its weight is strided"
+    return None
+
+
+class _Norm(NamedTuple):
+    x: fx.Node
+    weight: fx.Node
+    eps: float
+
+
+def _rms_norm(node: fx.Node) -> _Norm | None:
+    """weight * (x * rsqrt(mean(x^2) + eps)), with x in float32 up to the last product."""
+    weight, scaled = _operands(node, aten.mul.Tensor, lambda n: n.op == "get_attr")
+    if weight is None or scaled is None or g.attribute(weight).dim() != 1:
+        return None
+    rsqrt, wide = _operands(_uncast(scaled), aten.mul.Tensor, lambda n: g.is_op(n, aten.rsqrt))
+    if rsqrt is None or wide is None:
+        return None
+    total = g.args(rsqrt)[0]
+    if not (g.is_op(total, aten.add.Tensor) and isinstance(g.args(total)[1], float)):
+        return None
+    mean = g.args(total)[0]
+    if not (g.is_op(mean, aten.mean.dim) and list(g.args(mean)[1:3]) == [[-1], True]):
+        return None
+    square = g.args(mean)[0]
+    if not (g.is_op(square, aten.pow.Tensor_Scalar) and g.args(square) == (wide, 2)):
+        return None
+    x = _uncast(wide)
+    if g.value(wide).dtype != torch.float32 or g.value(x).dtype != g.value(node).dtype:
+        return None
+    return _Norm(x, weight, g.args(total)[1])
+
+
+def _operands(node: fx.Node, target: object, is_first: object) -> tuple[fx.Node | None, fx.Node | None]:
+    """The two operands of a product, the one for which ``is_first`` holds before the other."""
+    if not g.is_op(node, target):
+        return None, None
+    a, b = g.args(node)[:2]
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None, None
+    if is_first(a):  # type: ignore[operator]
+        return a, b
+    return (b, a) if is_first(b) else (None, None)  # type: ignore[operator]
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """What a cast was made of."""
+    return g.args(node)[0] if g.is_op(node, aten.to.dtype, aten._to_copy) else node
+
+
+def _swiglu(linear: fx.Node) -> tuple[fx.Node, bool]:
+    """The product silu(first half) * second half of a linear that nothing else reads; else the linear."""
+    width = g.shape(linear)[-1]
+    if len(linear.users) != 2 or not isinstance(width, int):
+        return linear, False
+    halves = {}
+    for part in linear.users:
+        dim, start, end = (*g.args(part)[1:], None, None, None)[:3]
+        if not (g.is_op(part, aten.slice.Tensor) and dim == -1 and len(part.users) == 1):
+            return linear, False
+        halves[start, end] = part
+    gate, up = halves.get((0, width // 2)), halves.get((width // 2, width))
+    if gate is None or up is None:
+        return linear, False
+    silu = next(iter(gate.users))
+    if not g.is_op(silu, aten.silu.default) or len(silu.users) != 1:
+        return linear, False
+    product = next(iter(silu.users))
+    is_product = g.is_op(product, aten.mul.Tensor) and set(product.all_input_nodes) == {silu, up}
+    return (product, True) if is_product else (linear, False)
+
+
+def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """What a linear that nothing else reads is added to, and the sum; else None and the linear."""
+    if len(linear.users) != 1:
+        return None, linear
+    total = next(iter(linear.users))
+    if not g.is_op(total, aten.add.Tensor) or len(total.all_input_nodes) != 2 or "alpha" in total.kwargs:
+        return None, linear
+    (other,) = (node for node in total.all_input_nodes if node is not linear)
+    same = g.same_shape(g.shape(other), g.shape(linear)) and g.value(other).dtype == g.value(linear).dtype
+    return (other, total) if same else (None, linear)

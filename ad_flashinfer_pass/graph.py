@@ -21,8 +21,8 @@ aten = torch.ops.aten
 _UNTAGGED_POINTWISE = frozenset(
     getattr(aten, name)
     for name in (
-        "absolute divide fix floor_divide greater greater_equal hardswish less less_equal log_sigmoid "
-        "multiply negative not_equal special_erf special_exp2 special_expit subtract"
+        "__and__ __or__ __xor__ absolute divide fix floor_divide greater greater_equal hardswish less "
+        "less_equal log_sigmoid multiply negative not_equal special_erf special_exp2 special_expit subtract"
     ).split()
 )
 
@@ -206,18 +206,24 @@ def _erase_dead_writes(graph: fx.Graph) -> bool:
         if node.op == "call_function" and not node.users and mutates_input(node):
             args = op_args(node)
             written = [args[a.name] for a in node.target._schema.arguments if a.alias_info is not None]
-            if all(_is_fresh_and_unread(tensor) for tensor in written):
+            if all(_is_fresh_and_unread(tensor, node) for tensor in written):
                 graph.erase_node(node)
                 found = True
     return found
 
 
-def _is_fresh_and_unread(tensor: Any) -> bool:
-    """Whether this is a call's own memory, no view of another's, with one user."""
-    if not isinstance(tensor, fx.Node) or tensor.op != "call_function" or len(tensor.users) > 1:
+def _is_fresh_and_unread(tensor: Any, write: fx.Node) -> bool:
+    """Whether this is a call's own memory, no view of another's, that is read for this write alone."""
+    if not isinstance(tensor, fx.Node) or tensor.op != "call_function" or not _only_feeds(tensor, write):
         return False
     schema = getattr(tensor.target, "_schema", None)
     return schema is not None and not any(result.alias_info for result in schema.returns)
+
+
+def _only_feeds(node: fx.Node, write: fx.Node) -> bool:
+    """Whether all that is computed from a node goes into one write."""
+    users = [user for user in node.users if user is not write]
+    return all(not mutates_input(user) and user.users and _only_feeds(user, write) for user in users)
 
 
 def _mode(node: fx.Node) -> FakeTensorMode | None:
@@ -226,7 +232,7 @@ def _mode(node: fx.Node) -> FakeTensorMode | None:
 
 
 def _compute_value(node: fx.Node) -> None:
-    mode = next(filter(None, map(_mode, node.all_input_nodes)), None)
+    mode = next(filter(None, map(_mode, [*node.all_input_nodes, *node.graph.nodes])), None)
     if mode is not None:
         assert callable(node.target)
         # Without it torch 2.11 decomposes ops such as linear in C++, which knows no symbolic sizes.

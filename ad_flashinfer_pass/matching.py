@@ -260,7 +260,7 @@ def read_eager(softmax: fx.Node) -> AttentionMatch:
     lse = _log_sum_exp(logits, dim)
     if sinks is None and lse is not None:
         sinks, result = _sinks_by_scaling(lse, (*dims[:dim], *dims[dim + 1 :]), result)
-        reader.passed.append(lse)
+        reader.readers.append(lse)
     reader.check_readers(softmax)
     return _matched(
         AttentionMatch(
@@ -293,6 +293,27 @@ def written_out_softmax(node: fx.Node) -> tuple[fx.Node, int] | None:
     if dim is None or not _is_over_pairs(g.shape(node), dim % g.value(node).dim()):
         return None
     return logits, dim
+
+
+def written_out_log_sum_exp(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(x, dim) if the node is log(sum(exp(x - m))) + m, with one m a row of pairs: logsumexp(x, dim)."""
+    if not g.is_op(node, aten.add) or not all(map(g.is_tensor, g.args(node)[:2])):
+        return None
+    for log, shift in (g.args(node)[:2], g.args(node)[1::-1]):
+        total: Any = g.args(log)[0] if g.is_op(log, aten.log) else None
+        weights: Any = g.args(total)[0] if g.is_op(total, aten.sum) else None
+        shifted: Any = g.args(weights)[0] if g.is_op(weights, aten.exp) else None
+        if not g.is_op(shifted, aten.sub) or g.op_args(total).get("keepdim"):
+            continue
+        (logits, of_row), dims = g.args(shifted)[:2], g.op_args(total)["dim"]
+        if len(dims or ()) != 1 or not g.is_tensor(of_row):
+            continue
+        rank = g.value(logits).dim()
+        same = _skip(shift, *ax.VIEWS) is _skip(of_row, *ax.VIEWS)
+        is_one = Size.of(g.shape(of_row)[dims[0] % rank]).is_one
+        if same and is_one and _is_over_pairs(g.shape(logits), dims[0] % rank):
+            return logits, dims[0]
+    return None
 
 
 def _is_over_pairs(shape: Sequence[int | SymInt], dim: int) -> bool:
@@ -431,7 +452,8 @@ class _LogitsReader:
         """Of the product; until the product is reached, of everything below the current node."""
         self.logit_cap: float | None = None
         self.sinks: Operand | None = None
-        self._maxima: list[fx.Node] = []
+        self.readers: list[fx.Node] = []
+        """Nodes beside the path whose reading of the logits is accounted for."""
 
     def read(self, node: fx.Node) -> fx.Node:
         """Read on until the product and return it.
@@ -454,7 +476,7 @@ class _LogitsReader:
         Raises:
             UnsupportedError: names the reader.
         """
-        known = {*self.passed, *self._maxima, softmax}
+        known = {*self.passed, *self.readers, softmax}
         for node in self.passed[::-1]:
             for user in node.users:
                 if user in known or _reads_shape(user):
@@ -516,7 +538,7 @@ class _LogitsReader:
         if (
             len(tensors) != 2
             or ax.whole(self.dims)[dim] != self.keys
-            or g.shape(tensors[1])[dim] != 1
+            or not Size.of(g.shape(tensors[1])[dim]).is_one
             or self.terms
         ):
             raise _refuse(node, "concatenates something other than one column of sinks to the logits")
@@ -538,7 +560,7 @@ class _LogitsReader:
         shape = g.shape(g.args(node)[1])
         if self.keys in [dim for dim in ax.aligned(shape, self.dims) if dim]:
             return None
-        self._maxima.append(maximum)
+        self.readers.append(maximum)
         return _node(node, 0)
 
     def _floor(self, node: fx.Node) -> fx.Node | None:
@@ -554,7 +576,8 @@ class _LogitsReader:
     def _mask(self, node: fx.Node) -> fx.Node | None:
         """masked_fill, where, an addition, or x * m + c * (1 - m) -> logits."""
         found = _hidden_keys(node, self.scale, self.dims)
-        if found is None and g.is_op(node, aten.add, aten.add_, aten.sub, aten.sub_):
+        is_sum = g.is_op(node, aten.add, aten.add_, aten.sub, aten.sub_)
+        if found is None and is_sum and all(map(g.is_tensor, g.args(node)[:2])):
             found = self._gated(node) or self._added(node)
         if found is None:
             return None
@@ -574,9 +597,8 @@ class _LogitsReader:
 
     def _gated(self, node: fx.Node) -> tuple[fx.Node, MaskTerm] | None:
         """(logits, m) of logits * m + c * (1 - m), where m is 0 or 1."""
-        first, (penalty, weight) = _summands(node)
-        gated = _node(node, 0)
-        if first[1] != 1.0 or not g.is_op(gated, aten.mul, aten.mul_) or not g.is_tensor(penalty):
+        (gated, _), (penalty, weight) = _summands(node)
+        if not g.is_op(gated, aten.mul, aten.mul_):
             return None
         scaled = _scalar_factor(penalty) or (penalty, 1.0)
         gate = _complement(scaled[0])
@@ -599,14 +621,9 @@ class _LogitsReader:
 
 
 def _summands(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]:
-    """The two terms of an addition or subtraction, each with its factor; scalars have the factor 0."""
+    """The two terms of an addition or subtraction, each with its factor."""
     sign = -1.0 if g.is_op(node, aten.sub, aten.sub_) else 1.0
-    a, b = g.args(node)[:2]
-    weights = 1.0, sign * float(g.op_args(node).get("alpha", 1))
-    first, second = (
-        (term, weight if g.is_tensor(term) else 0.0) for term, weight in zip((a, b), weights, strict=True)
-    )
-    return first, second
+    return (_node(node, 0), 1.0), (_node(node, 1), sign * float(g.op_args(node)["alpha"]))
 
 
 def _complement(node: fx.Node) -> fx.Node | None:
@@ -691,14 +708,16 @@ def _sinks_by_scaling(lse: fx.Node, rows: Dims, result: Operand) -> tuple[Operan
         lse,
         "takes the logarithm of a sum over the logits for something other than sinks, sigmoid(lse - sinks)",
     )
-    users = [user for user in result.node.users if g.is_op(user, aten.mul)]
-    if len(users) != 1 or len(result.node.users) != 1:
+    node, dims = result.node, result.dims
+    while len(node.users) == 1 and (viewed := ax.after(next(iter(node.users)), dims)) is not None:
+        node, dims = next(iter(node.users)), viewed
+    scaled = next(iter(node.users))
+    gate: Any = None
+    if g.is_op(scaled, aten.mul):
+        (gate,) = [n for n in g.args(scaled) if n is not node]
+    if len(node.users) != 1 or not g.is_tensor(gate) or not g.same_shape(g.shape(scaled), g.shape(node)):
         raise refusal
-    (scaled,) = users
-    (gate,) = [n for n in g.args(scaled) if n is not result.node] or [None]
-    if not g.is_tensor(gate) or not g.same_shape(g.shape(scaled), g.shape(result.node)):
-        raise refusal
-    place = back(gate, ax.aligned(g.shape(gate), result.dims))
+    place = back(gate, ax.aligned(g.shape(gate), dims))
     if not g.is_op(place.node, aten.sigmoid):
         raise refusal
     place = back(_node(place.node, 0), place.dims)
@@ -710,7 +729,7 @@ def _sinks_by_scaling(lse: fx.Node, rows: Dims, result: Operand) -> tuple[Operan
     found = back(total, ax.aligned(g.shape(total), place.dims))
     if found.node is not lse or ax.flat(found.dims) != ax.flat(rows):
         raise refusal
-    return _sink_of_each_head(lse, sinks, place.dims), Operand(scaled, result.dims)
+    return _sink_of_each_head(lse, sinks, place.dims), Operand(scaled, dims)
 
 
 def _hidden_keys(node: fx.Node, factor: float, dims: Dims) -> tuple[fx.Node, MaskTerm] | None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import ops
 
+assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
 aten = torch.ops.aten
 
 
@@ -167,3 +169,25 @@ def test_ancestors_come_once_and_stop_where_told(gm: fx.GraphModule) -> None:
     short = list(g.ancestors(total, stop=lambda node: g.is_op(node, aten.add)))
     assert only(gm, aten.add) in short
     assert only(gm, aten.mul) not in short
+
+
+def test_append_to_a_pool_is_kept_and_a_dead_write_is_not() -> None:
+    """append_kv returns nothing and its cache is an input: no dead code, also if no attend reads the pool.
+
+    A write into memory of the graph's own, which only the write itself reads, is.
+    """
+    graph = fx.Graph()
+    key, slots, cache = (graph.placeholder(name) for name in ("key", "slots", "cache"))
+    append = graph.call_function(torch.ops.ad_flashinfer.append_kv.default, (key, key, slots, cache))
+    scratch = graph.call_function(aten.zeros_like.default, (key,))
+    ones = graph.call_function(aten.new_ones.default, (scratch, []))
+    dead = graph.call_function(aten.index_put_.default, (scratch, [slots], ones))
+    view = graph.call_function(aten.view.default, (key, [-1]))
+    alive = graph.call_function(aten.add_.Tensor, (view, 1.0))
+    graph.output(slots)
+
+    g.finish(fx.GraphModule(nn.Module(), graph))
+
+    assert append in graph.nodes
+    assert alive in graph.nodes, "it writes to an input, through a view"
+    assert not {scratch, ones, dead} & set(graph.nodes)

@@ -282,7 +282,8 @@ _RULES: dict[str, _Rule] = {
 _FILLS = frozenset("full new_full full_like scalar_tensor fill".split())
 # Keep each token where it is, whatever the shape.
 _SAFE = frozenset(
-    "transpose permute t numpy_T unsqueeze expand expand_as contiguous clone to _to_copy "
+    "transpose permute t numpy_T mT adjoint swapdims moveaxis "
+    "unsqueeze expand expand_as contiguous clone to _to_copy "
     "type_as detach alias lift_fresh_copy empty zeros ones full new_zeros new_ones new_full "
     "new_empty empty_like zeros_like ones_like full_like empty_permuted sym_size sym_numel "
     "view_as_complex view_as_real complex polar real imag "

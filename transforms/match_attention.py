@@ -59,11 +59,12 @@ def match_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
 
 
 def _fold_softmaxes(graph: fx.Graph) -> None:
-    """exp(x) / sum(exp(x)) -> softmax(x), for logits of token pairs."""
+    """exp(x) / sum(exp(x)) -> softmax(x), and log(sum(exp(x))) -> logsumexp(x), for logits of token pairs."""
     for node in list(graph.nodes):
-        found = matching.written_out_softmax(node)
-        if found is not None:
+        if (found := matching.written_out_softmax(node)) is not None:
             g.replace_op(node, aten._softmax.default, *found, False)
+        elif (found := matching.written_out_log_sum_exp(node)) is not None:
+            g.replace_op(node, aten.logsumexp.default, found[0], [found[1]])
     graph.eliminate_dead_code()
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.inspection.stages import run_stages
+from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import ledger
 from ad_flashinfer_pass.kernels.select import Choice
@@ -89,7 +89,11 @@ def explain(
         TransformError: the pass refuses the model; the message names the node and the way out.
     """
     check_target(config, sm)
-    run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    return explain_run(run_stages(config, graph, None if stage is None else [stage], on_event), config, sm)
+
+
+def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explanation:
+    """The explanation of a run; see ``explain``."""
     if run.ctx.sites:
         sites = _sites(run.ctx, config, sm)
     else:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ad_flashinfer_pass import __version__
-from ad_flashinfer_pass.cli import calibrate, diff, dump, explain, generate, migrate, plan
+from ad_flashinfer_pass.cli import calibrate, diff, dump, explain, generate, migrate, plan, report
 from ad_flashinfer_pass.cli.options import PROG, print_error
 
 # UsageError: click's in older versions of typer, typer's own in newer ones, exported by neither.
@@ -31,6 +31,7 @@ app.command(epilog=dump.EXAMPLES)(dump.dump)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=migrate.EXAMPLES)(migrate.migrate)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
+app.command(epilog=report.EXAMPLES)(report.report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

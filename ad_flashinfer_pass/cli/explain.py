@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
 
 from ad_flashinfer_pass.cli.options import (
-    MODEL,
     PROG,
     ConfigOption,
     DebugOption,
@@ -18,11 +16,11 @@ from ad_flashinfer_pass.cli.options import (
     MaxSeqLenOption,
     ModelOption,
     QuietOption,
+    SmOption,
     StageOption,
     TokensPerBlockOption,
     TrustOption,
     error_border,
-    option,
     settings,
 )
 from ad_flashinfer_pass.progress import Reporter
@@ -49,15 +47,7 @@ def explain(
     graph: GraphOption = None,
     config: ConfigOption = None,
     stage: StageOption = None,
-    sm: Annotated[
-        int | None,
-        option(
-            MODEL,
-            "N",
-            "Choose kernels for a GPU of this compute capability: 90 (H100, H200), 100 (B200), 120. "
-            "Default: that of --device.",
-        ),
-    ] = None,
+    sm: SmOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,

@@ -98,6 +98,23 @@ StageOption = Annotated[
         "-s",
     ),
 ]
+MemoryOption = Annotated[
+    str | None,
+    option(
+        LIMITS,
+        "SIZE",
+        "Memory of the device: 141GB (10**9), 80GiB (2**30). Default: no limit; what the config wants.",
+    ),
+]
+SmOption = Annotated[
+    int | None,
+    option(
+        MODEL,
+        "N",
+        "Choose kernels for a GPU of this compute capability: 90 (H100, H200), 100 (B200), 120. "
+        "Default: that of --device.",
+    ),
+]
 JsonOption = Annotated[bool, option(OUTPUT, None, "One JSON object.", "--json")]
 QuietOption = Annotated[bool, option(OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q")]
 DebugOption = Annotated[
@@ -153,3 +170,15 @@ def settings(file: Path | None, keys: dict[str, Any], tokens_per_block: int | No
         if isinstance(cache, dict):  # otherwise AutoDeployConfig says what it must be
             cache["tokens_per_block"] = tokens_per_block
     return AutoDeployConfig(**data)
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """The value of --memory in bytes."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    if text is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ConfigError(f"--memory must be a size such as 141GB or 80GiB, got {text!r}.") from None

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from ad_flashinfer_pass.cli.options import (
     LIMITS,
-    MODEL,
     PROG,
     ConfigOption,
     DebugOption,
@@ -17,15 +16,17 @@ from ad_flashinfer_pass.cli.options import (
     GraphOption,
     JsonOption,
     MaxSeqLenOption,
+    MemoryOption,
     ModelOption,
     QuietOption,
+    SmOption,
     TokensPerBlockOption,
     TrustOption,
     error_border,
+    memory_bytes,
     option,
     settings,
 )
-from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.progress import Reporter
 
 EXAMPLES = f"""
@@ -45,20 +46,8 @@ def plan(
     model: ModelOption = None,
     graph: GraphOption = None,
     config: ConfigOption = None,
-    memory: Annotated[
-        str | None,
-        option(
-            LIMITS,
-            "SIZE",
-            "Memory of the device: 141GB (10**9), 80GiB (2**30). Default: no limit; what the config wants.",
-        ),
-    ] = None,
-    sm: Annotated[
-        int | None,
-        option(
-            MODEL, "N", "Compute capability of the GPU, for workspaces: 90 (H100, H200), 100 (B200), 120."
-        ),
-    ] = None,
+    memory: MemoryOption = None,
+    sm: SmOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
@@ -90,7 +79,7 @@ def plan(
         from ad_flashinfer_pass.generation import libraries_quiet
 
         deploy = settings(config, keys, tokens_per_block)
-        limit = None if memory is None else _bytes(memory)
+        limit = memory_bytes(memory)
         with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
             reporter.phase("load_libraries")
             from ad_flashinfer_pass.inspection import memory_plan
@@ -107,12 +96,3 @@ def plan(
         console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
         for part in memory_plan.as_tables(found):
             console.print(part)
-
-
-def _bytes(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise ConfigError(f"--memory must be a size such as 141GB or 80GiB, got {text!r}.") from None

@@ -239,14 +239,14 @@ def _heading(layer: LayerDiff) -> str:
     elif len(layer.layers) == 1:
         where = f"layer {layer.layers[0]}"
     else:
-        where = f"layers {_ranges(layer.layers)}, {len(layer.layers)} alike"
+        where = f"layers {ranges(layer.layers)}, {len(layer.layers)} alike"
     return f"{where}: {_mib(layer.bytes_before)} -> {_mib(layer.bytes_after)}" + (
         " each" if len(layer.layers) > 1 else ""
     )
 
 
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """0-3, 7, 9-12."""
+def ranges(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers as text: 0-3, 7, 9-12."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -20,7 +20,7 @@ from ad_flashinfer_pass.errors import CapacityError
 from ad_flashinfer_pass.explain import check_target, site_choices
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, layer_of
 from ad_flashinfer_pass.inspection.sizes import allocated_bytes
-from ad_flashinfer_pass.inspection.stages import run_stages
+from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.text_format import value_text
 from ad_flashinfer_pass.kernels import select
 
@@ -119,7 +119,11 @@ def plan(
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
-    run = run_stages(config, graph, None, on_event)
+    return plan_run(run_stages(config, graph, None, on_event), config, memory, sm)
+
+
+def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int | None) -> MemoryPlan:
+    """The plan of a run through all stages; see ``plan``."""
     final = list(run.graphs.values())[-1]
     assert isinstance(run.module, fx.GraphModule)
     weights = _weights(run.module)
@@ -135,7 +139,7 @@ def plan(
     ]
     info = run.ctx.sequence_info
     return MemoryPlan(
-        model=str(graph or config.model),
+        model=final.title.removesuffix(f" after {list(run.graphs)[-1]}"),
         memory=memory,
         rows=tuple(rows),
         pools=tuple(_pools(run.ctx.resources)),

@@ -27,4 +27,4 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
         on_event("load_model")
     loaded = load_model(config)
     model, reports = transform_module(loaded.module, config, on_event=on_event)
-    return LLM(model, loaded.tokenizer, loaded.eos_token_ids, reports)
+    return LLM(model, loaded.tokenizer, loaded.eos_token_ids, reports, steps_ahead=config.steps_ahead)

@@ -61,7 +61,7 @@ def calibrate(
         raise RequestError("calibration needs prompts, each of at least one token.")
     if on_event is not None:
         on_event("calibrate")
-    model: CachedModel = llm.model  # type: ignore[assignment]  # build_model made it
+    model: CachedModel = llm.model
     largest = torch.stack([_largest(model, ids) for ids in token_ids]).amax(0)
     scales = (largest * HEADROOM / torch.finfo(torch.float8_e4m3fn).max).tolist()
     # A K or V that is all zeros has no scale of its own.

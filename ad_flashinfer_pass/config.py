@@ -128,8 +128,11 @@ class AutoDeployConfig(_Strict):
     cuda_graph_batch_sizes: list[int] | None = None
     """Batch sizes for which torch-cudagraph captures a graph; default: powers of two up to max_batch_size."""
     cuda_graph_token_buckets: list[int] | None = None
-    """Token counts of prefill for which torch-cudagraph captures a graph; default: powers of two from 64
-    up to max_num_tokens. [] captures decode alone."""
+    """Token counts of prefill for which torch-cudagraph captures a graph; default: multiples of 64,
+    then four for each doubling, up to max_num_tokens. [] captures decode alone."""
+    disable_overlap_scheduler: bool | None = None
+    """Read the tokens of each step before the next one is enqueued; they are the same either way. Default:
+    true on a CPU, where nothing runs beside the host."""
     max_batch_size: int = Field(default=8, ge=1, le=8192)
     """Sequences in one step."""
     max_seq_len: int = Field(default=2048, ge=1)
@@ -176,6 +179,12 @@ class AutoDeployConfig(_Strict):
                 f"got {buckets}"
             )
         return self
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are enqueued after a step before its tokens are read."""
+        disabled = self.disable_overlap_scheduler
+        return int(not (self.device == "cpu" if disabled is None else disabled))
 
     @property
     def token_budget(self) -> int:

@@ -91,7 +91,7 @@ def seconds_of(run: Callable[[], None]) -> float:
 
 def linear_seconds(llm: LLM, batch: int, num_tokens: int) -> float:
     """Seconds that the model's own linear layers take for this many decode steps."""
-    weights = list(_linear_weights(llm.model.module))  # type: ignore[attr-defined]
+    weights = list(_linear_weights(llm.model.module))  # type: ignore[arg-type]
     inputs = {weight.shape[1]: torch.randn(batch, 1, weight.shape[1]) for weight in weights}
 
     def run() -> None:

@@ -37,7 +37,7 @@ def test_scales_fit_what_the_model_caches(llm: LLM) -> None:
         ids = llm.tokenizer(text)["input_ids"]
         for start in range(0, len(ids), 5):
             llm.model.step([SequenceStep(ids[start : start + 5], start, [1, 2][: -(-(start + 5) // 32)])])
-        caches = llm.model.caches.values()  # type: ignore[attr-defined]
+        caches = llm.model.caches.values()
         largest = torch.maximum(largest, torch.stack([c[1:].abs().amax((0, 2, 3, 4)) for c in caches]))
     for found, column in ((scales.k_scale, 0), (scales.v_scale, 1)):
         expected = largest[:, column] * HEADROOM / LARGEST
@@ -59,7 +59,7 @@ def test_the_config_that_it_writes_serves_with_its_scales(
     assert config.kv_cache_config.dtype == "fp8"
     assert made.read_text().startswith("# k_scale and v_scale were measured on ")
     quantized = build_model(config)
-    caches = quantized.model.caches.values()  # type: ignore[attr-defined]
+    caches = quantized.model.caches.values()
     assert {cache.dtype for cache in caches} == {torch.float8_e4m3fn}
     ours, plain = (next(iter(m.generate(TEXTS[0], max_new_tokens=8))).token_ids for m in (quantized, llm))
     assert ours[:6] == plain[:6]

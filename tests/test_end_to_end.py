@@ -83,7 +83,7 @@ def logits_error(model: CachedModel, original: nn.Module) -> float:
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_generates_the_tokens_of_transformers(name: str, attention: str) -> None:
-    """And its logits; in one ragged batch, in chunks of 7, and with late arrivals and preemption."""
+    """And its logits; in one ragged batch, in chunks of 7, with late arrivals, preemption and steps ahead."""
     model = cached_model(model_of(name, attention), max_tokens=20 * 16)
 
     # Tokens alone would not show a small term that is dropped.
@@ -95,12 +95,14 @@ def test_generates_the_tokens_of_transformers(name: str, attention: str) -> None
     for prompt, step in zip(PROMPTS, sorted(rng.choices(range(20), k=len(PROMPTS))), strict=True):
         arrivals.setdefault(step, []).append(prompt)
     late, engine = run(Engine(model), arrivals)
+    ahead, engine_ahead = run(Engine(model, steps_ahead=2), arrivals)
 
     assert in_order(one_batch) == expected(name)
     assert in_order(chunked) == expected(name)
-    assert in_order(late) == expected(name)
-    assert engine.metrics.num_preemptions > 0
-    assert engine.metrics.pages_in_use == 0
+    assert in_order(late) == in_order(ahead) == expected(name)
+    for e in (engine, engine_ahead):
+        assert e.metrics.num_preemptions > 0
+        assert e.metrics.pages_in_use == 0
 
 
 def test_tokens_depend_on_the_prompt() -> None:

@@ -185,11 +185,14 @@ class _Planned:
             kv_data_type=shape.kv_dtype,
         )
 
-    def renew(self, seq_len_with_cache: Tensor, cache_loc: Tensor) -> None:
-        """Plan a captured decode step anew; ``seq_len_with_cache`` is cut to the sequences of the graph."""
-        # Reading the lengths waits for the device, so that the last plan's copies from its staging are done.
-        lens = seq_len_with_cache.tolist()
-        self.plan(range(len(lens) + 1), lens, cache_loc)
+    def renew(self, lens: Sequence[int], bounds: Sequence[int], cache_loc: Tensor) -> None:
+        """Plan a captured decode step anew, from the lengths and the ``cu_num_pages`` of its sequences."""
+        page_size = self._shape.page_size
+        rows = list(zip(bounds, bounds[1:], lens, strict=True))
+        # A sequence may have more pages than it uses; a padding row has none and is on page 0.
+        used = [(first + i, first < end) for first, end, n in rows for i in range(-(-n // page_size))]
+        index, is_owned = torch.tensor(used, dtype=torch.int32, device=cache_loc.device).unbind(1)
+        self.plan(range(len(lens) + 1), lens, cache_loc.index_select(0, index) * is_owned)
 
     def run(self, query: Tensor, kv_cache: Tensor, spec: AttentionSpec) -> Tensor:
         """Attend as planned."""
@@ -210,15 +213,20 @@ class GraphPlans:
         self.planned: dict[_Shape, _Planned] = {}
         self.batch = 0
 
-    def renew(self, seq_len_with_cache: Tensor, cache_loc: Tensor) -> None:
+    def renew(self, seq_len_with_cache: Tensor, cu_num_pages: Tensor, cache_loc: Tensor) -> None:
         """Plan for the lengths and pages of the next replay; waits for the device if there is a plan.
 
         Args:
-            seq_len_with_cache: int32 [max_batch_size].
+            seq_len_with_cache: int32 [R].
+            cu_num_pages: int32 [R + 1], prefix sums of the pages of each sequence.
             cache_loc: int32 [*], page ids of all sequences, concatenated.
         """
+        if not self.planned:
+            return
+        # Reading the lengths waits for the device, so that the last plan's copies from its staging are done.
+        lens, bounds = seq_len_with_cache[: self.batch].tolist(), cu_num_pages[: self.batch + 1].tolist()
         for planned in self.planned.values():
-            planned.renew(seq_len_with_cache[: self.batch], cache_loc)
+            planned.renew(lens, bounds, cache_loc)
 
 
 _graph: GraphPlans | None = None

@@ -66,6 +66,14 @@ class CachedModel:
         with torch.inference_mode():
             return self.module(**self.sequence_info.named_args(), **self.caches)[0]
 
+    def advance_greedily(self) -> bool:
+        """Take the most likely tokens of the last ``forward``, and make the metadata those of the next step.
+
+        Returns:
+            Whether a captured graph did it; if not, nothing was done.
+        """
+        return isinstance(self.module, CudaGraphModule) and self.module.advance_greedily()
+
     def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
         """Run the graph once; K and V of the new tokens are written to their pages.
 

@@ -1,7 +1,12 @@
-"""The step loop: requests in, tokens and text out, one model step at a time.
+"""The step loop: requests in, tokens and text out.
 
 The engine ties the model to the scheduler, the sampler and the detokeniser, and owns every request
 from ``add_request`` to its ``Completion``. It is not thread-safe.
+
+Steps may be enqueued before the tokens of those before them are known: the scheduler needs only their number.
+A request that turns out to have ended is left out of the next step that is scheduled; what the steps
+already enqueued computed for it is dropped. Its pages can be given away at once, because whatever their next
+owner writes is enqueued later. With ``steps_ahead=0`` each step is read before the next one is made.
 """
 
 from __future__ import annotations
@@ -9,19 +14,20 @@ from __future__ import annotations
 import logging
 import operator
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.detokenize import TextDecoder, TextStream
 from ad_flashinfer_pass.runtime.page_pool import PagePool
-from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
+from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,41 +36,10 @@ logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
+_PAGES_AHEAD = 2
+
 # What kernels, the allocator and the metadata raise; anything else is a bug, not a request's error.
 _STEP_ERRORS = (RuntimeError, ValueError, AdFlashinferError)
-
-
-class StepModel(Protocol):
-    """A model with a paged KV cache, as the engine drives it."""
-
-    @property
-    def sequence_info(self) -> SequenceInfo:
-        """Limits of one step and of one sequence."""
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the cache, page 0 included, which is scratch."""
-
-    @property
-    def eager_steps(self) -> dict[str, int]:
-        """Steps that no captured graph could run, by reason."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits; token ids lie in 0..vocab_size - 1."""
-
-    def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
-        """Run the new tokens of each sequence and write their K and V into its pages.
-
-        Args:
-            sequences: ordered prefill, extend, decode; see ``SequenceStep``.
-
-        Returns:
-            Floating logits [number of sequences with gather, vocab_size], in order, on the device.
-        """
-
-    def clear_pages(self, pages: Sequence[int]) -> None:
-        """Zero the K and V in these pages."""
 
 
 class Completion(NamedTuple):
@@ -111,11 +86,22 @@ class Metrics:
 class _Request(SequenceState):
     params: SamplingParams
     num_prompt_tokens: int
-    max_len: int
-    """Tokens at which the request ends, prompt included."""
     stop_token_ids: frozenset[int]
     seed: int
     stream: TextStream | None = None
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens, known or not."""
+        return self.num_tokens - self.num_prompt_tokens
+
+
+class _InFlight(NamedTuple):
+    """A step that was enqueued."""
+
+    rows: list[_Request]
+    """Those that get a token."""
+    tokens: PendingTokens
 
 
 class Engine:
@@ -127,27 +113,33 @@ class Engine:
         eos_token_ids: tokens that end a request unless it ignores them.
         prefill_chunk_tokens: prompt tokens of one sequence in one step, at most; default: what the
             model's max_num_tokens leaves.
+        steps_ahead: steps that are enqueued after a step before its tokens are read. The tokens are the same,
+            whatever it is.
 
     Raises:
-        ConfigError: prefill_chunk_tokens is not positive.
+        ConfigError: prefill_chunk_tokens is not positive, or steps_ahead is negative.
         CapacityError: the model has no page besides page 0.
     """
 
     def __init__(
         self,
-        model: StepModel,
+        model: CachedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eos_token_ids: Sequence[int] = (),
         *,
         prefill_chunk_tokens: int | None = None,
+        steps_ahead: int = 0,
     ) -> None:
         if prefill_chunk_tokens is not None and prefill_chunk_tokens < 1:
             raise ConfigError(
                 f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}. Leave it "
                 "out to let max_num_tokens decide."
             )
+        if steps_ahead < 0:
+            raise ConfigError(f"steps_ahead must be at least 0, got {steps_ahead}.")
         info = model.sequence_info
         self._model = model
+        self._steps_ahead = steps_ahead
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_seq_len = info.max_seq_len
@@ -160,8 +152,14 @@ class Engine:
             max_num_tokens=info.max_num_tokens,
             clear_pages=model.clear_pages,
             prefill_chunk_tokens=prefill_chunk_tokens,
+            tokens_ahead=_PAGES_AHEAD * info.tokens_per_block if steps_ahead else 0,
         )
-        self._sampler = Sampler()
+        self._runner = StepRunner(model, runs_ahead=steps_ahead > 0)
+        self._in_flight: deque[_InFlight] = deque()
+        self._last_rows: list[_Request] = []
+        """Those of the step enqueued last."""
+        self._continuable_epoch: int | None = None
+        """The scheduler's epoch if the metadata on the device are those of the next step of these rows."""
         self._requests: dict[int, _Request] = {}
         self._cancelled: list[StepOutput] = []
         self._num_requests = 0
@@ -243,51 +241,111 @@ class Engine:
         return True
 
     def step(self) -> list[StepOutput]:
-        """Run the model once.
+        """Enqueue steps until ``steps_ahead`` are ahead, and take the tokens of the oldest one.
 
         A failure of the model ends the requests that were in the step, with an error. Whatever else
         is raised, Ctrl-C included, passes through and leaves all requests waiting, without pages,
         as after a preemption: they can be cancelled or stepped on.
 
         Returns:
-            One output for each request that got a token or ended; empty if there is nothing to do.
+            One output for each request that got a token or ended; empty if there is nothing to do, and after
+            a step in which prompts were only begun.
         """
         try:
             return self._step()
         except BaseException:
-            # It can have struck between any two instructions: keep nothing of the step.
+            # It can have struck between any two instructions: keep nothing of the steps.
+            self._forget_steps()
             self._scheduler.restart(self._requests.values())
-            self._sampler = Sampler()
             raise
 
     def _step(self) -> list[StepOutput]:
-        plan = self._scheduler.schedule()
-        outputs = self._run(plan) if plan else []
+        outputs: list[StepOutput] = []
+        while self._in_flight and not self._is_awaited(self._in_flight[0]):
+            self._in_flight.popleft()
+        while len(self._in_flight) <= self._steps_ahead:
+            plan = self._scheduler.schedule()
+            if not plan:
+                break
+            error = self._enqueue(plan)
+            if error is not None:
+                while self._in_flight:
+                    outputs += self._read_oldest()
+                outputs += self._fail_all([request for request, _ in plan], error)
+                self._forget_steps()
+                break
+        if self._in_flight:
+            outputs += self._read_oldest()
         outputs, self._cancelled = self._cancelled + outputs, []
         return outputs
 
-    def _run(self, plan: list[tuple[_Request, int]]) -> list[StepOutput]:
-        steps = [self._sequence_step(request, num_new) for request, num_new in plan]
-        rows = [request for (request, _), step in zip(plan, steps, strict=True) if step.gather]
+    def _enqueue(self, plan: list[tuple[_Request, int]]) -> Exception | None:
+        """Start a step. Returns the model's error, if it failed."""
+        requests = [request for request, _ in plan]
+        rows = [request for request, num_new in plan if request.num_cached + num_new == request.num_tokens]
         try:
-            logits = self._model.step(steps)
-            tokens = self._sampler.sample(logits, rows) if rows else []
+            if self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows:
+                tokens = self._runner.run_again(self._last_rows)
+            else:
+                tokens = self._runner.run(self._sequence_steps(plan), rows)
         except _STEP_ERRORS as err:
             logger.debug("a step of %d sequences failed", len(plan), exc_info=True)
-            return [self._fail(request, _first_line(err)) for request, _ in plan]
+            return err
         self._num_steps += 1
+        all_decode = len(rows) == len(plan) and all(num_new == 1 for _, num_new in plan)
+        self._continuable_epoch = self._scheduler.epoch if all_decode and self._steps_ahead else None
+        self._last_rows = rows
         for request, num_new in plan:
             request.num_cached += num_new
-        return [self._take(request, token) for request, token in zip(rows, tokens, strict=True)]
+        for request in rows:
+            request.num_pending += 1
+        self._in_flight.append(_InFlight(rows, tokens))
+        return None
 
-    def _sequence_step(self, request: _Request, num_new: int) -> SequenceStep:
-        token_ids = request.token_ids
-        start = request.num_cached
-        end = start + num_new
-        if end == len(token_ids):
-            return SequenceStep(token_ids[start:], start, request.pages)
-        num_pages = self._scheduler.num_pages_for(end)
-        return SequenceStep(token_ids[start:end], start, request.pages[:num_pages], gather=False)
+    def _sequence_steps(self, plan: list[tuple[_Request, int]]) -> list[SequenceStep]:
+        places = {request.request_id: place for place, request in enumerate(self._last_rows)}
+        steps = []
+        for request, num_new in plan:
+            end = request.num_cached + num_new
+            token_ids = request.token_ids[request.num_cached : end]
+            # A token that is not known yet is that of the step before: all that decode are in every step.
+            new = token_ids or [-1 - places[request.request_id]]
+            is_last = end == request.num_tokens
+            num_pages = len(request.pages) if is_last else self._scheduler.num_pages_for(end)
+            steps.append(SequenceStep(new, request.num_cached, request.pages[:num_pages], gather=is_last))
+        return steps
+
+    def _read_oldest(self) -> list[StepOutput]:
+        """Take the tokens of the oldest step in flight."""
+        step = self._in_flight.popleft()
+        if not self._is_awaited(step):
+            return []
+        rows = step.rows
+        try:
+            tokens = step.tokens.read()
+        except _STEP_ERRORS as err:
+            return self._fail_all(rows, err)
+        outputs = []
+        for request, token in zip(rows, tokens, strict=True):
+            if request.request_id in self._requests:
+                request.num_pending -= 1
+                outputs.append(self._take(request, token))
+        return outputs
+
+    def _is_awaited(self, step: _InFlight) -> bool:
+        """Whether a request that gets a token has not ended."""
+        return any(request.request_id in self._requests for request in step.rows)
+
+    def _fail_all(self, requests: list[_Request], error: Exception) -> list[StepOutput]:
+        alive = [request for request in requests if request.request_id in self._requests]
+        return [self._fail(request, _first_line(error)) for request in alive]
+
+    def _forget_steps(self) -> None:
+        """Drop what is in flight, and whatever the device knows of the next step."""
+        self._in_flight.clear()
+        self._last_rows = []
+        self._continuable_epoch = None
+        self._runner = StepRunner(self._model, runs_ahead=self._steps_ahead > 0)
 
     def _take(self, request: _Request, token: int) -> StepOutput:
         """Append a sampled token and see whether it ends the request."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import (
     Completion,
     Engine,
     FinishReason,
     Metrics,
-    StepModel,
     StepOutput,
     to_token_ids,
 )
@@ -110,21 +110,29 @@ class LLM:
         eos_token_ids: tokens that end generation.
         reports: what each transform did to the graph.
         prefill_chunk_tokens: see ``Engine``.
+        steps_ahead: see ``Engine``.
     """
 
     def __init__(
         self,
-        model: StepModel,
+        model: CachedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eos_token_ids: Sequence[int] = (),
         reports: Sequence[Any] = (),
         *,
         prefill_chunk_tokens: int | None = None,
+        steps_ahead: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.reports = tuple(reports)
-        self.engine = Engine(model, tokenizer, eos_token_ids, prefill_chunk_tokens=prefill_chunk_tokens)
+        self.engine = Engine(
+            model,
+            tokenizer,
+            eos_token_ids,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            steps_ahead=steps_ahead,
+        )
         self._inboxes: dict[int, list[StepOutput]] = {}
 
     def generate(

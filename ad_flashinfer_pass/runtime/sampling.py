@@ -3,7 +3,7 @@
 The filters have transformers' semantics and order: repetition penalty, temperature, top-k, top-p,
 min-p. A draw inverts the cumulative distribution at one uniform number, which is a hash of the
 request's seed and of how many tokens it has generated. There is no generator state, so neither the
-rest of the batch nor a preemption can disturb a request's tokens.
+rest of the batch nor a preemption can disturb a request's tokens. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import RequestError
 
 _MIN_TEMPERATURE = 1e-6
+_GAMMA = -0x61C8864680B583EB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,11 @@ class SamplingParams:
     """Generation ends with one of these tokens, which is not part of the text."""
     ignore_eos: bool = False
     """Go on after the model's end-of-sequence tokens."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token is the most likely one of the logits as they are."""
+        return self.temperature == 0 and self.repetition_penalty == 1
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
@@ -85,14 +90,21 @@ class SampledSequence(Protocol):
     params: SamplingParams
     seed: int
     token_ids: list[int]
-    """Prompt and generated tokens."""
-    num_prompt_tokens: int
+    """Prompt and generated tokens, as far as they are known."""
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens, known or not."""
 
 
 @dataclass
 class BatchParams:
     """Parameters of the rows as tensors [n, 1] on the device; None where no row needs them."""
 
+    seeds: Tensor | None = None
+    """int64 [n]."""
+    num_generated: Tensor | None = None
+    """int64 [n]; goes up with each draw."""
     temperature: Tensor | None = None
     """1 for rows that take the most likely token."""
     is_drawn: Tensor | None = None
@@ -111,20 +123,22 @@ class BatchParams:
         params = [row.params for row in rows]
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+            return _on_device(torch.tensor(values, dtype=torch.float32), device).unsqueeze(1)
 
         batch = cls()
         if any(p.repetition_penalty != 1 for p in params):
             batch.penalty = column([p.repetition_penalty for p in params])
-            batch.seen = _seen_tokens(rows, vocab_size).to(device)
+            batch.seen = _on_device(_seen_tokens(rows, vocab_size), device)
         is_drawn = [p.temperature > 0 for p in params]
         if not any(is_drawn):
             return batch
-        batch.is_drawn = torch.tensor(is_drawn, device=device)
+        batch.is_drawn = _on_device(torch.tensor(is_drawn), device)
+        batch.seeds = _on_device(torch.tensor([_as_int64(row.seed) for row in rows]), device)
+        batch.num_generated = _on_device(torch.tensor([row.num_generated for row in rows]), device)
         batch.temperature = column([p.temperature or 1 for p in params])
         top_k = [min(p.top_k, vocab_size) for p in params]
         if any(top_k):
-            batch.top_k = torch.tensor(top_k, device=device).unsqueeze(1)
+            batch.top_k = _on_device(torch.tensor(top_k), device).unsqueeze(1)
             batch.max_top_k = max(top_k)
         if any(p.top_p < 1 for p in params):
             batch.tail_mass = column([1 - p.top_p if p.top_p < 1 else -1 for p in params])
@@ -159,30 +173,33 @@ class Sampler:
         self._rows: Sequence[SampledSequence] = []
         self._batch = BatchParams()
 
-    def sample(self, logits: Tensor, rows: Sequence[SampledSequence]) -> list[int]:
+    def sample(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
         """Choose the next token of each row.
 
-        Before the next call with a row, its token must have been appended to ``token_ids``.
+        Each call is for one token more of its rows; whether the last ones are known by then does not matter.
 
         Args:
             logits: floating [n, vocab_size]; not written.
             rows: the n sequences, as a list that the caller does not change afterwards.
 
         Returns:
-            Token ids; -1 for a row that holds NaN or +inf, or only -inf.
+            int64 [n] on the device: token ids; -1 for a row that holds NaN or +inf, or only -inf.
         """
         if rows != self._rows:
-            self._batch = BatchParams.of(rows, logits.shape[1], logits.device)
-            self._rows = rows
+            batch = BatchParams.of(rows, logits.shape[1], logits.device)
+            _carry_over(self._batch.seen, self._rows, batch.seen, rows)
+            self._batch, self._rows = batch, rows
         batch = self._batch
         scores = batch.penalise(logits)
         tokens = most_likely(scores)
-        if batch.is_drawn is not None:
-            drawn = _draw(batch.filter(scores), _uniforms(rows, logits.device))
+        if batch.is_drawn is not None and batch.seeds is not None and batch.num_generated is not None:
+            numbers = uniforms(batch.seeds, batch.num_generated)
+            batch.num_generated += 1
+            drawn = _draw(batch.filter(scores), numbers.unsqueeze(1))
             tokens = torch.where(batch.is_drawn & (tokens >= 0), drawn, tokens)
         if batch.seen is not None:
             batch.seen.scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
-        return tokens.tolist()
+        return tokens
 
 
 def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -241,15 +258,39 @@ def _draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(1)
 
 
-def _uniforms(rows: Sequence[SampledSequence], device: torch.device) -> Tensor:
-    values = [_uniform(row.seed, len(row.token_ids) - row.num_prompt_tokens) for row in rows]
-    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
+def uniforms(seeds: Tensor, indices: Tensor) -> Tensor:
+    """Numbers in [0, 1) of 48 bits, so that their product with a float64 stays below that.
+
+    The ``indices``-th outputs of generators whose states are hashes of ``seeds``.
+
+    Args:
+        seeds: int64 [n].
+        indices: int64 [n], from 0.
+
+    Returns:
+        float64 [n].
+
+    Source: SplitMix64 in Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    state = _mixed(seeds + _GAMMA)
+    return ((_mixed(state + (indices + 1) * _GAMMA) >> 16) & (2**48 - 1)).double() / 2**48
 
 
-def _uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) of 48 bits, so that its product with a float64 stays below that."""
-    digest = blake2b(b"%d %d" % (seed, index), digest_size=6).digest()
-    return int.from_bytes(digest, "little") / 2**48
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64; int64 wraps like uint64, and its right shift is made logical."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _as_int64(value: int) -> int:
+    """Any integer, modulo 2**64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def most_likely(scores: Tensor) -> Tensor:
@@ -272,3 +313,19 @@ def _seen_tokens(rows: Sequence[SampledSequence], vocab_size: int) -> Tensor:
     for index, row in enumerate(rows):
         seen[index, row.token_ids] = True
     return seen
+
+
+def _carry_over(
+    old: Tensor | None,
+    old_rows: Sequence[SampledSequence],
+    new: Tensor | None,
+    rows: Sequence[SampledSequence],
+) -> None:
+    """Take the seen tokens of rows that stay from where those not known yet have been noted."""
+    if old is None or new is None:
+        return
+    places = {id(row): index for index, row in enumerate(old_rows)}
+    pairs = [(places[id(row)], index) for index, row in enumerate(rows) if id(row) in places]
+    if pairs:
+        sources, targets = (_on_device(torch.tensor(side), new.device) for side in zip(*pairs, strict=True))
+        new[targets] = old[sources]

@@ -4,10 +4,14 @@ Pure logic, no tensors. Sequences are served in the order in which they were add
 reverse order they give way: the running ones are always older than the waiting ones, and when pages
 run out the youngest running one loses its pages and waits again, in front of the others. So the
 oldest always moves on, and in the end every sequence is the oldest.
+
+Steps can be scheduled before the tokens of earlier ones are known: how many there are is enough, until a
+sequence that has lost its pages is computed anew.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +27,25 @@ class SequenceState:
     request_id: int
     """Ascending in the order of arrival."""
     token_ids: list[int]
-    """Prompt and generated tokens; the engine appends to it."""
+    """Prompt and generated tokens, as far as they are known; the engine appends to it."""
+    num_pending: int = 0
+    """Tokens that were sampled after those and are not known yet."""
     num_cached: int = 0
-    """Leading tokens whose K and V are in the pages; the engine advances it after a step."""
+    """Leading tokens whose K and V are in the pages once all steps so far have run."""
+    max_len: int = sys.maxsize
+    """Tokens at which the sequence ends: with so many it is in no further step."""
     pages: list[int] = field(default_factory=list)
-    """Pages of positions 0 .. len(token_ids) - 1 while running, empty while waiting."""
+    """Pages of positions 0 .. num_tokens - 1 at least while running, empty while waiting."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens, known or not."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it waits only for its tokens to become known."""
+        return self.num_tokens >= self.max_len
 
 
 S = TypeVar("S", bound=SequenceState)
@@ -45,6 +63,8 @@ class Scheduler(Generic[S]):
             in one would reach the sequence that owns it next.
         prefill_chunk_tokens: tokens of one sequence in one step, at most; default: the budget alone
             decides.
+        tokens_ahead: when a sequence needs a page, give all that run pages for so many tokens more, if
+            there are plenty: as long as ``epoch`` stands still a step needs no new pages.
     """
 
     def __init__(
@@ -56,6 +76,7 @@ class Scheduler(Generic[S]):
         max_num_tokens: int,
         clear_pages: Callable[[Sequence[int]], None],
         prefill_chunk_tokens: int | None = None,
+        tokens_ahead: int = 0,
     ) -> None:
         self._pool = pool
         self._tokens_per_page = tokens_per_page
@@ -64,9 +85,12 @@ class Scheduler(Generic[S]):
         self._max_num_tokens = max_num_tokens
         self._clear_pages = clear_pages
         self._max_chunk = prefill_chunk_tokens or max_num_tokens
+        self._tokens_ahead = tokens_ahead
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
         self.num_preemptions = 0
+        self.epoch = 0
+        """Goes up whenever the pages of a running sequence change."""
 
     @property
     def num_running(self) -> int:
@@ -102,22 +126,24 @@ class Scheduler(Generic[S]):
         self._pool.free_all()
         self._running = []
         self._waiting = deque(sequences)
+        self.epoch += 1
         for sequence in self._waiting:
             sequence.pages = []
-            sequence.num_cached = 0
+            sequence.num_cached = sequence.num_pending = 0
 
     def schedule(self) -> list[tuple[S, int]]:
         """Choose the next step.
 
         Returns:
             Sequences with their new tokens, ordered prefill (many tokens, no past), extend (many,
-            with a past), decode (one token). Their pages cover ``token_ids``. Empty if nothing is
-            queued.
+            with a past), decode (one token). Their pages cover their tokens. Empty if nothing is
+            queued, or all that is waits for tokens to become known.
         """
         self._grow()
         self._admit()
-        decodes = [(s, 1) for s in self._running if len(s.token_ids) - s.num_cached == 1]
-        if len(decodes) == len(self._running):
+        active = [s for s in self._running if not s.is_complete]
+        decodes = [(s, 1) for s in active if s.num_tokens - s.num_cached == 1]
+        if len(decodes) == len(active):
             return decodes
         return self._chunks(self._max_num_tokens - len(decodes), decodes)
 
@@ -126,9 +152,9 @@ class Scheduler(Generic[S]):
         prefills: list[tuple[S, int]] = []
         extends: list[tuple[S, int]] = []
         for sequence in self._running:
-            num_left = len(sequence.token_ids) - sequence.num_cached
+            num_left = sequence.num_tokens - sequence.num_cached
             num_new = min(num_left, self._max_chunk, budget)
-            if num_left == 1 or num_new == 0:
+            if sequence.is_complete or num_left == 1 or num_new == 0:
                 continue
             budget -= num_new
             if num_new == 1:
@@ -142,23 +168,60 @@ class Scheduler(Generic[S]):
     def _grow(self) -> None:
         """Give each running sequence the page for its newest token, the oldest first."""
         index = 0
+        has_grown = False
         while index < len(self._running):
             sequence = self._running[index]
-            if len(sequence.token_ids) > len(sequence.pages) * self._tokens_per_page:
-                if not self._pool.num_free:
+            if self._num_missing(sequence, sequence.num_tokens) > 0:
+                if not self._pool.num_free and not self._take_back_spare_pages():
                     self._preempt_youngest()
                     continue
-                sequence.pages += self._pool.allocate(1)
+                self._give(sequence, 1)
+                has_grown = True
             index += 1
+        if has_grown and self._tokens_ahead:
+            self._give_spare_pages()
+
+    def _num_missing(self, sequence: S, num_tokens: int) -> int:
+        """Pages that the sequence lacks for this many tokens; the last one it may have is never cached."""
+        return self.num_pages_for(min(num_tokens, sequence.max_len - 1)) - len(sequence.pages)
+
+    def _give(self, sequence: S, num_pages: int) -> None:
+        sequence.pages += self._pool.allocate(num_pages)
+        self.epoch += 1
+
+    def _give_spare_pages(self) -> None:
+        """Pages for ``tokens_ahead`` more tokens, while some stay free for growth and for who waits first."""
+        kept = len(self._running)
+        if self._waiting:
+            kept += self.num_pages_for(self._waiting[0].num_tokens)
+        for sequence in self._running:
+            num_pages = self._num_missing(sequence, sequence.num_tokens + self._tokens_ahead)
+            if 0 < num_pages <= self._pool.num_free - kept:
+                self._give(sequence, num_pages)
+
+    def _take_back_spare_pages(self) -> bool:
+        """Free the pages that no step so far has used, which are clean; false if there are none."""
+        num_before = self._pool.num_free
+        for sequence in self._running:
+            num_used = self.num_pages_for(sequence.num_tokens)
+            self._pool.free(sequence.pages[num_used:])
+            del sequence.pages[num_used:]
+        self.epoch += 1
+        return self._pool.num_free > num_before
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            num_pages = self.num_pages_for(len(sequence.token_ids))
-            # One page of growth for each that runs, or their next page edges would preempt it.
-            if num_pages + len(self._running) > self._pool.num_free:
+            if sequence.num_pending:
                 return
-            sequence.pages = self._pool.allocate(num_pages)
+            num_pages = self.num_pages_for(sequence.num_tokens)
+            # One page of growth for each that runs, or their next page edges would preempt it.
+            needed = num_pages + len(self._running)
+            if needed > self._pool.num_free and self._tokens_ahead:
+                self._take_back_spare_pages()
+            if needed > self._pool.num_free:
+                return
+            self._give(sequence, num_pages)
             self._running.append(self._waiting.popleft())
 
     def _preempt_youngest(self) -> None:
@@ -172,3 +235,4 @@ class Scheduler(Generic[S]):
         self._clear_pages(sequence.pages)
         self._pool.free(sequence.pages)
         sequence.pages = []
+        self.epoch += 1

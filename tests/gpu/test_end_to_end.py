@@ -109,7 +109,9 @@ def test_prefill_may_have_another_kernel_than_decode(monkeypatch: pytest.MonkeyP
 
 
 def assert_decodes_with(kernels: set[str], reports: list[TransformReport]) -> None:
-    notes = [note for report in reports for note in report.notes if note.startswith(("prefill", "decode"))]
+    notes = [
+        note for report in reports for note in report.notes if note.startswith(("prefill: ", "decode: "))
+    ]
     print(*notes, sep="\n")
     assert {note.split()[1].rstrip(",") for note in notes if note.startswith("decode")} <= kernels, notes
 
@@ -151,14 +153,15 @@ def test_captured_equals_eager_exactly(name: str, kv_dtype: str) -> None:
     replay = module.forward
 
     def both(**inputs: Tensor) -> Tensor:
+        num_replays = module.num_replays
         result = replay(**inputs)
-        # The eager run writes the same K and V to the same slots once more.
-        with fa.planning():  # its plans are those of a graph
-            assert torch.equal(result, module.eager(**inputs))
+        if module.num_replays > num_replays:
+            # The eager run writes the same K and V to the same slots once more.
+            with fa.planning():  # its plans are those of a graph
+                assert torch.equal(result, module.eager(**inputs))
         return result
 
     module.forward = both  # type: ignore[method-assign]
     generate(cached)
     assert module.num_replays > NEW_TOKENS // 2
-    eager = "prefill by reference, which reads lengths on the host"
-    assert set(module.fallbacks) <= {eager}
+    assert all(reason.endswith("which reads lengths on the host") for reason in module.fallbacks)

@@ -60,9 +60,12 @@ def test_default_batch_sizes(largest: int, sizes: list[int]) -> None:
     assert default_batch_sizes(largest) == sizes
 
 
-@pytest.mark.parametrize(("largest", "sizes"), [(32, [32]), (64, [64]), (200, [64, 128, 200])])
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(32, [32]), (64, [64]), (200, [64, 128, 192, 200]), (600, [64, 128, 192, 256, 320, 384, 448, 512, 600])],
+)
 def test_default_token_buckets(largest: int, sizes: list[int]) -> None:
-    """Powers of two from 64, and always the largest step."""
+    """A fifth of padding at most from 256 tokens on, and always the largest step."""
     assert default_token_buckets(largest) == sizes
 
 

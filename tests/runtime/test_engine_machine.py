@@ -30,11 +30,15 @@ class _Alone:
         self.params = params
         self.seed = params.seed or 0
 
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
     def run(self) -> tuple[list[int], str]:
         max_len = min(self.num_prompt_tokens + self.params.max_new_tokens, MAX_SEQ_LEN)
         while len(self.token_ids) < max_len:
             logits = toy_logits(tuple(self.token_ids)).unsqueeze(0)
-            (token,) = Sampler().sample(logits, [self])
+            (token,) = Sampler().sample(logits, [self]).tolist()
             if token < 0:
                 return self.token_ids[self.num_prompt_tokens :], "error"
             self.token_ids.append(token)
@@ -55,7 +59,7 @@ params_of_requests = st.builds(
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests come, go and fail in any order, over pools so small that they preempt.
+    """Requests come, go and fail in any order, over pools so small that they preempt, with steps ahead.
 
     ``ToyModel`` asserts in each step that no page has two owners, that page 0 is never used, and, by
     its tokens, that nothing is read from a wrong page or position.
@@ -75,6 +79,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 4),
         max_num_tokens=st.integers(1, 20),
         chunk=st.none() | st.integers(1, 7),
+        steps_ahead=st.integers(0, 3),
+        with_graphs=st.booleans(),
     )
     def make(
         self,
@@ -83,6 +89,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_size: int,
         max_num_tokens: int,
         chunk: int | None,
+        steps_ahead: int,
+        with_graphs: bool,
     ) -> None:
         """An engine of any shape."""
         self.model = ToyModel(
@@ -91,8 +99,11 @@ class EngineMachine(RuleBasedStateMachine):
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,
             max_seq_len=MAX_SEQ_LEN,
+            with_graphs=with_graphs,
         )
-        self.engine = Engine(self.model, eos_token_ids=EOS, prefill_chunk_tokens=chunk)
+        self.engine = Engine(
+            self.model, eos_token_ids=EOS, prefill_chunk_tokens=chunk, steps_ahead=steps_ahead
+        )
 
     @rule(target=live, prompt=prompts, params=params_of_requests, is_bad=st.integers(0, 9))
     def add(self, prompt: list[int], params: SamplingParams, is_bad: int) -> int:
@@ -136,9 +147,11 @@ class EngineMachine(RuleBasedStateMachine):
     def interrupt(self) -> None:
         """Ctrl-C in the model changes nothing that a user can see."""
         self.model.fail_next = KeyboardInterrupt()
-        if self.engine.metrics.num_running + self.engine.metrics.num_waiting:
-            with pytest.raises(KeyboardInterrupt):
-                self.engine.step()
+        try:
+            self.record(self.engine.step())
+            assert self.model.fail_next is not None, "only a step that runs nothing is not interrupted"
+        except KeyboardInterrupt:
+            assert self.engine.metrics.num_running == 0
         self.model.fail_next = None
 
     def record(self, outputs: list[StepOutput]) -> None:

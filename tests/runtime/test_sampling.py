@@ -35,6 +35,14 @@ class Row:
     seed: int = 0
     num_prompt_tokens: int = 2
 
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+def sample(logits: Tensor, rows: list[Row], sampler: Sampler | None = None) -> list[int]:
+    return (sampler or Sampler()).sample(logits, rows).tolist()
+
 
 def random_logits(num_rows: int, seed: int, *, ties: bool = False) -> Tensor:
     logits = torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 4
@@ -90,7 +98,7 @@ def test_draws_follow_the_distribution() -> None:
     rows = [Row(params, seed=seed) for seed in range(count)]
     logits = random_logits(1, seed=5)
     probs = transformers_scores(params, rows[0].token_ids, logits).softmax(-1)[0].double()
-    drawn = Counter(Sampler().sample(logits.expand(count, -1), rows))
+    drawn = Counter(sample(logits.expand(count, -1), rows))
     frequencies = torch.tensor([drawn[token] for token in range(VOCAB_SIZE)]) / count
     standard_error = (probs * (1 - probs) / count).sqrt()
     assert ((frequencies - probs).abs() <= 4 * standard_error).all()
@@ -105,10 +113,10 @@ def test_a_seed_gives_the_same_token_in_any_batch(
     """Neither the rows beside it nor the steps before it change what a row draws."""
     logits = random_logits(len(others) + 1, seed=3)
     row = Row(params, seed=seed)
-    alone = Sampler().sample(logits[-1:], [row])
+    alone = sample(logits[-1:], [row])
     sampler = Sampler()
     sampler.sample(logits[:1], [Row(others[0])])
-    assert sampler.sample(logits, [*(Row(p, seed=8) for p in others), row])[-1:] == alone
+    assert sample(logits, [*(Row(p, seed=8) for p in others), row], sampler)[-1:] == alone
 
 
 def test_successive_tokens_and_seeds_draw_independently() -> None:
@@ -119,7 +127,7 @@ def test_successive_tokens_and_seeds_draw_independently() -> None:
     for seed in range(2):
         row = Row(params, seed=seed)
         for _ in range(30):
-            row.token_ids.append(Sampler().sample(logits, [row])[0])
+            row.token_ids.append(sample(logits, [row])[0])
         draws[seed] = row.token_ids[3:]
         assert len(set(draws[seed])) > 10
     assert draws[0] != draws[1]
@@ -130,9 +138,9 @@ def test_greedy_takes_the_first_largest(dtype: torch.dtype) -> None:
     """As torch.argmax, in any floating type, also beside a sampled row and whatever the filters."""
     logits = torch.tensor([[0, 3, 1, 3], [5, 1, 1, 1], [0, 0, 0, 9]], dtype=dtype)
     greedy = Row(SamplingParams(top_k=2, top_p=0.5, min_p=0.5))
-    assert Sampler().sample(logits, [greedy, greedy, greedy]) == [1, 0, 3]
+    assert sample(logits, [greedy, greedy, greedy]) == [1, 0, 3]
     sampled = Row(SamplingParams(temperature=1.0))
-    assert Sampler().sample(logits, [greedy, greedy, sampled])[:2] == [1, 0]
+    assert sample(logits, [greedy, greedy, sampled])[:2] == [1, 0]
 
 
 def test_repetition_penalty_counts_prompt_and_generated_tokens() -> None:
@@ -151,7 +159,7 @@ def test_repetition_penalty_counts_prompt_and_generated_tokens() -> None:
             )
             for i in chosen
         ]
-        sampled = sampler.sample(logits[chosen], [rows[i] for i in chosen])
+        sampled = sample(logits[chosen], [rows[i] for i in chosen], sampler)
         assert sampled == expected
         for i, token in zip(chosen, sampled, strict=True):
             rows[i].token_ids.append(token)
@@ -165,7 +173,7 @@ def test_a_bad_row_is_marked_and_the_others_are_not(bad: str, temperature: float
     params = SamplingParams(temperature=temperature, top_k=9, top_p=0.9, repetition_penalty=penalty)
     logits = random_logits(3, seed=1)
     logits[0, 7] = -torch.inf  # a masked token is no error
-    good = Sampler().sample(logits, [Row(params, seed=i) for i in range(3)])
+    good = sample(logits, [Row(params, seed=i) for i in range(3)])
     row = {
         "nan": torch.full((VOCAB_SIZE,), torch.nan),
         "one_nan": logits[1].clone().index_fill(0, torch.tensor([4]), torch.nan),
@@ -173,7 +181,7 @@ def test_a_bad_row_is_marked_and_the_others_are_not(bad: str, temperature: float
         "minus_inf": torch.full((VOCAB_SIZE,), -torch.inf),
     }[bad]
     logits[1] = row
-    assert Sampler().sample(logits, [Row(params, seed=i) for i in range(3)]) == [
+    assert sample(logits, [Row(params, seed=i) for i in range(3)]) == [
         good[0],
         -1,
         good[2],

@@ -13,9 +13,11 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.metadata import BatchInfo, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes, default_token_buckets
 
 VOCAB_SIZE = 48
 NAN_TOKEN = VOCAB_SIZE - 1
@@ -40,8 +42,68 @@ def greedy_alone(prompt: Sequence[int], num_tokens: int, eos: Sequence[int] = ()
     return token_ids[len(prompt) :]
 
 
-class ToyModel:
-    """A ``StepModel``; ``fail_next`` is raised by the next step, after it has written its pages."""
+class ToyGraph(nn.Module):
+    """Stands for a transformed graph: writes tokens into pages, and hashes all tokens read back from them."""
+
+    def __init__(self, tokens_per_page: int) -> None:
+        super().__init__()
+        self.tokens_per_page = tokens_per_page
+        self.fail_next: BaseException | None = None
+        self.steps: list[list[SequenceStep]] = []
+
+    def forward(self, kv_cache_0: Tensor, **inputs: Tensor) -> Tensor:
+        """[1, gathered tokens, VOCAB_SIZE]; page 0 is written and never read."""
+        tokens = inputs["input_ids"].flatten().tolist()
+        logits = dict.fromkeys(range(len(tokens)), torch.zeros(VOCAB_SIZE))
+        step = self._sequences(inputs, tokens)
+        self.steps.append([sequence for _, sequence in step])
+        pages = [page for _, s in step for page in s.pages]
+        assert len(set(pages)) == len(pages), f"a page belongs to two sequences: {pages}"
+        assert not pages or 0 < min(pages) <= max(pages) < len(kv_cache_0), f"a page is out of range: {pages}"
+        kv_cache_0[0] = -1
+        for last, s in step:
+            slots = [self._slot(s, position) for position in range(s.input_pos + len(s.token_ids))]
+            for slot, token in zip(slots[s.input_pos :], s.token_ids, strict=True):
+                assert 0 <= token < VOCAB_SIZE
+                kv_cache_0[slot] = token + 1
+            # -1 where nothing was written: only a sequence that has stopped may have that, and nobody looks.
+            logits[last] = toy_logits(tuple(int(kv_cache_0[slot]) - 1 for slot in slots))
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        rows = [logits[row] for row in inputs["token_gather_indices"].tolist()]
+        return torch.stack(rows)[None] if rows else torch.empty(1, 0, VOCAB_SIZE)
+
+    def _sequences(self, inputs: dict[str, Tensor], tokens: list[int]) -> list[tuple[int, SequenceStep]]:
+        """Those that are no padding and do not rest on page 0, with the place of their last token."""
+        info = BatchInfo._make(inputs["batch_info_host"].tolist())
+        ends, starts = inputs["cu_seqlen"].tolist(), inputs["input_pos"].tolist()
+        page_ends, pages = inputs["cu_num_pages"].tolist(), inputs["cache_loc"].tolist()
+        positions = inputs["position_ids"].flatten().tolist()
+        gathered = set(inputs["token_gather_indices"].tolist())
+        found = []
+        for row in range(info.num_prefill + info.num_extend + info.num_decode):
+            first, end, start = ends[row], ends[row + 1], starts[row]
+            length = start + end - first
+            own = pages[page_ends[row] : page_ends[row + 1]][: -(-length // self.tokens_per_page)]
+            assert inputs["seq_len_with_cache"][row] == length
+            assert positions[first:end] == list(range(start, length)) or not own
+            if own and own != [0]:
+                step = SequenceStep(tokens[first:end], start, own, end - 1 in gathered)
+                found.append((end - 1, step))
+        return found
+
+    def _slot(self, s: SequenceStep, position: int) -> tuple[int, int]:
+        page, offset = divmod(position, self.tokens_per_page)
+        return s.pages[page], offset
+
+
+class ToyModel(CachedModel):
+    """A ``CachedModel``; ``fail_next`` is raised by the next step, after it has written its pages.
+
+    Args:
+        with_graphs: pad and replay as with CUDA graphs.
+    """
 
     def __init__(
         self,
@@ -51,48 +113,34 @@ class ToyModel:
         max_batch_size: int = 8,
         max_num_tokens: int = 64,
         max_seq_len: int = 200,
+        with_graphs: bool = False,
     ) -> None:
-        self.device = torch.device("cpu")
-        self.sequence_info = SequenceInfo(
-            max_seq_len, max_batch_size, max_num_tokens, tokens_per_page, self.device
-        )
-        self.num_pages = num_pages
-        self.vocab_size = VOCAB_SIZE
-        self.eager_steps: dict[str, int] = {}
-        self.fail_next: BaseException | None = None
-        self.steps: list[list[SequenceStep]] = []
-        self._cache: dict[tuple[int, int], int] = {}
+        self.graph = ToyGraph(tokens_per_page)
+        info = SequenceInfo(max_seq_len, max_batch_size, max_num_tokens, tokens_per_page, torch.device("cpu"))
+        caches = {"kv_cache_0": torch.zeros(num_pages, tokens_per_page, dtype=torch.int64)}
+        module: nn.Module = self.graph
+        if with_graphs:
+            buckets = default_token_buckets(max_num_tokens)
+            module = CudaGraphModule(self.graph, default_batch_sizes(max_batch_size), buckets)
+            module.capture(info, caches)
+            self.graph.steps.clear()
+        super().__init__(module, caches, info, VOCAB_SIZE)
 
-    def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
-        """Write the new tokens into pages, and hash all tokens read back from them."""
-        self.sequence_info.nest_sequences(sequences)  # raises on what no model accepts
-        self.steps.append([s._replace(pages=list(s.pages)) for s in sequences])
-        pages = [page for s in sequences for page in s.pages]
-        assert len(set(pages)) == len(pages), f"a page belongs to two sequences: {pages}"
-        assert 0 < min(pages) <= max(pages) < self.num_pages, f"a page is out of range: {pages}"
-        for s in sequences:
-            for position, token in enumerate(s.token_ids, s.input_pos):
-                self._cache[self._slot(s, position)] = token
-        if self.fail_next is not None:
-            error, self.fail_next = self.fail_next, None
-            raise error
-        logits = [toy_logits(self._read(s)) for s in sequences if s.gather]
-        return torch.stack(logits) if logits else torch.empty(0, VOCAB_SIZE)
+    @property
+    def steps(self) -> list[list[SequenceStep]]:
+        """What ran, padding left out."""
+        return self.graph.steps
 
-    def clear_pages(self, pages: Sequence[int]) -> None:
-        """Forget the tokens in these pages."""
-        cleared = set(pages)
-        self._cache = {slot: t for slot, t in self._cache.items() if slot[0] not in cleared}
+    @property
+    def fail_next(self) -> BaseException | None:
+        """Raised by the next step."""
+        return self.graph.fail_next
+
+    @fail_next.setter
+    def fail_next(self, error: BaseException | None) -> None:
+        self.graph.fail_next = error
 
     @property
     def num_dirty_pages(self) -> int:
         """Pages that were written and not cleared."""
-        return len({page for page, _ in self._cache})
-
-    def _read(self, s: SequenceStep) -> tuple[int, ...]:
-        end = s.input_pos + len(s.token_ids)
-        return tuple(self._cache[self._slot(s, position)] for position in range(end))
-
-    def _slot(self, s: SequenceStep, position: int) -> tuple[int, int]:
-        page, offset = divmod(position, self.sequence_info.tokens_per_block)
-        return s.pages[page], offset
+        return int((self.caches["kv_cache_0"][1:] != 0).any(1).sum())

@@ -113,9 +113,9 @@ def random_step(rng: random.Random, sizes: Sizes, *, with_prefill: bool) -> list
     for index in range(count):
         past = rng.choice([0, sizes.page_size - 1, sizes.page_size, rng.randrange(sizes.max_seq_len - 1)])
         new = 1
-        if index < num_long:
+        if index < num_long and budget > 0:
             past *= rng.randrange(2)
-            new = 2 + rng.randrange(max(1, min(budget, sizes.max_seq_len - past) - 1) if budget > 1 else 1)
+            new = 2 + rng.randrange(max(1, min(budget, sizes.max_seq_len - past - 1)))
         if past + new > sizes.max_seq_len or -(-(past + new) // sizes.page_size) > len(pages):
             past, new = 0, min(new, 2)
         num_pages = -(-(past + new) // sizes.page_size)

@@ -172,17 +172,16 @@ def mha_with_cache(
         [b, s, num_heads, head_dim]; with ``out`` an empty tensor. Zeros for padding tokens.
     """
     info = counts(batch_info_host)
-    num_tokens = info[1] + info[3] + info[5]
+    num_long, num_tokens = info[1] + info[3], info[1] + info[3] + info[5]
     query, key, value = (x.flatten(0, 1)[None, :num_tokens] for x in (q, k, v))
+    place = (kv_cache, block_table, token_rows[:num_tokens], token_positions[:num_tokens], num_long)
     if rope_cos is not None:
-        rope = _angles(rope_cos, rope_sin, rope_positions, num_tokens, q.shape[3])
-        query = _append(
-            query, key, value, kv_cache, block_table, token_rows, token_positions, rope, rope_interleaved
-        )
+        rope = (*_angles(rope_cos, rope_sin, rope_positions, num_tokens, q.shape[3]), rope_interleaved)
+        query = _append(query, key, value, place, rope)
     elif not read_cache_only:
-        _append(query, key, value, kv_cache, block_table, token_rows, token_positions, None, False)
-    if info[0] + info[2] and prefill_kernel in HOST_PLANNED:
-        block_table = _table_of_step(block_table)
+        _append(query, key, value, place, None)
+    if num_long:
+        block_table = _table_of_step(block_table, seq_len_with_cache, kv_cache.shape[3])
     attended = cached_attention(
         query,
         kv_cache,
@@ -207,11 +206,18 @@ def mha_with_cache(
     return result if out is None else out.new_empty(0)
 
 
-def _table_of_step(block_table: Tensor) -> Tensor:
-    """A copy that is another tensor in every step: how kernels with a plan know that it is out of date."""
+def _table_of_step(block_table: Tensor, seq_len_with_cache: Tensor, page_size: int) -> Tensor:
+    """The table for prefill: made once a step, and another tensor in every step.
+
+    The first, because kernels read ahead: behind the page of the last token stands that page again. The
+    second, because kernels with a plan know by it that the plan is out of date.
+    """
     made, table = _step_tables.get(block_table.data_ptr(), (0, block_table))
     if made != _step:
-        table = block_table.clone()
+        width = block_table.shape[1]
+        last = torch.div(seq_len_with_cache - 1, page_size, rounding_mode="floor").clamp_(0, width - 1)
+        columns = torch.arange(width, device=last.device).minimum(last[:, None])
+        table = block_table[: last.shape[0]].gather(1, columns)
         _step_tables[block_table.data_ptr()] = (_step, table)
     return table
 
@@ -232,35 +238,27 @@ def _append(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    token_rows: Tensor,
-    token_positions: Tensor,
-    rope: tuple[Tensor, Tensor, Tensor | None] | None,
-    interleaved: bool,
+    place: tuple[Tensor, Tensor, Tensor, Tensor, int],
+    rope: tuple[Tensor, Tensor, Tensor | None, bool] | None,
 ) -> Tensor:
-    """K and V to their pages; returns Q, rotated like K if ``rope`` is given."""
-    num_tokens = query.shape[1]
-    rows, positions = token_rows[:num_tokens], token_positions[:num_tokens]
+    """K and V to their pages; returns Q, rotated like K if ``rope`` is given.
+
+    ``place``: cache, block table, row and position of each token, number of tokens that are no decodes.
+    """
+    kv_cache, block_table, rows, positions, num_long = place
     if kv_cache.device.type != "cpu":
         from ad_flashinfer_pass.kernels import rope_append  # needs triton
 
+        options: Any = {"block_table": block_table, "table_rows": rows, "clear_before": num_long}
         if rope is None:
-            rope_append.append(key, value, kv_cache, positions, block_table=block_table, table_rows=rows)
+            rope_append.append(key, value, kv_cache, positions, **options)
             return query
+        angles: Any = rope[:3]
         return rope_append.rope_append(
-            query,
-            key,
-            value,
-            kv_cache,
-            positions,
-            *rope,
-            interleaved=interleaved,
-            block_table=block_table,
-            table_rows=rows,
+            query, key, value, kv_cache, positions, *angles, interleaved=rope[3], **options
         )
     if rope is not None:
-        cos, sin, at = rope
+        cos, sin, at, interleaved = rope
         cos, sin = (cos, sin) if at is None else (cos[at], sin[at])
         query, key = (reference.rotate(x, cos, sin, interleaved) for x in (query, key))
     page_size = kv_cache.shape[3]

@@ -32,6 +32,7 @@ def rope_append(
     interleaved: bool = False,
     block_table: Tensor | None = None,
     table_rows: Tensor | None = None,
+    clear_before: int = 0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     out: Tensor | None = None,
@@ -58,6 +59,8 @@ def rope_append(
         block_table: int32 [n, blocks], rows contiguous: if given, slots count from the start of their
             sequence, whose pages are in its row of the table.
         table_rows: int32 or int64 [b * s], each token's row of ``block_table``; ignored for negative slots.
+        clear_before: of the tokens before this one, those that are the last of their row also zero what is
+            behind them in their page: FMHA v2 multiplies it by zero, and zero times a NaN is NaN.
         k_scale: K is divided by it on the way to the cache.
         v_scale: V is divided by it.
         out: [b, s, num_heads, head_dim], contiguous, for the result; must not share memory with the inputs.
@@ -81,7 +84,7 @@ def rope_append(
         raise ValueError(
             f"cos has {cos.shape[0]} rows for {tokens} tokens; give positions, or a row a token."
         )
-    place = (slot_mapping, block_table, table_rows, k_scale, v_scale)
+    place = (slot_mapping, block_table, table_rows, clear_before, k_scale, v_scale)
     _launch(query, out, key, value, kv_cache, place, (cos, sin, positions, interleaved))
     return out
 
@@ -94,11 +97,12 @@ def append(
     *,
     block_table: Tensor | None = None,
     table_rows: Tensor | None = None,
+    clear_before: int = 0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
     """Write K and V to their slots as they are; arguments as in ``rope_append``."""
-    place = (slot_mapping, block_table, table_rows, k_scale, v_scale)
+    place = (slot_mapping, block_table, table_rows, clear_before, k_scale, v_scale)
     _launch(None, None, key, value, kv_cache, place, None)
 
 
@@ -108,10 +112,10 @@ def _launch(
     key: Tensor,
     value: Tensor,
     kv_cache: Tensor,
-    place: tuple[Tensor, Tensor | None, Tensor | None, float, float],
+    place: tuple[Tensor, Tensor | None, Tensor | None, int, float, float],
     rotation: tuple[Tensor, Tensor, Tensor | None, bool] | None,
 ) -> None:
-    slot_mapping, block_table, table_rows, k_scale, v_scale = place
+    slot_mapping, block_table, table_rows, clear_before, k_scale, v_scale = place
     cos, sin, positions, interleaved = rotation or (key[0, 0, :, :0], key[0, 0, :, :0], None, False)
     if (block_table is None) != (table_rows is None):
         raise ValueError("block_table and table_rows come together: which row is each token's?")
@@ -140,6 +144,8 @@ def _launch(
         num_kv_heads,
         cos.shape[0],
         0 if block_table is None else block_table.stride(0),
+        batch * tokens_per_row,
+        clear_before,
         q_tiles,
         *(key if query is None else query).stride(),
         *key.stride(),
@@ -153,15 +159,19 @@ def _launch(
         INTERLEAVED=interleaved,
         BY_POSITION=positions is not None,
         BY_TABLE=block_table is not None,
+        CLEARS=block_table is not None and clear_before > 0,
         HEAD_BLOCK=head_block,
         HALF_BLOCK=triton.next_power_of_2(max(half, 1)),
         REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
         V_BLOCK=triton.next_power_of_2(v_head_dim),
+        DIM_BLOCK=dim_block,
         LIMIT=limit,
     )
 
 
-@triton.jit(do_not_specialize=["k_factor", "v_factor", "tokens_per_row", "num_rows"])
+@triton.jit(
+    do_not_specialize=["k_factor", "v_factor", "tokens_per_row", "num_rows", "num_tokens", "clear_before"]
+)
 def _rope_append(  # type: ignore[no-untyped-def]
     query,
     key,
@@ -181,6 +191,8 @@ def _rope_append(  # type: ignore[no-untyped-def]
     num_kv_heads,
     num_rows,
     table_stride,
+    num_tokens,
+    clear_before,
     q_tiles,
     q_row_stride,
     q_token_stride,
@@ -207,10 +219,12 @@ def _rope_append(  # type: ignore[no-untyped-def]
     INTERLEAVED: tl.constexpr,
     BY_POSITION: tl.constexpr,
     BY_TABLE: tl.constexpr,
+    CLEARS: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """One token and HEAD_BLOCK of its heads: of Q in the first q_tiles programs, then of K and V.
@@ -275,3 +289,16 @@ def _rope_append(  # type: ignore[no-untyped-def]
         v_source = value + row * v_row_stride + column * v_token_stride + kv_heads * v_head_stride
         v_x = tl.load(v_source + dims * v_dim_stride, mask=v_mask, other=0.0)
         tl.store(target + kv_stride + dims, _converted(v_x, v_factor, dtype, LIMIT), mask=v_mask)
+
+        if CLEARS:
+            is_end = token + 1 == num_tokens
+            after = tl.load(table_rows + token + 1, mask=token + 1 < num_tokens, other=-1)
+            if (is_end | (after != table_row)) & (token < clear_before):
+                all_dims = tl.arange(0, DIM_BLOCK)[None, :]
+                for behind in range(slot % PAGE_SIZE + 1, PAGE_SIZE):
+                    spot = target + (behind - slot % PAGE_SIZE) * slot_stride + all_dims
+                    nothing = tl.zeros((HEAD_BLOCK, DIM_BLOCK), dtype)
+                    tl.store(spot, nothing, mask=(kv_heads < num_kv_heads) & (all_dims < HEAD_DIM))
+                    tl.store(
+                        spot + kv_stride, nothing, mask=(kv_heads < num_kv_heads) & (all_dims < V_HEAD_DIM)
+                    )

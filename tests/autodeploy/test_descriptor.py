@@ -143,6 +143,11 @@ def test_layers_may_share_a_cache() -> None:
     with standin.installed(E6), torch.no_grad():
         model = scenario.Deployment(E6, shared=True, fuse=True)
         assert model.fused == 2, "the layer that shares has no keys to rotate"
+        first, second, third = (n for n in model.gm.graph.nodes if "mha_with_cache" in str(n.target))
+        assert third.args[9] is first.args[9] is not second.args[9]
+        # Whatever comes as its K and V, it must not get into the cache.
+        third.args = (third.args[0], *second.args[1:3], *third.args[3:])
+        model.gm.recompile()
         model.cm.initialize(24)
         assert len(model.cm.caches) == 2
         requests = scenario.Requests(model, [75, 80, 140, 40], 24, seed=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,31 @@ def test_slots_by_block_table_and_padding() -> None:
     assert torch.equal(plain[3, 0, 0, 7], k[0, 0, 0])
     assert torch.equal(plain[1, 1, 0, 0], v[0, 1, 0])
     assert bool((plain[0] == POISON).all())
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["", "rope"])
+def test_what_is_behind_the_last_token_of_a_page_is_cleared(rotated: bool) -> None:
+    """Of the tokens asked for only, in their own page only: later reads may multiply it by zero."""
+    q, k = normal(1, 6, 2, 16), normal(1, 6, 1, 16, seed=1) + 3
+    table = torch.tensor([[3, 1, 1], [2, 2, 2], [4, 4, 4]], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([0, 0, 0, 1, 1, 2], dtype=torch.int32, device=DEVICE)
+    within = torch.tensor([6, 7, 8, 0, 1, 3], dtype=torch.int32, device=DEVICE)
+    cache = pool(5, 1, 16)
+    still = torch.zeros(6, 8, device=DEVICE)
+    options: Any = {"block_table": table, "table_rows": rows, "clear_before": 5}
+    if rotated:
+        rope_append.rope_append(q, k, k, cache, within, still + 1, still, **options)
+    else:
+        rope_append.append(k, k, cache, within, **options)
+    slots = cache.transpose(2, 3)[..., 0, :]  # [pages, 2, slots, elements]
+    assert bool((slots[1, :, 1:] == 0).all()), "behind token 8 of the first sequence"
+    assert bool((slots[2, :, 2:] == 0).all()), "behind token 1 of the second"
+    assert bool((slots[3, :, :6] == POISON).all())
+    assert bool((slots[4, :, 4:] == POISON).all()), "a decode clears nothing"
+    assert bool((slots[0] == POISON).all())
+    written = [(3, 6), (3, 7), (1, 0), (2, 0), (2, 1), (4, 3)]
+    for token, (page, slot) in enumerate(written):
+        torch.testing.assert_close(slots[page, :, slot], k[0, token].expand(2, -1))
 
 
 def test_8_bit_cache_divides_by_its_scales_and_clamps() -> None:

@@ -2,10 +2,12 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention.json
 
-A graph holds several layers of 32 query and 8 KV heads of size 128, bfloat16, pages of 32 tokens in random
-order. Microseconds a layer of: ``nodes``, our two ops; ``raw``, the same two kernels called with buffers made
-beforehand; ``sdpa``, torch's attention on a dense, contiguous cache, without an append; ``copy``, the KV that
-must be read over the bandwidth of a large copy (bytes read plus bytes written) in the same run.
+A graph holds several layers of 32 query and 8 KV heads of size 128, a bfloat16 query, a cache of bfloat16 or
+fp8, and pages of 32 tokens in random order. Microseconds a layer of: ``nodes``, our two ops; ``raw``, the
+same two kernels called with buffers made beforehand; ``fa2``, FlashInfer's FA2 wrapper, planned for these
+lengths, without an append; ``sdpa``, torch's attention on a dense, contiguous bfloat16 cache, without an append;
+``copy``, the KV that must be read over the bandwidth of a large copy (bytes read plus bytes written) in the same
+run.
 """
 
 from __future__ import annotations
@@ -23,33 +25,41 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from flashinfer.xqa import xqa as raw_xqa
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels import append, xqa
+from ad_flashinfer_pass.kernels import append, fa, xqa
+from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
 MIN_LAYERS, MAX_LAYERS = 8, 128
 DEVICE = torch.device("cuda", 0)
-_KV_BYTES = 2 * KV_HEADS * DIM * torch.bfloat16.itemsize
+KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # The pools of a graph: more than the L2 cache, so that no layer finds its pages there; what fits in memory.
 _MIN_BYTES, _MAX_BYTES = 2**29, 2**35
+_ROUNDS, _SLOW_ROUNDS, _SLOW_US = 30, 9, 20_000
+
+
+def kv_bytes(kv: str) -> int:
+    """Of one token of a layer."""
+    return 2 * KV_HEADS * DIM * KV_DTYPES[kv].itemsize
 
 
 class Layers:
     """Pools and one decode step of ``batch`` sequences of ``context`` tokens."""
 
-    def __init__(self, batch: int, context: int) -> None:
+    def __init__(self, batch: int, context: int, kv: str) -> None:
         width = context // PAGE
         pages = batch * width
-        num_pools = min(MAX_LAYERS, -(-_MIN_BYTES // (batch * context * _KV_BYTES)))
+        num_pools = min(MAX_LAYERS, -(-_MIN_BYTES // (batch * context * kv_bytes(kv))))
         self.num_layers = max(MIN_LAYERS, num_pools)
         shape = (pages + 1, 2, KV_HEADS, PAGE, DIM)
-        self.pools = [torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(num_pools)]
+        self.pools = [torch.empty(shape, device=DEVICE, dtype=KV_DTYPES[kv]) for _ in range(num_pools)]
         for pool in self.pools:
-            pool.normal_()
+            for page in pool.view(torch.uint8).split(2**14):
+                page.copy_(
+                    torch.randn(page.view(pool.dtype).shape, device=DEVICE).to(pool.dtype).view(torch.uint8)
+                )
         self.table = (torch.randperm(pages, device=DEVICE) + 1).to(torch.int32).view(batch, width)
         self.lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
         self.slots = self.table[:, -1].long() * PAGE + PAGE - 1
@@ -92,8 +102,13 @@ class Layers:
         k, v = pool[1:].view(2, batch, KV_HEADS, -1, DIM)
         F.scaled_dot_product_attention(self.query.transpose(1, 2), k, v, enable_gqa=True)
 
-    def captured(self, layer: Callable[[Tensor], None]) -> torch.cuda.CUDAGraph:
-        """A graph of that layer, many times, each on the next pool."""
+    def fa2(self, pool: Tensor) -> None:
+        """FlashInfer's wrapper, by our provider, which plans at the first call."""
+        spec = AttentionSpec(DIM**-0.5)
+        fa.decode(self.query[:, 0], pool, self.lens, self.table, DIM, spec, None, None)
+
+    def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, fa.GraphPlans]:
+        """A graph of that layer, many times, each on the next pool, and the plans that it reads."""
 
         def run() -> None:
             for index in range(self.num_layers):
@@ -101,17 +116,18 @@ class Layers:
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-        return graph
+        with fa.planning() as plans:
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                run()
+        return graph, plans
 
 
-def microseconds(runs: Sequence[Callable[[], object]], rounds: int = 30) -> list[float]:
-    """Median time of each, run in turn, each round in another order."""
+def microseconds(runs: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -> list[float]:
+    """Median time of each, run in turn, each round in another order; the first rounds are not counted."""
     times: list[list[float]] = [[] for _ in runs]
     for round_ in range(rounds):
         for place in range(len(runs)):
@@ -122,7 +138,7 @@ def microseconds(runs: Sequence[Callable[[], object]], rounds: int = 30) -> list
             end.record()
             end.synchronize()
             times[index].append(start.elapsed_time(end) * 1e3)
-    return [statistics.median(its_times[5:]) for its_times in times]
+    return [statistics.median(its_times[rounds // 6 :]) for its_times in times]
 
 
 def copy_bandwidth() -> float:
@@ -133,15 +149,18 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / duration
 
 
-def measure(batch: int, context: int, bandwidth: float) -> dict[str, float]:
+def measure(batch: int, context: int, kv: str, bandwidth: float) -> dict[str, Any]:
     """One row of the results."""
-    layers = Layers(batch, context)
-    names = ("nodes", "raw", "sdpa")
+    layers = Layers(batch, context, kv)
+    names = ("nodes", "raw", "fa2", "sdpa") if kv == "bf16" else ("nodes", "raw", "fa2")
     graphs = [layers.captured(getattr(layers, name)) for name in names]
-    durations = microseconds([graph.replay for graph in graphs])
+    copy = batch * context * kv_bytes(kv) / bandwidth
+    rounds = _SLOW_ROUNDS if copy * layers.num_layers > _SLOW_US else _ROUNDS
+    durations = microseconds([graph.replay for graph, _ in graphs], rounds)
     row = {name: duration / layers.num_layers for name, duration in zip(names, durations, strict=True)}
-    row["copy"] = batch * context * _KV_BYTES / bandwidth
-    return {"batch": batch, "context": context, **row, "nodes/raw": row["nodes"] / row["raw"]}
+    given = {"kv": kv, "batch": batch, "context": context}
+    times = {name: row.get(name) for name in ("nodes", "raw", "fa2", "sdpa")}
+    return {**given, **times, "copy": copy, "nodes/raw": row["nodes"] / row["raw"]}
 
 
 def main() -> int:
@@ -149,18 +168,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
-    parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 8192, 32768, 131072])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 16384, 131072])
+    parser.add_argument("--kv", nargs="+", choices=list(KV_DTYPES), default=list(KV_DTYPES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
-    grid = [(b, c) for b in args.batch for c in args.context if b * c * _KV_BYTES <= _MAX_BYTES]
-    rows = [measure(batch, context, bandwidth) for batch, context in grid]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=110).print(table, f"copy: {bandwidth / 1e6:.2f} TB/s")
+    grid = [(b, c, kv) for kv in args.kv for b in args.batch for c in args.context]
+    rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name(DEVICE),
         "versions": {name: version(name) for name in ("torch", "triton", "flashinfer-python")},
@@ -169,9 +185,17 @@ def main() -> int:
         "copy_bytes_per_microsecond": bandwidth,
         "microseconds": rows,
     }
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    for batch, context, kv in grid:
+        if batch * context * kv_bytes(kv) > _MAX_BYTES:
+            continue
+        rows.append(measure(batch, context, kv, bandwidth))
+        print(
+            *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), sep=", "
+        )
+        if args.json is not None:  # after each row, so that an interrupted run leaves what it has
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"copy: {bandwidth / 1e6:.2f} TB/s")
     return 0
 
 

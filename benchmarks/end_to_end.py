@@ -1,0 +1,185 @@
+"""Generation in bfloat16 on a GPU against the uncached model there, for many architectures.
+
+    python benchmarks/end_to_end.py --json benchmarks/results/end_to_end.json
+
+Greedy tokens of the captured model, prompts of 1 to 60 tokens, half of which join late. Each is compared with
+the best token of the uncached model on the same GPU, given the same tokens so far. bfloat16 puts an error on
+the logits of both, so a token may differ where the best two are near each other: how far apart they are is
+given in units in the last place of the best logit (``ulps``), and as a share of the uncached model's own
+largest error against float32 (``rounding``). Each step of the captured model is also run eagerly, and must
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import multiprocessing
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.kernels import fa
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
+from tests import architectures
+
+VOCAB, NEW_TOKENS = 512, 48
+PROMPTS = architectures.random_prompts((1, 2, 5, 9, 31, 32, 33, 60), vocab_size=VOCAB)
+# Heads of 64, which the kernels have, in place of the tests' 16.
+_SIZES = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One architecture."""
+
+    name: str
+    kernels: dict[str, str]
+    """By phase; several are joined with +."""
+    num_tokens: int
+    num_different: int
+    margins: list[float]
+    """Of each different token: the uncached model's best logit less that of the token."""
+    largest_ulps: float
+    """Of the margins, in units in the last place of the best logit in bfloat16."""
+    rounding: float
+    """The uncached model's largest error against float32."""
+    largest_share: float
+    """The largest margin over ``rounding``."""
+    num_equal_steps: int
+    """Steps whose captured logits had the bits of the eager ones."""
+    num_unequal_steps: int
+    eager_steps: dict[str, int]
+    """Steps that no graph holds, by reason."""
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The tests' config of that name, with heads of 64."""
+    config = architectures.CONFIGS[name]()
+    keys = config.to_dict()
+    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim" or key in keys}
+    return type(config)(**{**keys, **sizes, "initializer_range": 0.15})
+
+
+def measure(name: str, kv_dtype: str = "auto") -> Result:
+    """Generate with one architecture and compare."""
+    attention = "eager" if name == "gemma2" else "sdpa"  # transformers has no sdpa for its logit cap
+    model: nn.Module = architectures.random_model(config_of(name), attention)
+    model = model.to(device="cuda", dtype=torch.bfloat16)
+    config = AutoDeployConfig(
+        device="cuda",
+        dtype="bfloat16",
+        compile_backend="torch-cudagraph",
+        max_batch_size=8,
+        max_seq_len=128,
+        max_num_tokens=128,
+        cuda_graph_batch_sizes=[1, 3, 8],
+        cuda_graph_token_buckets=[64, 128],
+        kv_cache_config={"dtype": kv_dtype},
+    )
+    cached, reports = transform_module(model, config)
+    module = cached.module
+    assert isinstance(module, CudaGraphModule)
+    equal = [0, 0]
+    replay = module.forward
+
+    def both(**inputs: Tensor) -> Tensor:
+        num_replays = module.num_replays
+        result = replay(**inputs)
+        if module.num_replays > num_replays:
+            # The eager run writes the same K and V to the same slots once more.
+            with fa.planning():  # its plans are those of a graph
+                equal[torch.equal(result, module.eager(**inputs))] += 1
+        return result
+
+    module.forward = both  # type: ignore[method-assign]
+    generated = architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS)
+    notes = [note.split(",")[0].split(": ") for r in reports for note in r.notes if "sites: " in note]
+    return Result(
+        name=name if kv_dtype == "auto" else f"{name}, {kv_dtype} cache",
+        kernels={p: "+".join(sorted({k for q, k, *_ in notes if p == q})) for p in ("prefill", "decode")},
+        num_equal_steps=equal[1],
+        num_unequal_steps=equal[0],
+        eager_steps=dict(module.fallbacks),
+        **_compared(model, generated),
+    )
+
+
+def _compared(model: nn.Module, generated: list[list[int]]) -> dict[str, Any]:
+    exact = copy.deepcopy(model).float()
+    margins, ulps, rounding, num_tokens = [], [0.0], 0.0, 0
+    for prompt, tokens in zip(PROMPTS, generated, strict=True):
+        ids = torch.tensor([[*prompt, *tokens]], device="cuda")
+        with torch.inference_mode():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+            error = (logits - exact(ids).logits[0, len(prompt) - 1 : -1]).abs().max()
+        best = logits.max(-1).values
+        margin = best - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        margins += margin[margin > 0].tolist()
+        ulps += (margin / torch.exp2(best.abs().log2().floor() - 7))[margin > 0].tolist()
+        rounding = max(rounding, error.item())
+        num_tokens += len(tokens)
+    return {
+        "num_tokens": num_tokens,
+        "num_different": len(margins),
+        "margins": sorted(margins, reverse=True),
+        "largest_ulps": max(ulps),
+        "rounding": rounding,
+        "largest_share": max(margins, default=0.0) / rounding,
+    }
+
+
+def _measured(case: tuple[str, str]) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    return asdict(measure(*case))
+
+
+def main() -> int:
+    """Parse arguments, measure, print a table and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=list(architectures.CONFIGS))
+    parser.add_argument("--fp8", nargs="*", default=["llama_gqa4", "qwen3"], help="also with an fp8 cache")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at once, on the one GPU")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    cases = [*((name, "auto") for name in args.names), *((name, "fp8") for name in args.fp8)]
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        for row in pool.imap(_measured, cases):
+            rows.append(row)
+            shown = {key: value for key, value in row.items() if key not in ("margins", "eager_steps")}
+            print(
+                *(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), sep=", "
+            )
+    results = {
+        "machine": torch.cuda.get_device_name(),
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "triton", "flashinfer-python")
+        },
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "results": rows,
+    }
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

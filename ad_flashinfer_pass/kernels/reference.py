@@ -8,7 +8,7 @@ padding.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +165,11 @@ def prefill(
         k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim, spec)
         outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def extend(*args: Any, max_len: int) -> Tensor:
+    """``prefill`` of sequences that have at most ``max_len`` new tokens."""
+    return prefill(*args)
 
 
 def decode(

@@ -13,7 +13,7 @@ windowed or not: every combination must have been called once before a graph is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     ]
 
 
+_MAX_EXTEND = 32
 _SEMAPHORES = 2**21
 _SCRATCH_BYTES = 2**24
 CAPABILITY = Capability(
@@ -98,22 +99,91 @@ def decode(
             multiprocessors, 1 to 4. More splits help long contexts of few sequences; they change the order of
             the sums.
     """
-    from flashinfer.xqa import xqa
-
-    batch, num_heads, head_dim = query.shape
-    num_kv_heads, page_size = kv_cache.shape[2:4]
-    assert batch * num_kv_heads * -(-num_heads // 32) <= _SEMAPHORES
-    assert 1 <= split_factor <= 4, "more splits could need more scratch memory than there is"
-    ours = workspace(query.device)
     query = query.contiguous()
     out = torch.empty_like(query)
+    rows = (query[:, None], out[:, None])
+    _launch(*rows, kv_cache, seq_len_with_cache, block_table, spec, sinks, split_factor=split_factor)
+    return out
+
+
+def extend(
+    query: Tensor,
+    kv_cache: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    max_len: int,
+) -> Tensor:
+    """A few new tokens of each sequence, such as drafts: ``prefill`` of short sequences, without a plan.
+
+    A module of FlashInfer is for one ``max_len``. If all sequences have that many tokens, which is known from
+    the number of tokens, they are taken as uniform, else their bounds are read on the device.
+
+    Args:
+        query: [tokens, num_heads, head_dim].
+        cu_seqlen: int32 [batch + 1].
+        max_len: new tokens of one sequence, at most; 2 to 32. More than that in a sequence is garbage.
+    """
+    assert 2 <= max_len <= _MAX_EXTEND, f"max_len must lie within 2..{_MAX_EXTEND}, got {max_len}"
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    batch, num_tokens = seq_len_with_cache.shape[0], query.shape[0]
+    masks = workspaces.get(_causal_masks, query.device)
+    place = (kv_cache, seq_len_with_cache, block_table, spec, sinks)
+    if num_tokens == batch * max_len:
+        rows = [x.view(batch, 1, max_len, *x.shape[1:]) for x in (query, out)]
+        mask = masks[:max_len].expand(batch, max_len, 1).contiguous().view(torch.uint16)
+        _launch(rows[0], rows[1], *place, q_seq_len=max_len, mask=mask)
+    else:
+        tokens = torch.arange(num_tokens, dtype=torch.int32, device=query.device)
+        row = torch.searchsorted(cu_seqlen[1:], tokens, right=True)
+        mask = masks[tokens - cu_seqlen[row]].view(torch.uint16)
+        _launch(query, out, *place, q_seq_len=max_len, mask=mask, q_cu_seq_lens=cu_seqlen)
+    return out
+
+
+def _causal_masks(device: torch.device) -> Tensor:
+    """int32 [32, 1]: in row i the bits of tokens 0 to i, which the token i of an extend may see."""
+    bits = (2 << torch.arange(_MAX_EXTEND, dtype=torch.int64)) - 1
+    return bits.to(torch.int32)[:, None].to(device)
+
+
+def _launch(
+    query: Tensor,
+    out: Tensor,
+    kv_cache: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    *,
+    split_factor: int = 1,
+    **options: Any,
+) -> None:
+    from flashinfer.xqa import xqa
+
+    num_heads, head_dim = query.shape[-2:]
+    num_kv_heads, page_size = kv_cache.shape[2:4]
+    ours = workspace(query.device)
+    # A thread block takes 32 rows of (query token, head of a group); each leaves two sums and a result a row.
+    tiles = -(-options.get("q_seq_len", 1) * (num_heads // num_kv_heads) // 32)
+    tile_bytes = 32 * (2 * 4 + 2 * max(64, 1 << (head_dim - 1).bit_length()))
+    assert seq_len_with_cache.shape[0] * num_kv_heads * tiles <= _SEMAPHORES
+    assert split_factor * ours.num_processors * tiles * tile_bytes <= _SCRATCH_BYTES, (
+        "too little scratch memory"
+    )
     xqa(
-        query[:, None],
+        query,
         kv_cache[:, 0],
         kv_cache[:, 1],
         block_table,
         seq_len_with_cache[:, None],
-        out[:, None],
+        out,
         ours.scratch,
         ours.semaphores,
         num_kv_heads,
@@ -127,5 +197,5 @@ def decode(
         sm_count=ours.num_processors * split_factor,
         # With programmatic dependent launch it would read lengths and pages before they are written.
         enable_pdl=False,
+        **options,
     )
-    return out

@@ -16,7 +16,7 @@ torch.library.define(
     "Tensor seq_len_with_cache, Tensor block_table, float scale, int v_head_dim, "
     "int? sliding_window=None, float? logit_cap=None, int? chunk=None, Tensor? sinks=None, "
     'Tensor? alibi_slopes=None, str prefill_kernel="reference", str decode_kernel="reference", '
-    "float k_scale=1.0, float v_scale=1.0) -> Tensor",
+    "float k_scale=1.0, float v_scale=1.0, int max_extend_len=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -39,6 +39,7 @@ def cached_attention(
     decode_kernel: str = "reference",
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    max_extend_len: int = 0,
 ) -> Tensor:
     """Causal attention of the new tokens over their sequence's pages, which already hold them.
 
@@ -62,6 +63,8 @@ def cached_attention(
         decode_kernel: name of the provider for decode sequences.
         k_scale: what an element of K in the cache is multiplied by; see ``ops.append_kv``.
         v_scale: likewise for V.
+        max_extend_len: if not 0, no extend sequence has more tokens than that, as drafts to be verified, and
+            they are for ``extend`` of decode_kernel, which is `xqa` or the reference.
 
     Returns:
         [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
@@ -72,10 +75,20 @@ def cached_attention(
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
     tokens = query.flatten(0, 1)
     parts = []
-    if num_long:
+    if num_extend and not max_extend_len:
+        num_prefill, prefill_tokens = num_long, long_tokens
+    if num_prefill:
         prefill = select.provider(prefill_kernel).prefill
-        lens, pages = seq_len_with_cache[:num_long], block_table[:num_long]
-        parts.append(prefill(tokens[:long_tokens], kv_cache, cu_seqlen[: num_long + 1], lens, pages, *site))
+        lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
+        bounds = cu_seqlen[: num_prefill + 1]
+        parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, *site))
+    if num_prefill < num_long:
+        extend = select.provider(decode_kernel).extend
+        rows, bounds = slice(num_prefill, num_long), cu_seqlen[num_prefill : num_long + 1]
+        bounds = bounds - prefill_tokens if prefill_tokens else bounds
+        drafts = tokens[prefill_tokens:long_tokens]
+        lens, pages = seq_len_with_cache[rows], block_table[rows]
+        parts.append(extend(drafts, kv_cache, bounds, lens, pages, *site, max_len=max_extend_len))
     if num_decode:
         decode = select.provider(decode_kernel).decode
         rows = slice(num_long, num_long + num_decode)

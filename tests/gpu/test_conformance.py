@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
@@ -142,6 +144,47 @@ def test_xqa_reads_a_strided_pool() -> None:
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
     out = xqa.decode(batch.query, batch.kv_cache, lens, table, 128, PLAIN.spec, None, None)
     assert_within_bound(batch, out)
+
+
+@pytest.mark.parametrize(
+    ("shape", "new"),
+    [
+        (PLAIN, [4, 4, 4, 4]),
+        (FP8, [4, 4, 4, 4]),
+        (PLAIN, [2, 4, 3, 2]),
+        (FP8, [2, 4, 3, 2]),
+        (PLAIN, [8, 2, 5, 7]),
+        (replace(PLAIN, sliding_window=12), [8, 2, 5, 7]),
+        (replace(PLAIN, head_dim=64, group=2), [8, 2, 5, 7]),
+        (replace(PLAIN, group=8), [8, 8, 8, 8]),
+        (replace(PLAIN, group=8), [8, 2, 5, 7]),
+        (replace(FP8, group=8), [8, 2, 5, 7]),
+        (replace(FP8, group=8), [8, 8, 8, 8]),
+    ],
+    ids=str,
+)
+def test_xqa_extends(shape: Shape, new: list[int]) -> None:
+    """A few tokens of each sequence, equally many or not, on pasts at and beside the edges of pages."""
+    for pasts in ([32, 31, 33, 1], [700, 64, 5, 4000]):
+        batch = PagedBatch(list(zip(pasts, new, strict=True)), shape)
+        n = len(new)
+        bounds, lens = batch.args["cu_seqlen"][: n + 1], batch.args["seq_len_with_cache"][:n]
+        args = (batch.query, batch.kv_cache, bounds, lens, batch.block_table[:n], shape.head_dim, shape.spec)
+        with skipped_if_not_built():
+            out = xqa.extend(*args, None, None, max_len=max(new))
+        # Only uniform extends of many rows are multiplied in 8 bits.
+        in_8_bits = shape.kv_dtype if len(set(new)) == 1 and max(new) * shape.group > 32 else None
+        assert_within_bound(batch, out, in_8_bits)
+
+
+@contextmanager
+def skipped_if_not_built() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as err:
+        if "FLASHINFER_DISABLE_JIT" not in str(err):
+            raise
+        pytest.skip("its FlashInfer module is not prebuilt, and FLASHINFER_DISABLE_JIT is set")
 
 
 @pytest.mark.parametrize("shape", PREFILL, ids=str)

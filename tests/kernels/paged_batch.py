@@ -130,7 +130,7 @@ class PagedBatch:
             self.shape.page_size,
         )
 
-    def run(self, features: Features) -> list[Tensor]:
+    def run(self, features: Features, max_extend_len: int = 0) -> list[Tensor]:
         """Append and attend with the ops; [new tokens, num_heads, v_head_dim] of each sequence."""
         args, shape = self.args, self.shape
         block_table, slot_mapping = self.prepare(args["position_ids"])
@@ -157,6 +157,7 @@ class PagedBatch:
             self.alibi_slopes if features.has_alibi else None,
             k_scale=shape.k_scale,
             v_scale=shape.v_scale,
+            max_extend_len=max_extend_len,
         )
         assert out.shape == (*tokens, shape.num_heads, shape.v_head_dim)
         assert out.dtype == shape.dtype

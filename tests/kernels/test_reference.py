@@ -252,3 +252,12 @@ def test_prepare_metadata_equals_a_plain_loop(
     torch.testing.assert_close(block_table, expected_table, rtol=0, atol=0)
     expected = torch.tensor([*expected_slots, *[0] * padding], dtype=torch.int64)
     torch.testing.assert_close(slot_mapping, expected, rtol=0, atol=0)
+
+
+def test_short_extends_may_go_to_the_decode_kernel() -> None:
+    """With a bound on their length extends are taken apart from prefills, and give the same."""
+    results = []
+    for max_extend_len in (0, 4):
+        batch = PagedBatch([(0, 7), (0, 3), (6, 4), (11, 2), (5, 3), (9, 1)], Shape())
+        results.append(torch.cat(batch.run(Features(), max_extend_len=max_extend_len)))
+    torch.testing.assert_close(*results)

@@ -139,6 +139,8 @@ class AutoDeployConfig(_Strict):
     """Tokens of one sequence, prompt and continuation together."""
     max_num_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one step, the chunked-prefill budget; default: max(512, max_batch_size)."""
+    kernel_dir: str | None = None
+    """Folder that ``prebuild`` made: on a GPU, FlashInfer's modules are loaded from it, not compiled."""
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     transforms: dict[str, TransformConfig] = {}
     """Changes to the pipeline of configs/default.yaml, by transform name."""

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import registry, transforms
+from ad_flashinfer_pass import prebuild, registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
 from ad_flashinfer_pass.inspection.stages import StageWriter
 from ad_flashinfer_pass.metadata import SequenceInfo
@@ -58,6 +59,8 @@ def transform_module(
 def context(config: AutoDeployConfig) -> TransformContext:
     """What the transforms of a new run share."""
     device = torch.device(config.device)
+    if config.kernel_dir is not None and device.type == "cuda":
+        prebuild.use(Path(config.kernel_dir), device)
     info = SequenceInfo(
         max_seq_len=config.max_seq_len,
         max_batch_size=config.max_batch_size,

@@ -1,0 +1,176 @@
+"""Which modules a config needs on a GPU that is not here, and the folder that they are compiled into."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from ad_flashinfer_pass import prebuild
+from ad_flashinfer_pass.cli import main
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError, KernelError
+from ad_flashinfer_pass.inspection import stages
+from ad_flashinfer_pass.kernels import modules, select
+from ad_flashinfer_pass.kernels.capability import Site
+
+CONFIG = AutoDeployConfig(dtype="bfloat16")
+FP8 = AutoDeployConfig(dtype="bfloat16", kv_cache_config={"dtype": "fp8"})
+
+
+class Spec:
+    """A module of FlashInfer that compiles at once."""
+
+    compiled: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.jit_library_path = folder / "cache" / f"{name}.so"
+
+    def build(self, verbose: bool) -> None:
+        """Make the library, unless its name says that it does not compile."""
+        if "broken" in self.name:
+            raise RuntimeError("nvcc failed")
+        Spec.compiled.append(self.name)
+        self.jit_library_path.parent.mkdir(exist_ok=True)
+        self.jit_library_path.write_text(self.name)
+
+
+@cache
+def sites(kv_dtype: str) -> stages.Stages:
+    """Those of the demo model, found once."""
+    config = AutoDeployConfig(dtype="bfloat16", kv_cache_config={"dtype": kv_dtype})
+    return stages.run_stages(config, stages=["insert_cached_attention"])
+
+
+@pytest.fixture(autouse=True)
+def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A FlashInfer whose modules are named after provider, KV dtype and architecture, and an nvcc."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    both = {kv_dtype: sites(kv_dtype) for kv_dtype in ("auto", "fp8")}
+    monkeypatch.setattr(stages, "run_stages", lambda config, **_: both[config.kv_cache_config.dtype])
+    monkeypatch.setattr(modules, "problem", lambda: None)
+    monkeypatch.setattr(modules, "nvcc", lambda: str(nvcc))
+    monkeypatch.setattr(prebuild, "version", lambda name: "0.7.2")
+    core, env = ModuleType("flashinfer.jit.core"), ModuleType("flashinfer.jit.env")
+    core.refresh_current_compilation_context = lambda: None  # type: ignore[attr-defined]
+    package = SimpleNamespace(core=core, env=env)
+    for name, module in {
+        "": SimpleNamespace(jit=package),
+        ".jit": package,
+        ".jit.core": core,
+        ".jit.env": env,
+    }.items():
+        monkeypatch.setitem(sys.modules, f"flashinfer{name}", module)
+    for name, provider in select.PROVIDERS.items():
+
+        def make(site: Site, major: int, name: str = name) -> list[Any]:
+            return [Spec(f"{name}_{str(site.kv_dtype)[6:]}_{major}", tmp_path)]
+
+        given = {"reference": None, "trtllm_gen": lambda site, major: []}.get(name, make)
+        monkeypatch.setitem(
+            select.PROVIDERS, name, SimpleNamespace(CAPABILITY=replace(provider.CAPABILITY, modules=given))
+        )
+    Spec.compiled = []
+
+
+@pytest.mark.parametrize(
+    ("config", "sm", "skip", "expected"),
+    [
+        (CONFIG, 90, (), {"fmha_v2_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
+        (CONFIG, 90, ("fmha_v2",), {"fa_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
+        (CONFIG, 89, (), {"fa_bfloat16_8": ["prefill", "decode"]}),
+        (FP8, 90, (), {"fa_float8_e4m3fn_9": ["prefill"], "xqa_float8_e4m3fn_9": ["decode"]}),
+        (CONFIG, 100, (), {}),
+    ],
+    ids=["hopper", "without_fmha_v2", "ada", "hopper_fp8", "blackwell"],
+)
+def test_needs_are_those_of_the_target(
+    config: AutoDeployConfig, sm: int, skip: tuple[str, ...], expected: dict[str, list[str]]
+) -> None:
+    """The providers of that GPU; each module once for the four layers, with its phases."""
+    _, found, notes = prebuild.needed_modules(config, sm, skip)
+    assert {module.name: module.phases for module in found} == expected
+    assert {module.num_sites for module in found} <= {4}
+    assert bool(notes) == (sm == 100)
+
+
+def test_compiles_into_a_folder_and_keeps_what_is_there(tmp_path: Path) -> None:
+    """One library a module and a manifest; a second call compiles only what is new."""
+    folder = tmp_path / "kernels"
+    made = prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
+    assert sorted(Spec.compiled) == ["fa_bfloat16_9", "xqa_bfloat16_9"]
+    assert prebuild.read_manifest(folder) == made
+    assert (made.sm, made.flashinfer, made.nvcc) == (90, "0.7.2", "release 13.0")
+    for name in Spec.compiled:
+        assert (folder / name / f"{name}.so").read_text() == name
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*Spec.compiled, "manifest.json"])
+
+    Spec.compiled = []
+    made = prebuild.prebuild(CONFIG, 90, folder)
+    assert Spec.compiled == ["fmha_v2_bfloat16_9"]
+    assert len(made.modules) == 3
+
+
+def test_a_folder_is_of_one_gpu(tmp_path: Path) -> None:
+    """Kernels for two GPUs have the same names, so they do not share a folder."""
+    prebuild.prebuild(CONFIG, 90, tmp_path / "kernels", skip=["fmha_v2"])
+    with pytest.raises(ConfigError, match="for compute capability 90 of FlashInfer .*, not 80 of "):
+        prebuild.prebuild(CONFIG, 80, tmp_path / "kernels")
+
+
+def test_what_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's words are in the error."""
+    broken = replace(
+        select.PROVIDERS["xqa"].CAPABILITY, modules=lambda site, major: [Spec("broken", tmp_path)]
+    )
+    monkeypatch.setitem(select.PROVIDERS, "xqa", SimpleNamespace(CAPABILITY=broken))
+    with pytest.raises(KernelError, match="module broken does not compile: nvcc failed"):
+        prebuild.prebuild(CONFIG, 90, tmp_path / "kernels")
+
+
+def test_an_unknown_provider_lists_the_known() -> None:
+    """A slip in --skip must not leave everything in."""
+    with pytest.raises(
+        ConfigError, match="no kernel provider 'fmha'; there are xqa, trtllm_gen, fmha_v2, fa"
+    ):
+        prebuild.needed_modules(CONFIG, 90, ["fmha"])
+
+
+def test_a_folder_is_used_only_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer loads from it on such a GPU; on another the error says how to get one."""
+    folder, device = tmp_path / "kernels", torch.device("cuda")
+    prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    prebuild.use(folder, device)
+    assert folder == sys.modules["flashinfer.jit.env"].FLASHINFER_AOT_DIR
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(ConfigError, match=r"here are 89 and 0.7.2: prebuild again, with --sm 89"):
+        prebuild.use(folder, device)
+    with pytest.raises(ConfigError, match="not a folder of prebuilt kernels"):
+        prebuild.use(tmp_path, device)
+
+
+def test_the_command_lists_and_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--list compiles nothing; --output does; neither or both is a wrong usage."""
+    with pytest.raises(SystemExit) as done:
+        main(["prebuild", "--sm", "90", "--dtype", "bfloat16", "--list", "--json"])
+    assert not done.value.code
+    listed = json.loads(capsys.readouterr().out)
+    assert [module["name"] for module in listed["modules"]] == ["fmha_v2_bfloat16_9", "xqa_bfloat16_9"]
+    assert not Spec.compiled
+
+    with pytest.raises(SystemExit) as done:
+        main(["prebuild", "--sm", "90"])
+    assert done.value.code == 2
+    assert "--output" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_compiles_into_a_folder_and_keeps_what_is_there(tmp_path: Path) -> None:
 def test_a_folder_is_of_one_gpu(tmp_path: Path) -> None:
     """Kernels for two GPUs have the same names, so they do not share a folder."""
     prebuild.prebuild(CONFIG, 90, tmp_path / "kernels", skip=["fmha_v2"])
-    with pytest.raises(ConfigError, match="for compute capability 90 of FlashInfer .*, not 80 of "):
+    with pytest.raises(ConfigError, match=r"for compute capability 90 of FlashInfer .*, not 80 of "):
         prebuild.prebuild(CONFIG, 80, tmp_path / "kernels")
 
 

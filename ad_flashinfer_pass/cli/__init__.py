@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from ad_flashinfer_pass import __version__
-from ad_flashinfer_pass.cli import calibrate, diff, dump, explain, generate, migrate, plan, prebuild, report
+from ad_flashinfer_pass.cli import (
+    calibrate,
+    diff,
+    doctor,
+    dump,
+    explain,
+    generate,
+    migrate,
+    plan,
+    prebuild,
+    report,
+)
 from ad_flashinfer_pass.cli.options import PROG, print_error
 
 # UsageError: click's in older versions of typer, typer's own in newer ones, exported by neither.
@@ -28,6 +39,7 @@ app.command(help=generate.HELP, epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=prebuild.EXAMPLES)(prebuild.prebuild)
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(epilog=dump.EXAMPLES)(dump.dump)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=migrate.EXAMPLES)(migrate.migrate)

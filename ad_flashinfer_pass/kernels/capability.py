@@ -85,6 +85,9 @@ class Capability:
     compiles: bool = True
     """False if its modules take too long to be compiled by the first call that needs them."""
 
+    run_on: frozenset[int] = frozenset()
+    """Compute capabilities, 90 for 9.0, on which ``tests/gpu`` passed with it."""
+
     def refusals(self, site: Site, phase: Phase, device: torch.device, sm: int | None = None) -> list[str]:
         """Every reason why this provider cannot run a phase of ``site``, as text; empty if it can.
 

@@ -61,6 +61,7 @@ CAPABILITY = Capability(
     alibi=False,
     mixed_head_dims=False,
     modules=modules,
+    run_on=frozenset({90}),
     compiles=False,
 )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels.capability import Capability
 
-CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}))
+CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}), run_on=frozenset({90}))
 
 
 class AttentionSpec(NamedTuple):

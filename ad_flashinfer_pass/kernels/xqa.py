@@ -58,6 +58,7 @@ CAPABILITY = Capability(
     alibi=False,
     mixed_head_dims=False,
     modules=modules,
+    run_on=frozenset({90}),
 )
 
 

@@ -1,0 +1,38 @@
+"""``doctor``: look at the machine."""
+
+from __future__ import annotations
+
+import sys
+
+from ad_flashinfer_pass.cli.options import PROG, DebugOption, JsonOption, error_border
+
+EXAMPLES = f"""
+[bold]Examples[/bold]
+
+[green]{PROG} doctor[/green]
+
+[green]{PROG} doctor --json | jq '.checks[] | select(.state == "missing") | .remedy'[/green]
+"""
+
+
+def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show what this machine can run, what is missing and the command that gets it.
+
+    Which kernels run attention on each GPU and why the others do not, whether FlashInfer can compile here,
+    what this package has never been run on, and whether TensorRT-LLM's AutoDeploy imports the plugin. Nothing
+    is compiled or installed.
+    """
+    with error_border(debug):
+        from ad_flashinfer_pass import doctor as examining
+        from ad_flashinfer_pass.generation import libraries_quiet
+
+        with libraries_quiet(not debug):
+            found = examining.diagnose()
+        if as_json:
+            print(found.model_dump_json(indent=2))
+            return
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        for table in examining.as_tables(found):
+            console.print(table)

@@ -1,0 +1,110 @@
+"""``doctor``: what it says about machines that have, lack, or have too old what the kernels need."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ad_flashinfer_pass import doctor
+from ad_flashinfer_pass.cli import main
+from ad_flashinfer_pass.kernels import modules, select
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one H200, FlashInfer, and an nvcc of torch's CUDA; no module is built."""
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(modules, "problem", lambda: None)
+    monkeypatch.setattr(modules, "nvcc", lambda: "/usr/local/cuda/bin/nvcc")
+    said = SimpleNamespace(stdout="Cuda compilation tools, release 13.0, V13.0.88")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: said)
+    spec = SimpleNamespace(is_aot=False, is_compiled=False)
+    for module in select.PROVIDERS.values():
+        if module.CAPABILITY.modules is not None:
+            monkeypatch.setattr(module, "CAPABILITY", replaced(module.CAPABILITY, spec))
+
+
+def replaced(capability: object, spec: object) -> object:
+    from dataclasses import replace
+
+    return replace(capability, modules=lambda site, major: [spec])  # type: ignore[type-var]
+
+
+def chosen(found: doctor.Diagnosis) -> dict[tuple[str, str], str]:
+    (gpu,) = found.gpus
+    return {(s.kv_dtype, s.phase): s.name for s in gpu.providers if s.is_chosen}
+
+
+def test_a_gpu_with_a_compiler_runs_what_compiles_quickly(hopper: None) -> None:
+    """FMHA v2 is not compiled by a run: the next provider prefills, and the remedy is a command."""
+    found = doctor.diagnose()
+    assert chosen(found) == {
+        ("bfloat16", "prefill"): "fa",
+        ("bfloat16", "decode"): "xqa",
+        ("fp8", "prefill"): "fa",
+        ("fp8", "decode"): "xqa",
+    }
+    (fmha,) = (check for check in found.checks if check.name == "FMHA v2")
+    assert (fmha.state, "is not built" in fmha.found) == ("note", True)
+    assert fmha.remedy is not None
+    assert fmha.remedy.startswith("ad-flashinfer-pass prebuild")
+    assert all(state.was_run == (state.name != "trtllm_gen") for state in found.gpus[0].providers)
+
+
+def test_without_compiler_prebuilt_modules_are_what_is_missing(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No nvcc: nothing can be compiled, the reference runs, and the way out is prebuild."""
+    monkeypatch.setattr(modules, "nvcc", lambda: None)
+    found = doctor.diagnose()
+    assert set(chosen(found).values()) == {"reference"}
+    (nvcc,) = (check for check in found.checks if check.name == "nvcc")
+    assert (nvcc.state, "prebuild" in str(nvcc.remedy)) == ("missing", True)
+
+
+def test_a_toolkit_of_another_cuda_is_noted(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules made by another major version may not load."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    (nvcc,) = (check for check in doctor.diagnose().checks if check.name == "nvcc")
+    assert nvcc.state == "note"
+    assert nvcc.found.endswith("release 13.0; torch is for CUDA 12.8")
+
+
+def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is installed, what is needed, and how to get it; without a GPU it is only noted."""
+    found = "flashinfer-python 0.6.1 is installed, 0.7.2 or newer is needed"
+    monkeypatch.setattr(modules, "problem", lambda: found)
+    (check,) = (check for check in doctor.diagnose().checks if check.name == "FlashInfer")
+    assert check.state == "missing"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (check,) = (check for check in doctor.diagnose().checks if check.name == "FlashInfer")
+    assert check.state == "note"
+    assert check.found == found
+    assert check.remedy == "pip install 'flashinfer-python>=0.7.2'"
+
+
+def test_the_command_says_what_never_ran_and_the_state_of_the_hook(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU nothing is an error; data has what the tables have."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for arguments in ([], ["--json"]):
+        with pytest.raises(SystemExit) as done:
+            main(["doctor", *arguments])
+        assert not done.value.code
+        out = capsys.readouterr().out
+        assert "trtllm_gen: never run on hardware" in " ".join(out.split())
+        assert "FLASHINFER_TRTLLM_AUTODEPLOY" in out
+    found = json.loads(out)
+    assert found["gpus"] == []
+    assert found["packages"]["torch"] == torch.__version__

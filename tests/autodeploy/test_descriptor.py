@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,3 +210,14 @@ def test_one_pool_where_the_metadata_of_others_would_be_missing() -> None:
             attention_node(E6, sliding_window=9), CONFIG
         )["kv_cache"]
         assert handler.sliding_window == 9
+
+
+def test_the_readme_has_the_size_of_the_plugin() -> None:
+    """``wc -l`` of all that the plugin is."""
+    root = Path(__file__).parent.parent.parent
+    files = [
+        *(root / "ad_flashinfer_pass/autodeploy").glob("*.py"),
+        root / "ad_flashinfer_pass/autodeploy_hook.py",
+    ]
+    lines = sum(file.read_text().count("\n") for file in files)
+    assert f"autodeploy_hook.py`: {lines} lines" in (root / "README.md").read_text()

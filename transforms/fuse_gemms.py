@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
@@ -98,6 +99,8 @@ def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node], keeps_so
 def _joined(parts: list[Tensor]) -> Tensor:
     """One tensor with the parts below each other: a copy, unless they lie like that in memory."""
     first = parts[0]
+    if isinstance(first, FakeTensor):  # it lies nowhere
+        return torch.cat(parts)
     ends = [part.data_ptr() + part.nbytes for part in parts]
     if (
         all(part.is_contiguous() for part in parts)

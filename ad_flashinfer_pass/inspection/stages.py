@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -38,7 +39,8 @@ class Stages:
 class StageWriter:
     """Writes the graph after every transform into a directory, one text dump a file.
 
-    The files are named ``NNN_<stage>_<transform>.txt``. What an earlier run left under such names is removed.
+    The files are named ``NNN_<stage>_<transform>.txt`` and numbered over all graphs of the process. What an
+    earlier process left under such names is removed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -46,27 +48,34 @@ class StageWriter:
         for old in directory.glob("[0-9][0-9][0-9]_*.txt"):
             old.unlink()
         self._directory = directory
-        self._names = NodeNames()
+        self._names: WeakKeyDictionary[fx.Graph, NodeNames] = WeakKeyDictionary()
         self._count = 0
 
-    @classmethod
-    def from_environment(cls) -> StageWriter | None:
+    @staticmethod
+    def from_environment() -> StageWriter | None:
         """For the directory that AD_DUMP_GRAPHS_DIR names; in a distributed run, on rank 0 alone."""
         directory = os.environ.get("AD_DUMP_GRAPHS_DIR")
         if not directory or (torch.distributed.is_initialized() and torch.distributed.get_rank() != 0):
             return None
-        return cls(Path(directory))
+        if directory not in _writers:
+            _writers[directory] = StageWriter(Path(directory))
+        return _writers[directory]
 
     def write(self, model: nn.Module, stage: str, transform: str) -> None:
         """Write every graph in ``model``."""
         graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
         for number, gm in enumerate(graphs):
-            names = self._names if number == 0 else NodeNames()
-            names.see(gm, transform if transform != "export_model" else None)
+            # The first transform of a graph is taken to have found it as it is.
+            maker = transform if gm.graph in self._names else None
+            names = self._names.setdefault(gm.graph, NodeNames())
+            names.see(gm, maker)
             suffix = f"_{number}" if number else ""
             file = self._directory / f"{self._count:03}_{stage}_{transform}{suffix}.txt"
             file.write_text(to_text(names.data(gm, f"graph after {transform}")), encoding="utf-8")
         self._count += 1
+
+
+_writers: dict[str, StageWriter] = {}
 
 
 def run_stages(

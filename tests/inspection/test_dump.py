@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import fx
 
+from ad_flashinfer_pass import CacheSession, pipeline
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, LoadError
 from ad_flashinfer_pass.inspection import formats
@@ -21,6 +21,8 @@ from ad_flashinfer_pass.inspection.dump import dump
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeNames
 from ad_flashinfer_pass.inspection.stages import Stages, read_graph, run_stages
 from ad_flashinfer_pass.inspection.text_format import from_text, to_text
+from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
+from tests import architectures
 from tests.transforms.small_models import SmallModel, causal, context, eager, exported, sdpa
 
 
@@ -262,3 +264,27 @@ def test_views_are_those_of_eager_torch() -> None:
     reshapes = [seen[n.name] for n in gm.graph.nodes if g.is_op(n, torch.ops.aten.reshape)]
     assert True in seen.values()
     assert False in reshapes
+
+
+def test_torch_compile_writes_its_graphs_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of Dynamo, whose transforms run in several parts; the numbers go on."""
+    monkeypatch.setenv("AD_DUMP_GRAPHS_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    config = architectures.CONFIGS["llama_mha"]()
+    config.num_hidden_layers = 1
+    session = CacheSession(max_batch_size=2, max_seq_len=64, kv_cache_config={"tokens_per_block": 16})
+    options = {"session": session, "compile_backend": "torch-simple"}
+    compiled = torch.compile(architectures.random_model(config), backend=flashinfer_trtllm, options=options)
+    with session.prefill([[1, 2, 3]]) as batch:
+        compiled(**batch.inputs, use_cache=False)
+
+    files = sorted(tmp_path.iterdir())
+    names = [file.stem.split("_", 1) for file in files]
+    assert [number for number, _ in names] == [f"{i:03}" for i in range(len(files))]
+    stages = [name for _, name in names]
+    assert stages.index("pattern_matcher_match_attention") < stages.index(
+        "cache_init_insert_cached_attention"
+    )
+    inserted = read_graph(files[stages.index("cache_init_insert_cached_attention")])
+    (append,) = (node for node in inserted.nodes if node.kind == "append")
+    assert append.made_by == "insert_cached_attention"

@@ -6,6 +6,7 @@ import io
 import json
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -273,7 +274,7 @@ def test_torch_compile_writes_its_graphs_there_too(tmp_path: Path, monkeypatch: 
     config = architectures.CONFIGS["llama_mha"]()
     config.num_hidden_layers = 1
     session = CacheSession(max_batch_size=2, max_seq_len=64, kv_cache_config={"tokens_per_block": 16})
-    options = {"session": session, "compile_backend": "torch-simple"}
+    options: dict[str, Any] = {"session": session, "compile_backend": "torch-simple"}
     compiled = torch.compile(architectures.random_model(config), backend=flashinfer_trtllm, options=options)
     with session.prefill([[1, 2, 3]]) as batch:
         compiled(**batch.inputs, use_cache=False)

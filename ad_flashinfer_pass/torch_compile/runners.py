@@ -79,6 +79,7 @@ class _Packed:
         return [_repeated(x, dims, 2) for x, dims in zip(outputs, self._output_dims, strict=True)]
 
     def _args(self, batch: Batch, extra: Sequence[Tensor]) -> list[Tensor]:
+        batch.nest(None)
         named = self._info.named_args()
         first = [named[name].view(1, batch.num_tokens) for name in ("input_ids", "position_ids")]
         metadata = [named[name] for name in METADATA_ARGS] if self._caches else []
@@ -191,10 +192,13 @@ class _Captured:
         for cache, page in zip(caches, kept, strict=True):
             cache[1] = page
         self._model = CachedModel(module, ctx.caches, session.sequence_info, ctx.vocab_size)
+        self._session = session
+        session.batch.was_overwritten()
         session.compiles.append(CompileRecord(backend, "decode", time.perf_counter() - start))
 
     def __call__(self, batch: Batch, extra: Sequence[Tensor]) -> Sequence[Tensor]:
-        self._model.nest(batch.steps)
+        batch.nest(self._model)
+        self._session.last_decoder = self._model
         logits = self._model.forward()[None, : batch.num_tokens]
         # A copy, since the next replay overwrites its own result.
         return [logits.repeat(1, 2 if batch.num_tokens == 1 else 1, 1)]

@@ -23,6 +23,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, SessionError
 from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 from ad_flashinfer_pass.registry import KvCacheResource
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.transforms.initialize_cache import free_bytes
 
@@ -143,6 +144,8 @@ class CacheSession:
         self._groups: dict[tuple[Hashable, ...], CacheGroup] = {}
         self._open: Batch | None = None
         self._is_split_noted = False
+        self.last_decoder: CachedModel | None = None
+        """The captured model that ran a decode step last; the next is written for it at once."""
 
     def config(self, **changes: Any) -> AutoDeployConfig:
         """The session's settings as a config of the pass, with ``changes``.
@@ -180,7 +183,7 @@ class CacheSession:
         return self.step([(None, prompt) for prompt in _prompts(input_ids)], sort=True)
 
     def decode(self, token_ids: Tensor | Sequence[int], sequences: Sequence[int] | None = None) -> Batch:
-        """One more token for each sequence.
+        """One more token for each sequence. The host does not wait for tokens that are on the device.
 
         Args:
             token_ids: int64 [b] or [b, 1], or a list: the tokens, as sampled from the step before.
@@ -191,10 +194,15 @@ class CacheSession:
                 sequences.
             CapacityError: the session is too small.
         """
-        tokens = token_ids.flatten().tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         chosen = list(self._sequences) if sequences is None else list(sequences)
-        if len(tokens) != len(chosen):
-            raise SessionError(f"decode takes one token a sequence, got {len(tokens)} for {len(chosen)}.")
+        num_tokens = token_ids.numel() if isinstance(token_ids, Tensor) else len(token_ids)
+        if num_tokens != len(chosen):
+            raise SessionError(f"decode takes one token a sequence, got {num_tokens} for {len(chosen)}.")
+        if isinstance(token_ids, Tensor) and token_ids.device.type != "cpu":
+            # They stay on the device: what stands for token i of a tensor is -1 - i.
+            schedule = [(sequence, [-1 - i]) for i, sequence in enumerate(chosen)]
+            return Batch(self, self._checked(schedule, sort=False), sampled=token_ids.flatten())
+        tokens = token_ids.flatten().tolist() if isinstance(token_ids, Tensor) else token_ids
         return self.step([(sequence, [token]) for sequence, token in zip(chosen, tokens, strict=True)])
 
     def step(self, schedule: Sequence[tuple[int | None, Sequence[int]]], *, sort: bool = False) -> Batch:
@@ -210,7 +218,10 @@ class CacheSession:
                 no tokens.
             CapacityError: the session is too small.
         """
-        return Batch(self, self._checked(schedule, sort), sort)
+        entries = self._checked(schedule, sort)
+        if min(min(tokens) for _, tokens in entries) < 0:
+            raise SessionError("token ids must be 0 or more.")
+        return Batch(self, entries, sort=sort)
 
     def free(self, sequences: Iterable[int] | None = None) -> None:
         """End sequences, by default all, and take their pages back.
@@ -363,11 +374,19 @@ class Batch:
     """
 
     def __init__(
-        self, session: CacheSession, entries: list[tuple[int | None, list[int]]], sort: bool
+        self,
+        session: CacheSession,
+        entries: list[tuple[int | None, list[int]]],
+        *,
+        sort: bool = False,
+        sampled: Tensor | None = None,
     ) -> None:
         self._session = session
         self._entries = entries
         self._sort = sort
+        self._sampled = sampled
+        self._is_nested = False
+        self._nested_for: CachedModel | None = None
         self._stack = contextlib.ExitStack()
         self._new_pages: list[list[int]] = []
         self._inputs: dict[str, Tensor] | None = None
@@ -424,6 +443,27 @@ class Batch:
             return logits[0, : len(rows)]
         return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
 
+    def nest(self, model: CachedModel | None) -> None:
+        """Write the metadata of the step, unless that was done.
+
+        Args:
+            model: with captured graphs, to the shape of one of which the step is padded; None: not padded.
+        """
+        if self._is_nested and self._nested_for is model:
+            return
+        info = self._session.sequence_info
+        if self._sampled is not None:
+            info.tokens[: len(self._sampled)] = self._sampled
+        if model is None:
+            info.nest_sequences(self.steps)
+        else:
+            model.nest(self.steps)
+        self._is_nested, self._nested_for = True, model
+
+    def was_overwritten(self) -> None:
+        """The metadata are those of another step: capture writes its own."""
+        self._is_nested = False
+
     def __enter__(self) -> Batch:
         session = self._session
         if self.steps:
@@ -442,11 +482,14 @@ class Batch:
         self.sequences = ids
         self.packed_ids = [ids[i] for i in order]
         self.steps = [self._step(ids[i], self._entries[i][1]) for i in order]
-        session.sequence_info.nest_sequences(self.steps)
+        self.nest(session.last_decoder if all(len(step.token_ids) == 1 for step in self.steps) else None)
         args = session.sequence_info.named_args()
         # Copies, since torch.compile would take the places of views in their buffer for sizes that vary.
         times = 2 if self.num_tokens == 1 else 1
-        packed = {name: args[name].reshape(1, -1).repeat(1, times) for name in ("input_ids", "position_ids")}
+        tokens = {
+            name: args[name].view(1, -1)[:, : self.num_tokens] for name in ("input_ids", "position_ids")
+        }
+        packed = {name: tensor.repeat(1, times) for name, tensor in tokens.items()}
         for tensor in packed.values():
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         self._inputs = packed

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ class _Sequence:
     pages: list[int]
 
 
-@dataclass(frozen=True)
-class CompileRecord:
+class CompileRecord(NamedTuple):
     """One compilation on behalf of a session."""
 
     what: str
@@ -48,6 +47,7 @@ class CompileRecord:
     shape: str
     """The token counts for which it holds."""
     seconds: float
+    """0 for dynamo, which does not say."""
 
 
 class CacheGroup:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.kernels import reference
 from ad_flashinfer_pass.ops import cached_attention
 
@@ -181,6 +182,7 @@ def mha_with_cache(
     elif not read_cache_only:
         _append(query, key, value, place, None)
     if num_long:
+        _check_capture(q, prefill_kernel)
         block_table = _table_of_step(block_table, seq_len_with_cache, kv_cache.shape[3])
     attended = cached_attention(
         query,
@@ -204,6 +206,15 @@ def mha_with_cache(
     rows[:num_tokens].copy_(attended)
     rows[num_tokens:].zero_()
     return result if out is None else out.new_empty(0)
+
+
+def _check_capture(q: Tensor, kernel: str) -> None:
+    """Speculative decoding captures steps of extends alone, which run on the kernel of prefill."""
+    if kernel in HOST_PLANNED and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"a step of drafts is being captured, and the kernel of its attention, {kernel}, needs a plan "
+            "that nothing would renew: use kv_cache_config.dtype: auto, or compile_backend: torch-simple."
+        )
 
 
 def _table_of_step(block_table: Tensor, seq_len_with_cache: Tensor, page_size: int) -> Tensor:

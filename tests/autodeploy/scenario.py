@@ -158,7 +158,7 @@ class Requests:
         Args:
             new: number of tokens by sequence.
             num_extend: how many of those before the decodes are extends.
-            how: a CapturedGraph or PiecewiseGraph to replay; default: the eager forward.
+            how: a CapturedGraph or PiecewiseGraph to replay, or a function to run; default: eagerly.
             pad: the batch size or the token bucket of that graph.
         """
         info, batch = self.deployment.info, []
@@ -172,7 +172,8 @@ class Requests:
         if isinstance(how, capture.PiecewiseGraph):
             info.pad_tokens(pad)
         with torch.no_grad():
-            logits = self.deployment.run() if how is None else how.replay(pad)
+            run = self.deployment.run if how is None else how
+            logits = how.replay(pad) if hasattr(how, "replay") else run()
         logits = logits.flatten(0, 1)
         row = 0
         for i, n in new.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -51,3 +52,38 @@ def test_a_model_through_resize_capture_and_every_kind_of_step(generation: Gener
             model.cm.poison()
     assert decode.num_replays == 12
     assert mixed is None or mixed.num_replays >= 8
+
+
+@pytest.mark.parametrize("generation", GENERATIONS[-2:], ids=str)
+def test_steps_of_drafts_are_captured_whole(generation: Generation) -> None:
+    """Extends alone count as decode (DualModeCapturedGraph): one graph, for other lengths and pages."""
+    with standin.installed(generation), torch.no_grad():
+        model = scenario.Deployment(generation, fuse=True)
+        model.cm.initialize(48)
+
+        def drafts(past: int, first_page: int) -> list[standin.interface.Request]:
+            pages = [[first_page + 6 * i + j for j in range(5)] for i in range(2)]
+            return [standin.interface.Request([1, 2, 3], past, one) for one in pages]
+
+        model.info.nest_sequences(drafts(0, 8), num_extend=2)
+        args = model.cm.named_args
+        for _ in range(3):
+            model.gm(**args)
+        graph = torch.cuda.CUDAGraph() if capture.IS_CUDA else None
+        if graph is not None:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                out = model.gm(**args)
+        model.cm.poison()
+        requests = scenario.Requests(model, [90, 130], 48, seed=6)
+        requests.step({0: 64, 1: 100})
+        for _ in range(4):
+            requests.step(
+                {0: 3, 1: 3}, num_extend=2, how=None if graph is None else partial(_replayed, graph, out)
+            )
+        requests.check_untouched()
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> torch.Tensor:
+    graph.replay()
+    return out.clone()

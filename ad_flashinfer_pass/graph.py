@@ -66,6 +66,12 @@ def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     return node
 
 
+def token_input(gm: fx.GraphModule) -> fx.Node | None:
+    """The placeholder of the tokens, input_ids [b, s] or inputs_embeds [b, s, d]; None if there is none."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return next((node for node in placeholders if node.name in ("input_ids", "inputs_embeds")), None)
+
+
 def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
     """The mode of the graph's fake tensors, None if the graph has none."""
     return next(filter(None, map(_mode, gm.graph.nodes)), None)

@@ -116,6 +116,15 @@ _SMALL: dict[str, Any] = {
     "hidden_size_per_layer_input": 16,
 }
 
+# A vision tower that no test looks at.
+_VISION: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_global_layers"), 1),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "attention_heads"), 2),
+    **dict.fromkeys(("hidden_size", "embed_dim", "intermediate_size"), 32),
+    **{"out_hidden_size": 64, "image_size": 28, "patch_size": 14},
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 32),
+}
+
 # What the table above gets wrong, by family.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -199,6 +208,21 @@ def small_config(model_type: str, **changes: Any) -> transformers.PretrainedConf
     return config_class(**{**_small_fields(config_class()), **_OVERRIDES.get(model_type, {}), **changes})
 
 
+def small_vision_config(model_type: str) -> transformers.PretrainedConfig:
+    """The config of a vision-language family with a small text stack and the least vision tower."""
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    fields = _small_fields(default)
+    fields["vision_config"] = {k: _VISION.get(k, v) for k, v in fields["vision_config"].items()}
+    if model_type.startswith("qwen"):
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        fields["text_config"]["rope_parameters"] = rope
+    for name in vars(default):
+        if name.endswith(("_token_id", "_token_index")):
+            fields[name] = 127
+    return config_class(**fields)
+
+
 def _small_fields(default: transformers.PretrainedConfig) -> dict[str, Any]:
     fields = default.to_dict()
     aliases = default.attribute_map
@@ -245,9 +269,9 @@ def random_model(
         ValueError: transformers has no such attention for this model.
     """
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=attn_implementation, dtype=torch.float32
-    ).eval()
+    has_vision = getattr(config, "vision_config", None) is not None
+    auto = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)

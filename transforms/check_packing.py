@@ -60,7 +60,7 @@ class _Checker:
     """The rules, with the symbols of this graph."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        sizes = g.shape(_input_ids(gm))
+        sizes = g.shape(_tokens(gm))[:2]
         self._axes = {str(size): axis for size, axis in zip(sizes, (_BATCH, _SEQ), strict=True)}
 
     def factors(self, size: int | SymInt) -> tuple[int, tuple[str, ...]]:
@@ -319,7 +319,7 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
     # As many tokens as a step may hold, all alike and then mixed: a limit to what an expert takes shows.
     among = torch.cat((positions.new_zeros(1, budget - half), first[None]), 1)
     alike, mixed = ids[:, :1].repeat(1, budget), ids.repeat(1, -(-budget // tokens))[:, :budget]
-    takes_rows = isinstance(g.shape(_input_ids(gm))[0], SymInt)  # else it is only called with one row
+    takes_rows = isinstance(g.shape(_tokens(gm))[0], SymInt)  # else it is only called with one row
     in_rows = [("the shape of the batch", ids.view(2, half), positions.view(2, half), positions[0])]
     runs = [
         ("the order of the tokens", ids[:, order], positions[:, order], order),
@@ -351,7 +351,7 @@ def _probe_rows(gm: fx.GraphModule, ids: Tensor, positions: Tensor, first: fx.No
     with torch.no_grad():
         for tokens in (ids, others):
             recorder = _SecondRow(gm)
-            recorder.run(tokens, positions)
+            recorder.run(*_inputs(gm, tokens, positions))
             runs.append(recorder.rows)
     for one, other in zip(*runs, strict=True):
         if not _nearly_equal(one, other):
@@ -367,19 +367,34 @@ def _nearly_equal(found: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
 
 
-def _input_ids(gm: fx.GraphModule) -> fx.Node:
-    return next(n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids")
+def _tokens(gm: fx.GraphModule) -> fx.Node:
+    node = g.token_input(gm)
+    assert node is not None
+    return node
 
 
 def _vocab_size(gm: fx.GraphModule) -> int:
-    tables = [g.args(n)[0] for n in _input_ids(gm).users if g.is_op(n, aten.embedding)]
-    return int(g.shape(tables[0])[0]) if tables else 2
+    tables = [g.args(n)[0] for n in _tokens(gm).users if g.is_op(n, aten.embedding)]
+    return int(g.shape(tables[0])[0]) if tables else 16
+
+
+def _inputs(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The two inputs of the graph; for inputs_embeds, a random vector for each token."""
+    tokens = _tokens(gm)
+    (position_ids,) = [n for n in gm.graph.find_nodes(op="placeholder") if n is not tokens]
+    rows = g.shape(position_ids)[:-2]
+    positions = positions.expand(*rows, *positions.shape)
+    if tokens.name == "input_ids":
+        return ids, positions
+    width, dtype = int(g.shape(tokens)[-1]), g.value(tokens).dtype
+    table = torch.randn(int(ids.max()) + 1, width, generator=torch.Generator().manual_seed(1))
+    return table.to(ids.device, dtype)[ids], positions
 
 
 def _run_local(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits [tokens, vocab] with each attention replaced by its own query and value."""
     with torch.no_grad():
-        outputs = _LocalAttention(gm).run(ids, positions)
+        outputs = _LocalAttention(gm).run(*_inputs(gm, ids, positions))
         logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
         return logits.flatten(0, 1)
 

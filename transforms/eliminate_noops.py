@@ -60,10 +60,10 @@ def _read_sizes_of_inputs(gm: fx.GraphModule) -> int:
     Legal because the sizes are equal for all values of their symbols. A mask that is only asked for its
     size would otherwise outlive its classification.
     """
-    ids = next((n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids"), None)
+    ids = g.token_input(gm)
     if ids is None:
         return 0
-    symbols = {str(size): dim for dim, size in enumerate(g.shape(ids)) if isinstance(size, torch.SymInt)}
+    symbols = {str(size): dim for dim, size in enumerate(g.shape(ids)[:2]) if isinstance(size, torch.SymInt)}
     canonical: dict[str, fx.Node] = {}
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=aten.sym_size.int):

@@ -1,9 +1,11 @@
 """nn.Module -> aten graph with dynamic batch and sequence.
 
 After: logits: [b, s, vocab] = graph(input_ids: int64 [b, s], position_ids: int64 [b, s])
+  or:  logits: [b, s, vocab] = graph(inputs_embeds: float [b, s, d], position_ids: int64 [b, s])
 
 The graph shares the module's parameters. A model of transformers is called without a cache; a module
-of one's own is called with input_ids and position_ids, and returns logits or an object with them. A
+of one's own is called with input_ids and position_ids, and returns logits or an object with them; one whose
+forward has no input_ids but inputs_embeds, as the text stack of a vision model, is called with those. A
 graph that was made elsewhere, ``ExportedProgram.module()`` or from ``make_fx``, is taken as it is.
 """
 
@@ -46,15 +48,14 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
 
 
 def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
-    input_ids = torch.zeros((_EXAMPLE_BATCH, _EXAMPLE_SEQ), dtype=torch.int64, device=ctx.device)
-    position_ids = torch.arange(_EXAMPLE_SEQ, device=ctx.device).repeat(_EXAMPLE_BATCH, 1)
-    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     wrapped = _Logits(model).eval()
+    example = wrapped.example((_EXAMPLE_BATCH, _EXAMPLE_SEQ), ctx.device)
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with torch.no_grad():
             program = torch.export.export(
                 wrapped,
-                (input_ids, position_ids),
+                example,
                 dynamic_shapes=(dynamic, dynamic),
                 strict=False,
             )
@@ -64,6 +65,9 @@ def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
         ) from err
     gm, guards = _single_output(program.module())
     _check_other_shapes(gm, wrapped, guards, ctx)
+    first = gm.graph.find_nodes(op="placeholder")[0]
+    first.name = first.target = wrapped.tokens
+    g.finish(gm)
     return gm
 
 
@@ -96,21 +100,27 @@ def _line_of_model(err: Exception) -> str:
 def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:
     inputs = given.graph.find_nodes(op="placeholder")
     shapes = [g.shape(node) if g.is_tensor(node) else () for node in inputs]
-    if [len(shape) for shape in shapes] != [2, 2]:
+    ranks = [len(shape) for shape in shapes]
+    is_float = ranks[:1] and g.is_tensor(inputs[0]) and g.value(inputs[0]).is_floating_point()
+    if len(ranks) != 2 or ranks[0] != (3 if is_float else 2) or ranks[1] not in (2, 3):
         raise ExportError(
-            "a given graph must have two inputs, input_ids and position_ids, both [batch, seq], got "
+            "a given graph must have two inputs, input_ids [batch, seq] or inputs_embeds [batch, seq, "
+            "hidden], and position_ids [batch, seq], or [n, batch, seq] if a token has several, got "
             f"{', '.join(f'{n.name} {tuple(shape)}' for n, shape in zip(inputs, shapes, strict=True))}."
         )
-    if not all(isinstance(size, torch.SymInt) for size in shapes[0]):
+    if not all(isinstance(size, torch.SymInt) for size in shapes[0][:2]):
         raise ExportError(
             f"batch and sequence of a given graph must be dynamic, got {inputs[0].name} {tuple(shapes[0])}: "
             "export it with dynamic_shapes, or trace it with make_fx(tracing_mode='symbolic')."
         )
-    for node, name in zip(inputs, ("input_ids", "position_ids"), strict=True):
+    for node, name in zip(
+        inputs, ("inputs_embeds" if is_float else "input_ids", "position_ids"), strict=True
+    ):
         node.name = node.target = name
     gm, guards = _single_output(given)
     for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
-        failed = _failed_guard(guards, shape)
+        examples = (g.value(node).new_empty((*_shape_of(node, shape),), device="meta") for node in inputs)
+        failed = failed_guard(guards, tuple(examples))
         if failed is not None:
             raise ExportError(
                 f"the given graph is not right for {shape[0]} x {shape[1]} tokens ({failed}). Export it from "
@@ -120,7 +130,7 @@ def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:
 
 
 class _Logits(nn.Module):
-    """The model as a function of input_ids and position_ids to logits."""
+    """The model as a function of tokens, by number or vector, and position_ids to logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -128,16 +138,39 @@ class _Logits(nn.Module):
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.takes_positions = "position_ids" in parameters
+        by_vector = "inputs_embeds" in parameters and "input_ids" not in parameters
+        self.tokens = "inputs_embeds" if by_vector else "input_ids"
         self.extra: dict[str, Any] = {}
         if "use_cache" in parameters or (takes_any and "past_key_values" in parameters):
             self.extra = {"use_cache": False}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         kwargs = {"position_ids": position_ids} if self.takes_positions else {}
-        out = self.model(input_ids=input_ids, **kwargs, **self.extra)
+        out = self.model(**{self.tokens: input_ids}, **kwargs, **self.extra)
         if isinstance(out, Tensor):
             return out
         return out.logits if hasattr(out, "logits") else out[0]
+
+    def example(self, shape: tuple[int, int], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Tokens of this shape and positions from 0; on meta, of no values.
+
+        Raises:
+            ExportError: the model takes vectors, and their width is not known.
+        """
+        batch, seq = shape
+        ids = torch.arange(batch * seq, device=device).view(shape) % 2
+        positions = torch.arange(seq, device=device).repeat(batch, 1)
+        if self.tokens == "input_ids":
+            return ids, positions
+        config = getattr(self.model, "config", None)
+        width = getattr(config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise ExportError(
+                f"{type(self.model).__name__} takes inputs_embeds, whose width is not known: give the module "
+                "a config with hidden_size, or export it and give the graph."
+            )
+        weight = next(self.model.parameters())
+        return (ids[..., None] + torch.linspace(0, 1, width, device=device)).to(weight.dtype), positions
 
 
 def plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
@@ -148,6 +181,7 @@ def plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
     guards = []
+    _inline_regions(module)
     for node in graph.find_nodes(op="call_module"):
         guards.append(module.get_submodule(str(node.target)))
         graph.erase_node(node)
@@ -175,7 +209,7 @@ def _check_other_shapes(
     what is computed. So where an assumption does not hold, the graph is run beside the model.
     """
     for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
-        failed = _failed_guard(guards, shape)
+        failed = failed_guard(guards, wrapped.example(shape, "meta"))
         if failed is not None and not _computes_the_same(gm, wrapped, shape, ctx.device):
             name, example = type(wrapped.model).__name__, f"{_EXAMPLE_BATCH} x {_EXAMPLE_SEQ}"
             raise ExportError(
@@ -195,22 +229,68 @@ def failed_guard(guards: list[nn.Module], inputs: Sequence[Tensor]) -> str | Non
     return None
 
 
-def _failed_guard(guards: list[nn.Module], shape: tuple[int, int]) -> str | None:
-    ids = torch.empty(shape, dtype=torch.int64, device="meta")
-    return failed_guard(guards, (ids, ids))
+def _inline_regions(gm: fx.GraphModule) -> None:
+    """The bodies of ``no_grad``, and of ``autocast`` that is switched off, in place of the calls of them.
+
+    Legal because nothing here takes gradients, and no autocast is on outside.
+
+    Raises:
+        ExportError: an autocast region is switched on.
+    """
+    hops = torch.ops.higher_order
+    for node in list(gm.graph.nodes):
+        if node.target is hops.wrap_with_set_grad_enabled:
+            body, *inputs = g.args(node)[1:]
+        elif node.target is hops.wrap_with_autocast:
+            _, dtype, enabled, _, body, *inputs = g.args(node)
+            if enabled:
+                raise ExportError(
+                    f"{g.where(node)}: the model runs a part of itself under autocast to {dtype}, which the "
+                    "graph cannot keep. Export it in the dtype that it should have, without autocast."
+                )
+        else:
+            continue
+        _inline(gm, node, body, inputs)
+        return _inline_regions(gm)  # a region can hold others
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, body: fx.Node, inputs: list[Any]) -> None:
+    """Copy the nodes of a region in front of its call, and give its results to the readers of the call."""
+    region = g.attribute(body)
+    placeholders = region.graph.find_nodes(op="placeholder")
+    values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+    with gm.graph.inserting_before(node):
+        for inner in region.graph.nodes:
+            if inner.op == "get_attr":
+                name = f"{body.target}.{inner.target}"
+                values[inner] = gm.graph.get_attr(name)
+                values[inner].meta = dict(inner.meta)
+            elif inner.op == "call_function":
+                values[inner] = gm.graph.node_copy(inner, values.__getitem__)
+    results = fx.node.map_arg(g.args(region.graph.output_node())[0], values.__getitem__)
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+
+
+def _shape_of(node: fx.Node, tokens: tuple[int, int]) -> list[int]:
+    """The shape of an input for so many sequences and tokens."""
+    first = g.value(node).dim() - 2 if g.value(node).dtype == torch.int64 else 0
+    sizes = [int(size) if at not in (first, first + 1) else 0 for at, size in enumerate(g.shape(node))]
+    sizes[first : first + 2] = tokens
+    return sizes
 
 
 def _computes_the_same(
     gm: fx.GraphModule, wrapped: _Logits, shape: tuple[int, int], device: torch.device
 ) -> bool:
-    batch, seq = shape
-    if seq > _LONGEST_RUN or not g.has_weights(gm):
+    if shape[1] > _LONGEST_RUN or not g.has_weights(gm):
         return False
-    ids = torch.arange(batch * seq, device=device).view(shape) % 2
-    positions = torch.arange(seq, device=device).repeat(batch, 1)
+    inputs = wrapped.example(shape, device)
     with torch.no_grad():
         try:
-            wanted, found = wrapped(ids, positions), gm(ids, positions)
+            wanted, found = wrapped(*inputs), gm(*inputs)
         except (RuntimeError, IndexError, ValueError, AssertionError):  # what the model's own code raises
             return False
     # The same ops on the same numbers: a tenth of a percent is ample for sums in another order.

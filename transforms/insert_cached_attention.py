@@ -78,9 +78,13 @@ def _insert_metadata(
     examples = ctx.sequence_info.named_args()
     inputs = {name: g.add_input(gm, name, examples[name]) for name in METADATA_ARGS}
     placeholders = gm.graph.find_nodes(op="placeholder")
-    position_ids = next(node for node in placeholders if node.name == "position_ids")
+    position_ids: fx.Node = next(node for node in placeholders if node.name == "position_ids")
     info = ctx.sequence_info
-    with gm.graph.inserting_after(placeholders[-1]):
+    first = placeholders[-1]
+    if g.value(position_ids).dim() > 2:  # one position for each axis of an image: their number is that of one
+        with gm.graph.inserting_after(first):
+            first = position_ids = g.call_op(gm.graph, torch.ops.aten.select.int, position_ids, 0, 0)
+    with gm.graph.inserting_after(first):
         prepared = g.call_op(
             gm.graph,
             torch.ops.ad_flashinfer.prepare_metadata.default,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
@@ -37,6 +38,8 @@ class CachedModel:
         self.num_pages = next(iter(caches.values())).shape[0]
         self.vocab_size = vocab_size
         self.weight_bytes = weight_bytes
+        graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
+        self._takes_vectors = any(n.name == "inputs_embeds" for n in graph.find_nodes(op="placeholder"))
 
     @property
     def eager_steps(self) -> dict[str, int]:
@@ -63,6 +66,10 @@ class CachedModel:
             Logits [n, vocab_size] on the device: first those of the sequences with gather, in order, then of
             padding rows. The next call may overwrite them.
         """
+        if self._takes_vectors:
+            raise ValueError(
+                "the graph takes inputs_embeds, not tokens: call step_with(..., inputs_embeds=...)."
+            )
         with torch.inference_mode():
             return self.module(**self.sequence_info.named_args(), **self.caches)[0]
 
@@ -73,6 +80,36 @@ class CachedModel:
             Whether a captured graph did it; if not, nothing was done.
         """
         return isinstance(self.module, CudaGraphModule) and self.module.advance_greedily()
+
+    def step_with(self, sequences: Sequence[SequenceStep], **inputs: Tensor) -> Tensor:
+        """``step`` with inputs of one's own in place of the metadata's, of a graph that is not captured.
+
+        Args:
+            sequences: as for ``step``; their token_ids are only counted where inputs_embeds are given.
+            inputs: by name, for the tokens of all sequences in order: inputs_embeds [tokens, d], position_ids
+                [tokens], or [n, tokens] if a token has several.
+
+        Raises:
+            ValueError: as ``step``; the graph is captured, or an input has another number of tokens.
+        """
+        if isinstance(self.module, CudaGraphModule):
+            raise ValueError(
+                "a captured graph reads the metadata alone; set compile_backend to torch-simple."
+            )
+        self.nest(sequences)
+        args = self.sequence_info.named_args()
+        shape = args["position_ids"].shape
+        for name, value in inputs.items():
+            lead = value.shape[:-1] if name == "position_ids" else ()
+            rest = value.shape[1:] if name != "position_ids" else ()
+            if value.numel() != prod((*lead, *shape, *rest)):
+                raise ValueError(f"{name} must be for {prod(shape)} tokens, got shape {tuple(value.shape)}.")
+            args[name] = value.reshape(*lead, *shape, *rest)
+        if "inputs_embeds" in inputs:
+            del args["input_ids"]
+        with torch.inference_mode():
+            logits: Tensor = self.module(**args, **self.caches)[0]
+        return logits[: sum(seq.gather for seq in sequences)]
 
     def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
         """Run the graph once; K and V of the new tokens are written to their pages.

@@ -38,6 +38,7 @@ _KINDS: dict[str, Kind] = {
     "ad_flashinfer.cached_attention": "attention",
     "aten.scaled_dot_product_attention": "attention",
     "ad_flashinfer.append_kv": "append",
+    "ad_flashinfer.rope_append": "append",
     "ad_flashinfer.prepare_metadata": "metadata",
 }
 

@@ -1,0 +1,69 @@
+"""``ad_flashinfer.rope_append``: rotate Q and K, and write K and V to the pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import reference
+
+_NAME = "ad_flashinfer::rope_append"
+
+torch.library.define(
+    _NAME,
+    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor slot_mapping, "
+    "Tensor(a!) kv_cache, float k_scale=1.0, float v_scale=1.0) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def rope_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """Rotary embedding by halves (GPT-NeoX) of Q and K, then ``append_kv`` of K and V.
+
+    On CUDA by one Triton kernel, elsewhere by the reference; both rotate in float32 and round once.
+
+    Args:
+        query: [b, s, num_heads, head_dim], any strides.
+        key: [b, s, num_kv_heads, head_dim], any strides.
+        value: [b, s, num_kv_heads, v_head_dim], any strides.
+        cos: [1 or b, s, rotary_dim]; the second half repeats the first and is not read. Elements of a head
+            from rotary_dim on are not rotated.
+        sin: likewise.
+        slot_mapping: int64 [b * s], page * page_size + offset. Slot 0 is scratch.
+        kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)], written at the slots.
+        k_scale: what an element of K in the cache stands for.
+        v_scale: likewise for V.
+
+    Returns:
+        The rotated query [b, s, num_heads, head_dim], contiguous.
+    """
+    half = cos.shape[-1] // 2
+    cos, sin = (x.expand(*query.shape[:2], -1)[..., :half] for x in (cos, sin))
+    if kv_cache.device.type == "cuda":
+        from ad_flashinfer_pass.kernels import rope_append as kernel  # needs triton
+
+        cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+        return kernel.rope_append(
+            query, key, value, kv_cache, slot_mapping, cos, sin, k_scale=k_scale, v_scale=v_scale
+        )
+    key = reference.rotate(key, cos, sin, interleaved=False)
+    reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
+    return reference.rotate(query, cos, sin, interleaved=False).contiguous()
+
+
+torch.library.impl(_NAME, "default", rope_append)
+
+
+@torch.library.register_fake(_NAME)
+def _(query: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return query.new_empty(query.shape)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -127,11 +128,12 @@ class Layers:
 
 
 def microseconds(runs: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -> list[float]:
-    """Median time of each, run in turn, each round in another order; the first rounds are not counted."""
+    """Median time of each, run in turn, each round in a random order; the first rounds are not counted."""
     times: list[list[float]] = [[] for _ in runs]
-    for round_ in range(rounds):
-        for place in range(len(runs)):
-            index = (place + round_) % len(runs)
+    rng = random.Random(0)
+    for _ in range(rounds):
+        # What ran before leaves its caches and its power draw: in a fixed order one kernel always pays for it.
+        for index in rng.sample(range(len(runs)), len(runs)):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             runs[index]()

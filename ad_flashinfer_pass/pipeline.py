@@ -59,6 +59,8 @@ def transform_module(
 def context(config: AutoDeployConfig) -> TransformContext:
     """What the transforms of a new run share."""
     device = torch.device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and graphs are those of the current device
     if config.kernel_dir is not None and device.type == "cuda":
         prebuild.use(Path(config.kernel_dir), device)
     info = SequenceInfo(

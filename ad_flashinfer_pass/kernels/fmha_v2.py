@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
+from ad_flashinfer_pass.kernels.modules import claim
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ CAPABILITY = Capability(
 
 def _workspace(device: torch.device) -> Tensor:
     """For one stream at a time; the kernel clears what it needs cleared."""
+    claim(device)
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 

@@ -12,7 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from packaging.version import Version
+
+from ad_flashinfer_pass.errors import KernelError
 
 if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpecNvcc
@@ -30,6 +33,27 @@ def problem() -> str | None:
     if Version(found) < Version(OLDEST_FLASHINFER):
         return f"flashinfer-python {found} is installed, {OLDEST_FLASHINFER} or newer is needed"
     return None
+
+
+_device: torch.device | None = None
+
+
+def claim(device: torch.device) -> None:
+    """Take FlashInfer's XQA and FMHA v2 for a device, for as long as the process lives.
+
+    When such a module is loaded it prepares itself for the current device, and for no other.
+
+    Raises:
+        KernelError: they were taken for another device.
+    """
+    global _device
+    if _device is None:
+        _device = device
+    elif device != _device:
+        raise KernelError(
+            f"FlashInfer's TRT-LLM kernels serve {_device} in this process and cannot serve {device} too: "
+            "use one process a GPU."
+        )
 
 
 def nvcc() -> str | None:

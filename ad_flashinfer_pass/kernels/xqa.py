@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
+from ad_flashinfer_pass.kernels.modules import claim
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device) -> None:
+        claim(device)
         self.semaphores = torch.zeros(_SEMAPHORES, dtype=torch.int32, device=device)
         self.scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
         # It decides how the keys are split: the same for every call.

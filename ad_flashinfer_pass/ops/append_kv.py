@@ -42,7 +42,8 @@ def append_kv(
     if kv_cache.device.type == "cuda":
         from ad_flashinfer_pass.kernels import append  # needs triton
 
-        append.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
+        with torch.cuda.device(kv_cache.device):
+            append.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
     else:
         reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
 

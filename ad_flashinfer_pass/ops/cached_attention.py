@@ -71,6 +71,26 @@ def cached_attention(
     """
     spec = AttentionSpec(scale, sliding_window, logit_cap, chunk, k_scale, v_scale)
     site = (v_head_dim, spec, sinks, alibi_slopes)
+    kernels = (prefill_kernel, decode_kernel, max_extend_len)
+    metadata = (batch_info_host, cu_seqlen, seq_len_with_cache, block_table)
+    if query.device.type != "cuda":
+        return _attend(query, kv_cache, *metadata, site, *kernels)
+    with torch.cuda.device(query.device):  # kernels are launched on the current device
+        return _attend(query, kv_cache, *metadata, site, *kernels)
+
+
+def _attend(
+    query: Tensor,
+    kv_cache: Tensor,
+    batch_info_host: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    site: tuple[int, AttentionSpec, Tensor | None, Tensor | None],
+    prefill_kernel: str,
+    decode_kernel: str,
+    max_extend_len: int,
+) -> Tensor:
     num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
     tokens = query.flatten(0, 1)
@@ -96,9 +116,9 @@ def cached_attention(
         parts.append(decode(one_each, kv_cache, seq_len_with_cache[rows], block_table[rows], *site))
     padding = tokens.shape[0] - long_tokens - num_decode
     if padding:
-        parts.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))
+        parts.append(tokens.new_zeros(padding, query.shape[2], site[0]))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.contiguous().view(*query.shape[:-1], v_head_dim)
+    return out.contiguous().view(*query.shape[:-1], site[0])
 
 
 torch.library.impl(_NAME, "default", cached_attention)

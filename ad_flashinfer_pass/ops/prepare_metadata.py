@@ -47,12 +47,7 @@ def prepare_metadata(
         slot_mapping: int64 [T], page * page_size + offset of each new token; 0, in the scratch
             page, for padding tokens.
     """
-    prepare = reference.prepare_metadata
-    if cache_loc.device.type == "cuda":
-        from ad_flashinfer_pass.kernels import metadata  # needs triton
-
-        prepare = metadata.prepare_metadata
-    return prepare(
+    args = (
         position_ids.numel(),
         reference.num_sequences(batch_info_host),
         cu_seqlen,
@@ -62,6 +57,12 @@ def prepare_metadata(
         max_blocks_per_seq,
         page_size,
     )
+    if cache_loc.device.type != "cuda":
+        return reference.prepare_metadata(*args)
+    from ad_flashinfer_pass.kernels import metadata  # needs triton
+
+    with torch.cuda.device(cache_loc.device):
+        return metadata.prepare_metadata(*args)
 
 
 torch.library.impl(_NAME, "default", prepare_metadata)

@@ -132,7 +132,7 @@ def microseconds(runs: Sequence[Callable[[], object]], rounds: int = _ROUNDS) ->
     times: list[list[float]] = [[] for _ in runs]
     rng = random.Random(0)
     for _ in range(rounds):
-        # What ran before leaves its caches and its power draw: in a fixed order one kernel always pays for it.
+        # What ran before leaves its caches and power draw: in a fixed order one kernel always pays for it.
         for index in rng.sample(range(len(runs)), len(runs)):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -63,28 +63,38 @@ def migrate(text: str, target: Target = "main") -> Migration:
         ConfigError: the text is no YAML mapping, or says the same thing under an old and a new key.
     """
     result = Migration(text, text if not text or text.endswith("\n") else text + "\n")
+    root = _base(text)
     for path, why in _REMOVED.items():
-        if _find(result.after, path) is not None:
-            result.after = _remove(result.after, path)
-            result.notes.append(f"removed {'.'.join(path)}: {why}")
+        if _find(result.after, root + path) is not None:
+            result.after = _remove(result.after, root + path)
+            result.notes.append(f"removed {_dotted(root + path)}: {why}")
     if target == "main":
         for old, new in _RENAMED.items():
-            _rename(result, old, new)
-    page = ("kv_cache_config", "tokens_per_block") if target == "main" else ("attn_page_size",)
+            _rename(result, root + old, root + new)
+    page = root + (("kv_cache_config", "tokens_per_block") if target == "main" else ("attn_page_size",))
     size = _value(result.after, page)
     if size is not None and (not size.isdigit() or int(size) not in PAGE_SIZES):
         result.after = _set(result.after, page, "32")
-        result.notes.append(
-            f"{'.'.join(page)}: {size} -> 32; the kernels read pages of 16, 32, 64 and 128 tokens"
-        )
-    previous = _value(result.after, ("attn_backend",))
+        result.notes.append(f"{_dotted(page)}: {size} -> 32; kernels read pages of 16, 32, 64 and 128 tokens")
+    backend, fuse = (*root, "attn_backend"), root + _FUSE
+    previous = _value(result.after, backend)
     if previous != BACKEND:
-        result.after = _set(result.after, ("attn_backend",), BACKEND)
-        result.notes.append(f"attn_backend: {previous or 'the default'} -> {BACKEND}")
-    if _find(result.after, _FUSE) is None:
-        result.after = _set(result.after, _FUSE, "post_load_fusion")
-        result.notes.append(f"added {'.'.join(_FUSE[:2])}: rotation and append in one kernel")
+        result.after = _set(result.after, backend, BACKEND)
+        result.notes.append(f"{_dotted(backend)}: {previous or 'the default'} -> {BACKEND}")
+    if _find(result.after, fuse) is None:
+        result.after = _set(result.after, fuse, "post_load_fusion")
+        result.notes.append(f"added {_dotted(fuse[:-1])}: rotation and append in one kernel")
     return result
+
+
+def _base(text: str) -> Path:
+    """Where the arguments of ``LlmArgs`` are: examples/auto_deploy keeps them below ``args``."""
+    found = _find(text, ("args",))
+    return ("args",) if found is not None and isinstance(found[1], yaml.MappingNode) else ()
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path)
 
 
 def _rename(result: Migration, old: Path, new: Path) -> None:
@@ -92,9 +102,7 @@ def _rename(result: Migration, old: Path, new: Path) -> None:
     if found is None:
         return
     if _find(result.after, new) is not None:
-        raise ConfigError(
-            f"{'.'.join(old)} is now {'.'.join(new)}, and the file has both: remove one of them."
-        )
+        raise ConfigError(f"{_dotted(old)} is now {_dotted(new)}, and the file has both: remove one of them.")
     _, value = found
     text = result.after[value.start_mark.index : value.end_mark.index].strip()
     if isinstance(value, yaml.CollectionNode) and not value.flow_style:
@@ -103,7 +111,7 @@ def _rename(result: Migration, old: Path, new: Path) -> None:
         ).strip()
     text = _VALUES.get(text, text)
     result.after = _set(_remove(result.after, old), new, text)
-    result.notes.append(f"{'.'.join(old)} -> {'.'.join(new)}")
+    result.notes.append(f"{_dotted(old)} -> {_dotted(new)}")
 
 
 def _root(text: str) -> yaml.MappingNode:

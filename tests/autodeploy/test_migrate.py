@@ -104,6 +104,19 @@ def test_keys_that_were_not_there(text: str) -> None:
     }
 
 
+def test_arguments_below_args() -> None:
+    """AutoDeploy's own examples keep them there, beside keys of the experiment."""
+    text = "args:\n  attn_backend: triton  # ours\n  free_mem_ratio: 0.5\nbenchmark:\n  enabled: true\n"
+    assert yaml.safe_load(migrate(text).after) == {
+        "args": {
+            "attn_backend": BACKEND,
+            "kv_cache_config": {"free_gpu_memory_fraction": 0.5},
+            "transforms": {"fuse_rope_into_flashinfer_trtllm": {"stage": "post_load_fusion"}},
+        },
+        "benchmark": {"enabled": True},
+    }
+
+
 def test_a_page_size_that_no_kernel_reads_becomes_32() -> None:
     """An unpaged cache had pages as long as a sequence."""
     result = migrate("attn_page_size: 8192\n")

@@ -249,6 +249,16 @@ class SequenceInfo:
         cache_loc = views["cache_loc"]
         cache_loc[first_page] = cache_loc[first_page] * goes_on
 
+    def advance_greedily(self, logits: Tensor) -> None:
+        """``advance`` with the most likely tokens after a decode step, as one Triton kernel.
+
+        Args:
+            logits: floating [n, vocab_size], of the first n sequences.
+        """
+        from ad_flashinfer_pass.kernels import advance  # needs triton
+
+        advance.advance_greedily(logits, self.tokens, self._buffer.views, IDLE)
+
     def _fill_in_tokens(self, num_tokens: int) -> None:
         ids = self._buffer.views["input_ids"][:num_tokens]
         ids.copy_(torch.where(ids < 0, self.tokens[(-1 - ids).clamp(min=0)].clamp(min=0), ids))

@@ -136,7 +136,7 @@ class CudaGraphModule(nn.Module):
                 inputs = self._padding_step(bucket, sequence_info, caches)
                 with recorder.warming(), fa.planning(plans[index]):
                     for _ in range(_WARM_UPS):
-                        sequence_info.advance(most_likely(self.eager(**inputs)[0]))
+                        _advance(sequence_info, bucket, self.eager(**inputs)[0])
             recorder.release_warm_up()
             for index, bucket in enumerate(buckets):
                 on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
@@ -195,7 +195,7 @@ class CudaGraphModule(nn.Module):
         if not bucket.num_tokens:
 
             def choose() -> Tensor:
-                sequence_info.advance(most_likely(logits[0]))
+                _advance(sequence_info, bucket, logits[0])
                 return sequence_info.tokens
 
             greedy, _ = recorder.record(choose)
@@ -240,6 +240,13 @@ class CudaGraphModule(nn.Module):
         if info.num_tokens_to_gather != info.num_decode:
             return "logits of only some sequences"
         return f"no graph for {info.num_decode} sequences"
+
+
+def _advance(sequence_info: SequenceInfo, bucket: Bucket, logits: Tensor) -> None:
+    if logits.device.type == "cuda" and not bucket.num_tokens:
+        sequence_info.advance_greedily(logits)
+    else:
+        sequence_info.advance(most_likely(logits))
 
 
 class _CudaRecorder:

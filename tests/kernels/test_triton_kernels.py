@@ -10,7 +10,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass.kernels import append, metadata, reference  # noqa: E402
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep  # noqa: E402
+from ad_flashinfer_pass.metadata import Bucket, SequenceInfo, SequenceStep  # noqa: E402
+from ad_flashinfer_pass.runtime.sampling import most_likely  # noqa: E402
 
 INPUT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CACHE_DTYPES = [*INPUT_DTYPES, torch.float8_e4m3fn]
@@ -157,3 +158,30 @@ def test_metadata_of_long_sequences() -> None:
         metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("vocab_size", [40, 4096, 5000])
+def test_advance_is_argmax_and_the_advance_of_the_metadata(dtype: torch.dtype, vocab_size: int) -> None:
+    """Over steps with ties, NaN, infinities, stop tokens, rows that have stopped, and padding."""
+    infos = [SequenceInfo(64, 6, 16, 4, DEVICE) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(-6, 6, (6, vocab_size), generator=generator).to(dtype).to(DEVICE)
+    stops = [[], [9, int(start[1].argmax())], [], [], []]
+    for info in infos:
+        steps = [SequenceStep([7], past, range(1 + 8 * past, 9 + 8 * past)) for past in range(5)]
+        info.nest_sequences(steps, pad_to=Bucket(0, 6), stop_token_ids=stops)
+    for step in range(4):
+        logits = torch.randint(-6, 6, (6, vocab_size), generator=generator).to(dtype).to(DEVICE)
+        logits = logits if step else start.clone()
+        if step == 1:
+            logits[2, 3], logits[3, vocab_size - 1] = torch.nan, torch.inf
+            logits[4, 5] = -torch.inf
+        infos[0].advance(most_likely(logits))
+        infos[1].advance_greedily(logits)
+        expected, actual = (info.named_args() for info in infos)
+        assert torch.equal(infos[1].tokens, infos[0].tokens)
+        for name in ("input_ids", "position_ids", "input_pos", "seq_len_with_cache", "cache_loc"):
+            assert torch.equal(actual[name], expected[name]), (step, name)
+    assert infos[0].tokens.tolist()[1:4] == [-2, -2, -2], "they have stopped"
+    assert infos[0].tokens.min() == -2 <= infos[0].tokens[4]

@@ -75,7 +75,7 @@ def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) 
         model,
         default_batch_sizes(config.max_batch_size) if sizes is None else sizes,
         default_token_buckets(config.token_budget) if buckets is None else buckets,
-        _host_kernels(ctx),
+        host_kernels(ctx),
     )
     captured.capture(
         ctx.sequence_info, ctx.caches, lambda text: ctx.on_event(f"compile_model: CUDA graphs, {text}")
@@ -89,7 +89,7 @@ def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) 
     return captured
 
 
-def _host_kernels(ctx: TransformContext) -> dict[Phase, str]:
+def host_kernels(ctx: TransformContext) -> dict[Phase, str]:
     """The kernel that keeps a phase from being captured, for each phase that has one."""
     phases: tuple[Phase, ...] = ("prefill", "decode")
     chosen = {phase: {getattr(site, phase).kernel for site in ctx.sites} for phase in phases}

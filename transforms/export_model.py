@@ -48,7 +48,7 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
 
 
 def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
-    wrapped = _Logits(model).eval()
+    wrapped = Logits(model).eval()
     example = wrapped.example((_EXAMPLE_BATCH, _EXAMPLE_SEQ), ctx.device)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
@@ -129,7 +129,7 @@ def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:
     return gm
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """The model as a function of tokens, by number or vector, and position_ids to logits."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,6 +145,7 @@ class _Logits(nn.Module):
             self.extra = {"use_cache": False}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits [b, s, vocab]."""
         kwargs = {"position_ids": position_ids} if self.takes_positions else {}
         out = self.model(**{self.tokens: input_ids}, **kwargs, **self.extra)
         if isinstance(out, Tensor):
@@ -201,7 +202,7 @@ def _single_output(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
 
 
 def _check_other_shapes(
-    gm: fx.GraphModule, wrapped: _Logits, guards: list[nn.Module], ctx: TransformContext
+    gm: fx.GraphModule, wrapped: Logits, guards: list[nn.Module], ctx: TransformContext
 ) -> None:
     """Refuse a graph into which a property of the example's shape was written.
 
@@ -283,7 +284,7 @@ def _shape_of(node: fx.Node, tokens: tuple[int, int]) -> list[int]:
 
 
 def _computes_the_same(
-    gm: fx.GraphModule, wrapped: _Logits, shape: tuple[int, int], device: torch.device
+    gm: fx.GraphModule, wrapped: Logits, shape: tuple[int, int], device: torch.device
 ) -> bool:
     if shape[1] > _LONGEST_RUN or not g.has_weights(gm):
         return False

@@ -15,6 +15,7 @@ import typer
 from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.cli import (
     calibrate,
+    check,
     diff,
     doctor,
     dump,
@@ -43,6 +44,7 @@ app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(epilog=dump.EXAMPLES)(dump.dump)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=migrate.EXAMPLES)(migrate.migrate)
+app.command(epilog=check.EXAMPLES)(check.check)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=report.EXAMPLES)(report.report)
 

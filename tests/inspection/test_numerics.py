@@ -1,0 +1,215 @@
+"""Whether ``check`` finds faults that are planted into a cached graph, and names the right attention."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import fx
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.inspection.numerics import CheckReport, Prepared, check_prepared, prepare
+from tests import architectures
+
+ops = torch.ops.ad_flashinfer
+aten = torch.ops.aten
+PAGE, WINDOW = 4, 9
+SITE = 1
+
+
+@pytest.fixture(scope="module")
+def gpt_oss() -> Prepared:
+    """Three layers with sinks and rotary positions, the middle one with a window."""
+    return prepared()
+
+
+@pytest.fixture(scope="module")
+def gpt_oss_fp8() -> Prepared:
+    return prepared(dtype="fp8", k_scale=0.5, v_scale=0.5)
+
+
+def prepared(**cache: object) -> Prepared:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = transformers.GptOssConfig(
+        **{**architectures._COMMON, "num_local_experts": 2, "num_experts_per_tok": 1},
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=kinds,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = architectures.random_model(config)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(1.0)
+    keys = {"tokens_per_block": PAGE, **cache}
+    return prepare(model, AutoDeployConfig(max_seq_len=64, kv_cache_config=keys))
+
+
+class Planted:
+    """A cached graph that may be damaged."""
+
+    def __init__(self, whole: Prepared) -> None:
+        graph = copy.deepcopy(whole.cached.graph)
+        self.gm = fx.GraphModule(whole.cached, graph)
+        self.attends = graph.find_nodes(op="call_function", target=ops.cached_attention.default)
+        self.appends = graph.find_nodes(op="call_function", target=ops.append_kv.default)
+        self.attend, self.append = self.attends[SITE], self.appends[SITE]
+        self.whole = whole
+
+    def before(self, node: fx.Node, target: object, *args: object) -> fx.Node:
+        """A new node in front of another."""
+        with self.gm.graph.inserting_before(node):
+            return self.gm.graph.call_function(target, args)  # type: ignore[arg-type]
+
+    def check(self, directory: Path | None = None) -> CheckReport:
+        self.gm.recompile()
+        damaged = dataclasses.replace(self.whole, cached=self.gm)
+        return check_prepared(damaged, "damaged", reproducer_dir=directory)
+
+
+def scale_dropped(p: Planted) -> None:
+    p.attend.update_arg(6, 1.0)
+
+
+def window_off_by_one(p: Planted) -> None:
+    p.attend.update_kwarg("sliding_window", WINDOW + 1)
+
+
+def k_and_v_swapped(p: Planted) -> None:
+    key, value, *rest = p.append.args
+    p.append.args = (value, key, *rest)
+
+
+def wrong_page(p: Planted) -> None:
+    """The third page of every sequence is the second."""
+    table = p.attend.args[5]
+    index = p.before(p.attend, torch.tensor, [0, 1, 1, *range(3, 64 // PAGE)])
+    p.attend.update_arg(5, p.before(p.attend, aten.index_select.default, table, 1, index))
+
+
+def stale_length(p: Planted) -> None:
+    lens = p.attend.args[4]
+    is_long = p.before(p.attend, aten.gt.Scalar, lens, 1)
+    is_long = p.before(p.attend, aten._to_copy.default, is_long)
+    is_long.update_kwarg("dtype", torch.int32)
+    p.attend.update_arg(4, p.before(p.attend, aten.sub.Tensor, lens, is_long))
+
+
+def wrong_layers_cache(p: Planted) -> None:
+    p.attend.update_arg(1, p.attends[SITE - 1].args[1])
+
+
+def missing_rope(p: Planted) -> None:
+    """The query as it was projected: what the first transposed view before the rotation holds."""
+    node = p.attend.args[0]
+    assert isinstance(node, fx.Node)
+    found = next(n for n in g.ancestors(node, lambda n: g.is_op(n, aten.linear)) if g.is_op(n, aten.linear))
+    sizes = g.shape(node)
+    cut = p.before(p.attend, aten.slice.Tensor, found, 2, 0, sizes[2] * sizes[3])
+    p.attend.update_arg(0, p.before(p.attend, aten.unflatten.int, cut, 2, [sizes[2], sizes[3]]))
+
+
+def padding_on_page_1(p: Planted) -> None:
+    """Slots on page 0 become slots of page 1, for the append of one layer."""
+    slots = p.append.args[2]
+    padding = p.before(p.append, aten.lt.Scalar, slots, PAGE)
+    elsewhere = p.before(p.append, aten.add.Scalar, slots, PAGE)
+    p.append.update_arg(2, p.before(p.append, aten.where.self, padding, elsewhere, slots))
+
+
+def sink_ignored(p: Planted) -> None:
+    p.attend.update_kwarg("sinks", None)
+
+
+FAULTS: dict[str, Callable[[Planted], None]] = {
+    fault.__name__: fault
+    for fault in (
+        scale_dropped,
+        window_off_by_one,
+        k_and_v_swapped,
+        wrong_page,
+        stale_length,
+        wrong_layers_cache,
+        missing_rope,
+        padding_on_page_1,
+        sink_ignored,
+    )
+}
+
+
+def assert_only_the_site_is_wrong(report: CheckReport) -> None:
+    assert [site.index for site in report.sites if not site.is_ok] == [SITE]
+    assert report.first is not None
+    assert report.first.startswith(f"attention site {SITE} (model.model.layers.{SITE}.self_attn")
+
+
+def test_all_agrees_without_a_fault(gpt_oss: Prepared, gpt_oss_fp8: Prepared) -> None:
+    """Every site, and the logits of every kind of step."""
+    for whole in (gpt_oss, gpt_oss_fp8):
+        report = Planted(whole).check()
+        assert report.is_ok
+        assert {each.phase for each in report.logits} == {"prefill", "mixed", "decode", "padded", "captured"}
+        assert [set(site.errors) for site in report.sites] == [{"prefill", "mixed", "decode", "padded"}] * 3
+        assert report.lengths[0] > WINDOW
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_finds_a_fault_at_its_site(gpt_oss: Prepared, fault: str) -> None:
+    """And at no other, although the ones behind it get other inputs."""
+    planted = Planted(gpt_oss)
+    FAULTS[fault](planted)
+    assert_only_the_site_is_wrong(planted.check())
+
+
+def test_finds_a_doubled_fp8_scale(gpt_oss_fp8: Prepared) -> None:
+    planted = Planted(gpt_oss_fp8)
+    planted.attend.update_kwarg("v_scale", 1.0)
+    assert_only_the_site_is_wrong(planted.check())
+
+
+def test_padding_shows_in_padded_steps_alone(gpt_oss: Prepared) -> None:
+    """The phase tells where to look."""
+    planted = Planted(gpt_oss)
+    padding_on_page_1(planted)
+    errors = planted.check().sites[SITE].errors
+    assert errors["padded"] > 1e-3
+    assert errors["prefill"] < 1e-5
+
+
+def test_the_reproducer_shows_the_error_alone(gpt_oss: Prepared, tmp_path: Path) -> None:
+    """The script, run by another process, reports the error; it is ten lines and needs its tensors only."""
+    planted = Planted(gpt_oss)
+    scale_dropped(planted)
+    report = planted.check(tmp_path)
+    assert report.reproducer is not None
+    script = Path(report.reproducer)
+    assert script.parent == tmp_path
+    assert len(script.read_text().splitlines()) <= 12
+
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=tmp_path)
+
+    shown = float(done.stdout.split("largest error: ")[1].split()[0])
+    first = report.sites[SITE]
+    assert shown > first.tolerance
+    assert shown <= max(first.errors.values()) * 3
+
+
+def test_a_fault_outside_attention_is_named_by_its_node(gpt_oss: Prepared) -> None:
+    """An activation that is doubled: all sites agree with their inputs, the logits do not."""
+    planted = Planted(gpt_oss)
+    adds = [
+        n for n in planted.gm.graph.nodes if g.is_op(n, aten.add) and g.module_path(n).endswith("layers.1")
+    ]
+    adds[0].update_kwarg("alpha", 2)
+    report = planted.check()
+    assert all(site.is_ok for site in report.sites)
+    assert report.first is not None
+    assert report.first.startswith(f"node {adds[0].name} ")
+    assert "after the insertion" in report.first

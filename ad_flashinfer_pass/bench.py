@@ -7,11 +7,15 @@ copy. No step that reads all of that can be faster; one that is close to it has 
 
 from __future__ import annotations
 
+import datetime
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +25,11 @@ from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
-_COPY_BYTES = 2**30
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COPY_BYTES = {"cuda": 2**32, "cpu": 2**28}
+"""Far more than a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,22 @@ class Row:
     between_tokens: Percentiles
     request: Percentiles
 
+
+@dataclass(frozen=True)
+class Result:
+    """A run of ``bench``."""
+
+    machine: str
+    versions: dict[str, str]
+    date: str
+    copy_bytes_per_s: float
+    """Bytes read plus bytes written by a large copy."""
+    input_len: int
+    output_len: int
+    rows: list[Row]
+    eager_steps: dict[str, int]
+    """Steps that ran eagerly although graphs were captured, by reason."""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
@@ -79,7 +103,7 @@ def bench(
     concurrencies: Sequence[int],
     requests_each: int = 1,
     on_progress: Callable[[int, int, int], None] | None = None,
-) -> list[Row]:
+) -> Result:
     """Measure a model at several concurrencies.
 
     Args:
@@ -91,7 +115,7 @@ def bench(
         on_progress: called with (concurrency, requests done, requests in all).
 
     Returns:
-        A row for each concurrency, in order, after one round that is not counted.
+        A row for each concurrency, in order, after a short round that is not counted.
 
     Raises:
         ConfigError: a number does not fit the limits that the model was built for.
@@ -114,7 +138,16 @@ def bench(
         timelines = load.run(number, number * requests_each, on_progress)
         floor = step_bytes(model, number, input_len + output_len // 2) / bandwidth
         rows.append(_row(number, input_len, start, timelines, floor))
-    return rows
+    return Result(
+        machine=machine(model.device),
+        versions={name: version(name) for name in ("torch", "transformers", "ad-flashinfer-pass")},
+        date=datetime.date.today().isoformat(),
+        copy_bytes_per_s=bandwidth,
+        input_len=input_len,
+        output_len=output_len,
+        rows=rows,
+        eager_steps=model.eager_steps,
+    )
 
 
 class _Load:
@@ -178,7 +211,7 @@ def step_bytes(model: CachedModel, batch_size: int, context: int) -> int:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read plus bytes written in a second by a large copy, the best of five."""
-    source = torch.ones(_COPY_BYTES // 4, device=device)
+    source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(6):
@@ -193,3 +226,63 @@ def copy_bandwidth(device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the processor's kind and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def as_table(result: Result) -> Table:
+    """A row for each concurrency."""
+    from rich.table import Table
+
+    title = f"{result.machine}: {result.input_len} tokens in, {result.output_len} out"
+    table = Table(title=title, caption=f"a copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s")
+    for name in ("at once", "step ms", "floor ms", "of floor", "tokens/s", "prompt tokens/s"):
+        table.add_column(name, justify="right")
+    for name in ("first token ms", "between tokens ms", "request ms"):
+        table.add_column(f"{name}\np50 / p90 / p99", justify="right")
+    for row in result.rows:
+        times = (row.first_token, row.between_tokens, row.request)
+        table.add_row(
+            str(row.concurrency),
+            f"{row.step_ms:.2f}",
+            f"{row.floor_ms:.2f}",
+            f"{row.floor_ms / row.step_ms:.0%}" if row.step_ms == row.step_ms else "-",
+            f"{row.output_tokens_per_s:,.0f}",
+            f"{row.prompt_tokens_per_s:,.0f}",
+            *(f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
+        )
+    return table
+
+
+def draw(result: Result, file: Path) -> None:
+    """Step time by concurrency with the floor, as .png or .svg.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the file's ending is another.
+    """
+    if file.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {file}: must end in .png or .svg.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'ad-flashinfer-pass[plot]'.") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [row.concurrency for row in result.rows]
+    axes.plot(numbers, [row.step_ms for row in result.rows], marker="o", label="decode step")
+    axes.plot(
+        numbers, [row.floor_ms for row in result.rows], linestyle="--", color="gray", label="floor: memory"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("sequences in a step")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(f"{result.machine}, {result.input_len} tokens in, {result.output_len} out", fontsize=10)
+    axes.legend()
+    figure.savefig(file, dpi=150)

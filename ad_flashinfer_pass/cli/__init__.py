@@ -14,6 +14,7 @@ import typer
 
 from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.cli import (
+    bench,
     calibrate,
     check,
     diff,
@@ -47,6 +48,7 @@ app.command(epilog=migrate.EXAMPLES)(migrate.migrate)
 app.command(epilog=check.EXAMPLES)(check.check)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's FMHA v2 kernel through FlashInfer: prefill and chunks of it on compute capability 9.x.
+"""TensorRT-LLM's FMHA v2 kernel through FlashInfer: prefill and chunks of it on compute capability 9.x, 12.x.
 
 It needs no plan: lengths and pages are read on the device. FlashInfer compiles one module for all head sizes
 and masks, which takes tens of processor minutes, so this provider is chosen only where that module is built.
@@ -52,7 +52,7 @@ CAPABILITY = Capability(
     workspace_bytes=_WORKSPACE_BYTES,
     phases=frozenset({"prefill"}),
     device_types=frozenset({"cuda"}),
-    compute_majors=frozenset({9}),
+    compute_majors=frozenset({9, 12}),
     dtypes=frozenset({torch.bfloat16}),
     kv_dtypes={},
     page_sizes=frozenset({16, 32, 64, 128}),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import fa, fmha_v2, select, xqa
+from ad_flashinfer_pass.kernels import fa, fmha_v2, select, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.capability import Phase
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 
@@ -217,20 +217,21 @@ def test_fmha_v2_prefills_every_shape(shape: Shape) -> None:
         assert_within_bound(batch, out)
 
 
-def skip_unless_it_runs(provider: ModuleType, shape: Shape, phase: Phase) -> None:
+def skip_unless_it_runs(provider: Any, shape: Shape, phase: Phase) -> None:
     refusals = provider.CAPABILITY.refusals(site_of(shape), phase, DEVICE)
     if refusals:
         pytest.skip(", ".join(refusals))
 
 
+@pytest.mark.parametrize("provider", [fa, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
 @pytest.mark.parametrize("shape", FA, ids=str)
-def test_fa_prefills_every_shape(shape: Shape) -> None:
+def test_others_prefill_every_shape(shape: Shape, provider: Any) -> None:
     """Fresh sequences and chunks with a past, over caches of 8 bits and under logit caps too."""
-    skip_unless_it_runs(fa, shape, "prefill")
+    skip_unless_it_runs(provider, shape, "prefill")
     for lengths in (MIXED_LENGTHS, [(0, 200)], [(0, 64)] * 3):
         batch = PagedBatch(lengths, shape, seed=len(lengths))
         n = len(lengths)
-        out = fa.prefill(
+        out = provider.prefill(
             batch.query,
             batch.kv_cache,
             batch.args["cu_seqlen"][: n + 1],
@@ -244,15 +245,18 @@ def test_fa_prefills_every_shape(shape: Shape) -> None:
         assert_within_bound(batch, out)
 
 
+@pytest.mark.parametrize("provider", [fa, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
 @pytest.mark.parametrize("shape", FA, ids=str)
-def test_fa_decodes_every_shape(shape: Shape) -> None:
+def test_others_decode_every_shape(shape: Shape, provider: Any) -> None:
     """Lengths on and beside every edge, few sequences, whose keys are split, and many."""
-    skip_unless_it_runs(fa, shape, "decode")
+    skip_unless_it_runs(provider, shape, "decode")
     for lengths in ([length - 1 for length in edges(shape.page_size)], [9000, 3], list(range(0, 640, 5))):
         batch = PagedBatch([(length, 1) for length in lengths], shape)
         n = len(lengths)
         lens, table = batch.args["seq_len_with_cache"][:n], batch.block_table[:n]
-        out = fa.decode(batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, None, None)
+        out = provider.decode(
+            batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, None, None
+        )
         assert_within_bound(batch, out)
 
 

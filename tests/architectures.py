@@ -30,6 +30,13 @@ _COMMON: dict[str, Any] = {
 }
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
 
+_GEMMA: dict[str, Any] = {
+    "head_dim": 16,
+    "sliding_window": 12,
+    "layer_types": _SLIDING_AND_FULL,
+    "tie_word_embeddings": False,  # tied, its large embeddings repeat the last token for ever
+}
+
 
 def _config(name: str, **changes: Any) -> Callable[[], transformers.PretrainedConfig]:
     return lambda: getattr(transformers, name)(**{**_COMMON, **changes})
@@ -42,8 +49,8 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3": _config("Qwen3Config", head_dim=32),
     "mistral": _config("MistralConfig", sliding_window=12),
     "phi3": _config("Phi3Config"),
-    "gemma2": _config("Gemma2Config", head_dim=16, sliding_window=12, layer_types=_SLIDING_AND_FULL),
-    "gemma3_text": _config("Gemma3TextConfig", head_dim=16, sliding_window=12, layer_types=_SLIDING_AND_FULL),
+    "gemma2": _config("Gemma2Config", **_GEMMA),
+    "gemma3_text": _config("Gemma3TextConfig", **_GEMMA),
     "granite": _config(
         "GraniteConfig",
         attention_multiplier=0.1,

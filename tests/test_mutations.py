@@ -1,0 +1,410 @@
+"""Deliberately broken copies of every rewrite rule: for each, an oracle of the tests fails.
+
+``MUTATIONS`` is the list. An entry names the transform, breaks one rule of it, and names the oracle that
+catches it: logits of the cached model in every kind of step against those of the dense model, as the tests of
+the forms use it, or the refusal of a model that must be refused. Each oracle holds without the mutation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ad_flashinfer_pass import axes, masks, matching, registry
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.config import STAGES
+from ad_flashinfer_pass.errors import TransformError
+from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.transforms import (
+    check_packing,
+    classify_mask,
+    eliminate_noops,
+    expand_flex_attention,
+    insert_cached_attention,
+    match_repeat_kv,
+)
+from tests.transforms import test_hand_written as hand_written
+from tests.transforms.serving import assert_serves_like, cached
+from tests.transforms.small_models import (
+    HEADS,
+    SCALE,
+    SmallModel,
+    additive,
+    aten,
+    causal,
+    context,
+    eager,
+    repeat_kv,
+    sdpa,
+    softmax_with_sinks,
+)
+
+Patch = pytest.MonkeyPatch
+FORMS = hand_written.FORMS
+
+
+# Oracles. Each is a model of a few layers and what must hold of it.
+
+
+def serves(make: Callable[[], nn.Module]) -> Callable[[], None]:
+    """The cached model gives the logits of the dense one."""
+
+    def check() -> None:
+        model = make().eval()
+        assert_serves_like(cached(model), model)
+
+    return check
+
+
+def refuses(make: Callable[[], nn.Module]) -> Callable[[], None]:
+    """The pass stops."""
+
+    def check() -> None:
+        try:
+            cached(make().eval())
+        except TransformError:
+            return
+        raise AssertionError("not refused")
+
+    return check
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    rows, columns = p[:, None, :, None], p[:, None, None, :]
+    visible = (columns <= rows) & (columns // 4 == rows // 4)
+    return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+
+
+def alibi(factor: float) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        slopes = torch.exp2(-torch.arange(1.0, HEADS + 1))[:, None, None]
+        bias = slopes * (p[:, None, None, :] - p[:, None, :, None]) / factor
+        return ((q @ repeat_kv(k).mT + bias + additive(causal(p))) * factor).softmax(-1) @ repeat_kv(v)
+
+    return attend
+
+
+def rounded(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+    return x + (x * 3).to(torch.int32).to(torch.float32)
+
+
+def averaged(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+    return x + x.mean(1, keepdim=True)
+
+
+def low_floor(logits: Tensor, p: Tensor) -> Tensor:
+    return torch.clamp_min(logits, -0.5) + additive(causal(p))
+
+
+def prefix(logits: Tensor, p: Tensor) -> Tensor:
+    return logits.masked_fill(~(causal(p) | (p[:, None, None, :] < 3)), float("-inf"))
+
+
+ORACLES: dict[str, Callable[[], None]] = {
+    "two_layers": serves(lambda: SmallModel(sdpa, FORMS["sdpa_expanded"])),
+    "scaled": serves(lambda: SmallModel(FORMS["scaled_query"])),
+    "grouped": serves(lambda: SmallModel(FORMS["grouped_matmul"])),
+    "tiled": serves(lambda: SmallModel(FORMS["tiled"])),
+    "cap": serves(lambda: SmallModel(eager(scores=capped))),
+    "sinks": serves(lambda: SmallModel(eager(weights=softmax_with_sinks))),
+    "sinks_by_scaling": serves(lambda: SmallModel(FORMS["sinks_by_scaling"])),
+    "window": serves(lambda: SmallModel(FORMS["sdpa_window"])),
+    "chunk": serves(lambda: SmallModel(hand_written.form(chunked))),
+    "alibi": serves(lambda: SmallModel(hand_written.form(alibi(1.0)))),
+    "scaled_alibi": serves(lambda: SmallModel(hand_written.form(alibi(0.5)))),
+    "flex_cap": serves(lambda: SmallModel(FORMS["flex_window_and_cap"])),
+    "heads_last": serves(lambda: SmallModel(FORMS["heads_last"])),
+    "casts_that_round": serves(lambda: SmallModel(sdpa, mix=rounded)),
+    "refused_floor": refuses(lambda: SmallModel(eager(mask=low_floor))),
+    "refused_prefix": refuses(lambda: SmallModel(eager(mask=prefix))),
+    "refused_mean_over_tokens": refuses(lambda: SmallModel(sdpa, mix=averaged)),
+    "refused_readers": refuses(lambda: SmallModel(hand_written.attend_with_weights)),
+}
+
+
+def capped(q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(q @ k.mT * SCALE / hand_written.CAP) * hand_written.CAP
+
+
+# Mutations. Each breaks one thing.
+
+
+def matches_with(patch: Patch, **changes: Any) -> None:
+    """Every match has these values in place of its own."""
+    for name in ("read_sdpa", "read_eager"):
+        read = getattr(matching, name)
+
+        def broken(node: fx.Node, read: Any = read) -> matching.AttentionMatch:
+            match = read(node)
+            for key, value in changes.items():
+                setattr(match, key, value(match) if callable(value) else value)
+            return match
+
+        patch.setattr(matching, name, broken)
+
+
+def swapped_k_and_v(patch: Patch) -> None:
+    for name in ("read_sdpa", "read_eager"):
+        read = getattr(matching, name)
+
+        def broken(node: fx.Node, read: Any = read) -> matching.AttentionMatch:
+            match = read(node)
+            key, value = match.key, match.value
+            match.key = matching.Operand(value.node, with_axes(value.dims, match.axes.value, match.axes.key))
+            match.value = matching.Operand(key.node, with_axes(key.dims, match.axes.key, match.axes.value))
+            return match
+
+        patch.setattr(matching, name, broken)
+
+
+def with_axes(dims: axes.Dims, old: axes.Dims, new: axes.Dims) -> axes.Dims:
+    return tuple(new[old.index(dim)] for dim in axes.whole(dims))
+
+
+def classes_with(patch: Patch, **changes: Any) -> None:
+    """Every mask is classified with these values."""
+    apply = classify_mask._apply
+
+    def broken(gm: fx.GraphModule, node: fx.Node, found: masks.Certificate, slopes: Any) -> None:
+        values = {k: v(getattr(found.mask_class, k)) for k, v in changes.items()}
+        apply(
+            gm,
+            node,
+            dataclasses.replace(found, mask_class=dataclasses.replace(found.mask_class, **values)),
+            slopes,
+        )
+
+    patch.setattr(classify_mask, "_apply", broken)
+
+
+def everything_is_causal(patch: Patch) -> None:
+    certificate = masks.Certificate(
+        masks.MaskClass(),
+        (1, 64),
+        0,
+        (),
+        reads_positions=False,
+        starts_anywhere=True,
+        isolates_packed=True,
+        shifts_rows=False,
+    )
+    patch.setattr(masks, "prove", lambda mask, max_seq_len: certificate)
+
+
+def tile_for_repeat(patch: Patch) -> None:
+    """Heads 0 1 0 1 in place of 0 0 1 1."""
+
+    def replace(node: fx.Node, target: Any, source: fx.Node, repeats: int, dim: int) -> None:
+        g.replace_op(node, aten.repeat.default, source, [repeats if d == dim else 1 for d in range(4)])
+
+    patch.setattr(match_repeat_kv, "g", Shim(g, replace_op=replace))
+
+
+class Shim:
+    """A module with some of its functions replaced."""
+
+    def __init__(self, module: Any, **functions: Any) -> None:
+        self._module = module
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def repeat_for_tile(patch: Patch) -> None:
+    def broken(node: fx.Node, dims: axes.Dims) -> axes.Dims | None:
+        (times,) = [n for n in g.args(node)[1] if n != 1]
+        found = axes.regrouped((dims[1],), (g.shape(g.args(node)[0])[1], times))
+        return None if found is None else (dims[0], found[0], *dims[2:])
+
+    patch.setattr(axes, "_without_tiles", broken)
+
+
+def inverse_permutation(patch: Patch) -> None:
+    order = axes._order
+
+    def broken(node: fx.Node) -> list[int] | None:
+        found = order(node)
+        return None if found is None else [found.index(dim) for dim in range(len(found))]
+
+    patch.setattr(axes, "_order", broken)
+
+
+def group_first(patch: Patch) -> None:
+    patch.setattr(matching.SiteAxes, "heads", property(lambda self: self.group + self.kv_heads))
+
+
+def operand_scale_dropped(patch: Patch) -> None:
+    taken = matching._taken
+    patch.setattr(matching, "_taken", lambda *args: dataclasses.replace(taken(*args), factor=1.0))
+
+
+def sink_share_dropped(patch: Patch) -> None:
+    scaling = matching._sinks_by_scaling
+    patch.setattr(matching, "_sinks_by_scaling", lambda *args: (None, scaling(*args)[1]))
+
+
+def any_floor(patch: Patch) -> None:
+    patch.setattr(matching, "_hides", lambda fill, factor: True)
+
+
+def no_packing_rule(patch: Patch) -> None:
+    patch.setattr(check_packing._Checker, "refuse", lambda self, node: None)
+
+
+def casts_dropped(patch: Patch) -> None:
+    def same_shape(a: fx.Node, b: fx.Node) -> bool:
+        return g.same_shape(g.shape(a), g.shape(b))
+
+    patch.setattr(eliminate_noops, "_same_value_type", same_shape)
+
+
+def ignored_readers(patch: Patch) -> None:
+    patch.setattr(matching._LogitsReader, "check_readers", lambda self, softmax: None)
+    patch.setattr(check_packing._Checker, "refuse", lambda self, node: None)
+
+
+def caches(choose: Callable[[list[fx.Node]], fx.Node]) -> Callable[[Patch], None]:
+    """A site gets another site's cache."""
+
+    def mutate(patch: Patch) -> None:
+        add, made = insert_cached_attention._add_cache, []
+
+        def broken(*args: Any) -> fx.Node:
+            made.append(add(*args))
+            return choose(made)
+
+        patch.setattr(insert_cached_attention, "_add_cache", broken)
+
+    return mutate
+
+
+def stale_lengths(patch: Patch) -> None:
+    """Kernels get the lengths before the step."""
+    insert = insert_cached_attention._insert_metadata
+
+    def broken(gm: fx.GraphModule, ctx: TransformContext) -> Any:
+        inputs, block_table, slots = insert(gm, ctx)
+        with gm.graph.inserting_after(block_table):
+            stale = g.call_op(gm.graph, aten.clamp_min.default, inputs["input_pos"], 1)
+        return {**inputs, "seq_len_with_cache": stale}, block_table, slots
+
+    patch.setattr(insert_cached_attention, "_insert_metadata", broken)
+
+
+def first_row_for_all(patch: Patch) -> None:
+    original = registry.get("gather_logits_before_lm_head")
+
+    def broken(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+        gm, report = original(model, ctx)
+        assert isinstance(gm, fx.GraphModule)
+        (select,) = gm.graph.find_nodes(op="call_function", target=aten.index_select.default)
+        with gm.graph.inserting_before(select):
+            zero = g.call_op(gm.graph, aten.zeros_like.default, select.args[2])
+        select.args = (*select.args[:2], zero)
+        g.finish(gm)
+        return gm, report
+
+    patch.setitem(registry._TRANSFORMS, "gather_logits_before_lm_head", broken)
+
+
+def flex_without(name: str) -> Callable[[Patch], None]:
+    def mutate(patch: Patch) -> None:
+        inlined = expand_flex_attention._Expansion._inlined
+
+        def broken(self: Any, mod: str, graph: fx.Node, first: list[fx.Node], buffers: Any) -> fx.Node:
+            return first[0] if mod == name else inlined(self, mod, graph, first, buffers)
+
+        patch.setattr(expand_flex_attention._Expansion, "_inlined", broken)
+
+    return mutate
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One broken rule."""
+
+    transform: str
+    broken: str
+    mutate: Callable[[Patch], None]
+    caught_by: str
+    """The oracle's name."""
+
+
+def of(transform: str, broken: str, mutate: Callable[[Patch], None], caught_by: str) -> Mutation:
+    return Mutation(transform, broken, mutate, caught_by)
+
+
+MATCH, CLASSIFY, INSERT = "match_attention", "classify_mask", "insert_cached_attention"
+MUTATIONS = [
+    of("eliminate_noops", "casts dropped", casts_dropped, "casts_that_round"),
+    of("expand_flex_attention", "score_mod dropped", flex_without("score_mod"), "flex_cap"),
+    of("match_repeat_kv", "heads tiled", tile_for_repeat, "two_layers"),
+    of(MATCH, "scale dropped", lambda p: matches_with(p, scale=1.0), "two_layers"),
+    of(MATCH, "scale doubled", lambda p: matches_with(p, scale=lambda m: m.scale * 2), "two_layers"),
+    of(MATCH, "scale of the query dropped", operand_scale_dropped, "scaled"),
+    of(MATCH, "K and V swapped", swapped_k_and_v, "two_layers"),
+    of(MATCH, "cap dropped", lambda p: matches_with(p, logit_cap=None), "cap"),
+    of(MATCH, "cap halved", lambda p: matches_with(p, logit_cap=lambda m: m.logit_cap / 2), "cap"),
+    of(MATCH, "sinks dropped", lambda p: matches_with(p, sinks=None), "sinks"),
+    of(MATCH, "sinks' scaling dropped", sink_share_dropped, "sinks_by_scaling"),
+    of(MATCH, "mask dropped", lambda p: matches_with(p, mask_terms=lambda m: [], is_causal=True), "window"),
+    of(MATCH, "mask's factor dropped", lambda p: matches_with(p, mask_terms=unscaled_terms), "scaled_alibi"),
+    of(MATCH, "wrong KV head of a group", group_first, "grouped"),
+    of(MATCH, "tiles read as repeats", repeat_for_tile, "tiled"),
+    of(MATCH, "permutations read backwards", inverse_permutation, "heads_last"),
+    of(MATCH, "any floor accepted", any_floor, "refused_floor"),
+    of(MATCH, "other readers of the logits ignored", ignored_readers, "refused_readers"),
+    of(CLASSIFY, "window one longer", lambda p: classes_with(p, sliding_window=lambda w: w + 1), "window"),
+    of(CLASSIFY, "window one shorter", lambda p: classes_with(p, sliding_window=lambda w: w - 1), "window"),
+    of(CLASSIFY, "window dropped", lambda p: classes_with(p, sliding_window=lambda w: None), "window"),
+    of(CLASSIFY, "chunk one longer", lambda p: classes_with(p, chunk=lambda c: c + 1), "chunk"),
+    of(CLASSIFY, "chunk dropped", lambda p: classes_with(p, chunk=lambda c: None), "chunk"),
+    of(CLASSIFY, "ALiBi dropped", lambda p: classes_with(p, alibi_slopes=lambda s: None), "alibi"),
+    of(CLASSIFY, "ALiBi heads reversed", lambda p: classes_with(p, alibi_slopes=lambda s: s[::-1]), "alibi"),
+    of(CLASSIFY, "no proof", everything_is_causal, "refused_prefix"),
+    of("check_packing", "nothing checked", no_packing_rule, "refused_mean_over_tokens"),
+    of(INSERT, "every layer has the first cache", caches(lambda made: made[0]), "two_layers"),
+    of(INSERT, "lengths without this step's tokens", stale_lengths, "two_layers"),
+    of("gather_logits_before_lm_head", "the first row for all", first_row_for_all, "two_layers"),
+]  # fmt: skip
+
+
+def unscaled_terms(match: matching.AttentionMatch) -> list[matching.MaskTerm]:
+    return [dataclasses.replace(term, factor=1.0) for term in match.mask_terms]
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("name", sorted({mutation.caught_by for mutation in MUTATIONS}))
+def test_oracle_holds_of_the_pass_as_it_is(name: str) -> None:
+    """What catches a mutation does not fail by itself."""
+    ORACLES[name]()
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.transform}-{m.broken.replace(' ', '_')}")
+def test_broken_rule_is_caught(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle fails, or the pass refuses what the broken rule made."""
+    mutation.mutate(monkeypatch)
+
+    with pytest.raises((AssertionError, TransformError)):
+        ORACLES[mutation.caught_by]()
+
+
+def test_every_transform_that_rewrites_is_in_the_list() -> None:
+    """Of those between export and compilation; fusions have tests of their own numbers."""
+    stages = STAGES[STAGES.index("post_export") : STAGES.index("compile")]
+    others = {"initialize_cache"}  # allocates
+    entries = context().config.transforms
+    rewriting = {
+        name for name, entry in entries.items() if entry.stage in stages and "fus" not in entry.stage
+    }
+
+    assert rewriting - others <= {mutation.transform for mutation in MUTATIONS}

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,22 @@ class SequenceStep(NamedTuple):
     """Page ids that hold positions 0 .. input_pos + len(token_ids) - 1 at least, none of them page 0."""
     gather: bool = True
     """Whether the logits of the last token are wanted."""
+
+
+class RowParams(NamedTuple):
+    """How the token of one row of logits is chosen on the device; see ``runtime.sampling.SamplingParams``."""
+
+    stop_token_ids: Sequence[int] = ()
+    """After one of them the sequence rests; only the first eight are used."""
+    temperature: float = 0.0
+    top_k: int = 0
+    tail_mass: float = -1.0
+    """1 - top_p; negative keeps all."""
+    min_p: float = 0.0
+    seed: int = 0
+    """int64."""
+    num_generated: int = 0
+    """Tokens that the sequence has generated before this one."""
 
 
 class Bucket(NamedTuple):
@@ -146,6 +162,12 @@ class SequenceInfo:
                 "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "token_gather_indices": (torch.int64, (max_batch_size,)),
                 "stop_token_ids": (torch.int64, (max_batch_size, _MAX_STOP_TOKENS)),
+                "seed": (torch.int64, (max_batch_size,)),
+                "num_generated": (torch.int64, (max_batch_size,)),
+                "temperature": (torch.float32, (max_batch_size,)),
+                "tail_mass": (torch.float32, (max_batch_size,)),
+                "min_p": (torch.float32, (max_batch_size,)),
+                "top_k": (torch.int32, (max_batch_size,)),
                 "is_stopped": (torch.int32, (max_batch_size,)),
                 "cu_seqlen": (torch.int32, (self.max_rows + 1,)),
                 "input_pos": (torch.int32, (self.max_rows,)),
@@ -167,7 +189,7 @@ class SequenceInfo:
         sequences: Sequence[SequenceStep],
         *,
         pad_to: Bucket | None = None,
-        stop_token_ids: Sequence[Sequence[int]] = (),
+        row_params: Sequence[RowParams] = (),
     ) -> None:
         """Write the metadata of one step. Never waits for the device.
 
@@ -175,8 +197,8 @@ class SequenceInfo:
             sequences: ordered prefill (many tokens, no past), extend (many tokens, a past), decode (one
                 token).
             pad_to: add padding rows up to this shape. There may be no sequences then.
-            stop_token_ids: for each row of logits the tokens after which ``advance`` lets it rest on page 0;
-                only the first eight are used.
+            row_params: for each row of logits what ``advance`` and ``sample_and_advance`` go by; else that of
+                the step before stands.
 
         Raises:
             ValueError: the step is empty, out of order, too large, or its pages do not cover it.
@@ -196,9 +218,12 @@ class SequenceInfo:
         write("position_ids", [position for span in spans for position in range(*span)])
         write("token_gather_indices", step.gather)
         write("is_stopped", [0] * step.num_real + [1] * (self._num_gather - step.num_real))
-        if stop_token_ids:
+        if row_params:
+            stops, *columns = map(list, zip(*row_params, strict=True))
             unused = [-1] * _MAX_STOP_TOKENS
-            write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stop_token_ids])
+            write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stops])
+            for name, column in zip(RowParams._fields[1:], columns, strict=True):
+                write(name, column)
         write("cu_seqlen", [0, *ends])
         write("input_pos", [start for start, _ in spans])
         write("seq_len_with_cache", [end for _, end in spans])
@@ -249,15 +274,16 @@ class SequenceInfo:
         cache_loc = views["cache_loc"]
         cache_loc[first_page] = cache_loc[first_page] * goes_on
 
-    def advance_greedily(self, logits: Tensor) -> None:
-        """``advance`` with the most likely tokens after a decode step, as one Triton kernel.
+    def sample_and_advance(self, scores: Tensor) -> None:
+        """Choose tokens as ``row_params`` say, and ``advance``: one Triton kernel.
 
         Args:
-            logits: floating [n, vocab_size], of the first n sequences.
+            scores: floating [n, vocab_size], the first n rows of logits, penalised if they are to be.
         """
         from ad_flashinfer_pass.kernels import advance  # needs triton
 
-        advance.advance_greedily(logits, self.tokens, self._buffer.views, IDLE)
+        views, is_decode = self._buffer.views, self._shape[1] == 1
+        advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, advances=is_decode)
 
     def _fill_in_tokens(self, num_tokens: int) -> None:
         ids = self._buffer.views["input_ids"][:num_tokens]
@@ -379,14 +405,14 @@ class _StagedBuffer:
             {name: view.numpy() for name, view in views_of(stage).items()} for stage in self._stages
         ]
 
-    def next_stage(self) -> Callable[[str, Sequence[int] | Sequence[list[int]]], None]:
+    def next_stage(self) -> Callable[[str, Sequence[Any]], None]:
         """What writes the first elements of a part. Waits for the copy ``_STAGES`` steps ago, if it must."""
         self._stage = (self._stage + 1) % len(self._stages)
         if self._events:
             self._events[self._stage].synchronize()
         arrays = self._arrays[self._stage]
 
-        def write(name: str, values: Sequence[int] | Sequence[list[int]]) -> None:
+        def write(name: str, values: Sequence[Any]) -> None:
             if values:
                 arrays[name][: len(values)] = values
 

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.metadata import RowParams, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 
 
@@ -46,18 +46,18 @@ class CachedModel:
         """Steps that ran eagerly although graphs were captured, by reason."""
         return dict(self.module.fallbacks) if isinstance(self.module, CudaGraphModule) else {}
 
-    def nest(self, sequences: Sequence[SequenceStep], stop_token_ids: Sequence[Sequence[int]] = ()) -> None:
+    def nest(self, sequences: Sequence[SequenceStep], row_params: Sequence[RowParams] = ()) -> None:
         """Write the metadata of a step, padded to the shape of a captured graph if there is one.
 
         Args:
             sequences: ordered prefill, extend, decode; see ``metadata.SequenceStep``.
-            stop_token_ids: see ``SequenceInfo.nest_sequences``.
+            row_params: see ``SequenceInfo.nest_sequences``.
 
         Raises:
             ValueError: the step is empty, out of order or too large.
         """
         bucket = self.module.bucket(sequences) if isinstance(self.module, CudaGraphModule) else None
-        self.sequence_info.nest_sequences(sequences, pad_to=bucket, stop_token_ids=stop_token_ids)
+        self.sequence_info.nest_sequences(sequences, pad_to=bucket, row_params=row_params)
 
     def forward(self) -> Tensor:
         """Run the graph on the metadata as they are; K and V of the new tokens are written to their pages.
@@ -73,13 +73,18 @@ class CachedModel:
         with torch.inference_mode():
             return self.module(**self.sequence_info.named_args(), **self.caches)[0]
 
-    def advance_greedily(self) -> bool:
-        """Take the most likely tokens of the last ``forward``, and make the metadata those of the next step.
+    def sample_and_advance(self, *, is_greedy: bool) -> bool:
+        """Choose tokens from the last ``forward``, and make the metadata those of the next step, by a replay.
+
+        Args:
+            is_greedy: whether all rows take the most likely token.
 
         Returns:
             Whether a captured graph did it; if not, nothing was done.
         """
-        return isinstance(self.module, CudaGraphModule) and self.module.advance_greedily()
+        return isinstance(self.module, CudaGraphModule) and self.module.sample_and_advance(
+            is_greedy=is_greedy
+        )
 
     def step_with(self, sequences: Sequence[SequenceStep], **inputs: Tensor) -> Tensor:
         """``step`` with inputs of one's own in place of the metadata's, of a graph that is not captured.

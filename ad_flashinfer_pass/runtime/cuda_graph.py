@@ -7,7 +7,8 @@ is compared before each replay: the integers of ``batch_info_host``, which hold 
 addresses of all inputs, and the generation of the kernels' workspaces. All other steps run eagerly, each
 counted by its reason.
 
-After a decode step the greedy choice of tokens and ``SequenceInfo.advance`` are a second graph of its bucket.
+The choice of tokens and ``SequenceInfo.advance`` are a second graph of each bucket, because a batch with a
+repetition penalty goes another way between the two.
 
 On a CPU there are no graphs: a replay runs the module again, with the same padding, checks and counts.
 """
@@ -43,8 +44,8 @@ class _Captured(NamedTuple):
     graph: _Graph
     logits: Tensor
     """Where each replay puts its result."""
-    greedy: _Graph | None
-    """Takes the most likely tokens of ``logits`` and advances; only for decode steps."""
+    tail: _Graph
+    """Chooses tokens from ``logits``, and advances."""
     shape: torch.Size
     """Of the tokens."""
     addresses: list[int]
@@ -136,7 +137,7 @@ class CudaGraphModule(nn.Module):
                 inputs = self._padding_step(bucket, sequence_info, caches)
                 with recorder.warming(), fa.planning(plans[index]):
                     for _ in range(_WARM_UPS):
-                        _advance(sequence_info, bucket, self.eager(**inputs)[0])
+                        _sample_and_advance(sequence_info, self.eager(**inputs)[0])
             recorder.release_warm_up()
             for index, bucket in enumerate(buckets):
                 on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
@@ -161,15 +162,18 @@ class CudaGraphModule(nn.Module):
         self.num_replays += 1
         return captured.logits
 
-    def advance_greedily(self) -> bool:
-        """Choose the most likely tokens of the last call's logits, and advance, by a replay.
+    def sample_and_advance(self, *, is_greedy: bool) -> bool:
+        """Choose tokens from the logits of the last call as they are, and advance, by a replay.
+
+        Args:
+            is_greedy: whether all rows take the most likely token. On a CPU nothing else has a graph.
 
         Returns:
             Whether there is a graph that does it; if not, nothing was done.
         """
-        if self._last is None or self._last.greedy is None:
+        if self._last is None or not (is_greedy or self._last.logits.device.type == "cuda"):
             return False
-        self._last.greedy.replay()
+        self._last.tail.replay()
         return True
 
     @staticmethod
@@ -191,20 +195,18 @@ class CudaGraphModule(nn.Module):
         inputs = self._padding_step(bucket, sequence_info, caches)
         with fa.planning(plans):
             graph, logits = recorder.record(lambda: self.eager(**inputs))
-        greedy = None
-        if not bucket.num_tokens:
 
-            def choose() -> Tensor:
-                _advance(sequence_info, bucket, logits[0])
-                return sequence_info.tokens
+        def choose() -> Tensor:
+            _sample_and_advance(sequence_info, logits[0])
+            return sequence_info.tokens
 
-            greedy, _ = recorder.record(choose)
+        tail, _ = recorder.record(choose)
         self.costs.append(CaptureCost(bucket, time.perf_counter() - start, free - recorder.free_bytes()))
         self._captured[tuple(inputs["batch_info_host"].tolist())] = _Captured(
             bucket,
             graph,
             logits,
-            greedy,
+            tail,
             inputs["input_ids"].shape,
             _addresses(inputs),
             workspaces.generation(),
@@ -242,9 +244,9 @@ class CudaGraphModule(nn.Module):
         return f"no graph for {info.num_decode} sequences"
 
 
-def _advance(sequence_info: SequenceInfo, bucket: Bucket, logits: Tensor) -> None:
-    if logits.device.type == "cuda" and not bucket.num_tokens:
-        sequence_info.advance_greedily(logits)
+def _sample_and_advance(sequence_info: SequenceInfo, logits: Tensor) -> None:
+    if logits.device.type == "cuda":
+        sequence_info.sample_and_advance(logits)
     else:
         sequence_info.advance(most_likely(logits))
 

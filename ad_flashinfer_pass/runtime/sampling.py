@@ -133,7 +133,7 @@ class BatchParams:
         if not any(is_drawn):
             return batch
         batch.is_drawn = _on_device(torch.tensor(is_drawn), device)
-        batch.seeds = _on_device(torch.tensor([_as_int64(row.seed) for row in rows]), device)
+        batch.seeds = _on_device(torch.tensor([as_int64(row.seed) for row in rows]), device)
         batch.num_generated = _on_device(torch.tensor([row.num_generated for row in rows]), device)
         batch.temperature = column([p.temperature or 1 for p in params])
         top_k = [min(p.top_k, vocab_size) for p in params]
@@ -185,21 +185,29 @@ class Sampler:
         Returns:
             int64 [n] on the device: token ids; -1 for a row that holds NaN or +inf, or only -inf.
         """
-        if rows != self._rows:
-            batch = BatchParams.of(rows, logits.shape[1], logits.device)
-            _carry_over(self._batch.seen, self._rows, batch.seen, rows)
-            self._batch, self._rows = batch, rows
+        scores = self.penalise(logits, rows)
         batch = self._batch
-        scores = batch.penalise(logits)
         tokens = most_likely(scores)
         if batch.is_drawn is not None and batch.seeds is not None and batch.num_generated is not None:
             numbers = uniforms(batch.seeds, batch.num_generated)
             batch.num_generated += 1
             drawn = _draw(batch.filter(scores), numbers.unsqueeze(1))
             tokens = torch.where(batch.is_drawn & (tokens >= 0), drawn, tokens)
-        if batch.seen is not None:
-            batch.seen.scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
+        self.note(tokens)
         return tokens
+
+    def penalise(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
+        """The first half of ``sample``: the logits with repetition penalties, if there are any."""
+        if rows != self._rows:
+            batch = BatchParams.of(rows, logits.shape[1], logits.device)
+            _carry_over(self._batch.seen, self._rows, batch.seen, rows)
+            self._batch, self._rows = batch, rows
+        return self._batch.penalise(logits)
+
+    def note(self, tokens: Tensor) -> None:
+        """The end of ``sample``: remember tokens, int64 [n], that were chosen; negative ones are none."""
+        if self._batch.seen is not None:
+            self._batch.seen.scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
 
 
 def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -283,7 +291,7 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _as_int64(value: int) -> int:
+def as_int64(value: int) -> int:
     """Any integer, modulo 2**64."""
     return (value + 2**63) % 2**64 - 2**63
 

@@ -13,9 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.metadata import RowParams, SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.sampling import SampledSequence, Sampler
+from ad_flashinfer_pass.runtime.sampling import SampledSequence, Sampler, as_int64
+
+_MAX_TOP_K = 2**31 - 1
 
 
 class RunnerRow(SampledSequence, Protocol):
@@ -59,6 +61,7 @@ class StepRunner:
     def __init__(self, model: CachedModel, *, runs_ahead: bool) -> None:
         self._model = model
         self._runs_ahead = runs_ahead
+        self._on_cuda = model.device.type == "cuda"
         self._sampler = Sampler()
 
     def run(self, steps: Sequence[SequenceStep], rows: Sequence[RunnerRow]) -> PendingTokens:
@@ -68,8 +71,8 @@ class StepRunner:
             steps: ordered prefill, extend, decode; see ``SequenceStep``.
             rows: those with gather, in their order, as a list that is not changed afterwards.
         """
-        stops = [sorted(row.stop_token_ids) for row in rows] if self._runs_ahead else ()
-        self._model.nest(steps, stops)
+        on_device = self._runs_ahead or self._on_cuda
+        self._model.nest(steps, [_row_params(row) for row in rows] if on_device else ())
         return self.run_again(rows)
 
     def run_again(self, rows: Sequence[RunnerRow]) -> PendingTokens:
@@ -78,10 +81,37 @@ class StepRunner:
             logits = self._model.forward()
             if not rows:
                 return PendingTokens(torch.empty(0, dtype=torch.int64))
-            if not self._runs_ahead:
-                return PendingTokens(self._sampler.sample(logits[: len(rows)], rows))
+            logits = logits[: len(rows)]
             info = self._model.sequence_info
-            is_greedy = all(row.params.is_greedy for row in rows)
-            if not (is_greedy and self._model.advance_greedily()):
-                info.advance(self._sampler.sample(logits[: len(rows)], rows))
+            if self._on_cuda:
+                self._sample_on_cuda(logits, rows)
+            elif not self._runs_ahead:
+                return PendingTokens(self._sampler.sample(logits, rows))
+            elif not (_is_greedy(rows) and self._model.sample_and_advance(is_greedy=True)):
+                info.advance(self._sampler.sample(logits, rows))
             return PendingTokens(info.tokens[: len(rows)])
+
+    def _sample_on_cuda(self, logits: Tensor, rows: Sequence[RunnerRow]) -> None:
+        info = self._model.sequence_info
+        if any(row.params.repetition_penalty != 1 for row in rows):
+            info.sample_and_advance(self._sampler.penalise(logits, rows))
+            self._sampler.note(info.tokens[: len(rows)])
+        elif not self._model.sample_and_advance(is_greedy=_is_greedy(rows)):
+            info.sample_and_advance(logits)
+
+
+def _is_greedy(rows: Sequence[RunnerRow]) -> bool:
+    return all(row.params.is_greedy for row in rows)
+
+
+def _row_params(row: RunnerRow) -> RowParams:
+    params = row.params
+    return RowParams(
+        stop_token_ids=sorted(row.stop_token_ids),
+        temperature=params.temperature,
+        top_k=min(params.top_k, _MAX_TOP_K),
+        tail_mass=1 - params.top_p if params.top_p < 1 else -1.0,
+        min_p=params.min_p,
+        seed=as_int64(row.seed),
+        num_generated=row.num_generated,
+    )

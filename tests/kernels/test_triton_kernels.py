@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +13,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass.kernels import append, metadata, reference  # noqa: E402
-from ad_flashinfer_pass.metadata import Bucket, SequenceInfo, SequenceStep  # noqa: E402
-from ad_flashinfer_pass.runtime.sampling import most_likely  # noqa: E402
+from ad_flashinfer_pass.metadata import Bucket, RowParams, SequenceInfo, SequenceStep  # noqa: E402
+from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams, most_likely  # noqa: E402
 
 INPUT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CACHE_DTYPES = [*INPUT_DTYPES, torch.float8_e4m3fn]
@@ -168,9 +171,10 @@ def test_advance_is_argmax_and_the_advance_of_the_metadata(dtype: torch.dtype, v
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(-6, 6, (6, vocab_size), generator=generator).to(dtype).to(DEVICE)
     stops = [[], [9, int(start[1].argmax())], [], [], []]
+    row_params = [RowParams(stop_token_ids=stop) for stop in stops]
     for info in infos:
         steps = [SequenceStep([7], past, range(1 + 8 * past, 9 + 8 * past)) for past in range(5)]
-        info.nest_sequences(steps, pad_to=Bucket(0, 6), stop_token_ids=stops)
+        info.nest_sequences(steps, pad_to=Bucket(0, 6), row_params=row_params)
     for step in range(4):
         logits = torch.randint(-6, 6, (6, vocab_size), generator=generator).to(dtype).to(DEVICE)
         logits = logits if step else start.clone()
@@ -178,10 +182,88 @@ def test_advance_is_argmax_and_the_advance_of_the_metadata(dtype: torch.dtype, v
             logits[2, 3], logits[3, vocab_size - 1] = torch.nan, torch.inf
             logits[4, 5] = -torch.inf
         infos[0].advance(most_likely(logits))
-        infos[1].advance_greedily(logits)
+        infos[1].sample_and_advance(logits)
         expected, actual = (info.named_args() for info in infos)
         assert torch.equal(infos[1].tokens, infos[0].tokens)
         for name in ("input_ids", "position_ids", "input_pos", "seq_len_with_cache", "cache_loc"):
             assert torch.equal(actual[name], expected[name]), (step, name)
     assert infos[0].tokens.tolist()[1:4] == [-2, -2, -2], "they have stopped"
     assert infos[0].tokens.min() == -2 <= infos[0].tokens[4]
+
+
+@dataclass(eq=False)
+class Drawing:
+    """A row that samples."""
+
+    params: SamplingParams
+    seed: int
+    num_generated: int
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def row_params(self) -> RowParams:
+        p = self.params
+        tail = 1 - p.top_p if p.top_p < 1 else -1.0
+        return RowParams((), p.temperature, p.top_k, tail, p.min_p, self.seed, self.num_generated)
+
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "top_k": {"top_k": 7},
+    "top_k_1": {"top_k": 1},
+    "top_k_all": {"top_k": 5000},
+    "top_p": {"top_p": 0.6},
+    "top_p_0": {"top_p": 0.0},
+    "min_p": {"min_p": 0.1},
+    "min_p_1": {"min_p": 1.0},
+    "all": {"top_k": 40, "top_p": 0.8, "min_p": 0.05},
+}
+
+
+@pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_samples_what_the_filters_leave_as_the_sampler_does(dtype: torch.dtype) -> None:
+    """Each filter, alone and together, with cold and hot rows, against the sampler in plain torch."""
+    params = [SamplingParams(temperature=0.4 + i % 3, **f) for i, f in enumerate(FILTERS.values())]
+    params.append(SamplingParams())
+    vocab_size, generator = 300, torch.Generator().manual_seed(0)
+    # No two alike in 16 bits either: which of several equal scores a filter drops is nobody's business.
+    row = torch.linspace(-7, 7, vocab_size).to(dtype).unique()
+    orders = [torch.randperm(len(row), generator=generator) for _ in params]
+    scores = torch.stack([row[order] for order in orders]).to(DEVICE)
+    info = SequenceInfo(64, len(params), 64, 4, DEVICE)
+    for step in range(2):
+        rows = [Drawing(p, 2**40 + i, step) for i, p in enumerate(params)]
+        steps = [SequenceStep([7], 3, [1 + i]) for i in range(len(rows))]
+        info.nest_sequences(steps, row_params=[r.row_params for r in rows])
+        info.sample_and_advance(scores)
+        assert info.tokens.tolist() == Sampler().sample(scores, rows).tolist()
+
+
+def test_a_filter_keeps_all_equal_scores() -> None:
+    """Top-k keeps more than k if they tie, and top-p all or none of those that are equal."""
+    scores = (
+        torch.tensor([[0.0, 3.0, 3.0, 3.0, -2.0, 3.0, -torch.inf]], device=DEVICE).expand(2, -1).contiguous()
+    )
+    info = SequenceInfo(64, 2, 64, 4, DEVICE)
+    seen: list[set[int]] = [set(), set()]
+    for seed in range(18):
+        params = [RowParams((), 1.0, 2, seed=seed), RowParams((), 1.0, 0, 0.3, seed=seed)]
+        info.nest_sequences([SequenceStep([7], 3, [1 + i]) for i in range(2)], row_params=params)
+        info.sample_and_advance(scores)
+        for found, token in zip(seen, info.tokens.tolist(), strict=True):
+            found.add(token)
+    assert seen == [{1, 2, 3, 5}] * 2
+
+
+def test_draws_in_one_row_of_many_steps_do_not_need_the_host() -> None:
+    """The count of generated tokens goes up on the device: a row draws as if it were told each time."""
+    scores = torch.randn(1, 200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    info = SequenceInfo(64, 1, 64, 4, DEVICE)
+    params = SamplingParams(temperature=1.5)
+    info.nest_sequences([SequenceStep([7], 3, range(1, 9))], row_params=[Drawing(params, 5, 0).row_params])
+    drawn = []
+    for step in range(5):
+        info.sample_and_advance(scores)
+        drawn.append(int(info.tokens[0]))
+        assert drawn[-1] == int(Sampler().sample(scores, [Drawing(params, 5, step)])[0])
+    assert len(set(drawn)) > 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.metadata import RowParams, SequenceStep
 from ad_flashinfer_pass.runtime.engine import Completion, Engine, StepOutput
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
@@ -28,10 +28,10 @@ class CountingModel(ToyModel):
 
     num_nested = 0
 
-    def nest(self, sequences: Any, stop_token_ids: Any = ()) -> None:
+    def nest(self, sequences: Any, row_params: Any = ()) -> None:
         """As ``CachedModel.nest``."""
         self.num_nested += 1
-        super().nest(sequences, stop_token_ids)
+        super().nest(sequences, row_params)
 
 
 def drain(engine: Engine) -> dict[int, Completion]:
@@ -257,7 +257,7 @@ def test_refuses_a_negative_number() -> None:
 def test_a_step_may_name_a_token_of_the_step_before() -> None:
     """-1 - i stands for the i-th sampled token, wherever it goes."""
     model = ToyModel()
-    model.nest([SequenceStep([1, 2], 0, [1]), SequenceStep([3], 0, [2])], [[], []])
+    model.nest([SequenceStep([1, 2], 0, [1]), SequenceStep([3], 0, [2])], [RowParams()] * 2)
     tokens = model.forward().argmax(-1)
     model.sequence_info.advance(tokens)
     model.nest([SequenceStep([-2], 1, [2]), SequenceStep([-1], 2, [1])])

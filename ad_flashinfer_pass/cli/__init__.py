@@ -22,6 +22,7 @@ from ad_flashinfer_pass.cli import (
     dump,
     explain,
     generate,
+    lint,
     migrate,
     plan,
     prebuild,
@@ -46,6 +47,7 @@ app.command(epilog=dump.EXAMPLES)(dump.dump)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=migrate.EXAMPLES)(migrate.migrate)
 app.command(epilog=check.EXAMPLES)(check.check)
+app.command(epilog=lint.EXAMPLES)(lint.lint)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=report.EXAMPLES)(report.report)
 app.command(epilog=bench.EXAMPLES)(bench.bench)

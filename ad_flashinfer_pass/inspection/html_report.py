@@ -15,6 +15,7 @@ import jinja2
 from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.explain import Explanation, check_target, explain_run
+from ad_flashinfer_pass.inspection.capture_lint import RULES, Finding, lint_run
 from ad_flashinfer_pass.inspection.drawing import draw_layer
 from ad_flashinfer_pass.inspection.graph_data import GraphData
 from ad_flashinfer_pass.inspection.graph_diff import GraphDiff, LayerDiff, diff, ranges
@@ -70,6 +71,8 @@ class Report:
     kernels: list[KernelUse]
     captures: list[Capture]
     picture: LayerPicture | None
+    findings: list[Finding]
+    """What keeps the graph from being captured."""
 
 
 def report(
@@ -113,6 +116,7 @@ def report(
         memory=plan_run(run, config, memory, sm),
         kernels=_kernels(explanation),
         captures=_captures(config, explanation),
+        findings=lint_run(run, config, sm),
         picture=_picture(difference, before, after),
     )
 
@@ -126,7 +130,7 @@ def to_html(found: Report) -> str:
     environment.filters["gib"] = gib
     environment.filters["short"] = lambda text: _ENVIRONMENT.sub("", text)
     return environment.from_string(template).render(
-        report=found, answers=answers(found.memory), heading=_heading, changes=_changes
+        report=found, answers=answers(found.memory), heading=_heading, changes=_changes, rules=RULES
     )
 
 

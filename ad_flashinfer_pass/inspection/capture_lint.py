@@ -1,0 +1,410 @@
+"""``lint``: what in a graph keeps a CUDA graph of it from being captured, or makes its replay wrong.
+
+The graph is read, not run. ``RULES`` says of each rule why it is one and what to do. A graph that was made on
+a CPU has no second device, so the rules about copies between host and device find nothing in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor, fx
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.config import AutoDeployConfig, nearest
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.explain import check_target, site_choices
+from ad_flashinfer_pass.inspection.stages import Stages, run_stages
+from ad_flashinfer_pass.kernels import select
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
+aten = torch.ops.aten
+
+# They check a flag on the host, which no tag of torch tells.
+_SYNCS = {
+    getattr(aten, name)
+    for name in (
+        "item _local_scalar_dense is_nonzero equal allclose _linalg_check_errors linalg_inv linalg_cholesky "
+        "linalg_solve linalg_eig linalg_eigvals linalg_lstsq linalg_matrix_rank"
+    ).split()
+}
+_COPIES = {aten._to_copy, aten.to, aten.copy_, aten.copy, aten.lift_fresh_copy}
+# Of other packages: attention that plans, or reads lengths, on the host in each call.
+_PLANNERS = (
+    "auto_deploy.flashinfer_attention_mha_with_cache",
+    "auto_deploy.flashinfer_mla",
+    "auto_deploy.torch_cached_attention_with_cache",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A rule that a node breaks."""
+
+    rule: str
+    node: str
+    """Name in FX."""
+    where: str
+    """Node and source line."""
+    module: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What makes a graph unfit for capture."""
+
+    why: str
+    fix: str
+    find: Callable[[fx.Node, _Graph], str | None]
+    """What is wrong with a node, None if nothing is."""
+
+
+class _Graph:
+    """What rules ask about a graph."""
+
+    def __init__(self, gm: fx.GraphModule, static_inputs: Collection[str]) -> None:
+        self.static_inputs = static_inputs
+        devices = [tensor.device for node in gm.graph.nodes for tensor in _tensors(node)]
+        # The device that is captured: any but the host.
+        captured = (device for device in devices if device.type not in ("cpu", "meta"))
+        self.device = next(captured, torch.device("cpu"))
+
+    def on_host(self, node: Any) -> bool:
+        """Whether this is a tensor of the host beside those of another device."""
+        tensors = list(_tensors(node)) if isinstance(node, fx.Node) else []
+        return self.device.type != "cpu" and any(tensor.device.type == "cpu" for tensor in tensors)
+
+    def on_device(self, node: Any) -> bool:
+        """Whether this is a tensor of the device that is captured."""
+        return isinstance(node, fx.Node) and any(t.device.type == self.device.type for t in _tensors(node))
+
+
+def lint(
+    gm: fx.GraphModule, *, static_inputs: Collection[str] | None = None, suppress: Collection[str] = ()
+) -> list[Finding]:
+    """Read a graph.
+
+    Args:
+        gm: its nodes have ``meta["val"]``.
+        static_inputs: inputs that are the same tensors in each call, which the graph may therefore write.
+            Default: the caches, ``kv_cache_*``.
+        suppress: rules that are left out.
+
+    Raises:
+        ConfigError: an unknown rule is suppressed.
+    """
+    for unknown in set(suppress) - set(RULES):
+        raise ConfigError(f"no rule {unknown!r}; {nearest(unknown, list(RULES))}")
+    if static_inputs is None:
+        names = (node.name for node in gm.graph.find_nodes(op="placeholder"))
+        static_inputs = {name for name in names if name.startswith("kv_cache_")}
+    graph = _Graph(gm, static_inputs)
+    found = []
+    for node in gm.graph.nodes:
+        for name, rule in RULES.items():
+            message = rule.find(node, graph) if name not in suppress else None
+            if message is not None:
+                found.append(_finding(name, node, message))
+    return found
+
+
+def lint_model(
+    config: AutoDeployConfig,
+    *,
+    graph: Path | None = None,
+    stage: str | None = None,
+    sm: int | None = None,
+    suppress: Collection[str] = (),
+    on_event: Callable[[str], None] | None = None,
+) -> list[Finding]:
+    """Run the pass without weights and read the graph that it leaves, and the kernels that run it.
+
+    Args:
+        config: the model and the settings of the pass.
+        graph: a saved ExportedProgram in place of the model.
+        stage: read the graph after this transform or stage.
+        sm: compute capability of the GPU, 90 for 9.0. Default: that of ``config.device``, or a CPU.
+        suppress: rules that are left out.
+        on_event: called with the name of each phase as it begins.
+
+    Raises:
+        ConfigError: an unknown rule or stage; or the device is a GPU that is not here without ``sm``.
+        LoadError: the model cannot be read.
+        TransformError: the pass refuses the model.
+    """
+    check_target(config, sm)
+    run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    return lint_run(run, config, sm, suppress)
+
+
+def lint_run(
+    run: Stages, config: AutoDeployConfig, sm: int | None, suppress: Collection[str] = ()
+) -> list[Finding]:
+    """The findings of a run; see ``lint_model``."""
+    assert isinstance(run.module, fx.GraphModule)
+    # Kernels are chosen anew, for the GPU on which the graph will be captured.
+    found = lint(run.module, suppress=[*suppress, "host-plan"])
+    if "host-plan" in suppress:
+        return found
+    for site in run.ctx.sites:
+        for phase, choice in zip(("prefill", "decode"), site_choices(site, config, sm), strict=True):
+            if phase in select.provider(choice.kernel).CAPABILITY.host_phases:
+                message = f"{phase} by {choice.kernel} reads lengths on the host"
+                node = site.where.split()[1]
+                found.append(
+                    Finding(
+                        rule="host-plan", node=node, where=site.where, module=site.module, message=message
+                    )
+                )
+    return found
+
+
+def _finding(rule: str, node: fx.Node, message: str) -> Finding:
+    return Finding(
+        rule=rule, node=node.name, where=g.where(node), module=g.module_path(node), message=message
+    )
+
+
+def _tensors(node: fx.Node) -> Iterator[Tensor]:
+    value = g.value(node)
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, Tensor):
+            yield item
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target))
+
+
+def _tagged(node: fx.Node, tag: torch.Tag) -> bool:
+    return node.op == "call_function" and tag in getattr(node.target, "tags", ())
+
+
+def _is_mask(node: Any) -> bool:
+    return g.is_tensor(node) and g.value(node).dtype in (torch.bool, torch.uint8)
+
+
+def _host_sync(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op == "call_method" and node.target in ("item", "tolist", "cpu", "numpy"):
+        return f"{node.target}() waits for the device"
+    if node.target in (torch.cuda.synchronize,):
+        return "waits for the device"
+    is_known = getattr(node.target, "overloadpacket", None) in _SYNCS
+    if node.op != "call_function" or not (is_known or _tagged(node, torch.Tag.data_dependent_output)):
+        return None
+    if not any(graph.on_device(source) for source in node.all_input_nodes):
+        return None
+    return f"{_name(node)} waits for the device, to read a value of a tensor"
+
+
+def _dynamic_shape(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function":
+        return None
+    if g.is_op(node, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index):
+        if not any(_is_mask(index) for index in g.args(node)[1]):
+            return None
+        is_put = not g.is_op(node, aten.index, aten._unsafe_index)
+        # One value for all is a masked fill, which needs no list of places.
+        if is_put and len(g.args(node)[1]) == 1 and g.value(g.args(node)[2]).numel() == 1:
+            return None
+        return f"{_name(node)} by a mask: how many elements are taken is known only on the device"
+    if _tagged(node, torch.Tag.dynamic_output_shape):
+        # With a given size, repeat_interleave asks for nothing.
+        if node.kwargs.get("output_size") is not None:
+            return None
+        return f"the shape of {_name(node)}'s result depends on values"
+    return None
+
+
+def _unbacked(value: Any) -> bool:
+    symbols = value.node.expr.free_symbols if isinstance(value, (SymInt, SymFloat, SymBool)) else ()
+    return any(str(symbol).startswith(("u", "zu")) for symbol in symbols)
+
+
+def _data_allocation(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function" or _dynamic_shape(node, graph) is not None:
+        return None
+    made = any(_unbacked(size) for tensor in _tensors(node) for size in tensor.shape)
+    known = any(_unbacked(size) for n in node.all_input_nodes for t in _tensors(n) for size in t.shape)
+    if not made or known:
+        return None
+    return f"{_name(node)} makes a tensor whose size is a value of another"
+
+
+def _device_to_host(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function" or not graph.on_host(node):
+        return None
+    if any(graph.on_device(source) for source in node.all_input_nodes):
+        return f"{_name(node)} copies to the host and waits for it"
+    return None
+
+
+def _pageable_copy(node: fx.Node, graph: _Graph) -> str | None:
+    if getattr(node.target, "overloadpacket", None) not in _COPIES or not graph.on_device(node):
+        return None
+    if any(graph.on_host(source) for source in node.all_input_nodes):
+        return f"{_name(node)} copies from host memory that is not pinned"
+    return None
+
+
+def _host_value(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function" or not graph.on_device(node):
+        return None
+    if getattr(node.target, "overloadpacket", None) in _COPIES or not isinstance(
+        node.target, torch._ops.OpOverload
+    ):
+        return None
+    read = [name for name, arg in g.op_args(node).items() if graph.on_host(arg)]
+    # By contract these are read through the batch size and upper bounds alone.
+    read = [name for name in read if not name.endswith("_host")]
+    return f"{_name(node)} reads {read[0]} on the host; a replay sees its value at capture" if read else None
+
+
+def _generator(node: fx.Node, graph: _Graph) -> str | None:
+    given = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.Generator)]
+    return f"{_name(node)} draws from a generator of its own" if given else None
+
+
+def _host_plan(node: fx.Node, graph: _Graph) -> str | None:
+    if _name(node) in _PLANNERS:
+        return f"{_name(node)} plans on the host in each call"
+    if not g.is_op(node, torch.ops.ad_flashinfer.cached_attention):
+        return None
+    args = g.op_args(node)
+    for phase in ("prefill", "decode"):
+        kernel = args[f"{phase}_kernel"]
+        if phase in select.provider(kernel).CAPABILITY.host_phases:
+            return f"{phase} by {kernel} reads lengths on the host"
+    return None
+
+
+def _input_mutation(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function" or not g.mutates_input(node):
+        return None
+    assert isinstance(node.target, torch._ops.OpOverload)
+    args = g.op_args(node)
+    for argument in node.target._schema.arguments:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        written = args[argument.name]
+        while isinstance(written, fx.Node) and written.op == "call_function" and _is_view(written):
+            written = g.args(written)[0]
+        is_input = isinstance(written, fx.Node) and written.op == "placeholder"
+        if is_input and written.name not in graph.static_inputs:
+            return f"{_name(node)} writes the input {written.name}, of which a replay has a copy"
+    return None
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _python_scalar(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    scalars = [n for n in node.all_input_nodes if _unbacked(g.value(n))]
+    if not scalars or not list(_tensors(node)):
+        return None
+    return f"{_name(node)} takes {scalars[0].name}, a Python number that was read from a tensor"
+
+
+def _missing_fake(node: fx.Node, graph: _Graph) -> str | None:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if node.target._schema.returns and g.value(node) is None:
+        return f"{_name(node)} has no fake implementation here: nothing behind it can be judged"
+    return None
+
+
+RULES: dict[str, Rule] = {
+    "host-sync": Rule(
+        "the host waits for the device, which a capture forbids",
+        "keep the value in a tensor; use the _ex variant of a linalg op, which checks nothing",
+        _host_sync,
+    ),
+    "dynamic-shape": Rule(
+        "the size of the result is known only on the device, so the host must wait for it",
+        "use torch.where or masked_fill for a mask, nonzero_static, or repeat_interleave with output_size",
+        _dynamic_shape,
+    ),
+    "data-allocation": Rule(
+        "memory is allocated by a value, while a graph has its memory fixed",
+        "allocate the upper bound and mask what is beyond the length",
+        _data_allocation,
+    ),
+    "device-to-host": Rule(
+        "a copy to the host waits for the device",
+        "keep the tensor on the device",
+        _device_to_host,
+    ),
+    "pageable-copy": Rule(
+        "a copy from memory that is not pinned cannot be captured",
+        "make the tensor once on the device, as a buffer, or make it an input",
+        _pageable_copy,
+    ),
+    "host-value": Rule(
+        "a value on the host is written into the graph when it is captured, and never read again",
+        "give it as a tensor on the device",
+        _host_value,
+    ),
+    "generator": Rule(
+        "a generator that is not registered with the graph cannot be used in a capture",
+        "use the device's default generator, or CUDAGraph.register_generator_state",
+        _generator,
+    ),
+    "host-plan": Rule(
+        "the op decides on the host, in each call, what a replay would have to decide anew",
+        "choose a kernel that reads lengths on the device; explain says why another was chosen",
+        _host_plan,
+    ),
+    "input-mutation": Rule(
+        "a replay writes to its own copy of the input, not to the caller's tensor",
+        "return the new value, or pass the same tensor each time and name it a static input",
+        _input_mutation,
+    ),
+    "python-scalar": Rule(
+        "a number that was read from a tensor is written into the graph when it is captured",
+        "pass the tensor itself",
+        _python_scalar,
+    ),
+    "missing-fake": Rule(
+        "without shapes and dtypes the rest of the graph cannot be judged",
+        "register a fake implementation with torch.library.register_fake",
+        _missing_fake,
+    ),
+}
+
+
+def as_tables(found: list[Finding]) -> list[RenderableType]:
+    """The findings for a terminal, then what to do about each rule."""
+    from rich.table import Table
+
+    if not found:
+        return ["nothing found that would keep the graph from being captured"]
+    findings = Table("rule", "where", "module", "what")
+    for each in found:
+        findings.add_row(each.rule, each.where, each.module, each.message)
+    rules = Table("rule", "why", "fix")
+    for name in dict.fromkeys(each.rule for each in found):
+        rules.add_row(name, RULES[name].why, RULES[name].fix)
+    return [findings, rules]
+
+
+def rules_table() -> RenderableType:
+    """All rules for a terminal."""
+    from rich.table import Table
+
+    table = Table("rule", "why", "fix")
+    for name, rule in RULES.items():
+        table.add_row(name, rule.why, rule.fix)
+    return table

@@ -1,0 +1,144 @@
+"""Small graphs for the capture rules: what each breaks, if anything.
+
+``x`` is float32 [8, 8] on the device, ``i`` int64 [8] on it with values 0 to 7, ``h`` float32 [8, 8] on the
+host, ``s`` float32 [] on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Run = Callable[..., Any]
+
+
+class Example(NamedTuple):
+    """A graph."""
+
+    run: Run
+    inputs: str
+    """Letters of the inputs."""
+    rules: frozenset[str] = frozenset()
+    """That it breaks."""
+    is_random: bool = False
+
+
+def _breaks(run: Run, inputs: str, *rules: str) -> Example:
+    return Example(run, inputs, frozenset(rules))
+
+
+def _put_in_place(x: Tensor, i: Tensor) -> Tensor:
+    y = x.clone()
+    y[i] = 1.0
+    return y
+
+
+def _put_by_mask(x: Tensor) -> Tensor:
+    return torch.index_put(x, [x > 0], torch.zeros((), device=x.device))
+
+
+def _put_many_by_mask(x: Tensor) -> Tensor:
+    y = x.clone()
+    return torch.index_put(y, [x[:, 0] > 0], x[:1])
+
+
+def _own_generator(x: Tensor) -> Tensor:
+    return x + torch.rand(8, device=x.device, generator=torch.Generator(x.device))
+
+
+def _written(x: Tensor) -> Tensor:
+    x.add_(1)
+    return x * 2
+
+
+def _view_written(x: Tensor) -> Tensor:
+    x[0].mul_(2)
+    return x + 1
+
+
+def _fresh_written(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y.add_(x)
+    return y
+
+
+EXAMPLES: dict[str, Example] = {
+    # Captured, and right when replayed.
+    "relu": Example(lambda x: x.relu(), "x"),
+    "matmul": Example(lambda x: x @ x.T, "x"),
+    "softmax": Example(lambda x: x.softmax(-1), "x"),
+    "layer_norm": Example(lambda x: F.layer_norm(x, [8]), "x"),
+    "attention": Example(lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), "x"),
+    "embedding": Example(lambda x, i: F.embedding(i, x), "xi"),
+    "index_select": Example(lambda x, i: x.index_select(0, i), "xi"),
+    "index_by_places": Example(lambda x, i: x[i], "xi"),
+    "index_put_by_places": Example(_put_in_place, "xi"),
+    "index_put_one_value_by_mask": Example(_put_by_mask, "x"),
+    "gather": Example(lambda x, i: x.gather(0, i[None]), "xi"),
+    "scatter_add": Example(lambda x, i: x.scatter_add(0, i[None], x), "xi"),
+    "index_add": Example(lambda x, i: x.index_add(0, i, x), "xi"),
+    "where": Example(lambda x: torch.where(x > 0, x, -x), "x"),
+    "masked_fill": Example(lambda x: x.masked_fill(x > 0, 0.0), "x"),
+    "nonzero_static": Example(lambda x: torch.nonzero_static(x > 0, size=8), "x"),
+    "topk": Example(lambda x: x.topk(2)[0], "x"),
+    "sort": Example(lambda x: x.sort(-1)[0], "x"),
+    "argmax": Example(lambda x: x.argmax(-1), "x"),
+    "cumsum": Example(lambda x: x.cumsum(0), "x"),
+    "cat": Example(lambda x: torch.cat((x, x)), "x"),
+    "searchsorted": Example(lambda x: torch.searchsorted(x.sort(-1)[0], x), "x"),
+    "one_hot_of_classes": Example(lambda i: F.one_hot(i, 8), "i"),
+    "repeat_by_number": Example(lambda x: x.repeat_interleave(2, 0), "x"),
+    "arange": Example(lambda x: x + torch.arange(8, device=x.device), "x"),
+    "zeros": Example(lambda x: torch.zeros_like(x) + x, "x"),
+    "inverse_without_check": Example(lambda x: torch.linalg.inv_ex(x @ x.T)[0], "x"),
+    "written_of_its_own": Example(_fresh_written, "x"),
+    "dropout": Example(lambda x: F.dropout(x, 0.5, True), "x", is_random=True),
+    "rand": Example(lambda x: torch.rand_like(x), "x", is_random=True),
+    "bernoulli": Example(lambda x: torch.bernoulli(x.sigmoid()), "x", is_random=True),
+    # Not captured, or wrong when replayed.
+    "item": _breaks(lambda x: x + x.sum().item(), "x", "host-sync", "python-scalar"),
+    "item_of_integers": _breaks(lambda x, i: x * i.max().item(), "xi", "host-sync", "python-scalar"),
+    "inverse": _breaks(lambda x: torch.linalg.inv(x @ x.T + torch.eye(8, device=x.device)), "x", "host-sync"),
+    "cholesky": _breaks(
+        lambda x: torch.linalg.cholesky(x @ x.T + torch.eye(8, device=x.device)), "x", "host-sync"
+    ),
+    "solve": _breaks(
+        lambda x: torch.linalg.solve(x @ x.T + torch.eye(8, device=x.device), x), "x", "host-sync"
+    ),
+    "nonzero": _breaks(lambda x: x.nonzero(), "x", "dynamic-shape"),
+    "masked_select": _breaks(lambda x: x.masked_select(x > 0), "x", "dynamic-shape"),
+    "index_by_mask": _breaks(lambda x: x[x > 0], "x", "dynamic-shape"),
+    "index_put_by_mask": _breaks(_put_many_by_mask, "x", "dynamic-shape"),
+    "unique": _breaks(lambda i: torch.unique(i), "i", "dynamic-shape"),
+    "bincount": _breaks(lambda i: torch.bincount(i), "i", "dynamic-shape"),
+    "repeat_by_tensor": _breaks(lambda x, i: x.repeat_interleave(i, 0), "xi", "dynamic-shape"),
+    "size_by_value": _breaks(
+        lambda x, i: torch.zeros(i.max().item(), device=x.device),
+        "xi",
+        "host-sync",
+        "data-allocation",
+        "python-scalar",
+    ),
+    "to_host": _breaks(lambda x: x.cpu() + 1, "x", "device-to-host"),
+    "from_host": _breaks(lambda x, h: x + h.to(x.device), "xh", "pageable-copy"),
+    "scalar_on_host": _breaks(lambda x, s: x * s, "xs", "host-value"),
+    "own_generator": _breaks(_own_generator, "x", "generator"),
+    "input_written": _breaks(_written, "x", "input-mutation"),
+    "view_of_input_written": _breaks(_view_written, "x", "input-mutation"),
+}
+
+
+def inputs_of(letters: str, device: str, seed: int = 0) -> list[Tensor]:
+    """Random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {
+        "x": lambda: torch.randn(8, 8, generator=generator).to(device),
+        "i": lambda: torch.randint(8, (8,), generator=generator).to(device),
+        "h": lambda: torch.randn(8, 8, generator=generator),
+        "s": lambda: torch.randn((), generator=generator),
+    }
+    return [made[letter]() for letter in letters]

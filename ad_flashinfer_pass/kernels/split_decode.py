@@ -1,0 +1,155 @@
+"""Decode by a Triton kernel of this package, on compute capability 8.9 and above.
+
+It needs no plan and no FlashInfer: lengths and pages are read on the device, so that a captured call stays
+valid when they change. Where ``xqa`` gives a sequence's KV head to few thread blocks, this kernel splits the
+keys among enough of them to keep the memory busy. The number of splits depends on batch size, KV heads and
+device alone, and so does the order of the sums: equal inputs give equal bits.
+
+Query and softmax weights are multiplied in the dtype of the query, or in float16 if the cache has 8 bits,
+which it holds exactly; sums and softmax are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.capability import Capability
+from ad_flashinfer_pass.kernels.reference import AttentionSpec
+
+MAX_SPLITS = 32
+_PROGRAMS = 2**13
+"""Programs, at most, of a launch that splits the keys."""
+_SUMS, _PAIRS = 2**22, 2**13
+"""Floats that the parts of one launch may leave in the workspace; KV heads times sequences."""
+CAPABILITY = Capability(
+    name="split_decode",
+    workspace_bytes=4 * (_SUMS + _SUMS // 8 + _PAIRS),
+    phases=frozenset({"decode"}),
+    device_types=frozenset({"cuda"}),
+    compute_majors=frozenset({9, 10, 12}),
+    dtypes=frozenset({torch.bfloat16, torch.float16}),
+    kv_dtypes={"decode": frozenset({torch.float8_e4m3fn})},
+    head_dims=frozenset(range(16, 257, 8)),
+    max_group=64,
+)
+
+
+class Config(NamedTuple):
+    """How the kernel is launched."""
+
+    block: int
+    """Tokens that a program reads at once."""
+    splits: int
+    """Programs that share the keys of one sequence and KV head, at most."""
+    warps: int
+    stages: int
+    """Blocks in flight, and the one that is used."""
+
+
+class _Workspace(NamedTuple):
+    sums: Tensor
+    stats: Tensor
+    arrivals: Tensor
+    """Zero before and after each launch."""
+    num_processors: int
+
+
+def _workspace(device: torch.device) -> _Workspace:
+    """Of a device, for one stream at a time; it never grows."""
+    processors = 8
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Workspace(
+        torch.empty(_SUMS, dtype=torch.float32, device=device),
+        torch.empty(_SUMS // 8, dtype=torch.float32, device=device),
+        torch.zeros(_PAIRS, dtype=torch.int32, device=device),
+        processors,
+    )
+
+
+def default_config(pairs: int, group: int, width: int, itemsize: int, num_processors: int) -> Config:
+    """The launch for that many (sequence, KV head) pairs.
+
+    Args:
+        pairs: sequences times KV heads.
+        group: query heads a KV head.
+        width: the larger head size.
+        itemsize: bytes of an element of the cache.
+        num_processors: multiprocessors of the device.
+    """
+    block = max(16, min(64, 16384 // (width * itemsize)))
+    splits = max(1, min(MAX_SPLITS, 4 * num_processors // pairs))
+    return Config(block, splits, 4, 3)
+
+
+def decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    v_head_dim: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """See ``kernels.select``; a row of length 0 is zero.
+
+    Args:
+        config: the launch; default: by the batch size, see ``default_config``.
+    """
+    import triton
+
+    from ad_flashinfer_pass.kernels.split_decode_kernel import split_decode
+
+    batch, num_heads, head_dim = query.shape
+    num_kv_heads, page_size = kv_cache.shape[2:4]
+    group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
+    space = workspaces.get(_workspace, query.device)
+    width = max(head_dim, v_head_dim)
+    if config is None:
+        config = default_config(pairs, group, width, kv_cache.dtype.itemsize, space.num_processors)
+    splits = config.splits
+    while splits > 1 and (pairs > _PAIRS or pairs * splits * group * max(v_head_dim, 16) > _SUMS):
+        splits //= 2  # what the workspace holds
+    query = query if query.stride(2) == 1 else query.contiguous()
+    assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
+    out = torch.empty((batch, num_heads, v_head_dim), dtype=query.dtype, device=query.device)
+    split_decode[(num_kv_heads, splits, batch)](
+        query,
+        kv_cache,
+        seq_len_with_cache,
+        block_table,
+        sinks,
+        alibi_slopes,
+        out,
+        space.sums,
+        space.stats,
+        space.arrivals,
+        spec.scale * spec.k_scale,
+        spec.v_scale,
+        *query.stride()[:2],
+        *kv_cache.stride()[:4],
+        block_table.stride(0),
+        GROUP=group,
+        GROUP_ROWS=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
+        V_DIM=v_head_dim,
+        V_BLOCK=max(16, triton.next_power_of_2(v_head_dim)),
+        PAGE=page_size,
+        BLOCK=config.block,
+        SPLITS=splits,
+        WINDOW=spec.sliding_window,
+        CHUNK=spec.chunk,
+        CAP=spec.logit_cap,
+        ONE_BYTE=kv_cache.dtype.itemsize == 1,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out

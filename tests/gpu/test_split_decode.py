@@ -1,0 +1,50 @@
+"""Our Triton decode kernel against float64 and beside XQA, every element within a bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ad_flashinfer_pass.kernels import split_decode
+from ad_flashinfer_pass.kernels.split_decode import Config
+from tests.gpu.paged import DEVICE, PagedBatch, site_of
+from tests.gpu.test_conformance import DECODE, DECODE_FP8, FP8, PLAIN, Shape, assert_within_bound, edges
+
+CAPPED = [
+    replace(shape, logit_cap=2.0, sliding_window=window) for shape in (PLAIN, FP8) for window in (None, 100)
+]
+
+
+def assert_decodes(batch: PagedBatch, config: Config | None = None) -> None:
+    shape, n = batch.shape, len(batch.lengths)
+    assert not split_decode.CAPABILITY.refusals(site_of(shape), "decode", DEVICE)
+    before = batch.kv_cache.clone()
+    lens, table = batch.args["seq_len_with_cache"][:n], batch.block_table[:n]
+    args = (batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, batch.sinks, None)
+    out = split_decode.decode(*args, config=config)
+    assert_within_bound(batch, out)
+    assert torch.equal(batch.kv_cache.view(torch.uint8), before.view(torch.uint8))
+    for _ in range(5):
+        assert torch.equal(split_decode.decode(*args, config=config), out)
+
+
+@pytest.mark.parametrize("shape", [*DECODE, *DECODE_FP8, *CAPPED], ids=str)
+def test_decodes_every_shape(shape: Shape) -> None:
+    """Page sizes, groups, head sizes, windows, caps and sinks, at lengths on and beside every edge."""
+    assert_decodes(PagedBatch([(length - 1, 1) for length in edges(shape.page_size)], shape))
+
+
+@pytest.mark.parametrize("shape", [PLAIN, FP8], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64, 256])
+def test_decodes_every_batch_size(batch_size: int, shape: Shape) -> None:
+    """Few sequences, whose keys are split, and many, whose keys are not."""
+    assert_decodes(PagedBatch([(37 * i % 900, 1) for i in range(batch_size)], shape))
+
+
+@pytest.mark.parametrize("shape", [PLAIN, FP8], ids=str)
+@pytest.mark.parametrize("length", [4096, 131072])
+def test_decodes_long_contexts(length: int, shape: Shape) -> None:
+    """Beside a short sequence, whose row of the table is as wide."""
+    assert_decodes(PagedBatch([(length - 1, 1), (9, 1)], shape))

@@ -18,6 +18,7 @@ from ad_flashinfer_pass.transforms import (
     insert_cached_attention,
     match_attention,
     match_repeat_kv,
+    tune_attention,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "insert_cached_attention",
     "match_attention",
     "match_repeat_kv",
+    "tune_attention",
 ]

@@ -8,23 +8,29 @@ A provider is a module with a ``CAPABILITY`` and, for the phases that it declare
 
 Their arguments are those of ``ops.cached_attention`` cut to the sequences of the phase, with query
 [tokens, num_heads, head_dim] and ``spec`` for the scalars; the result, [tokens, num_heads, v_head_dim], is a
-new tensor. In each phase a site goes to the first provider, in the order of ``PROVIDERS``, whose declaration
+new tensor. ``decode`` may take an integer more, which changes how it is launched, not what it computes: the
+module gives its name as ``DECODE_OPTION``, and ``decode_options(site, batch, device)`` those worth timing.
+
+In each phase a site goes to the first provider, in the order of ``PROVIDERS``, whose declaration
 covers every item of the site; if none does, the pass stops and says which item each of them lacks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import fa, fmha_v2, reference, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels import fa, fmha_v2, reference, split_decode, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 
 PROVIDERS: dict[str, ModuleType] = {
-    module.CAPABILITY.name: module for module in (xqa, trtllm_gen, fmha_v2, fa, reference)
+    module.CAPABILITY.name: module for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa, reference)
 }
 
 
@@ -39,6 +45,32 @@ class Choice(NamedTuple):
 def provider(name: str) -> Any:
     """The provider module of that name."""
     return PROVIDERS[name]
+
+
+def decode_choice(default: str, by_batch: Mapping[int, str]) -> str:
+    """What ``decoder`` takes: ``xqa 1=split_decode/16 8=xqa/2``.
+
+    Args:
+        default: name of a provider.
+        by_batch: for a batch size another one, with ``/option`` if it has one.
+    """
+    return " ".join([default, *(f"{batch}={kernel}" for batch, kernel in sorted(by_batch.items()))])
+
+
+def decoder(choice: str, batch: int) -> Callable[..., Tensor]:
+    """The ``decode`` of a choice, see ``decode_choice``, for that many sequences."""
+    name, option = _entry(choice, batch)
+    module = provider(name)
+    return module.decode if option is None else partial(module.decode, **{module.DECODE_OPTION: option})
+
+
+@cache
+def _entry(choice: str, batch: int) -> tuple[str, int | None]:
+    """Name and option of the provider for a batch size."""
+    default, *others = choice.split()
+    by_batch = dict(other.split("=") for other in others)
+    name, _, option = by_batch.get(str(batch), default).partition("/")
+    return name, int(option) if option else None
 
 
 def choose(site: Site, phase: Phase, device: torch.device, where: str, sm: int | None = None) -> Choice:

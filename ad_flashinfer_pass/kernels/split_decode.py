@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.capability import Capability
+from ad_flashinfer_pass.kernels.capability import Capability, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 MAX_SPLITS = 32
-_PROGRAMS = 2**13
-"""Programs, at most, of a launch that splits the keys."""
 _SUMS, _PAIRS = 2**22, 2**13
 """Floats that the parts of one launch may leave in the workspace; KV heads times sequences."""
 CAPABILITY = Capability(
@@ -36,6 +34,7 @@ CAPABILITY = Capability(
     head_dims=frozenset(range(16, 257, 8)),
     max_group=64,
 )
+DECODE_OPTION = "splits"
 
 
 class Config(NamedTuple):
@@ -43,11 +42,9 @@ class Config(NamedTuple):
 
     block: int
     """Tokens that a program reads at once."""
-    splits: int
-    """Programs that share the keys of one sequence and KV head, at most."""
     warps: int
     stages: int
-    """Blocks in flight, and the one that is used."""
+    """Of Triton's pipeline. Half of them hold K and V in flight, the others the page numbers before them."""
 
 
 class _Workspace(NamedTuple):
@@ -71,19 +68,22 @@ def _workspace(device: torch.device) -> _Workspace:
     )
 
 
-def default_config(pairs: int, group: int, width: int, itemsize: int, num_processors: int) -> Config:
-    """The launch for that many (sequence, KV head) pairs.
+def default_config(width: int, itemsize: int) -> Config:
+    """The launch for a cache whose larger head size is ``width``, with elements of ``itemsize`` bytes."""
+    tokens = 32 * 256 // ((1 << (width - 1).bit_length()) * itemsize)
+    return Config(max(16, min(64, tokens)), 2, 6)
 
-    Args:
-        pairs: sequences times KV heads.
-        group: query heads a KV head.
-        width: the larger head size.
-        itemsize: bytes of an element of the cache.
-        num_processors: multiprocessors of the device.
-    """
-    block = max(16, min(64, 16384 // (width * itemsize)))
-    splits = max(1, min(MAX_SPLITS, 4 * num_processors // pairs))
-    return Config(block, splits, 4, 3)
+
+def default_splits(pairs: int, num_processors: int) -> int:
+    """Programs that share the keys of a sequence and KV head, for that many of these pairs."""
+    return max(1, min(MAX_SPLITS, 2 * num_processors // pairs))
+
+
+def decode_options(site: Site, batch: int, device: torch.device) -> list[int]:
+    """Fewer and more splits than the default."""
+    pairs = batch * site.num_kv_heads
+    splits = default_splits(pairs, workspaces.get(_workspace, device).num_processors)
+    return sorted({max(1, splits // 2), min(MAX_SPLITS, 2 * splits)} - {splits})
 
 
 def decode(
@@ -96,12 +96,14 @@ def decode(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     *,
+    splits: int | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """See ``kernels.select``; a row of length 0 is zero.
 
     Args:
-        config: the launch; default: by the batch size, see ``default_config``.
+        splits: programs that share the keys of a sequence and KV head, at most; default: ``default_splits``.
+        config: default: ``default_config``.
     """
     import triton
 
@@ -111,10 +113,10 @@ def decode(
     num_kv_heads, page_size = kv_cache.shape[2:4]
     group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     space = workspaces.get(_workspace, query.device)
-    width = max(head_dim, v_head_dim)
     if config is None:
-        config = default_config(pairs, group, width, kv_cache.dtype.itemsize, space.num_processors)
-    splits = config.splits
+        config = default_config(max(head_dim, v_head_dim), kv_cache.dtype.itemsize)
+    if splits is None:
+        splits = default_splits(pairs, space.num_processors)
     while splits > 1 and (pairs > _PAIRS or pairs * splits * group * max(v_head_dim, 16) > _SUMS):
         splits //= 2  # what the workspace holds
     query = query if query.stride(2) == 1 else query.contiguous()

@@ -61,6 +61,12 @@ CAPABILITY = Capability(
     modules=modules,
     run_on=frozenset({90}),
 )
+DECODE_OPTION = "split_factor"
+
+
+def decode_options(site: Site, batch: int, device: torch.device) -> list[int]:
+    """Splits beyond the default, which help few sequences."""
+    return [2, 3] if batch * site.num_kv_heads <= 256 else []
 
 
 class Workspace:

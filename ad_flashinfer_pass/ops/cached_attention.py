@@ -60,7 +60,7 @@ def cached_attention(
         sinks: [num_heads], one more logit in each softmax, whose value is zero.
         alibi_slopes: float32 [num_heads], slope * (key position - query position) is added.
         prefill_kernel: name of the provider for prefill and extend sequences.
-        decode_kernel: name of the provider for decode sequences.
+        decode_kernel: likewise for decode sequences, and others by batch size; see ``select.decode_choice``.
         k_scale: what an element of K in the cache is multiplied by; see ``ops.append_kv``.
         v_scale: likewise for V.
         max_extend_len: if not 0, no extend sequence has more tokens than that, as drafts to be verified, and
@@ -110,7 +110,7 @@ def _attend(
         lens, pages = seq_len_with_cache[rows], block_table[rows]
         parts.append(extend(drafts, kv_cache, bounds, lens, pages, *site, max_len=max_extend_len))
     if num_decode:
-        decode = select.provider(decode_kernel).decode
+        decode = select.decoder(decode_kernel, num_decode)
         rows = slice(num_long, num_long + num_decode)
         one_each = tokens[long_tokens : long_tokens + num_decode]
         parts.append(decode(one_each, kv_cache, seq_len_with_cache[rows], block_table[rows], *site))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ad_flashinfer_pass.kernels import split_decode
-from ad_flashinfer_pass.kernels.split_decode import Config
 from tests.gpu.paged import DEVICE, PagedBatch, site_of
 from tests.gpu.test_conformance import DECODE, DECODE_FP8, FP8, PLAIN, Shape, assert_within_bound, edges
 
@@ -17,17 +16,17 @@ CAPPED = [
 ]
 
 
-def assert_decodes(batch: PagedBatch, config: Config | None = None) -> None:
+def assert_decodes(batch: PagedBatch, splits: int | None = None) -> None:
     shape, n = batch.shape, len(batch.lengths)
     assert not split_decode.CAPABILITY.refusals(site_of(shape), "decode", DEVICE)
     before = batch.kv_cache.clone()
     lens, table = batch.args["seq_len_with_cache"][:n], batch.block_table[:n]
     args = (batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, batch.sinks, None)
-    out = split_decode.decode(*args, config=config)
+    out = split_decode.decode(*args, splits=splits)
     assert_within_bound(batch, out)
     assert torch.equal(batch.kv_cache.view(torch.uint8), before.view(torch.uint8))
     for _ in range(5):
-        assert torch.equal(split_decode.decode(*args, config=config), out)
+        assert torch.equal(split_decode.decode(*args, splits=splits), out)
 
 
 @pytest.mark.parametrize("shape", [*DECODE, *DECODE_FP8, *CAPPED], ids=str)
@@ -48,3 +47,10 @@ def test_decodes_every_batch_size(batch_size: int, shape: Shape) -> None:
 def test_decodes_long_contexts(length: int, shape: Shape) -> None:
     """Beside a short sequence, whose row of the table is as wide."""
     assert_decodes(PagedBatch([(length - 1, 1), (9, 1)], shape))
+
+
+@pytest.mark.parametrize("shape", [PLAIN, FP8], ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 5, 32])
+def test_may_split_otherwise(splits: int, shape: Shape) -> None:
+    """Any number of splits gives the same within the bound."""
+    assert_decodes(PagedBatch([(8191, 1), (30, 1), (0, 1)], shape), splits)

@@ -283,22 +283,22 @@ SERVED = replace(PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, head_dim=
         ({}, 9, "fmha_v2 fa xqa", "fmha_v2", "xqa"),
         ({}, 9, "fa xqa", "fa", "xqa"),
         ({}, 9, "xqa", "reference", "xqa"),
-        ({}, 9, "", "reference", "reference"),
+        ({}, 9, "", "reference", "split_decode"),
         ({"sliding_window": 7, "has_sinks": True, "shares_kv": True}, 9, "fmha_v2 fa xqa", "fmha_v2", "xqa"),
         ({"has_sinks": True}, 9, "fa xqa", "reference", "xqa"),
         ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, "fmha_v2 fa xqa", "fa", "xqa"),
         ({"kv_dtype": torch.float16}, 9, "fmha_v2 fa xqa", "reference", "reference"),
         ({"kv_dtype": torch.float8_e4m3fn}, 9, "fmha_v2 fa xqa", "fa", "xqa"),
-        ({"logit_cap": 50.0}, 9, "fmha_v2 fa xqa", "fa", "fa"),
-        ({"chunk": 8}, 9, "fmha_v2 fa xqa", "reference", "reference"),
-        ({"has_alibi": True}, 9, "fmha_v2 fa xqa", "reference", "reference"),
-        ({"page_size": 24}, 9, "fmha_v2 fa xqa", "fa", "fa"),
-        ({"v_head_dim": 64}, 9, "fmha_v2 fa xqa", "reference", "reference"),
+        ({"logit_cap": 50.0}, 9, "fmha_v2 fa xqa", "fa", "split_decode"),
+        ({"chunk": 8}, 9, "fmha_v2 fa xqa", "reference", "split_decode"),
+        ({"has_alibi": True}, 9, "fmha_v2 fa xqa", "reference", "split_decode"),
+        ({"page_size": 24}, 9, "fmha_v2 fa xqa", "fa", "split_decode"),
+        ({"v_head_dim": 64}, 9, "fmha_v2 fa xqa", "reference", "split_decode"),
         ({}, 12, "fmha_v2 fa xqa", "fmha_v2", "xqa"),
         ({}, 12, "fa xqa", "fa", "xqa"),
         ({}, 10, "fmha_v2 fa xqa", "trtllm_gen", "trtllm_gen"),
         ({"kv_dtype": torch.float8_e4m3fn}, 10, "fa", "fa", "trtllm_gen"),
-        ({"logit_cap": 50.0}, 10, "fa", "fa", "fa"),
+        ({"logit_cap": 50.0}, 10, "fa", "fa", "split_decode"),
         ({}, 8, "fmha_v2 fa xqa", "fa", "fa"),
         ({}, 7, "fmha_v2 fa xqa", "reference", "reference"),
     ],
@@ -319,7 +319,8 @@ def test_choices_on_a_gpu(
         if name == "trtllm_gen":
             continue
         spec = SimpleNamespace(is_aot=name in built.split(), is_compiled=False)
-        given = None if name == "reference" else (lambda site, major, spec=spec: [spec])
+        needs_none = name in ("reference", "split_decode")
+        given = None if needs_none else (lambda site, major, spec=spec: [spec])
         capability = replace(module.CAPABILITY, modules=given)
         monkeypatch.setitem(select.PROVIDERS, name, SimpleNamespace(CAPABILITY=capability))
     site, gpu = replace(SERVED, **changes), torch.device("cuda")

@@ -1,0 +1,101 @@
+"""Decode attention runs the kernel that was measured to be the fastest, by batch size.
+
+Before: out = cached_attention(q, kv_cache_i, ..., decode_kernel="xqa")
+After:  out = cached_attention(q, kv_cache_i, ..., decode_kernel="xqa 1=split_decode/16 8=split_decode/8")
+
+Legal because only providers are timed that cover every item of the site. Only where steps are captured.
+``decode: NAME`` in its settings pins a provider for all sites, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
+from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.kernels.select import Choice
+from ad_flashinfer_pass.kernels.tune_attention import kind_of, tune_decode
+from ad_flashinfer_pass.registry import CachedSite, TransformContext, TransformReport, register
+from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes
+
+_Place = tuple[fx.Node, CachedSite]
+
+
+@register("tune_attention")
+def tune_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Measure the decode kernels of each site, and let the graph use what was found.
+
+    Raises:
+        ConfigError: ``decode`` names no provider.
+        UnsupportedError: the pinned provider does not cover a site; says which items it lacks.
+    """
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("tune_attention")
+    op = torch.ops.ad_flashinfer.cached_attention.default
+    nodes = model.graph.find_nodes(op="call_function", target=op)
+    places = list(zip(nodes, ctx.sites, strict=True))
+    pinned = _pinned(ctx)
+    if pinned is not None:
+        for node, site in places:
+            _pin(node, site, pinned, ctx)
+            report.num_matches += 1
+    elif ctx.device.type != "cuda" or ctx.config.compile_backend == "torch-simple":
+        report.notes.append("steps are not captured: kernels as declared")
+    else:
+        for kind, same in _by_kind(places).items():
+            _tune(kind, same, ctx, report)
+    if report.num_matches:
+        g.finish(model)
+    return model, report
+
+
+def _pinned(ctx: TransformContext) -> str | None:
+    """The provider of the settings, None for a choice by measurement."""
+    settings: dict[str, Any] = ctx.config.transforms["tune_attention"].model_extra or {}
+    name = settings.get("decode", "auto")
+    known = ["auto", *select.PROVIDERS]
+    if name not in known:
+        raise ConfigError(
+            f"transforms.tune_attention.decode must be one of {', '.join(known)}, got {name!r}."
+        )
+    return None if name == "auto" else str(name)
+
+
+def _pin(node: fx.Node, site: CachedSite, name: str, ctx: TransformContext) -> None:
+    refusals = select.provider(name).CAPABILITY.refusals(site.site, "decode", ctx.device)
+    if refusals:
+        raise UnsupportedError(
+            f"{site.where}: transforms.tune_attention.decode is {name}, which cannot decode this site "
+            f"({', '.join(refusals)}). Set it to auto, or to another provider."
+        )
+    site.decode = Choice(name, "pinned by transforms.tune_attention.decode")
+    node.kwargs = {**node.kwargs, "decode_kernel": name}
+
+
+def _by_kind(places: list[_Place]) -> dict[Site, list[_Place]]:
+    kinds: dict[Site, list[_Place]] = {}
+    for node, site in places:
+        kinds.setdefault(kind_of(site.site), []).append((node, site))
+    return kinds
+
+
+def _tune(kind: Site, places: list[_Place], ctx: TransformContext, report: TransformReport) -> None:
+    config = ctx.config
+    sizes = config.cuda_graph_batch_sizes
+    sizes = default_batch_sizes(config.max_batch_size) if sizes is None else sizes
+    choice, notes = tune_decode(
+        kind,
+        list({site.cache: ctx.caches[site.cache] for _, site in places}.values()),
+        sorted({*sizes, config.max_batch_size}),  # steps with prefill are padded to max_batch_size decodes
+        ctx.sequence_info.max_blocks_per_seq,
+        on_progress=lambda done, total: ctx.on_event(f"tune_attention: {done} of {total} batch sizes"),
+    )
+    report.notes += [f"{len(places)} sites, {note}" for note in notes]
+    for node, _ in places:
+        node.kwargs = {**node.kwargs, "decode_kernel": choice}
+        report.num_matches += 1

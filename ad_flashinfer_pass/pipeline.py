@@ -11,7 +11,7 @@ Order, and why each stands where it does:
 7. ``insert_cached_attention``, ``gather_logits_before_lm_head``: the graph takes its final inputs.
 8. ``initialize_cache``: the resources are known; plans and allocates them.
 9. ``tune_attention``: the pools are there, to be timed over; captured graphs keep what it chose.
-10. ``compile_model``.
+10. ``fuse_small_batch``, ``compile_model``.
 """
 
 from __future__ import annotations

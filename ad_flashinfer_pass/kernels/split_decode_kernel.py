@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit(
-    do_not_specialize=["scale", "v_scale", "table_row"],
+    do_not_specialize=["scale", "v_scale", "table_row", "splits"],
     do_not_specialize_on_alignment=["lengths", "block_table"],
 )
 def split_decode(  # type: ignore[no-untyped-def]
@@ -35,6 +35,7 @@ def split_decode(  # type: ignore[no-untyped-def]
     cache_head,
     cache_slot,
     table_row,
+    splits,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -43,7 +44,6 @@ def split_decode(  # type: ignore[no-untyped-def]
     V_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAP: tl.constexpr,
@@ -61,7 +61,7 @@ def split_decode(  # type: ignore[no-untyped-def]
     # Whole blocks, shared out as evenly as they come; no part is empty, short sequences have fewer parts.
     first_block = first_key // BLOCK
     num_blocks = (length + BLOCK - 1) // BLOCK - first_block
-    parts = tl.minimum(SPLITS, tl.maximum(num_blocks, 1))
+    parts = tl.minimum(splits, tl.maximum(num_blocks, 1))
     if part >= parts:
         return
     begin = first_block + part * num_blocks // parts
@@ -138,7 +138,7 @@ def split_decode(  # type: ignore[no-untyped-def]
         _finish(out, sinks, heads, row_out, rows, sums, top, total, v_scale, GROUP, V_DIM, v_dims)
     else:
         pair = seq * tl.num_programs(0) + head
-        row = (pair * SPLITS + part) * GROUP + rows
+        row = (pair * splits + part) * GROUP + rows
         mask = row_mask[:, None] & (v_dims[None, :] < V_DIM)
         tl.store(sums_of_parts + row[:, None] * V_DIM + v_dims[None, :], sums, mask=mask)
         tl.store(stats_of_parts + 2 * row, top, mask=row_mask)
@@ -149,8 +149,8 @@ def split_decode(  # type: ignore[no-untyped-def]
             _add_parts(
                 out,
                 sinks,
-                sums_of_parts + pair * SPLITS * GROUP * V_DIM,
-                stats_of_parts + 2 * pair * SPLITS * GROUP,
+                sums_of_parts + pair * splits * GROUP * V_DIM,
+                stats_of_parts + 2 * pair * splits * GROUP,
                 head,
                 row_out,
                 parts,
@@ -158,7 +158,6 @@ def split_decode(  # type: ignore[no-untyped-def]
                 GROUP,
                 V_DIM,
                 V_BLOCK,
-                SPLITS,
             )
 
 
@@ -175,33 +174,30 @@ def _add_parts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     V_DIM: tl.constexpr,
     V_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """What the parts of one sequence and KV head left, added in their order and stored."""
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
     rows, v_dims = tl.arange(0, ROWS), tl.arange(0, V_BLOCK)
-    row_mask = rows < GROUP
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    for other in tl.static_range(SPLITS):
-        stat = stats_of_parts + 2 * (other * GROUP + rows)
-        here = rows < tl.where(other < parts, GROUP, 0)
-        top = tl.maximum(top, tl.load(stat, mask=here, other=float("-inf"), cache_modifier=".cg"))
-    top = tl.where(row_mask, top, 0.0)
+    top = tl.full((ROWS,), -1e30, tl.float32)  # below any logit, and finite for rows that do not exist
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, V_BLOCK), tl.float32)
-    for other in tl.static_range(SPLITS):
-        row = other * GROUP + rows
-        here = rows < tl.where(other < parts, GROUP, 0)
-        stat = stats_of_parts + 2 * row
-        share = tl.exp2(tl.load(stat, mask=here, other=float("-inf"), cache_modifier=".cg") - top)
-        total += share * tl.load(stat + 1, mask=here, other=0.0, cache_modifier=".cg")
-        part = tl.load(
-            sums_of_parts + row[:, None] * V_DIM + v_dims[None, :],
-            mask=here[:, None] & (v_dims[None, :] < V_DIM),
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        sums += share[:, None] * part
+    for first in range(0, parts, 8):
+        for i in tl.static_range(8):  # unrolled, so that eight parts are read at once
+            live = rows < tl.where(first + i < parts, GROUP, 0)
+            row = (first + i) * GROUP + rows
+            part_top = tl.load(stats_of_parts + 2 * row, mask=live, other=-1e30, cache_modifier=".cg")
+            part_total = tl.load(stats_of_parts + 2 * row + 1, mask=live, other=0.0, cache_modifier=".cg")
+            part = tl.load(
+                sums_of_parts + row[:, None] * V_DIM + v_dims[None, :],
+                mask=live[:, None] & (v_dims[None, :] < V_DIM),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_top = tl.maximum(top, part_top)
+            shrink, share = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+            total = total * shrink + part_total * share
+            sums = sums * shrink[:, None] + part * share[:, None]
+            top = new_top
     _finish(out, sinks, head * GROUP + rows, row_out, rows, sums, top, total, v_scale, GROUP, V_DIM, v_dims)
 
 

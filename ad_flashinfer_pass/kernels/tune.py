@@ -7,12 +7,8 @@ cache here fits there, too. The fastest is kept, and remembered on disk by GPU, 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +16,10 @@ import triton
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import small_gemm
+from ad_flashinfer_pass.kernels.measure import microseconds, read_choices, write_choices
 from ad_flashinfer_pass.kernels.small_gemm import Around, Config
 from ad_flashinfer_pass.ops.linear import by_torch
 
-_LAUNCHES = 16
 _MIN_GAIN = 0.99
 """A kernel of ours must take less than this share of torch's time, or noise would decide."""
 
@@ -78,7 +74,7 @@ def tune_linears(
             if n <= small_gemm.MAX_TOKENS:
                 kind = LinearKind(n, tuple(weight.shape), weight.dtype, weight.device, *features)
                 weights.setdefault(kind, []).append(weight)
-    known, notes = _read(), []
+    known, notes = read_choices(), []
     for index, (kind, same) in enumerate(weights.items()):
         key = _key(kind, len(same))
         if key not in known:
@@ -87,7 +83,7 @@ def tune_linears(
             _CHOSEN[kind] = Config(*known[key]["config"])
         notes.append(_note(key, known[key]))
         on_progress(index + 1, len(weights))
-    _write(known)
+    write_choices(known)
     return notes
 
 
@@ -114,29 +110,6 @@ def _measured(kind: LinearKind, weights: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
-def microseconds(launches: Sequence[Callable[[], object]]) -> float:
-    """Time of a launch in a captured graph of them all, repeated until there are a few; the best of three."""
-    turn = [launches[i % len(launches)] for i in range(max(_LAUNCHES, len(launches)))]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        turn[0]()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for launch in turn:
-            launch()
-    best = float("inf")
-    for _ in range(4):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end))
-    return 1e3 * best / len(turn)
-
-
 def _key(kind: LinearKind, num_weights: int) -> str:
     """What a measurement depends on."""
     around = [name for name, has in zip(("norm", "residual", "swiglu"), kind[4:], strict=True) if has]
@@ -149,26 +122,3 @@ def _note(key: str, found: dict[str, Any]) -> str:
     ours = "no candidate" if found["ours"] is None else f"ours {found['ours']:.1f}"
     kernel = "torch" if found["config"] is None else f"small_gemm {tuple(found['config'])}"
     return f"{key.partition(': ')[2]}: {kernel} (torch {found['torch']:.1f}, {ours} us)"
-
-
-def cache_file() -> Path:
-    """Where choices are remembered: below XDG_CACHE_HOME, or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "ad_flashinfer_pass" / "kernel_choices.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        known = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
-        return {}  # measured anew
-    return known if isinstance(known, dict) else {}
-
-
-def _write(known: dict[str, Any]) -> None:
-    file = cache_file()
-    with suppress(OSError):  # a read-only home: measured again next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(known, indent=1) + "\n")
-        part.replace(file)

@@ -5,8 +5,8 @@
 A graph holds several layers of 32 query and 8 KV heads of size 128, a bfloat16 query, a cache of bfloat16
 or fp8, and pages of 32 tokens in random order. Microseconds a layer of: ``nodes``, our two ops; ``raw``,
 the same two kernels called with buffers made beforehand; ``fa2``, FlashInfer's FA2 wrapper, planned for
-these lengths, without an append; ``sdpa``, torch's attention on a dense, contiguous bfloat16 cache, without
-an append; ``copy``, the KV that must be read over the bandwidth of a large copy (bytes read plus bytes
+these lengths, without an append; ``split``, our Triton kernel, without an append; ``sdpa``, torch's attention
+on a dense, contiguous bfloat16 cache, without an append; ``copy``, the KV that must be read over the bandwidth of a large copy (bytes read plus bytes
 written) in the same run.
 """
 
@@ -29,7 +29,7 @@ from flashinfer.xqa import xqa as raw_xqa
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels import append, fa, xqa
+from ad_flashinfer_pass.kernels import append, fa, split_decode, xqa
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
@@ -103,6 +103,11 @@ class Layers:
         k, v = pool[1:].view(2, batch, KV_HEADS, -1, DIM)
         F.scaled_dot_product_attention(self.query.transpose(1, 2), k, v, enable_gqa=True)
 
+    def split(self, pool: Tensor) -> None:
+        """Our Triton kernel, as it is launched without a choice by measurement."""
+        args = (self.query[:, 0], pool, self.lens, self.table, DIM, AttentionSpec(DIM**-0.5), None, None)
+        split_decode.decode(*args)
+
     def fa2(self, pool: Tensor) -> None:
         """FlashInfer's wrapper, by our provider, which plans at the first call."""
         spec = AttentionSpec(DIM**-0.5)
@@ -154,14 +159,15 @@ def copy_bandwidth() -> float:
 def measure(batch: int, context: int, kv: str, bandwidth: float) -> dict[str, Any]:
     """One row of the results."""
     layers = Layers(batch, context, kv)
-    names = ("nodes", "raw", "fa2", "sdpa") if kv == "bf16" else ("nodes", "raw", "fa2")
+    columns = ("nodes", "raw", "split", "fa2", "sdpa")
+    names = columns if kv == "bf16" else columns[:-1]
     graphs = [layers.captured(getattr(layers, name)) for name in names]
     copy = batch * context * kv_bytes(kv) / bandwidth
     rounds = _SLOW_ROUNDS if copy * layers.num_layers > _SLOW_US else _ROUNDS
     durations = microseconds([graph.replay for graph, _ in graphs], rounds)
     row = {name: duration / layers.num_layers for name, duration in zip(names, durations, strict=True)}
     given = {"kv": kv, "batch": batch, "context": context}
-    times = {name: row.get(name) for name in ("nodes", "raw", "fa2", "sdpa")}
+    times = {name: row.get(name) for name in columns}
     return {**given, **times, "copy": copy, "nodes/raw": row["nodes"] / row["raw"]}
 
 

@@ -126,6 +126,7 @@ def needed_modules(
 
 _WITHOUT_MODULES = {
     "reference": "plain torch, nothing to compile, and slow on a GPU",
+    "split_decode": "a Triton kernel, compiled in seconds by the first call",
     "trtllm_gen": "binaries that are fetched, not compiled: run `flashinfer download-kernels` there",
 }
 

@@ -5,9 +5,9 @@
 A graph holds several layers of 32 query and 8 KV heads of size 128, a bfloat16 query, a cache of bfloat16
 or fp8, and pages of 32 tokens in random order. Microseconds a layer of: ``nodes``, our two ops; ``raw``,
 the same two kernels called with buffers made beforehand; ``fa2``, FlashInfer's FA2 wrapper, planned for
-these lengths, without an append; ``split``, our Triton kernel, without an append; ``sdpa``, torch's attention
-on a dense, contiguous bfloat16 cache, without an append; ``copy``, the KV that must be read over the bandwidth of a large copy (bytes read plus bytes
-written) in the same run.
+these lengths, without an append; ``split``, our Triton kernel, without an append; ``sdpa``, torch's
+attention on a dense, contiguous bfloat16 cache, without an append; ``copy``, the KV that must be read over
+the bandwidth of a large copy (bytes read plus bytes written) in the same run.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ def tune_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, 
             report.num_matches += 1
     elif ctx.device.type != "cuda" or ctx.config.compile_backend == "torch-simple":
         report.notes.append("steps are not captured: kernels as declared")
+    elif not ctx.caches:
+        report.notes.append("the pools are made elsewhere, nothing to time over: kernels as declared")
     else:
         for kind, same in _by_kind(places).items():
             _tune(kind, same, ctx, report)

@@ -20,8 +20,8 @@ from ad_flashinfer_pass.inspection.text_format import from_text, to_text
 if TYPE_CHECKING:
     from ad_flashinfer_pass.registry import TransformContext, TransformReport
 
-# They allocate pools and capture graphs, for which a graph without weights has no use.
-_NOT_RUN = ("initialize_cache", "compile_model")
+# They allocate pools, time kernels and capture graphs, for which a graph without weights has no use.
+_NOT_RUN = ("initialize_cache", "tune_attention", "compile_model")
 
 
 @dataclass

@@ -68,10 +68,14 @@ def _workspace(device: torch.device) -> _Workspace:
     )
 
 
-def default_config(width: int, itemsize: int) -> Config:
-    """The launch for a cache whose larger head size is ``width``, with elements of ``itemsize`` bytes."""
-    tokens = 32 * 256 // ((1 << (width - 1).bit_length()) * itemsize)
-    return Config(max(16, min(64, tokens)), 2, 6)
+def default_config(width: int) -> Config:
+    """The launch for a cache whose larger head size is ``width``.
+
+    Of 22 that were timed on an H200 for head size 128, pages of 32 tokens, batches of 1 to 128 and contexts
+    of 1,055 and 8,192, never more than 4 % behind the best for bfloat16, and 12 % for fp8.
+    """
+    tokens = 32 * 128 // (1 << (width - 1).bit_length())
+    return Config(max(16, min(64, tokens)), 2, 8)
 
 
 def default_splits(pairs: int, num_processors: int) -> int:
@@ -114,7 +118,7 @@ def decode(
     group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     space = workspaces.get(_workspace, query.device)
     if config is None:
-        config = default_config(max(head_dim, v_head_dim), kv_cache.dtype.itemsize)
+        config = default_config(max(head_dim, v_head_dim))
     if splits is None:
         splits = default_splits(pairs, space.num_processors)
     while splits > 1 and (pairs > _PAIRS or pairs * splits * group * max(v_head_dim, 16) > _SUMS):

@@ -158,14 +158,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cases = [*((name, "auto") for name in args.names), *((name, "fp8") for name in args.fp8)]
-    rows = []
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for row in pool.imap(_measured, cases):
-            rows.append(row)
-            shown = {key: value for key, value in row.items() if key not in ("margins", "eager_steps")}
-            print(
-                *(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), sep=", "
-            )
+    rows: list[dict[str, Any]] = []
     results = {
         "machine": torch.cuda.get_device_name(),
         "versions": {
@@ -175,9 +168,16 @@ def main() -> int:
         "command": " ".join(["python", *sys.argv]),
         "results": rows,
     }
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        for row in pool.imap(_measured, cases):
+            rows.append(row)
+            if args.json is not None:  # after each row, so that an interrupted run leaves what it has
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
+            shown = {key: value for key, value in row.items() if key not in ("margins", "eager_steps")}
+            print(
+                *(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), sep=", "
+            )
     return 0
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -189,9 +189,11 @@ class _Planned:
     def renew(self, lens: Sequence[int], bounds: Sequence[int], cache_loc: Tensor) -> None:
         """Plan a captured decode step anew, from the lengths and the ``cu_num_pages`` of its sequences."""
         page_size = self._shape.page_size
-        rows = list(zip(bounds, bounds[1:], lens, strict=True))
-        # A sequence may have more pages than it uses; a padding row has none and is on page 0.
-        used = [(first + i, first < end) for first, end, n in rows for i in range(-(-n // page_size))]
+        used = []
+        for (first, end), n in zip(pairwise(bounds), lens, strict=True):
+            # A sequence may have more pages than it uses; a padding row has none and is on page 0.
+            has_pages = first < end
+            used += [(first + i if has_pages else 0, has_pages) for i in range(-(-n // page_size))]
         index, is_owned = torch.tensor(used, dtype=torch.int32, device=cache_loc.device).unbind(1)
         self.plan(range(len(lens) + 1), lens, cache_loc.index_select(0, index) * is_owned)
 

@@ -38,6 +38,12 @@ def ad() -> Iterator[Any]:
         yield standin.plugin()
 
 
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Insertion as on a machine without a GPU, wherever the test runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 class Batch:
     """Random tokens over random pages, on the CPU, for the plugin's ops, and SDPA to compare with.
 
@@ -195,6 +201,7 @@ def test_flaw_05_lengths_rebuilt_from_input_pos(ad: Any) -> None:
     batch.check(batch.attend())
 
 
+@pytest.mark.usefixtures("without_gpu")
 def test_flaw_06_window_sinks_cap_mask_and_causality_ignored(ad: Any) -> None:
     """A window, sinks and a cap change the result as they must; a mask or full attention is refused."""
     batch = Batch(MIXED)
@@ -217,6 +224,7 @@ def test_flaw_06_window_sinks_cap_mask_and_causality_ignored(ad: Any) -> None:
     assert constants[3].name == "sinks"
 
 
+@pytest.mark.usefixtures("without_gpu")
 def test_flaw_07_fp8_cache_without_cast_or_check(ad: Any) -> None:
     """The cache's dtype is the config's; K and V are converted on the way in and saturate."""
     handler = ad.FlashInferTrtllmAttention.get_cache_initializers(
@@ -249,7 +257,7 @@ def test_flaw_09_forced_kernel_and_layout(
     node = attention_node(E6, logit_cap=30.0, is_causal=True)
     with pytest.raises(UnsupportedError, match="of layer 7: no TRT-LLM kernel can do its prefill here"):
         ad.FlashInferTrtllmAttention.get_cache_initializers(node, CONFIG)
-    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ad.FlashInferTrtllmAttention.get_cache_initializers(node, CONFIG)["kv_cache"].kv_layout == "HND"
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
@@ -140,7 +141,7 @@ def bench(
         rows.append(_row(number, input_len, start, timelines, floor))
     return Result(
         machine=machine(model.device),
-        versions={name: version(name) for name in ("torch", "transformers", "ad-flashinfer-pass")},
+        versions={"ad-flashinfer-pass": __version__, **{n: version(n) for n in ("torch", "transformers")}},
         date=datetime.date.today().isoformat(),
         copy_bytes_per_s=bandwidth,
         input_len=input_len,

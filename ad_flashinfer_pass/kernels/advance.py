@@ -92,7 +92,8 @@ def _sample(  # type: ignore[no-untyped-def]
     source = scores + row.to(tl.int64) * row_stride
     token, largest = _most_likely(source, vocab_size, BLOCK)
     heat = tl.load(temperature + row)
-    if (heat > 0) & (token >= 0):
+    is_idle = tl.load(is_stopped + row) > 0
+    if (heat > 0) & (token >= 0) & (is_idle == 0):
         lowest = tl.zeros((), tl.uint32)
         k = tl.load(top_k + row)
         if (k > 0) & (k < vocab_size):
@@ -106,7 +107,7 @@ def _sample(  # type: ignore[no-untyped-def]
         token = _drawn(source, vocab_size, largest, heat, lowest, floor, number, token, BLOCK)
     tl.store(num_generated + row, tl.load(num_generated + row) + 1)
 
-    token = tl.where(tl.load(is_stopped + row) > 0, IDLE, token.to(tl.int64))
+    token = tl.where(is_idle, IDLE, token.to(tl.int64))
     tl.store(tokens + row, token)
     if ADVANCES:
         stops = tl.load(stop_token_ids + row * NUM_STOPS + tl.arange(0, NUM_STOPS))

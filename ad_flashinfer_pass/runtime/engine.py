@@ -276,6 +276,7 @@ class Engine:
                 break
         if self._in_flight:
             outputs += self._read_oldest()
+        self._scheduler.clear_released_pages()
         outputs, self._cancelled = self._cancelled + outputs, []
         return outputs
 

@@ -59,8 +59,8 @@ class Scheduler(Generic[S]):
         tokens_per_page: tokens of one page.
         max_batch_size: sequences of one step, at most.
         max_num_tokens: tokens of one step, at most.
-        clear_pages: zeroes the content of pages, called before they go back to the pool: a NaN left
-            in one would reach the sequence that owns it next.
+        clear_pages: zeroes the content of pages that were given up, called before a step can use them: a NaN
+            left in one would reach the sequence that owns it next.
         prefill_chunk_tokens: tokens of one sequence in one step, at most; default: the budget alone
             decides.
         tokens_ahead: when a sequence needs a page, give all that run pages for so many tokens more, if
@@ -86,6 +86,7 @@ class Scheduler(Generic[S]):
         self._clear_pages = clear_pages
         self._max_chunk = prefill_chunk_tokens or max_num_tokens
         self._tokens_ahead = tokens_ahead
+        self._to_clear: list[int] = []
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
         self.num_preemptions = 0
@@ -123,6 +124,8 @@ class Scheduler(Generic[S]):
 
         Whatever a step that was broken off left behind is forgotten; every page is free again.
         """
+        for sequence in self._running:
+            self._to_clear += sequence.pages
         self._pool.free_all()
         self._running = []
         self._waiting = deque(sequences)
@@ -141,11 +144,18 @@ class Scheduler(Generic[S]):
         """
         self._grow()
         self._admit()
+        self.clear_released_pages()
         active = [s for s in self._running if not s.is_complete]
         decodes = [(s, 1) for s in active if s.num_tokens - s.num_cached == 1]
         if len(decodes) == len(active):
             return decodes
         return self._chunks(self._max_num_tokens - len(decodes), decodes)
+
+    def clear_released_pages(self) -> None:
+        """Zero what was given up since the last call, all at once; ``schedule`` does it too."""
+        if self._to_clear:
+            pages, self._to_clear = self._to_clear, []
+            self._clear_pages(pages)
 
     def _chunks(self, budget: int, decodes: list[tuple[S, int]]) -> list[tuple[S, int]]:
         """The whole step: prompt chunks within the budget, oldest first, and the decodes."""
@@ -232,7 +242,7 @@ class Scheduler(Generic[S]):
         self.num_preemptions += 1
 
     def _release_pages(self, sequence: S) -> None:
-        self._clear_pages(sequence.pages)
+        self._to_clear += sequence.pages
         self._pool.free(sequence.pages)
         sequence.pages = []
         self.epoch += 1

@@ -33,6 +33,7 @@ CAPABILITY = Capability(
     kv_dtypes={"decode": frozenset({torch.float8_e4m3fn})},
     head_dims=frozenset(range(16, 257, 8)),
     max_group=64,
+    run_on=frozenset({90}),
 )
 DECODE_OPTION = "splits"
 

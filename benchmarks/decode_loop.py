@@ -117,15 +117,16 @@ def timed(engine: Engine, num_steps: int) -> float:
     return milliseconds
 
 
-def traced(engine: Engine, num_steps: int) -> list[dict[str, Any]]:
-    """The events of a profiler trace of some steps."""
+def traced(engine: Engine, num_steps: int, path: Path | None) -> list[dict[str, Any]]:
+    """The events of a profiler trace of some steps; the trace is kept at ``path``."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         for _ in range(num_steps):
             engine.step()
         torch.cuda.synchronize()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        prof.export_chrome_trace(file.name)
-        events: list[dict[str, Any]] = json.loads(Path(file.name).read_text())["traceEvents"]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json" if path is None else path
+        prof.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
     return [event for event in events if event.get("ph") == "X"]
 
 
@@ -141,6 +142,9 @@ def analysed(events: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
             graphs[event["args"]["correlation"]].append(event)
     launches = sorted(graphs.values(), key=lambda kernels: float(kernels[0]["ts"]))
     model = [kernels for kernels in launches if len(kernels) > _SMALL_GRAPH]
+    if len(model) < 2:
+        found = Counter((e.get("cat"), e["name"][:40]) for e in events).most_common(20)
+        raise RuntimeError(f"no graph of the model was launched twice; the trace has {found}")
     gaps = [_idle(device, _end(before), float(after[0]["ts"])) for before, after in pairwise(launches)]
     periods = [float(after[0]["ts"]) - float(before[0]["ts"]) for before, after in pairwise(model)]
     in_model = {id(kernel) for kernels in model for kernel in kernels}
@@ -183,20 +187,28 @@ def _idle(device: list[dict[str, Any]], start: float, end: float) -> float:
     return max(end - start, 0.0) - (_busy(device, start, end) if end > start else 0.0)
 
 
-def measure(model: CachedModel, batch: int, num_steps: int) -> dict[str, Any]:
-    """All numbers of one batch size."""
-    greedy = SamplingParams(max_new_tokens=900, ignore_eos=True)
-    sampled = SamplingParams(
-        max_new_tokens=900, ignore_eos=True, temperature=0.8, top_p=0.95, top_k=50, seed=0
-    )
+GREEDY = SamplingParams(max_new_tokens=900, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=900, ignore_eos=True, temperature=0.8, top_p=0.95, top_k=50, seed=0)
+KINDS = {"greedy": GREEDY, "sampled": SAMPLED}
+
+
+def times(model: CachedModel, batch: int, num_steps: int) -> dict[str, Any]:
+    """Milliseconds a step by kind of request and steps ahead."""
     row: dict[str, Any] = {"batch": batch}
-    for name, params in (("greedy", greedy), ("sampled", sampled)):
+    for name, params in KINDS.items():
         for ahead in (0, 1, 2):
             with Decoding(model, batch, ahead, params) as engine:
                 row[f"{name}_{ahead}_ahead_ms"] = timed(engine, num_steps)
-    for name, params in (("greedy", greedy), ("sampled", sampled)):
+    return row
+
+
+def traces(model: CachedModel, batch: int, directory: Path | None) -> dict[str, Any]:
+    """What the profiler tells of steps with one step ahead, by kind of request."""
+    row: dict[str, Any] = {}
+    for name, params in KINDS.items():
         with Decoding(model, batch, 1, params) as engine:
-            row[f"trace_{name}"] = analysed(traced(engine, _NUM_PROFILED), _NUM_PROFILED)
+            path = None if directory is None else directory / f"decode_loop_{name}_{batch}.json"
+            row[f"trace_{name}"] = analysed(traced(engine, _NUM_PROFILED, path), _NUM_PROFILED)
     return row
 
 
@@ -211,14 +223,18 @@ def main() -> None:
     parser.add_argument("--graphs", type=int, nargs="+", default=None, help="cuda_graph_batch_sizes")
     parser.add_argument("--backend", default="torch-cudagraph")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--traces", type=Path, help="keep the profiler's traces in this folder")
     args = parser.parse_args()
     start = time.perf_counter()
     model = build(args)
     build_seconds = time.perf_counter() - start
     rows = []
     for batch in args.batch:
-        rows.append(measure(model, batch, args.steps))
+        rows.append(times(model, batch, args.steps))
         print(json.dumps(rows[-1], indent=1), flush=True)
+    for row in rows:
+        row.update(traces(model, row["batch"], args.traces))
+        print(json.dumps(row, indent=1), flush=True)
     assert isinstance(model.module, CudaGraphModule)
     costs = [
         {"bucket": str(cost.bucket), "seconds": round(cost.seconds, 4), "bytes": cost.bytes}

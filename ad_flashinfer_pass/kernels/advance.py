@@ -25,14 +25,14 @@ def sample_and_advance(
     """See ``SequenceInfo.sample_and_advance``.
 
     Args:
-        scores: floating [n, vocab_size], rows contiguous.
+        scores: floating [n, vocab_size].
         tokens: int64 [n or more], written.
         views: the metadata by name; those of the first n rows are written.
         idle: written in place of the token of a sequence that had stopped.
         advances: whether the rows are those of a decode step, whose metadata become those of the next.
     """
     num_rows, vocab_size = scores.shape
-    assert scores.stride(1) == 1, "the scores of a row stand side by side"
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
     _sample[(num_rows,)](
         scores,
         scores.stride(0),

@@ -1,0 +1,89 @@
+"""Tables of docs/kernels.md from the JSON of the benchmarks.
+
+    python benchmarks/tables.py
+
+Each stands between two comments with its name; ``tests/test_tables.py`` checks that they are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "kernels.md"
+
+
+def attention(data: dict[str, Any]) -> list[str]:
+    """Of ``attention.json``."""
+    lines = _heading(
+        "cache",
+        "batch",
+        "context",
+        "our nodes, us",
+        "raw kernels",
+        "nodes / raw",
+        "FA2 wrapper",
+        "SDPA, dense",
+        "KV at copy speed",
+    )
+    for row in data["microseconds"]:
+        times = [f"{row[key]:.4g}" if row[key] is not None else "" for key in ("fa2", "sdpa", "copy")]
+        ours = f"{row['nodes']:.4g} | {row['raw']:.4g} | {row['nodes/raw']:.3f}"
+        lines.append(f"| {row['kv']} | {row['batch']} | {row['context']} | {ours} | {' | '.join(times)} |")
+    speed = data["copy_bytes_per_microsecond"] / 1e6
+    return [*lines, "", f"A large copy: {speed:.2f} TB/s, read and write together. {_source(data)}"]
+
+
+def end_to_end(data: dict[str, Any]) -> list[str]:
+    """Of ``end_to_end.json``."""
+    lines = _heading(
+        "model",
+        "prefill",
+        "decode",
+        "tokens",
+        "different",
+        "largest margin, ulps",
+        "as a share of rounding",
+        "steps with equal bits",
+    )
+    for row in data["results"]:
+        kernels = f"{row['kernels']['prefill']} | {row['kernels']['decode']}"
+        margins = f"{row['num_different']} | {row['largest_ulps']:.0f} | {row['largest_share']:.0%}"
+        equal = f"{row['num_equal_steps']} of {row['num_equal_steps'] + row['num_unequal_steps']}"
+        lines.append(f"| {row['name']} | {kernels} | {row['num_tokens']} | {margins} | {equal} |")
+    return [*lines, "", _source(data)]
+
+
+def _heading(*columns: str) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def _source(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return f"{data['machine']}, {versions}, {data['date']}: `{data['command']}`."
+
+
+def updated(page: str) -> str:
+    """The page with its tables made anew."""
+    for make in (attention,):
+        name = make.__name__
+        lines = make(json.loads((RESULTS / f"{name}.json").read_text()))
+        before, begin, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not begin or not end:
+            raise ValueError(f"{PAGE} must have the comments <!-- {name} --> and <!-- end of {name} -->")
+        page = "\n".join([before + begin, *lines, end + after])
+    return page
+
+
+def main() -> int:
+    """Write the page."""
+    PAGE.write_text(updated(PAGE.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

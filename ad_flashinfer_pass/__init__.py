@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ad_flashinfer_pass.build import build_model
     from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
+    from ad_flashinfer_pass.exported import restore, to_program, transform
     from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult
     from ad_flashinfer_pass.runtime.sampling import SamplingParams
     from ad_flashinfer_pass.torch_compile.session import CacheSession
@@ -25,6 +26,9 @@ __all__ = [
     "KvCacheConfig",
     "SamplingParams",
     "build_model",
+    "restore",
+    "to_program",
+    "transform",
 ]
 
 _HOME = {
@@ -35,6 +39,9 @@ _HOME = {
     "KvCacheConfig": "config",
     "SamplingParams": "runtime.sampling",
     "build_model": "build",
+    "restore": "exported",
+    "to_program": "exported",
+    "transform": "exported",
 }
 
 

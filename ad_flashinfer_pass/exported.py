@@ -1,0 +1,186 @@
+"""For a program that was exported elsewhere: transform it, save the result, load it again.
+
+::
+
+    program = torch.export.export(model, (input_ids, position_ids), dynamic_shapes=...)
+    cached = transform(program, max_batch_size=8, max_seq_len=4096)  # CachedModel: step(), or Engine(cached)
+    torch.export.save(to_program(cached), "cached.pt2")
+    cached = restore(torch.export.load("cached.pt2"), max_batch_size=8, max_seq_len=4096)
+
+A saved program is the graph with its weights. Metadata and pages are its inputs, so they are not in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes_config
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import ops, pipeline, registry
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError, ExportError
+from ad_flashinfer_pass.registry import KvCacheResource
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.transforms.export_model import plain_module
+
+assert ops.__name__  # a loaded program calls the ops of torch.ops.ad_flashinfer
+
+_TOKENS = ("input_ids", "position_ids")
+
+
+def transform(
+    program: ExportedProgram,
+    config: AutoDeployConfig | None = None,
+    *,
+    on_event: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> CachedModel:
+    """Give a program's attention paged caches.
+
+    Args:
+        program: a function of input_ids and position_ids, int64 [batch, seq], both dynamic, by these names or
+            in this order; its first output is the logits [batch, seq, vocab]. It is not changed.
+        config: how it is served; its model keys are not read.
+        on_event: called with the name of each transform as it begins.
+        settings: or the keys of the config.
+
+    Returns:
+        The model with its pools allocated.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range, or given twice.
+        TransformError: the pass refuses the program.
+    """
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    _take_out_constants(module, program)
+    _order_inputs(module)
+    return pipeline.transform_module(module, _config(config, settings), on_event=on_event)[0]
+
+
+def to_program(model: CachedModel) -> ExportedProgram:
+    """A transformed model as a program, for ``torch.export.save``.
+
+    Its inputs are, by name, the tokens, the metadata and the caches; the numbers of tokens, sequences, rows
+    of logits and pages are dynamic. torch.export writes into its guards that no number is 1, which the graph
+    does not need: call ``program.module(check_guards=False)``, or ``restore`` it.
+
+    Raises:
+        ConfigError: the model was compiled or captured.
+    """
+    module = model.module
+    if not isinstance(module, fx.GraphModule):
+        raise ConfigError(
+            f"only a model of compile_backend 'torch-simple' can be saved, got a {type(module).__name__}; "
+            "choose the backend when it is restored."
+        )
+    given = {**model.sequence_info.named_args(), **model.caches}
+    for name, shape in (("input_ids", (2, 13)), ("position_ids", (2, 13)), ("token_gather_indices", (5,))):
+        given[name] = torch.zeros(shape, dtype=torch.int64, device=model.device)
+    # torch.export wants them in the order of the graph's inputs.
+    examples = {node.name: given[node.name] for node in module.graph.find_nodes(op="placeholder")}
+    dynamic: dict[str, Any] = dict.fromkeys(examples)
+    dynamic.update({name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in _TOKENS})
+    dynamic["token_gather_indices"] = {0: Dim.DYNAMIC}
+    dynamic.update({name: {0: Dim.DYNAMIC} for name in model.caches})
+    # Else sizes of 1, a decode step's, would be taken for another program.
+    oblivious = symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, torch.no_grad():
+        return torch.export.export(module, (), examples, dynamic_shapes=dynamic, strict=False)
+
+
+def restore(program: ExportedProgram, config: AutoDeployConfig | None = None, **settings: Any) -> CachedModel:
+    """A program of ``to_program``, from a file, as a model with pools of its own.
+
+    Args:
+        program: from ``torch.export.load``.
+        config: with the sizes for which it was transformed; compile_backend and the number of pages may
+            differ.
+        settings: or the keys of the config.
+
+    Raises:
+        ConfigError: a setting is unknown, or is not that of the program.
+        CapacityError: the caches do not fit in memory.
+    """
+    gm, _ = plain_module(program.module(check_guards=False))
+    output = gm.graph.output_node()
+    output.args = (g.args(output)[0][0],)
+    ctx = pipeline.context(_config(config, settings))
+    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    for name, tensor in ctx.sequence_info.named_args().items():
+        if name not in inputs:
+            raise ConfigError(f"the program takes no {name}: it was not made by transform.")
+        shape = tuple(g.shape(inputs[name]))
+        if name not in (*_TOKENS, "token_gather_indices") and shape != tuple(tensor.shape):
+            raise ConfigError(
+                f"the program was transformed for other sizes: {name} has shape {list(shape)}, and "
+                f"{list(tensor.shape)} with these settings. Give max_batch_size, max_seq_len, "
+                "max_num_tokens and tokens_per_block as they were."
+            )
+    for name, node in inputs.items():
+        if name.startswith("kv_cache_"):
+            _, _, heads, page_size, head_dim = g.shape(node)
+            resource = KvCacheResource(name, int(heads), int(head_dim), int(page_size), g.value(node).dtype)
+            ctx.resources.append(resource)
+    ctx.vocab_size = int(g.shape(g.args(output)[0])[-1])
+    module: nn.Module = gm
+    for name in ("initialize_cache", "compile_model"):
+        module, _ = registry.get(name)(module, ctx)
+    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size)
+
+
+def _config(config: AutoDeployConfig | None, settings: dict[str, Any]) -> AutoDeployConfig:
+    if config is not None and settings:
+        raise ConfigError(f"give a config or its keys, not both, got config and {', '.join(settings)}.")
+    return config or AutoDeployConfig(**settings)
+
+
+def _take_out_constants(module: fx.GraphModule, program: ExportedProgram) -> None:
+    """Take out inputs that are no tensors, such as a flag: the graph was made for one value of each."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    values = dict(zip(inputs, program.graph_signature.user_inputs, strict=True))
+    constants = {node: value for node, value in values.items() if not g.is_tensor(node)}
+    for call in module.graph.find_nodes(op="call_module"):
+        name = str(call.target)
+        kept = [node for node in g.args(call) if node not in constants]
+        given = [constants.get(node, _GIVEN) for node in g.args(call)]
+        module.set_submodule(name, _WithConstants(module.get_submodule(name), given))
+        call.args = tuple(kept)
+    for node in constants:
+        module.graph.erase_node(node)
+
+
+_GIVEN = object()
+
+
+class _WithConstants(nn.Module):
+    """A module of torch.export that checks its inputs, some of which are always the same."""
+
+    def __init__(self, module: nn.Module, inputs: list[Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.inputs = inputs
+
+    def forward(self, *args: Any) -> Any:
+        given = iter(args)
+        return self.module(*(next(given) if value is _GIVEN else value for value in self.inputs))
+
+
+def _order_inputs(module: fx.GraphModule) -> None:
+    """Bring input_ids and position_ids to the front."""
+    inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
+    named = [inputs[name] for name in _TOKENS if name in inputs]
+    if len(named) == 1:
+        raise ExportError(
+            f"the program takes {', '.join(inputs)}: it must take input_ids and position_ids, by these "
+            "names or in this order, since positions start anew with each sequence of a batch."
+        )
+    for node in reversed(named):
+        first = module.graph.find_nodes(op="placeholder")[0]
+        if first is not node:
+            first.prepend(node)

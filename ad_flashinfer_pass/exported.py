@@ -56,11 +56,12 @@ def transform(
         ConfigError: a setting is unknown or out of range, or given twice.
         TransformError: the pass refuses the program.
     """
+    config = _config(config, settings)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     _take_out_constants(module, program)
     _order_inputs(module)
-    return pipeline.transform_module(module, _config(config, settings), on_event=on_event)[0]
+    return pipeline.transform_module(module, config, on_event=on_event)[0]
 
 
 def to_program(model: CachedModel) -> ExportedProgram:

@@ -1,0 +1,116 @@
+"""``transform``, ``to_program``, ``restore``: programs exported elsewhere, saved and loaded again."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ad_flashinfer_pass import AutoDeployConfig, restore, to_program, transform
+from ad_flashinfer_pass.errors import ConfigError, ExportError
+from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from tests import architectures
+
+SETTINGS: dict[str, Any] = {
+    "max_batch_size": 4,
+    "max_seq_len": 64,
+    "kv_cache_config": {"tokens_per_block": 16},
+}
+PROMPTS = architectures.random_prompts((5, 9, 1, 14), vocab_size=128)
+
+
+@cache
+def model() -> nn.Module:
+    config = architectures.CONFIGS["mistral"]()
+    config.num_hidden_layers = 1
+    return architectures.random_model(config)
+
+
+@cache
+def expected() -> list[list[int]]:
+    return architectures.generated_by_transformers(model(), PROMPTS, 12)
+
+
+def export(
+    module: nn.Module, names: tuple[str, ...] = ("input_ids", "position_ids"), **flags: Any
+) -> ExportedProgram:
+    """With inputs of these names, in this order, and flags."""
+    inputs = {name: torch.arange(13).repeat(2, 1) for name in names}
+    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    shapes = {**dict.fromkeys(inputs, dynamic), **dict.fromkeys(flags)}
+    with torch.no_grad():
+        return torch.export.export(module, (), {**inputs, **flags}, dynamic_shapes=shapes, strict=False)
+
+
+@cache
+def cached() -> CachedModel:
+    return transform(export(model(), ("position_ids", "input_ids"), use_cache=False), **SETTINGS)
+
+
+def test_a_program_of_a_users_own_generates_the_tokens_of_transformers() -> None:
+    """Exported by keywords, in another order, with a flag that is no tensor."""
+    assert architectures.generated_by_engine(cached(), PROMPTS, 12) == expected()
+
+
+def test_a_saved_program_is_loaded_and_generates_the_same(tmp_path: Path) -> None:
+    """With its weights, and pools of its own."""
+    program = to_program(cached())
+    torch.export.save(program, tmp_path / "cached.pt2")
+    loaded = torch.export.load(tmp_path / "cached.pt2")
+
+    again = restore(loaded, AutoDeployConfig(**{**SETTINGS, "compile_backend": "torch-simple"}))
+    assert architectures.generated_by_engine(again, PROMPTS, 12) == expected()
+
+    # Called as it is, for a step of decode and one with prefill.
+    caches = {name: torch.zeros_like(pool) for name, pool in cached().caches.items()}
+    for steps in ([SequenceStep([5], 0, [1])], [SequenceStep([5, 3, 4], 0, [2]), SequenceStep([7], 0, [3])]):
+        again.sequence_info.nest_sequences(steps)
+        args = again.sequence_info.named_args()
+        with torch.no_grad():
+            found = loaded.module(check_guards=False)(**args, **caches)
+            assert torch.equal(found, again.module(**args, **again.caches))
+
+
+def test_a_saved_program_keeps_to_its_sizes() -> None:
+    program = to_program(cached())
+    with pytest.raises(
+        ConfigError, match=r"transformed for other sizes: .* with these settings\. Give max_batch"
+    ):
+        restore(program, **{**SETTINGS, "max_batch_size": 3})
+    with pytest.raises(ConfigError, match="takes no cu_seqlen: it was not made by transform"):
+        restore(export(Embedding(), ("input_ids", "where")), **SETTINGS)
+
+
+class Embedding(nn.Module):
+    """A model of nothing, that takes the positions by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 8)
+
+    def forward(self, input_ids: Tensor, where: Tensor) -> Tensor:
+        """[b, s, 8]."""
+        return self.table(input_ids) + where[..., None]
+
+
+def test_inputs_must_be_tokens_and_positions() -> None:
+    other = export(Embedding(), ("input_ids", "where"))
+    with pytest.raises(ExportError, match=r"takes input_ids, where: it must take input_ids and position_ids"):
+        transform(other, **SETTINGS)
+    with pytest.raises(
+        ConfigError, match="give a config or its keys, not both, got config and max_batch_size"
+    ):
+        transform(other, AutoDeployConfig(), max_batch_size=2)
+
+
+def test_only_a_plain_graph_can_be_saved() -> None:
+    module = cached().module
+    compiled = CachedModel(nn.Sequential(module), cached().caches, cached().sequence_info, 128)
+    with pytest.raises(ConfigError, match="only a model of compile_backend 'torch-simple' can be saved"):
+        to_program(compiled)

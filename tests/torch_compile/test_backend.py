@@ -1,0 +1,278 @@
+"""What the backend takes, what it refuses, and that a model split by graph breaks keeps its caches apart."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import PreTrainedModel, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from ad_flashinfer_pass.errors import (
+    AdFlashinferError,
+    CapacityError,
+    PackingError,
+    SessionError,
+)
+from tests import architectures
+from tests.torch_compile.small_models import Net, break_graph, compiled, expected, generate, session
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    config = architectures.CONFIGS["llama_gqa4"]()
+    config.num_hidden_layers = 1
+    return architectures.random_model(config)
+
+
+def test_the_installed_package_offers_the_backend_by_name(tmp_path: Path) -> None:
+    """torch finds the entry point of setup.cfg, lists it, and imports the package when it is asked for."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    info = tmp_path / "ad_flashinfer_pass-9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ad-flashinfer-pass\nVersion: 9\n")
+    entries = setup["options.entry_points"]["torch_dynamo_backends"]
+    (info / "entry_points.txt").write_text(f"[torch_dynamo_backends]\n{entries}\n")
+    code = (
+        "import sys, torch\n"
+        "print('flashinfer_trtllm' in torch._dynamo.list_backends(), 'ad_flashinfer_pass' in sys.modules)\n"
+        "torch.compile(torch.nn.Linear(2, 2), backend='flashinfer_trtllm')\n"
+        "print('ad_flashinfer_pass.torch_compile.backend' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "False", "True"]
+
+
+def test_a_model_written_by_hand() -> None:
+    """Names of its own for its inputs, SDPA with is_causal, no mask: one graph for all steps."""
+    model, of = Net(), session()
+    assert generate(of, compiled(model, of)) == expected(model)
+    assert [record.what for record in of.compiles] == ["dynamo", "pass"]
+
+
+def test_layers_that_run_twice_have_a_cache_each_time() -> None:
+    model, of = Net(num_rounds=2), session()
+    assert generate(of, compiled(model, of)) == expected(model)
+    (group,) = of._groups.values()
+    assert len(group.caches) == 4
+
+
+def test_pieces_between_graph_breaks_have_their_layers_caches() -> None:
+    """Two layers are one code and one graph of Dynamo's, with other weights."""
+    model, of = Net(between=break_graph), session()
+    with pytest.warns(UserWarning, match="A graph break split the model into pieces"):
+        found = generate(of, compiled(model, of))
+    assert found == expected(model)
+    assert len(of._groups) == 2
+
+
+def test_a_layer_that_runs_twice_across_a_graph_break_is_refused() -> None:
+    model, of = Net(1, between=break_graph, num_rounds=2), session()
+    with pytest.raises(
+        SessionError, match=r"has already run in this batch\..*across a graph break cannot be told"
+    ):
+        generate(of, compiled(model, of))
+    assert of.lengths == {}
+
+
+def test_a_graph_break_between_projection_and_attention_is_refused() -> None:
+    model, of = Net(1, inside=break_graph), session()
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(SessionError, match=r"takes K or V that no weight of its graph makes\. A graph break"),
+    ):
+        generate(of, compiled(model, of))
+
+
+def test_a_mask_from_before_a_graph_break_is_refused(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: break_graph(forward(self, x)))
+    of = session()
+    with pytest.raises(AdFlashinferError, match="graph break"), of.prefill([[1, 2, 3]]) as batch:
+        compiled(llama, of)(**batch.inputs, use_cache=False)
+
+
+def test_models_share_the_pages_of_a_session() -> None:
+    """Two models in one batch, and one model compiled twice, whose prefill the other's decode continues."""
+    first, second, of = Net(1), Net(2), session()
+    one, two = compiled(first, of), compiled(second, of)
+    with of.prefill([[1, 2, 3], [4, 5]]) as batch:
+        inputs = tuple(batch.inputs.values())
+        tokens = [batch.last_logits(model(*inputs)).argmax(-1).tolist() for model in (one, two)]
+    prompts = [[1, 2, 3], [4, 5]]
+    for model, found in ((first, tokens[0]), (second, tokens[1])):
+        assert [[token] for token in found] == expected(model, prompts, 1)
+    of.free()
+
+    assert generate(of, two, compiled(second, of)) == expected(second)
+    assert {len(group.caches) for group in of._groups.values()} == {1, 2}
+
+
+def refused(model: nn.Module, error: type[Exception], match: str, **kwargs: Any) -> None:
+    """The first call of a model raises, and the session is as before."""
+    of = session()
+    with pytest.raises(error, match=match), of.prefill([[1, 2, 3]]) as batch:
+        compiled(model, of)(**{**batch.inputs, "use_cache": False, **kwargs})
+    assert of.lengths == {}
+    assert of.num_free_pages == 4 * 4
+
+
+def test_a_cache_of_the_models_own_is_refused(llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        cache = llama(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    refused(
+        llama,
+        SessionError,
+        r"cache of its own \(.*past_key_values.*without past_key_values",
+        past_key_values=cache,
+    )
+    static = StaticCache(config=llama.config, max_cache_len=32)
+    refused(llama, SessionError, "cache of its own", past_key_values=static, use_cache=True)
+
+
+def test_use_cache_is_no_harm(llama: PreTrainedModel) -> None:
+    """The default of transformers; the logits are those of a call without."""
+    of = session()
+    with of.prefill([[1, 2, 3]]) as batch:
+        found = compiled(llama, of)(**batch.inputs).logits
+    with torch.no_grad():
+        torch.testing.assert_close(found, llama(torch.tensor([[1, 2, 3]])).logits)
+
+
+def test_a_mask_or_other_tokens_are_refused(llama: PreTrainedModel) -> None:
+    ones = torch.ones((1, 3), dtype=torch.int64)
+    refused(
+        llama,
+        SessionError,
+        r"attention_mask, torch.int64 \[1, 3\], is none of batch.inputs",
+        attention_mask=ones,
+    )
+    refused(llama, SessionError, r"input_ids, torch.int64 \[1, 3\], is none of batch.inputs", input_ids=ones)
+    refused(
+        llama, PackingError, "called without position_ids: give it those of batch.inputs", position_ids=None
+    )
+
+
+def test_training_and_gradients_are_refused(llama: PreTrainedModel) -> None:
+    of = session()
+    with (
+        pytest.raises(SessionError, match="KV cache has no gradient"),
+        of.prefill([[1, 2]]) as batch,
+        torch.enable_grad(),
+    ):
+        compiled(llama, of)(**batch.inputs, use_cache=False)
+    of = session()
+    with (
+        pytest.raises(SessionError, match=r"training mode: call model.eval\(\) first"),
+        of.prefill([[1, 2]]) as batch,
+    ):
+        compiled(Net(dropout=0.1).train(), of)(*batch.inputs.values())
+
+
+def test_inference_mode_is_no_harm() -> None:
+    model, of = Net(1), session()
+    with torch.inference_mode():
+        found = generate(of, compiled(model, of))
+    assert found == expected(model)
+
+
+def test_a_call_must_be_within_a_batch_and_with_its_inputs() -> None:
+    of = session()
+    model = compiled(Net(1), of)
+    tokens = torch.zeros((1, 3), dtype=torch.int64)
+    with (
+        torch.no_grad(),
+        pytest.raises(SessionError, match=r"called outside a batch: use `with session.prefill"),
+    ):
+        model(tokens, tokens)
+    torch._dynamo.reset()
+    with of.prefill([[1, 2, 3]]) as batch:
+        old = tuple(batch.inputs.values())
+        model(*old)
+        with pytest.raises(
+            SessionError, match=r"layers\.0 has already run in this batch\. Call a compiled model once"
+        ):
+            model(*old)
+    with pytest.raises(SessionError, match="input_ids is not that of the open batch"), of.decode([4]):
+        model(*old)
+    assert of.lengths == {0: 3}
+
+
+def test_a_model_that_missed_a_step_is_refused() -> None:
+    of = session()
+    one, two = compiled(Net(1), of), compiled(Net(1), of)
+    with of.prefill([[1, 2, 3]]) as batch:
+        one(*batch.inputs.values())
+    with (
+        pytest.raises(
+            SessionError, match=r"sequence 0 has 3 tokens and the caches of layers.0 hold 0 of them"
+        ),
+        of.decode([4]) as batch,
+    ):
+        two(*batch.inputs.values())
+    assert of.lengths == {0: 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "match"),
+    [
+        pytest.param({}, "max-autotune", 'needs options={"session": .*put "mode": .max-autotune', id="mode"),
+        pytest.param({"session": 3}, None, "CacheSession.*got 3", id="no_session"),
+        pytest.param(
+            {"compile_backnd": 1}, None, "unknown option 'compile_backnd'; did you mean", id="unknown"
+        ),
+        pytest.param({"compile_backend": "fast"}, None, "compile_backend: input should be", id="backend"),
+        pytest.param({"mode": "fast"}, None, "unknown mode 'fast'; known: default", id="inductor_mode"),
+        pytest.param(
+            {"mode": "default", "compile_backend": "torch-simple"}, None, "mode is Inductor's", id="both"
+        ),
+        pytest.param({"cuda_graph_batch_sizes": [1]}, None, "for backends that capture", id="sizes"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], mode: str | None, match: str) -> None:
+    """By the first call, as torch.compile calls its backends then."""
+    from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
+
+    of = session()
+    given = {"session": of, **options} if options else None
+    model = torch.compile(Net(1), backend=flashinfer_trtllm, options=given, mode=mode)
+    with pytest.raises(BackendCompilerFailed, match=match), of.prefill([[1, 2, 3]]) as batch:
+        model(*batch.inputs.values())
+
+
+def test_a_batch_in_which_nothing_ran_says_so() -> None:
+    of = session()
+    with (
+        pytest.raises(SessionError, match="no attention with a cache ran in this batch"),
+        of.prefill([[1, 2]]),
+    ):
+        pass
+    assert of.lengths == {}
+    assert of.num_free_pages == 16
+
+
+def test_no_pool_is_allocated_that_does_not_fit() -> None:
+    of = session(kv_cache_config={"tokens_per_block": 16, "free_gpu_memory_fraction": 1e-9})
+    with pytest.raises(CapacityError, match=r"1 caches of 17 pages need .* bytes, .* are free"):
+        generate(of, compiled(Net(1), of))

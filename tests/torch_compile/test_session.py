@@ -1,0 +1,165 @@
+"""What a session keeps: sequences, their lengths and pages; a refusal changes none of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass import CacheSession
+from ad_flashinfer_pass.errors import AdFlashinferError, CapacityError, ConfigError, SessionError
+from tests.torch_compile.small_models import Net, compiled, session
+
+
+class Loop:
+    """A compiled model of one layer with a session; logits of whole texts are its oracle."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.net, self.session = Net(1), session()
+        self._model = compiled(self.net, self.session)
+
+    def run(self, schedule: list[tuple[int | None, list[int]]]) -> Tensor:
+        """[number of sequences, vocab]."""
+        with self.session.step(schedule) as batch:
+            return batch.last_logits(self._model(*batch.inputs.values()))
+
+    def assert_last(self, found: Tensor, *texts: list[int]) -> None:
+        """The logits are those of the last tokens of these texts."""
+        with torch.no_grad():
+            wanted = [self.net(torch.tensor([text]), torch.arange(len(text))[None])[0, -1] for text in texts]
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Loop:
+    return Loop()
+
+
+@pytest.fixture
+def loop(shared: Loop) -> Loop:
+    shared.session.free()
+    return shared
+
+
+def test_prompts_chunks_and_single_tokens_in_one_step(loop: Loop) -> None:
+    loop.run([(None, [1, 2, 3]), (None, [4, 5])])
+    first, second = loop.session.lengths
+    found = loop.run([(None, [7, 8]), (second, [9, 10, 11]), (first, [6])])
+    loop.assert_last(found, [7, 8], [4, 5, 9, 10, 11], [1, 2, 3, 6])
+    assert list(loop.session.lengths.values()) == [4, 5, 2]
+
+
+def test_prefill_takes_prompts_in_any_form_and_order(loop: Loop) -> None:
+    """One token, which is a decode, among longer ones: results and ids are in the order given."""
+    prompts = [[9], [1, 2, 3], [8], [4, 5]]
+    with loop.session.prefill(prompts) as batch:
+        logits = loop._model(*batch.inputs.values())
+        found = batch.last_logits(logits)
+        tokens = batch.inputs["input_ids"][0].tolist()
+        assert [tokens[start:end] for start, end in batch.spans] == prompts
+    loop.assert_last(found, *prompts)
+    assert list(loop.session.lengths) == batch.sequences
+    assert list(loop.session.lengths.values()) == [1, 3, 1, 2]
+    assert loop.session.prefill(torch.tensor([1, 2]))._entries == [(None, [1, 2])]
+    assert loop.session.prefill(torch.tensor([[1, 2], [3, 4]]))._entries == [(None, [1, 2]), (None, [3, 4])]
+    assert loop.session.prefill([1, 2])._entries == [(None, [1, 2])]
+
+
+def test_truncated_tokens_are_forgotten(loop: Loop) -> None:
+    """Drafts that were refused: the next token stands where the first of them stood."""
+    loop.run([(None, list(range(1, 16)))])
+    (sequence,) = loop.session.lengths
+    loop.run([(sequence, [20, 21, 22, 23])])
+    assert loop.session.num_free_pages == 16 - 2
+    loop.session.truncate(sequence, 16)
+    assert loop.session.num_free_pages == 16 - 1
+    found = loop.run([(sequence, [30])])
+    loop.assert_last(found, [*range(1, 16), 20, 30])
+    with pytest.raises(SessionError, match=r"can be cut to 1\.\.17 tokens while no batch is open, got 18"):
+        loop.session.truncate(sequence, 18)
+
+
+def test_pages_of_freed_sequences_are_used_again_and_are_empty(loop: Loop) -> None:
+    for start in range(6):
+        loop.run([(None, [start + 1] * 40)])
+        (sequence,) = loop.session.lengths
+        loop.session.free([sequence])
+    assert loop.session.num_free_pages == 16
+    assert all(not cache[1:].any() for cache in loop.session._caches.values())
+
+
+def test_an_error_within_a_batch_undoes_it(loop: Loop) -> None:
+    """Also after the model ran: the sequences are as before, and the next step is right."""
+    loop.run([(None, [1, 2, 3])])
+    (sequence,) = loop.session.lengths
+    batch = loop.session.step([(None, [4, 5]), (sequence, [9])])
+    with contextlib.suppress(ZeroDivisionError), batch:
+        loop._model(*batch.inputs.values())
+        raise ZeroDivisionError
+    assert batch.ran
+    assert loop.session.lengths == {sequence: 3}
+    assert loop.session.num_free_pages == 16 - 1
+    loop.assert_last(loop.run([(sequence, [6])]), [1, 2, 3, 6])
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "match"),
+    [
+        (
+            lambda s: s.step([(None, [1]), (None, [1, 2])]),
+            SessionError,
+            "ordered prefill, .*got decode, prefill",
+        ),
+        (lambda s: s.step([(0, [1]), (0, [2])]), SessionError, "each once and with one token or more"),
+        (lambda s: s.step([]), SessionError, "one sequence or more"),
+        (lambda s: s.prefill([[1], []]), SessionError, "with one token or more"),
+        (lambda s: s.prefill([[1, -1]]), SessionError, "token ids must be 0 or more"),
+        (lambda s: s.decode([1, 2]), SessionError, "one token a sequence, got 2 for 1"),
+        (lambda s: s.decode([1], [5]), SessionError, "no sequence 5 in the session; known: 0"),
+        (lambda s: s.free([7]), SessionError, "no sequence 7"),
+        (
+            lambda s: s.prefill([[1] * 65]),
+            CapacityError,
+            "0 and 65 more tokens is longer than .* max_seq_len=64",
+        ),
+        (lambda s: s.prefill([[1]] * 5), CapacityError, "max_batch_size=4 sequences .* got 5 and 5"),
+        (lambda s: s.prefill([[1] * 60] * 4), CapacityError, "needs 16 more pages of 16 tokens, 15 are free"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    loop: Loop, step: Callable[[CacheSession], object], error: type[AdFlashinferError], match: str
+) -> None:
+    """Before anything runs, with what was asked for and the limit."""
+    loop.session._next_id = 0
+    loop.run([(None, [1, 2, 3])])
+    with pytest.raises(error, match=match):
+        step(loop.session)
+    assert loop.session.lengths == {0: 3}
+    assert loop.session.num_free_pages == 15
+
+
+def test_batches_do_not_nest_and_are_entered_once(loop: Loop) -> None:
+    with loop.session.prefill([[1, 2]]) as batch:
+        with pytest.raises(SessionError, match="a batch is open: leave its context"):
+            loop.session.prefill([[1]])
+        with pytest.raises(SessionError, match="cannot be freed while a batch is open"):
+            loop.session.free()
+        loop._model(*batch.inputs.values())
+    with pytest.raises(SessionError, match="within its context only"):
+        _ = batch.inputs
+    with pytest.raises(SessionError, match="entered once"):
+        batch.__enter__()
+
+
+def test_settings_are_those_of_the_config() -> None:
+    with pytest.raises(
+        ConfigError, match="max_batch_size: input should be greater than or equal to 1, got 0"
+    ):
+        CacheSession(max_batch_size=0)
+    assert CacheSession(max_batch_size=2, max_seq_len=100).sequence_info.max_num_tokens == 200
+    assert CacheSession(max_batch_size=8, max_seq_len=5000).sequence_info.max_num_tokens == 8192
+    assert CacheSession(max_batch_size=8, max_seq_len=9000).sequence_info.max_num_tokens == 9000

@@ -1,0 +1,136 @@
+"""Writes docs/performance.md's tables from benchmarks/results.
+
+    python benchmarks/performance.py
+
+The text between the marks stays as it is; ``--check`` fails if a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+# vLLM 0.24.0 on another H200: FlashAttention 3, full CUDA graphs, the same shape, context and batch sizes.
+VLLM_STEP_MS = {1: 4.97, 8: 5.25, 32: 6.31, 128: 10.82}
+VLLM_PREFILL = 43_500
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A file of results, None where it was not measured."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def steps_table() -> str:
+    """Decode steps beside the floor, transformers and vLLM."""
+    ours, fp8 = read("decode"), read("decode_fp8")
+    assert ours is not None
+    hf = ours.get("transformers_step_ms", {})
+    fp8_rows = {row["concurrency"]: row for row in fp8["rows"]} if fp8 else {}
+    rows = []
+    for row in ours["rows"]:
+        batch = row["concurrency"]
+        eight = fp8_rows.get(batch)
+        rows.append(
+            [
+                str(batch),
+                f"{row['floor_ms']:.2f}",
+                f"**{row['step_ms']:.2f}**",
+                f"{row['floor_ms'] / row['step_ms']:.0%}",
+                f"{eight['step_ms']:.2f}" if eight else "-",
+                f"{hf[str(batch)]:.2f}" if str(batch) in hf else "-",
+                f"{VLLM_STEP_MS[batch]:.2f}" if batch in VLLM_STEP_MS else "-",
+                f"{row['output_tokens_per_s']:,.0f}",
+            ]
+        )
+    head = [
+        "sequences",
+        "floor ms",
+        "step ms",
+        "of floor",
+        "fp8 cache",
+        "transformers",
+        "vLLM 0.24",
+        "tokens/s",
+    ]
+    note = f"{ours['machine']}, torch {ours['versions']['torch']}, {ours['date']}: `{ours['command']}`"
+    prefill = ours["prefill"]["prompt_tokens_per_s"]
+    prompts = f"{ours['prefill']['concurrency']} prompts of {ours['input_len']} tokens"
+    speed = f"{prefill:,.0f} tokens/s (vLLM: {VLLM_PREFILL:,})"
+    return f"{table(head, rows)}\n\n{note}. Prefill of {prompts}: {speed}."
+
+
+def where_table() -> str:
+    """Where the time of a step goes."""
+    ours = read("decode")
+    assert ours is not None
+    parts = list(dict.fromkeys(name for where in ours["where_us"].values() for name in where))
+    rows = [[name, *(f"{where.get(name, 0):,.0f}" for where in ours["where_us"].values())] for name in parts]
+    return table(["microseconds of a step", *(f"B{batch}" for batch in ours["where_us"])], rows)
+
+
+def transforms_table() -> str:
+    """A step with each transform switched off."""
+    whole = read("decode")
+    assert whole is not None
+    rows = [["all transforms", *(f"{row['step_ms']:.2f}" for row in whole["rows"])]]
+    for name in ("tune_attention", "fuse_rope_append", "fuse_small_batch"):
+        less = read(f"decode_without_{name}")
+        if less is not None:
+            rows.append([f"without `{name}`", *(f"{row['step_ms']:.2f}" for row in less["rows"])])
+    plain = read("decode_plain")
+    if plain is not None:
+        rows.append(
+            [
+                "none of them, nor Inductor or `fuse_gemms`",
+                *(f"{row['step_ms']:.2f}" for row in plain["rows"]),
+            ]
+        )
+    return table(["step ms", *(f"B{row['concurrency']}" for row in whole["rows"])], rows)
+
+
+TABLES = {"steps": steps_table, "where": where_table, "transforms": transforms_table}
+
+
+def written(text: str) -> str:
+    """The document with its tables made anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name}: benchmarks/performance.py -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"{DOCUMENT}: no place for the table {name!r}: {start} ... {end}")
+        replacement = f"{start}\n{make()}\n{end}"
+        text = pattern.sub(lambda _, new=replacement: new, text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """Write or check the document."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    text = DOCUMENT.read_text()
+    new = written(text)
+    if args.check:
+        return int(new != text)
+    DOCUMENT.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

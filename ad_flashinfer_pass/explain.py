@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,16 @@ class SiteExplanation:
     """Name of the pool, which several sites can share."""
     cache_bytes_per_token: int
     """Of the pool; 0 for a site that reads the pool of another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelUse:
+    """A kernel that was chosen, for how many sites, and why."""
+
+    phase: str
+    kernel: str
+    num_sites: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +186,29 @@ def _site_before_insertion(index: int, node: fx.Node) -> SiteExplanation:
 
 
 def _notes(reports: list[TransformReport]) -> dict[str, list[str]]:
+    """Without the kernels, which were chosen for the machine on which this ran."""
     return {
-        report.name: [*report.notes, *(f"passed over {skip.where}: {skip.reason}" for skip in report.skipped)]
+        report.name: [
+            *(note for note in report.notes if not note.startswith(("prefill: ", "decode: "))),
+            *(f"passed over {skip.where}: {skip.reason}" for skip in report.skipped),
+        ]
         for report in reports
     }
+
+
+def kernel_uses(explanation: Explanation) -> list[KernelUse]:
+    """The kernels of all sites, each with the reason for which it was chosen."""
+    counts = Counter(
+        (phase, choice)
+        for site in explanation.sites
+        for phase, choice in (("prefill", site.prefill), ("decode", site.decode))
+        if choice
+    )
+    return [
+        KernelUse(phase=phase, kernel=kernel, num_sites=count, reason=reason)
+        for (phase, choice), count in counts.items()
+        for kernel, _, reason in [choice.partition(": ")]
+    ]
 
 
 def as_tables(explanation: Explanation) -> list[RenderableType]:
@@ -206,4 +236,7 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
     where = Table("#", "node and source line", title="Where")
     for site in explanation.sites:
         where.add_row(str(site.index), site.where)
-    return [sites, where, evidence]
+    kernels = Table("phase", "kernel", "sites", "why", title="Kernels")
+    for use in kernel_uses(explanation):
+        kernels.add_row(use.phase, use.kernel, str(use.num_sites), use.reason)
+    return [sites, kernels, where, evidence]

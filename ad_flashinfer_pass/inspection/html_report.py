@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -14,7 +13,7 @@ import jinja2
 
 from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.explain import Explanation, check_target, explain_run
+from ad_flashinfer_pass.explain import Explanation, KernelUse, check_target, explain_run, kernel_uses
 from ad_flashinfer_pass.inspection.capture_lint import RULES, Finding, lint_run
 from ad_flashinfer_pass.inspection.drawing import draw_layer
 from ad_flashinfer_pass.inspection.graph_data import GraphData
@@ -26,16 +25,6 @@ from ad_flashinfer_pass.registry import TransformReport
 from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
 
 _ENVIRONMENT = re.compile(r"/[^\s()]*/(?:site|dist)-packages/")
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelUse:
-    """A kernel that was chosen, for how many sites, and why."""
-
-    phase: str
-    kernel: str
-    num_sites: int
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +103,7 @@ def report(
         transforms=run.reports,
         difference=difference,
         memory=plan_run(run, config, memory, sm),
-        kernels=_kernels(explanation),
+        kernels=kernel_uses(explanation),
         captures=_captures(config, explanation),
         findings=lint_run(run, config, sm),
         picture=_picture(difference, before, after),
@@ -132,19 +121,6 @@ def to_html(found: Report) -> str:
     return environment.from_string(template).render(
         report=found, answers=answers(found.memory), heading=_heading, changes=_changes, rules=RULES
     )
-
-
-def _kernels(explanation: Explanation) -> list[KernelUse]:
-    counts: Counter[tuple[str, str]] = Counter()
-    for site in explanation.sites:
-        counts[("prefill", site.prefill)] += 1
-        counts[("decode", site.decode)] += 1
-    return [
-        KernelUse(
-            phase=phase, kernel=choice.partition(": ")[0], num_sites=count, reason=choice.partition(": ")[2]
-        )
-        for (phase, choice), count in counts.items()
-    ]
 
 
 def _captures(config: AutoDeployConfig, explanation: Explanation) -> list[Capture]:

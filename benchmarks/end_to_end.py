@@ -114,15 +114,16 @@ def measure(name: str, kv_dtype: str = "auto") -> Result:
         num_equal_steps=equal[1],
         num_unequal_steps=equal[0],
         eager_steps=dict(module.fallbacks),
-        **_compared(model, generated),
+        **compared(model, generated),
     )
 
 
-def _compared(model: nn.Module, generated: list[list[int]]) -> dict[str, Any]:
+def compared(model: nn.Module, generated: list[list[int]]) -> dict[str, Any]:
+    """Continuations of ``PROMPTS`` against the uncached model, on its device; the fields of ``Result``."""
     exact = copy.deepcopy(model).float()
     margins, ulps, rounding, num_tokens = [], [0.0], 0.0, 0
     for prompt, tokens in zip(PROMPTS, generated, strict=True):
-        ids = torch.tensor([[*prompt, *tokens]], device="cuda")
+        ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)
         with torch.inference_mode():
             logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
             error = (logits - exact(ids).logits[0, len(prompt) - 1 : -1]).abs().max()

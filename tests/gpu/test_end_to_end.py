@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -18,10 +17,8 @@ from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
-from tests.architectures import random_prompts
+from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, VOCAB, compared
 
-VOCAB, NEW_TOKENS = 512, 48
-PROMPTS = random_prompts((1, 2, 5, 9, 31, 32, 33, 60), vocab_size=VOCAB)
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 256,
@@ -119,25 +116,15 @@ def assert_decodes_with(kernels: set[str], reports: list[TransformReport]) -> No
 def assert_same_tokens(model: nn.Module, generated: list[list[int]]) -> None:
     """Compare with the uncached model on the same GPU, given the same tokens so far.
 
-    bfloat16 puts an error on its logits, measured here against float32. The cached model has one as large, so
-    a token may differ where the best two logits are nearer than twice that.
+    bfloat16 puts an error on its logits, measured against float32. The cached model has one as large, so a
+    token may differ where the best two logits are nearer than twice that.
     """
-    exact = copy.deepcopy(model).float()
-    num_tokens = num_different = 0
-    worst = 0.0
-    for prompt, tokens in zip(PROMPTS, generated, strict=True):
-        ids = torch.tensor([[*prompt, *tokens]], device="cuda")
-        with torch.inference_mode():
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-            rounding = (logits - exact(ids).logits[0, len(prompt) - 1 : -1]).abs().max()
-        chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        margins = logits.max(-1).values - chosen
-        num_tokens += len(tokens)
-        num_different += int((margins > 0).sum())
-        worst = max(worst, (margins.max() / rounding).item())
-    print(f"{num_different} of {num_tokens} tokens differ; margin / rounding at most {worst:.2f}")
-    assert worst <= 2.0
-    assert num_different <= num_tokens // 20
+    found = compared(model, generated)
+    print(
+        f"{found['num_different']} of {found['num_tokens']} tokens, at most {found['largest_share']:.2f} off"
+    )
+    assert found["largest_share"] <= 2.0
+    assert found["num_different"] <= found["num_tokens"] // 20
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,27 +46,16 @@ def linear(
     """
     tokens = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(tokens.shape[0], -1)
-    out = _linear(tokens, weight, bias, norm, eps, flat_residual, gated)
-    return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-) -> Tensor:
+    around = (bias, norm, eps, flat_residual, gated)
+    run = partial(by_torch, tokens, weight, *around)
     if x.device.type == "cuda":
         from ad_flashinfer_pass.kernels import small_gemm, tune  # needs triton
 
-        config = tune.chosen_linear(x.shape[0], weight, norm is not None, residual is not None, gated)
+        config = tune.chosen_linear(tokens.shape[0], weight, norm is not None, residual is not None, gated)
         if config is not None:
-            around = small_gemm.Around(bias, norm, eps, residual, gated)
-            return small_gemm.run(x.contiguous(), weight, around, config)
-    return by_torch(x, weight, bias, norm, eps, residual, gated)
+            run = partial(small_gemm.run, tokens.contiguous(), weight, small_gemm.Around(*around), config)
+    out = run()
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def by_torch(

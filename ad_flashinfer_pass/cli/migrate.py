@@ -46,8 +46,9 @@ def migrate(
 ) -> None:
     """Rewrite an AutoDeploy YAML for attn_backend: flashinfer_trtllm.
 
-    The diff goes to stdout, the reasons to stderr. Keys that were renamed after 1.2 get their new names, what
-    only other backends use goes, and the fusion of rotation and append is added. Comments stay.
+    The diff goes to stdout, the reasons to stderr. Keys that were renamed
+    after 1.2 get their new names, what only other backends use goes, and the
+    fusion of rotation and append is added. Comments stay.
     """
     with error_border(debug):
         from ad_flashinfer_pass import migrate as pass_migrate

@@ -70,6 +70,8 @@ class Explanation:
     sites: list[SiteExplanation]
     transforms: dict[str, list[str]]
     """Notes and skips by transform."""
+    not_captured: list[str]
+    """What outside attention would keep a CUDA graph from being captured; see ``inspection.capture_lint``."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -105,12 +107,15 @@ def explain(
 
 def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explanation:
     """The explanation of a run; see ``explain``."""
+    from ad_flashinfer_pass.inspection.capture_lint import lint
+
+    assert isinstance(run.module, fx.GraphModule)
     if run.ctx.sites:
         sites = _sites(run.ctx, config, sm)
     else:
-        assert isinstance(run.module, fx.GraphModule)
         sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
-    return Explanation(sites=sites, transforms=_notes(run.reports))
+    outside = [f"{f.where}: {f.message} ({f.rule})" for f in lint(run.module, suppress=["host-plan"])]
+    return Explanation(sites=sites, transforms=_notes(run.reports), not_captured=outside)
 
 
 def check_target(config: AutoDeployConfig, sm: int | None) -> None:
@@ -239,4 +244,8 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
     kernels = Table("phase", "kernel", "sites", "why", title="Kernels")
     for use in kernel_uses(explanation):
         kernels.add_row(use.phase, use.kernel, str(use.num_sites), use.reason)
-    return [sites, kernels, where, evidence]
+    outside = Table("what outside attention will not capture", title="Capture")
+    for each in explanation.not_captured:
+        outside.add_row(each)
+    tables: list[RenderableType] = [sites, kernels, where, evidence]
+    return [*tables, outside] if explanation.not_captured else tables

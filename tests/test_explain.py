@@ -69,3 +69,9 @@ def test_sites_are_shown_before_the_insertion(gemma2: Path) -> None:
     assert [site.mask for site in matched] == ["not classified yet"] * 3
     assert ["sliding_window=12" in site.mask for site in classified] == [True, False, True]
     assert not any(site.decode for site in classified)
+
+
+def test_nothing_outside_attention_keeps_gemma2_from_being_captured(gemma2: Path) -> None:
+    """Nothing in Gemma 2, before the pass and after it."""
+    deploy = AutoDeployConfig(model=str(gemma2), max_seq_len=256)
+    assert explain(deploy, stage="export_model").not_captured == explain(deploy).not_captured == []

@@ -15,6 +15,7 @@ from ad_flashinfer_pass.cli.options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    GraphOption,
     JsonOption,
     MaxSeqLenOption,
     ModelOption,
@@ -45,6 +46,7 @@ An architecture without its weights:
 
 def check(
     model: ModelOption = None,
+    graph: GraphOption = None,
     config: ConfigOption = None,
     random_weights: RandomWeightsOption = False,
     dtype: DtypeOption = None,
@@ -87,7 +89,7 @@ def check(
             reporter.phase("load_libraries")
             from ad_flashinfer_pass.inspection import numerics
 
-            found = numerics.check(deploy, reproducer_dir=reproducer, on_event=reporter.phase)
+            found = numerics.check(deploy, graph=graph, reproducer_dir=reproducer, on_event=reporter.phase)
         if as_json:
             print(found.model_dump_json(indent=1))
         else:

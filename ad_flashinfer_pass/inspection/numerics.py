@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.inspection.stages import transform_order
+from ad_flashinfer_pass.inspection.stages import load_program, transform_order
 from ad_flashinfer_pass.metadata import Bucket, SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
@@ -156,6 +156,7 @@ class _Site:
 def check(
     config: AutoDeployConfig,
     *,
+    graph: Path | None = None,
     reproducer_dir: Path | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> CheckReport:
@@ -163,6 +164,7 @@ def check(
 
     Args:
         config: the model and the settings of the pass; its limits are lowered to what the check needs.
+        graph: a saved ExportedProgram in place of the model.
         reproducer_dir: where to write the first wrong site's tensors and a script that runs it; default: not.
         on_event: called with the name of each phase as it begins.
 
@@ -175,10 +177,15 @@ def check(
 
     if on_event is not None:
         on_event("load_model")
-    prepared = prepare(load_model(config).module, config, on_event=on_event)
+    if graph is None:
+        prepared = prepare(load_model(config).module, config, on_event=on_event)
+    else:
+        prepared = prepare(load_program(graph), config, on_event=on_event)
+        # The pass edits the graph that it is given: the source is the copy that was taken first.
+        prepared.module = prepared.exported
     if on_event is not None:
         on_event("compare")
-    return check_prepared(prepared, config.model, reproducer_dir=reproducer_dir)
+    return check_prepared(prepared, str(graph or config.model), reproducer_dir=reproducer_dir)
 
 
 def prepare(

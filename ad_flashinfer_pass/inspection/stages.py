@@ -107,7 +107,7 @@ def run_stages(
         on_event("load_model")
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
-    module = _load_program(graph) if graph is not None else _load_model(config)
+    module = load_program(graph) if graph is not None else _load_model(config)
     run, names = Stages(pipeline.context(config)), NodeNames()
 
     def keep(model: nn.Module, report: TransformReport) -> None:
@@ -159,7 +159,7 @@ def read_graph(file: Path) -> GraphData:
         LoadError: the file is none of them.
     """
     if file.suffix not in (".txt", ".json"):
-        gm, names = _load_program(file), NodeNames()
+        gm, names = load_program(file), NodeNames()
         names.see(gm, None)
         return names.data(gm, str(file))
     try:
@@ -178,7 +178,12 @@ def _load_model(config: AutoDeployConfig) -> nn.Module:
     return load_weightless(config)
 
 
-def _load_program(file: Path) -> fx.GraphModule:
+def load_program(file: Path) -> fx.GraphModule:
+    """The module of a saved ExportedProgram.
+
+    Raises:
+        LoadError: there is no such file, or it is no ExportedProgram.
+    """
     from ad_flashinfer_pass import ops
 
     assert ops.__name__  # importing it registers torch.ops.ad_flashinfer, which the file may call

@@ -16,8 +16,9 @@ from torch import fx
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.inspection.numerics import CheckReport, Prepared, check_prepared, prepare
+from ad_flashinfer_pass.inspection.numerics import CheckReport, Prepared, check, check_prepared, prepare
 from tests import architectures
+from tests.transforms.small_models import SmallModel, sdpa
 
 ops = torch.ops.ad_flashinfer
 aten = torch.ops.aten
@@ -213,3 +214,15 @@ def test_a_fault_outside_attention_is_named_by_its_node(gpt_oss: Prepared) -> No
     assert report.first is not None
     assert report.first.startswith(f"node {adds[0].name} ")
     assert "after the insertion" in report.first
+
+
+def test_a_saved_program_is_checked_with_its_own_weights(tmp_path: Path) -> None:
+    """The source is the program as it was saved."""
+    model = SmallModel(sdpa, sdpa).eval()
+    ids, positions = torch.zeros(2, 13, dtype=torch.int64), torch.arange(13).repeat(2, 1)
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (ids, positions), dynamic_shapes=(dynamic, dynamic))
+    torch.export.save(program, tmp_path / "program.pt2")
+    report = check(AutoDeployConfig(max_seq_len=64), graph=tmp_path / "program.pt2")
+    assert report.is_ok
+    assert [site.index for site in report.sites] == [0, 1]

@@ -60,7 +60,6 @@ _WAITS = (
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
     "cudaMemcpy",
-    "cudaEventQuery",
 )
 _SMALL_GRAPH = 64
 """Kernels of a graph that chooses tokens and advances, at most; one of the model has hundreds."""

@@ -102,7 +102,39 @@ def transforms_table() -> str:
     return table(["step ms", *(f"B{row['concurrency']}" for row in whole["rows"])], rows)
 
 
-TABLES = {"steps": steps_table, "where": where_table, "transforms": transforms_table}
+def loop_table() -> str:
+    """What stands between two steps."""
+    loop = read("decode_loop")
+    if loop is None:
+        return "Not measured."
+    rows = []
+    for row in loop["rows"]:
+        for kind in ("greedy", "sampled"):
+            trace = row[f"trace_{kind}"]
+            gap, ours = trace["gap_us"], trace["metadata_and_sampling_us"]
+            times = [f"{row[f'{kind}_{ahead}_ahead_ms']:.2f}" for ahead in (0, 1)]
+            share = trace["metadata_and_sampling_share"]
+            waits = sum(trace["waits_a_step"].values())
+            gaps = [f"{gap['median']:.1f}", f"{gap['max']:.1f}"]
+            rows.append(
+                [f"B{row['batch']}, {kind}", *times, *gaps, f"{ours:.0f} ({share:.1%})", f"{waits:.2f}"]
+            )
+    head = [
+        "",
+        "step ms, none ahead",
+        "one ahead",
+        "gap us, median",
+        "most",
+        "metadata and sampling us",
+        "waits a step",
+    ]
+    buckets = f"{len(loop['captures'])} graphs of the model in {loop['capture_seconds']} s"
+    memory = f"{loop['capture_bytes'] / 2**20:,.0f} MiB"
+    machine = f"{loop['device']}, torch {loop['versions']['torch']}, {loop['date']}: `{loop['command']}`"
+    return f"{table(head, rows)}\n\n{machine}. Captured: {buckets}, {memory}."
+
+
+TABLES = {"steps": steps_table, "where": where_table, "transforms": transforms_table, "loop": loop_table}
 
 
 def written(text: str) -> str:

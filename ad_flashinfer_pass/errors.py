@@ -19,6 +19,8 @@
 A message says what must hold, what was found, and what to do, on one line.
 """
 
+from typing import Any
+
 
 class AdFlashinferError(Exception):
     """Base of all errors of this package."""
@@ -33,7 +35,21 @@ class LoadError(AdFlashinferError):
 
 
 class TransformError(AdFlashinferError):
-    """The pass refuses a graph; the message names the node and its source line."""
+    """The pass refuses a graph; the message names the node and its source line.
+
+    Args:
+        message: on one line.
+        node: the ``fx.Node`` that it is about, for those that show more of it.
+        picture: lines that show what the message says.
+    """
+
+    def __init__(self, message: str, *, node: Any = None, picture: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.node, self.picture = node, picture
+        self.transform = ""
+        """That refused; set by the pipeline."""
+        self.reports: list[Any] = []
+        """Of the transforms before it; set by the pipeline."""
 
 
 class ExportError(TransformError):

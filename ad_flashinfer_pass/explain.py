@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,15 @@ from torch import fx
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.errors import (
+    ConfigError,
+    ExportError,
+    MaskError,
+    NoAttentionError,
+    PackingError,
+    TransformError,
+    UnsupportedError,
+)
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import ledger
@@ -64,14 +73,40 @@ class KernelUse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefusalExplanation:
+    """Why the pass stopped."""
+
+    transform: str
+    error: str
+    """Class of the error."""
+    message: str
+    """What must hold, what was found, and what to do."""
+    node: str
+    """Name of the node; empty if the refusal is not about one."""
+    op: str
+    module: str
+    where: str
+    """Node and source line."""
+    shapes: list[str]
+    """Of the node's tensor arguments and result."""
+    source: list[str]
+    """Lines of the user's file around the node's, with their numbers."""
+    picture: list[str]
+    """Of a mask: it and the nearest class around the first place where they differ."""
+    advice: str
+    """What can be done about such a refusal."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """All sites of a model, and what each transform reported."""
+    """All sites of a model, and what each transform reported; or why the pass refused it."""
 
     sites: list[SiteExplanation]
     transforms: dict[str, list[str]]
     """Notes and skips by transform."""
     not_captured: list[str]
     """What outside attention would keep a CUDA graph from being captured; see ``inspection.capture_lint``."""
+    refusal: RefusalExplanation | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -99,10 +134,62 @@ def explain(
     Raises:
         ConfigError: no such stage; or the device is a GPU that is not here and ``sm`` is not given.
         LoadError: the model cannot be read.
-        TransformError: the pass refuses the model; the message names the node and the way out.
     """
     check_target(config, sm)
-    return explain_run(run_stages(config, graph, None if stage is None else [stage], on_event), config, sm)
+    try:
+        run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    except TransformError as err:
+        return Explanation(sites=[], transforms=_notes(err.reports), not_captured=[], refusal=_refusal(err))
+    return explain_run(run, config, sm)
+
+
+_ADVICE: dict[type[TransformError], str] = {
+    MaskError: "Kernels run causal masks, sliding windows, chunks and ALiBi; docs/mask_prover.md says what "
+    "can be proved. A batch needs no padding mask here: sequences of different length are ragged.",
+    PackingError: "docs/transforms.md says what packing needs. Move what mixes tokens into attention, or "
+    "take it out.",
+    UnsupportedError: "Another attn_implementation (sdpa or eager) may write the same attention without that "
+    "part; else compute what is asked for outside of attention.",
+    NoAttentionError: "dump --stage eliminate_noops shows the graph that was searched.",
+    ExportError: "TORCH_LOGS=export,dynamic shows what torch.export did. A graph that you exported can be "
+    "given in place of the model.",
+}
+
+
+def _refusal(err: TransformError) -> RefusalExplanation:
+    node = err.node if isinstance(err.node, fx.Node) else None
+    advice = next((text for kind, text in _ADVICE.items() if isinstance(err, kind)), "")
+    return RefusalExplanation(
+        transform=err.transform,
+        error=type(err).__name__,
+        message=str(err),
+        node=node.name if node is not None else "",
+        op=str(node.target) if node is not None else "",
+        module=g.module_path(node) if node is not None else "",
+        where=g.where(node) if node is not None else "",
+        shapes=_shapes(node) if node is not None else [],
+        source=_source_lines(node) if node is not None else [],
+        picture=list(err.picture),
+        advice=advice,
+    )
+
+
+def _shapes(node: fx.Node) -> list[str]:
+    tensors = [(source.name, source) for source in node.all_input_nodes if g.is_tensor(source)]
+    tensors += [("result", node)] if g.is_tensor(node) else []
+    return [
+        f"{name}: {tuple(map(str, g.shape(n)))} {g.value(n).dtype}".replace("'", "") for name, n in tensors
+    ]
+
+
+def _source_lines(node: fx.Node) -> list[str]:
+    """Three lines before and after the one that made the node, if its file is here."""
+    file, _, line = g.source_line(node).rpartition(":")
+    if not line.isdigit():
+        return []
+    number, lines = int(line), linecache.getlines(file)
+    around = range(max(1, number - 3), min(len(lines), number + 3) + 1)
+    return [f"{'>' if n == number else ' '} {n:>5}  {lines[n - 1].rstrip()}" for n in around]
 
 
 def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explanation:
@@ -217,9 +304,15 @@ def kernel_uses(explanation: Explanation) -> list[KernelUse]:
 
 
 def as_tables(explanation: Explanation) -> list[RenderableType]:
-    """The explanation for a terminal: a table of the sites, then the evidence."""
+    """The explanation for a terminal: a table of the sites, or the refusal, then the evidence."""
     from rich.table import Table
 
+    evidence = Table("transform", "what it found", title="Evidence")
+    for name, notes in explanation.transforms.items():
+        for note in notes:
+            evidence.add_row(name, note)
+    if explanation.refusal is not None:
+        return [_refusal_table(explanation.refusal), evidence]
     sites = Table("#", "module", "matched as", "mask", "prefill", "decode", "cache", "bytes a token")
     for site in explanation.sites:
         sites.add_row(
@@ -234,10 +327,6 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
         )
     total = sum(site.cache_bytes_per_token for site in explanation.sites)
     sites.caption = f"{len(explanation.sites)} sites, {total} cache bytes a token"
-    evidence = Table("transform", "what it found", title="Evidence")
-    for name, notes in explanation.transforms.items():
-        for note in notes:
-            evidence.add_row(name, note)
     where = Table("#", "node and source line", title="Where")
     for site in explanation.sites:
         where.add_row(str(site.index), site.where)
@@ -249,3 +338,24 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
         outside.add_row(each)
     tables: list[RenderableType] = [sites, kernels, where, evidence]
     return [*tables, outside] if explanation.not_captured else tables
+
+
+def _refusal_table(refusal: RefusalExplanation) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Refused by {refusal.transform} ({refusal.error})")
+    table.add_column("")
+    table.add_column(Text(refusal.message))
+    rows = {
+        "node": f"{refusal.node} = {refusal.op}" if refusal.node else "",
+        "module": refusal.module,
+        "shapes": "\n".join(refusal.shapes),
+        "source": "\n".join([refusal.where, *refusal.source]) if refusal.source else refusal.where,
+        "first difference": "\n".join(refusal.picture),
+        "what to do": refusal.advice,
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(name, Text(text))
+    return table

@@ -27,6 +27,7 @@ __all__ = ["HIDDEN", "Certificate", "MaskClass", "fingerprint", "prove"]
 # Lengths of the sequences in the two packed rows that are run to see whether the mask isolates them.
 _PACKED = ((3, 5, 1, 4), (6, 1, 2, 4))
 _LARGEST_RUN = 130
+_LARGEST_PICTURE = 256
 _HINT_SIZE = 24
 
 
@@ -201,8 +202,25 @@ def _refusal(program: MaskProgram, found: MaskClass, point: Point, what: str, hi
     return MaskError(
         f"{program.where}: the attention mask is no closed form that a kernel can run: nearest is {found}, "
         f"but with {point.size} tokens{head}, at query {point.query} and key {point.key} {what}. "
-        f"{hint}".rstrip()
+        f"{hint}".rstrip(),
+        picture=_picture(program, found, point),
     )
+
+
+def _picture(program: MaskProgram, found: MaskClass, point: Point) -> tuple[str, ...]:
+    """The mask beside the nearest class around a point, # where a key is visible; of short sequences only."""
+    size = point.size
+    if size > _LARGEST_PICTURE:
+        return ()
+    seen, _ = _seen(program.run(3, size, torch.arange(size).repeat(3, 1)), size)
+    mask, nearest = seen[0, min(point.head, seen.shape[1] - 1)], found.visible(size)
+    rows = range(max(0, point.query - 3), min(size, point.query + 4))
+    first, last = max(0, point.key - 12), min(size, point.key + 13)
+    lines = [f"{size} tokens, keys {first} to {last - 1}: the mask, and {found}"]
+    for row in rows:
+        texts = ("".join(".#"[int(x)] for x in grid[row, first:last]) for grid in (mask, nearest))
+        lines.append(f"query {row:>4}  {'   '.join(texts)}{'   <-' if row == point.query else ''}")
+    return tuple(lines)
 
 
 def _biases(proof: Proof, point: Point) -> tuple[float, float]:

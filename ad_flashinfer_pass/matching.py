@@ -1005,4 +1005,4 @@ def _node(node: fx.Node, index: int) -> fx.Node:
 
 
 def _refuse(node: fx.Node, what: str) -> UnsupportedError:
-    return UnsupportedError(f"{g.where(node)}: this attention {what}.")
+    return UnsupportedError(f"{g.where(node)}: this attention {what}.", node=node)

@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import prebuild, registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
+from ad_flashinfer_pass.errors import TransformError
 from ad_flashinfer_pass.inspection.stages import StageWriter
 from ad_flashinfer_pass.metadata import SequenceInfo
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
@@ -100,7 +101,7 @@ def run(
     if on_event is not None:
         ctx.on_event = on_event
     entries = sorted(ctx.config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
-    reports = []
+    reports: list[TransformReport] = []
     writer = StageWriter.from_environment()
     for name, settings in entries:
         if not settings.enabled or name in skip:
@@ -109,7 +110,11 @@ def run(
             on_event(name)
         nodes = _nodes(model)
         start = time.perf_counter()
-        model, report = registry.get(name)(model, ctx)
+        try:
+            model, report = registry.get(name)(model, ctx)
+        except TransformError as err:
+            err.transform, err.reports = name, reports
+            raise
         report.seconds = time.perf_counter() - start
         _note_changes(report, nodes, _nodes(model))
         reports.append(report)

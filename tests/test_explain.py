@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.explain import explain
 from tests import architectures
+from tests.transforms.small_models import SmallModel, causal, eager, tokens
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,46 @@ def test_nothing_outside_attention_keeps_gemma2_from_being_captured(gemma2: Path
     """Nothing in Gemma 2, before the pass and after it."""
     deploy = AutoDeployConfig(model=str(gemma2), max_seq_len=256)
     assert explain(deploy, stage="export_model").not_captured == explain(deploy).not_captured == []
+
+
+def test_a_refusal_shows_the_node_its_source_and_the_first_difference(tmp_path: Path) -> None:
+    """A mask that also shows the first three keys: query 0 sees keys 1 and 2, which causal hides."""
+
+    def prefix(logits: Tensor, p: Tensor) -> Tensor:
+        return logits.masked_fill(~(causal(p) | (p[:, None, None, :] < 3)), float("-inf"))
+
+    file = tmp_path / "model.pt2"
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(
+        SmallModel(eager(mask=prefix)), tokens(2, 13), dynamic_shapes=(dynamic, dynamic), strict=False
+    )
+    torch.export.save(program, file)
+
+    found = explain(AutoDeployConfig(max_seq_len=64), graph=file)
+
+    assert found.sites == []
+    refusal = found.refusal
+    assert refusal is not None
+    assert (refusal.transform, refusal.error) == ("classify_mask", "MaskError")
+    assert "at query 0 and key 1 the key is visible" in refusal.message
+    assert "self.attend(" in next(line for line in refusal.source if line.startswith(">"))
+    assert any(line.startswith("result: ") for line in refusal.shapes)
+    first = next(line for line in refusal.picture if line.endswith("<-"))
+    mask, causal_row = first.split()[2:4]
+    assert (mask, causal_row) == ("##", "#.")  # of two tokens, with which they differ first
+    assert "padding" in refusal.advice
+
+
+def test_the_command_fails_with_the_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table on stdout, the one line on stderr, and exit code 1."""
+    architectures.small_config("lfm2").save_pretrained(tmp_path)
+
+    with pytest.raises(SystemExit) as stop:
+        main(["explain", "-m", str(tmp_path), "--max-seq-len", "128", "-q"])
+
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    assert "Refused by check_packing (PackingError)" in out
+    assert "aten.conv1d.default" in out
+    assert err.startswith("error: node conv1d (")
+    assert err.count("\n") == 1

@@ -5,7 +5,8 @@ checked by a rule for its op: a dimension that counts tokens may be kept, moved,
 reduced, shifted, indexed or contracted; and no tensor may hold a pair of tokens.
 
 Mixture-of-experts layers sort tokens by expert and put them back, which no such rule can follow, nor can
-one follow a reshape that merges tokens with heads or experts. If the graph has such ops, it is run, with
+one follow a reshape that merges tokens with heads or experts, or look into an op that is not torch's. If the
+graph has such ops, it is run, with
 attention replaced by something that is token by token, on tokens in two orders and two shapes, and among
 as many others as a step may hold, and must give each token the same logits each time.
 """
@@ -43,17 +44,40 @@ def check_packing(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
             continue
         report.num_matches += 1
         reason = checker.refuse(node)
-        if reason is not None and (_name(node) in _DISPATCH or checker.hides_order(node)):
+        is_seen_by_running = _name(node) in _DISPATCH or checker.hides_order(node)
+        if reason is not None and (is_seen_by_running or (_is_foreign(node) and g.has_weights(model))):
             dispatch.append(node)
         elif reason is not None:
-            raise PackingError(
-                f"{g.where(node)}: {_name(node)} {reason}, so sequences cannot share a batch. "
-                "Only models that work token by token outside attention can be served from a "
-                "packed batch."
-            )
+            raise PackingError(f"{g.where(node)}: {_name(node)} {reason}, {_way_out(node)}", node=node)
     if dispatch:
         report.notes.append(_probe_dispatch(model, dispatch, ctx))
     return model, report
+
+
+def _way_out(node: fx.Node) -> str:
+    """What a refusal means for the user."""
+    if _name(node) in _CONVOLUTIONS:
+        return (
+            "and a convolution reads a token's neighbours: its state would have to be kept beside the KV "
+            "cache, as that of every recurrent layer, which is not supported. Serve this model where such "
+            "states are."
+        )
+    if _is_foreign(node):
+        return (
+            "and without weights it cannot be run to see. Give the model its weights; if the op works token "
+            "by token, the run shows it."
+        )
+    return (
+        "so sequences cannot share a batch. Only models that work token by token outside attention can be "
+        "served from a packed batch."
+    )
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether this is an op that neither torch nor this package brought."""
+    target = node.target
+    known = ("aten", "prims", "higher_order", "ad_flashinfer", "_c10d_functional")
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in known
 
 
 class _Checker:
@@ -289,6 +313,7 @@ _SAFE = frozenset(
     "view_as_complex view_as_real complex polar real imag "
     "one_hot dropout copy where masked_fill movedim swapaxes".split()
 )
+_CONVOLUTIONS = frozenset("conv1d conv2d convolution conv_transpose1d unfold im2col".split())
 # How mixture-of-experts layers send tokens to experts and back.
 _DISPATCH = frozenset(
     "index_put index_add index_copy scatter_add scatter gather histc bincount _grouped_mm "

@@ -42,13 +42,14 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
             if not args["is_causal"]:
                 raise MaskError(
                     f"{g.where(node)}: this attention has no mask, so each token sees later ones; only "
-                    "causal attention has a cache. Encoders and cross-attention are not supported."
+                    "causal attention has a cache. Encoders and cross-attention are not supported.",
+                    node=node,
                 )
             continue
         if mask not in proved:
-            steps = masks.fingerprint(mask)
+            steps = _fingerprint(mask)
             if steps not in by_steps:
-                by_steps[steps] = masks.prove(mask, ctx.config.max_seq_len)
+                by_steps[steps] = _proved(mask, ctx.config.max_seq_len)
                 report.notes.append(f"{g.where(mask)}: {by_steps[steps]}")
             proved[mask] = by_steps[steps]
         _apply(model, node, proved[mask], slopes)
@@ -56,6 +57,22 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     if report.num_matches:
         g.finish(model)
     return model, report
+
+
+def _proved(mask: fx.Node, max_seq_len: int) -> masks.Certificate:
+    try:
+        return masks.prove(mask, max_seq_len)
+    except MaskError as err:
+        err.node = mask
+        raise
+
+
+def _fingerprint(mask: fx.Node) -> Hashable:
+    try:
+        return masks.fingerprint(mask)
+    except MaskError as err:
+        err.node = mask
+        raise
 
 
 def _apply(

@@ -167,7 +167,7 @@ class _Expansion:
         return node
 
     def _refused(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"{g.where(self.node)}: this flex_attention {what}.")
+        return UnsupportedError(f"{g.where(self.node)}: this flex_attention {what}.", node=self.node)
 
 
 def _is_lookup_by_dynamo(node: fx.Node) -> bool:

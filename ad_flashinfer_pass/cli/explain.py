@@ -23,6 +23,7 @@ from ad_flashinfer_pass.cli.options import (
     error_border,
     settings,
 )
+from ad_flashinfer_pass.errors import TransformError
 from ad_flashinfer_pass.progress import Reporter
 
 EXAMPLES = f"""
@@ -60,8 +61,9 @@ def explain(
     """Show every attention of a model, and what the pass does with it.
 
     Where it stands in the source, how it was matched, the class of its mask with the evidence, what
-    was folded away, the kernel of each phase, and the bytes of its cache. A model that the pass
-    refuses is explained by the refusal. No weights are read.
+    was folded away, the kernel of each phase, and the bytes of its cache. Of a model that the pass
+    refuses: the node, its shapes and source, the first place where a mask differs, and what can be
+    done; the exit code is then 1. No weights are read.
     """
     keys = {
         "model": model,
@@ -81,9 +83,11 @@ def explain(
             found = explaining.explain(deploy, graph=graph, stage=stage, sm=sm, on_event=reporter.phase)
         if as_json:
             print(json.dumps(found.as_dict(), indent=2))
-            return
-        from rich.console import Console
+        else:
+            from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        for table in explaining.as_tables(found):
-            console.print(table)
+            console = Console(width=None if sys.stdout.isatty() else 200)
+            for table in explaining.as_tables(found):
+                console.print(table)
+        if found.refusal is not None:
+            raise TransformError(found.refusal.message)

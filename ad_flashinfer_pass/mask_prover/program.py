@@ -164,13 +164,14 @@ class MaskProgram:
 
     def _check_inputs(self) -> None:
         for node in self.nodes:
+            if node.op == "placeholder" and not _is_position(node):
+                raise self._reads_tokens(node)
+        for node in self.nodes:
             if _writes(node) and _base(node).op != "call_function":
                 raise MaskError(
                     f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry "
                     "over to the next call. Build the mask from a copy of it."
                 )
-            if node.op == "placeholder" and not _is_position(node):
-                raise self._reads_tokens(node)
             if node.op == "get_attr" and not _is_loaded(_attribute(node)):
                 raise MaskError(
                     f"{self.where}: the attention mask reads {node.target}, which holds no values. Load the "

@@ -56,20 +56,19 @@ def check_packing(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
 
 def _way_out(node: fx.Node) -> str:
     """What a refusal means for the user."""
+    refusal = "so sequences cannot share a batch. "
     if _name(node) in _CONVOLUTIONS:
-        return (
-            "and a convolution reads a token's neighbours: its state would have to be kept beside the KV "
-            "cache, as that of every recurrent layer, which is not supported. Serve this model where such "
-            "states are."
+        return refusal + (
+            "A convolution reads a token's neighbours: its state would have to be kept beside the KV cache, "
+            "as that of every recurrent layer, which is not supported. Serve it where such states are."
         )
     if _is_foreign(node):
-        return (
-            "and without weights it cannot be run to see. Give the model its weights; if the op works token "
-            "by token, the run shows it."
+        return refusal + (
+            "Without weights it cannot be run to see: give the model its weights; if the op works token by "
+            "token, the run shows it."
         )
-    return (
-        "so sequences cannot share a batch. Only models that work token by token outside attention can be "
-        "served from a packed batch."
+    return refusal + (
+        "Only models that work token by token outside attention can be served from a packed batch."
     )
 
 

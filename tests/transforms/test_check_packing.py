@@ -303,3 +303,28 @@ def test_dispatch_is_checked_beside_attention() -> None:
     assert notes[0].endswith("same logits")
     with pytest.raises(PackingError, match="depend on"):
         checked(neighbour, sdpa)
+
+
+@torch.library.custom_op("ad_flashinfer_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """A kernel of the user's that works token by token."""
+    return x * 2
+
+
+@torch.library.custom_op("ad_flashinfer_tests::summed_so_far", mutates_args=())
+def summed_so_far(x: Tensor) -> Tensor:
+    """A kernel of the user's that does not."""
+    return x.cumsum(1)
+
+
+for _op in (doubled, summed_so_far):
+    _op.register_fake(torch.empty_like)
+
+
+def test_op_of_the_users_is_run_to_see() -> None:
+    """No rule can look into it; the run shows whether a token's logits depend on the others."""
+    _, notes = checked(lambda model, x, p: doubled(x))
+    assert any("same logits" in note for note in notes)
+
+    with pytest.raises(PackingError, match=r"summed_so_far .*depend on the order of the tokens"):
+        checked(lambda model, x, p: summed_so_far(x))

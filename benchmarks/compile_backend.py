@@ -193,10 +193,8 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
     first = time.perf_counter() - start
     num_compiles = len(session.compiles)
     rest = first - sum(record.seconds for record in session.compiles)
-    title = (
-        f"{backend}: first calls {first:.1f} s, of which Dynamo's trace and the steps themselves {rest:.1f} s"
-    )
-    _print_compiles(session, title, console)
+    console.print(f"{backend}: first calls {first:.1f} s; {rest:.1f} s of it Dynamo and the steps themselves")
+    _print_compiles(session, console)
 
     start = time.perf_counter()
     their_backend = "torch-simple" if backend == "inductor" else backend
@@ -229,8 +227,8 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
     return {"compile_backend": backend, "compiles": records, "compiled_again": later, "steps": rows}
 
 
-def _print_compiles(session: CacheSession, title: str, console: Console) -> None:
-    table = Table("what", "for", "seconds", title=title, title_justify="left")
+def _print_compiles(session: CacheSession, console: Console) -> None:
+    table = Table("what", "for", "seconds")
     for record in session.compiles:
         table.add_row(record.what, record.shape, f"{record.seconds:.2f}" if record.seconds else "")
     console.print(table)

@@ -189,7 +189,7 @@ class _Transformed:
             _refuse_training(gm)
             keys = _transform(gm, ctx)
             if keys:
-                self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]))
+                self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]), self._weights)
         except TransformError as err:
             raise type(err)(f"{err}{self._hint()}") from err
         seconds = time.perf_counter() - start

@@ -56,9 +56,12 @@ class CacheGroup:
     Two graphs with the same layers, say of a model that was compiled twice, have the same group.
     """
 
-    def __init__(self, keys: tuple[Hashable, ...], caches: list[Tensor], where: str) -> None:
+    def __init__(
+        self, keys: tuple[Hashable, ...], caches: list[Tensor], where: str, weights: Sequence[Tensor]
+    ) -> None:
         self.keys = keys
         self.caches = caches
+        self.weights = weights
         self.where = where
         """The first layer, for messages."""
         self.lengths: dict[int, int] = {}
@@ -275,13 +278,20 @@ class CacheSession:
             )
         return self._open
 
-    def group(self, keys: Sequence[Hashable], resources: Sequence[KvCacheResource], where: str) -> CacheGroup:
+    def group(
+        self,
+        keys: Sequence[Hashable],
+        resources: Sequence[KvCacheResource],
+        where: str,
+        weights: Sequence[Tensor],
+    ) -> CacheGroup:
         """The caches of some layers; those that are new are allocated.
 
         Args:
             keys: what tells each layer from all others, of this model and others.
             resources: of each key.
             where: the first layer, for messages.
+            weights: of the layers; kept alive, because the keys are made of their identities.
 
         Raises:
             CapacityError: the memory does not hold them.
@@ -301,7 +311,7 @@ class CacheSession:
             for key, resource in new:
                 self._caches[key] = resource.allocate(num_pages, self.device)
             caches = [self._caches[key] for key in keys]
-            self._groups[group_key] = CacheGroup(group_key, caches, where)
+            self._groups[group_key] = CacheGroup(group_key, caches, where, weights)
         return self._groups[group_key]
 
     def note_split(self, message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -20,9 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from ad_flashinfer_pass.errors import (
     AdFlashinferError,
     CapacityError,
+    ExportError,
     PackingError,
     SessionError,
 )
+from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 from tests import architectures
 from tests.torch_compile.small_models import Net, break_graph, compiled, expected, generate, session
 
@@ -252,8 +254,6 @@ def test_a_model_that_missed_a_step_is_refused() -> None:
 )
 def test_options_are_checked(options: dict[str, Any], mode: str | None, match: str) -> None:
     """By the first call, as torch.compile calls its backends then."""
-    from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
-
     of = session()
     given = {"session": of, **options} if options else None
     model = torch.compile(Net(1), backend=flashinfer_trtllm, options=given, mode=mode)
@@ -276,3 +276,20 @@ def test_no_pool_is_allocated_that_does_not_fit() -> None:
     of = session(kv_cache_config={"tokens_per_block": 16, "free_gpu_memory_fraction": 1e-9})
     with pytest.raises(CapacityError, match=r"1 caches of 17 pages need .* bytes, .* are free"):
         generate(of, compiled(Net(1), of))
+
+
+class Loop(Net):
+    """Its code counts the tokens."""
+
+    def forward(self, idx: Tensor, pos: Tensor) -> Tensor:
+        """As before."""
+        return super().forward(idx, pos) + sum(range(idx.shape[1]))
+
+
+def test_a_graph_for_one_number_of_tokens_is_refused() -> None:
+    of = session()
+    with (
+        pytest.raises(ExportError, match="for 3 tokens only, because the model's code"),
+        of.prefill([[1, 2, 3]]) as batch,
+    ):
+        compiled(Loop(1), of)(*batch.inputs.values())

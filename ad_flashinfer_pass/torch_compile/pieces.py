@@ -109,11 +109,6 @@ class Piece(nn.Module):
             elif source.is_attribute:
                 self._order.append(self._enter(source.name, arg))
             elif arg is input_ids or arg is position_ids:
-                if isinstance(source.shape[1], int):
-                    raise ExportError(
-                        f"the graph is for {source.shape[1]} tokens only, because the model's code depends "
-                        "on their number, as a loop over tokens does. Use operations on tensors."
-                    )
                 self._order.append(0 if arg is input_ids else 1)
                 self.where["input_ids" if arg is input_ids else "position_ids"] = index
             elif not arg.is_floating_point() and arg.numel() > 1:

@@ -20,7 +20,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from ad_flashinfer_pass.errors import (
     AdFlashinferError,
     CapacityError,
-    ExportError,
     PackingError,
     SessionError,
 )
@@ -278,18 +277,25 @@ def test_no_pool_is_allocated_that_does_not_fit() -> None:
         generate(of, compiled(Net(1), of))
 
 
-class Loop(Net):
-    """Its code counts the tokens."""
+class Counting(Net):
+    """Its code asks how many tokens there are."""
 
     def forward(self, idx: Tensor, pos: Tensor) -> Tensor:
-        """As before."""
-        return super().forward(idx, pos) + sum(range(idx.shape[1]))
+        """As before, and twice that for one number of them."""
+        return super().forward(idx, pos) * (2 if idx.shape[1] == 3 else 1)
 
 
-def test_a_graph_for_one_number_of_tokens_is_refused() -> None:
-    of = session()
-    with (
-        pytest.raises(ExportError, match="for 3 tokens only, because the model's code"),
-        of.prefill([[1, 2, 3]]) as batch,
-    ):
-        compiled(Loop(1), of)(*batch.inputs.values())
+def test_a_branch_on_the_number_of_tokens_is_another_graph() -> None:
+    """Dynamo guards it; both graphs read and write the same caches."""
+    model, of = Counting(1), session()
+    call = compiled(model, of)
+    text: list[int] = []
+    for tokens in ([4, 5, 6, 7], [1, 2, 3], [8, 9]):
+        with of.step([(next(iter(of.lengths), None), tokens)]) as batch:
+            found = batch.last_logits(call(*batch.inputs.values()))
+        text += tokens
+        with torch.no_grad():
+            whole = Net.forward(model, torch.tensor([text]), torch.arange(len(text))[None])[0, -1:]
+        torch.testing.assert_close(found, whole * (2 if len(tokens) == 3 else 1), rtol=1e-4, atol=1e-4)
+    assert [record.what for record in of.compiles] == ["dynamo", "pass"] * 2
+    assert len(of._groups) == 1

@@ -68,7 +68,7 @@ def _source(data: dict[str, Any]) -> str:
 
 def updated(page: str) -> str:
     """The page with its tables made anew."""
-    for make in (attention,):
+    for make in (attention, end_to_end):
         name = make.__name__
         lines = make(json.loads((RESULTS / f"{name}.json").read_text()))
         before, begin, rest = page.partition(f"<!-- {name} -->")

@@ -255,14 +255,18 @@ def _without_tiles(node: fx.Node, dims: Dims) -> Dims | None:
     return tuple(result)
 
 
-def arrange(graph: fx.Graph, node: fx.Node, dims: Dims, wanted: Dims) -> fx.Node | None:
+def arrange(
+    graph: fx.Graph, node: fx.Node, dims: Dims, wanted: Dims, *, broadcasts: bool = False
+) -> fx.Node | None:
     """A node with the axes of ``node`` as ``wanted``, at the graph's insertion point.
 
-    Axes of ``wanted`` that the node lacks are expanded if their size is known; a dimension of which it has
-    none gets size one. None if the node has other axes, or two of unknown size in one dimension.
+    Axes of ``wanted`` that the node lacks are expanded; with ``broadcasts``, a dimension of which it has none
+    gets size one. None if the node has other axes, lacks one of unknown size, or has two of unknown size in
+    one dimension.
     """
-    dims, have = whole(dims), set(flat(dims))
-    wanted = tuple(dim if have & set(dim) else () for dim in whole(wanted))
+    dims, wanted, have = whole(dims), whole(wanted), set(flat(dims))
+    if broadcasts:
+        wanted = tuple(dim if have & set(dim) else () for dim in wanted)
     if dims == wanted:
         return node
     if not have <= set(flat(wanted)):
@@ -318,7 +322,7 @@ def _grouped(graph: fx.Graph, node: fx.Node, wanted: Dims, units: list[tuple[Axi
     """Join the units of each wanted dimension, with those that are missing expanded."""
     for at, dim in enumerate(wanted):
         pieces = _in(units, dim)
-        if not pieces:
+        if not dim:
             node = _call(graph, aten.unsqueeze.default, node, at)
             continue
         have = {axis for unit in pieces for axis in unit}

@@ -148,6 +148,7 @@ def _compare(model: nn.Module, cached: CachedModel) -> tuple[Outcome, str]:
         return "skipped", f"no tokens to compare with: transformers' generate raised {_one_line(err)}"
     if expected[1] == expected[2]:
         return "defect", "the comparison is empty: two different prompts have the same continuation"
+    note = ""
     for options in ({}, {"prefill_chunk_tokens": 7}):
         try:
             found = architectures.generated_by_engine(cached, prompts, NUM_NEW_TOKENS, **options)
@@ -159,9 +160,12 @@ def _compare(model: nn.Module, cached: CachedModel) -> tuple[Outcome, str]:
                 uncached = architectures.generated_by_transformers(
                     model, [prompts[number]], NUM_NEW_TOKENS, use_cache=False
                 )
-                hint = ", as transformers' generate without a cache" if uncached == [ours] else ""
-                return "defect", f"wrong tokens: prompt {number} ({options}) differs at token {at}{hint}"
-    return "same", ""
+                if uncached != [ours]:
+                    return "defect", f"wrong tokens: prompt {number} ({options}) differs at token {at}"
+                note = (
+                    f"from token {at} of prompt {number} on as transformers without its cache, which differs"
+                )
+    return "same", note
 
 
 def features(model: transformers.PreTrainedModel) -> list[str]:
@@ -348,7 +352,7 @@ def _table(outcome: Outcome, rows: Sequence[Row]) -> Iterator[str]:
         yield "| family | attention | features | pass, s | all, s |"
         yield "|---|---|---|---|---|"
         for row in rows:
-            found = ", ".join(row.features)
+            found = ", ".join([*row.features, *([f"*{row.detail}*"] if row.detail else [])])
             yield f"| {row.family} | {row.attention} | {found} | {row.pass_seconds:.1f} | {row.seconds:.1f} |"
         return
     yield "| family | features | what was said |"

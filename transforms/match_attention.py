@@ -113,18 +113,20 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         graph.erase_node(source)
 
 
-def _arranged(graph: fx.Graph, match: AttentionMatch, operand: Operand, wanted: Dims) -> fx.Node:
+def _arranged(
+    graph: fx.Graph, match: AttentionMatch, operand: Operand, wanted: Dims, *, broadcasts: bool = False
+) -> fx.Node:
     """The operand with its axes as wanted.
 
     Raises:
         UnsupportedError: it has a dimension that cannot be taken apart.
     """
-    node = ax.arrange(graph, operand.node, operand.dims, wanted)
+    node = ax.arrange(graph, operand.node, operand.dims, wanted, broadcasts=broadcasts)
     if node is None:
         raise UnsupportedError(
             f"{g.where(operand.node)}: an operand {tuple(g.shape(operand.node))} of the attention at "
-            f"{g.where(match.result.node)} cannot be brought to [batch, tokens, heads, head_dim]: one of its "
-            "dimensions merges two that are dynamic. Keep batch and tokens apart around attention."
+            f"{g.where(match.result.node)} cannot be brought to [batch, tokens, heads, head_dim]: it lacks "
+            "the batch or the tokens, or merges them in one dimension. Keep both apart around attention."
         )
     return node
 
@@ -182,4 +184,4 @@ def _over_logits(graph: fx.Graph, match: AttentionMatch, term: MaskTerm) -> fx.N
     if ax.whole(term.dims) == match.axes.logits:
         return term.node
     dims = ax.aligned(g.shape(term.node), term.dims)
-    return _arranged(graph, match, Operand(term.node, dims), match.axes.logits)
+    return _arranged(graph, match, Operand(term.node, dims), match.axes.logits, broadcasts=True)

@@ -175,6 +175,12 @@ def v_repeated_after_a_change(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Ten
     return weights @ (repeat_kv(v) * torch.arange(1, HEADS + 1)[:, None, None])
 
 
+def one_head_of_v(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """All heads of K read the first one of V."""
+    weights = (q @ repeat_kv(k).mT * SCALE + additive(causal(p))).softmax(-1)
+    return weights @ v[:, :1]
+
+
 def cap_and_sinks(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     logits = torch.tanh(q @ repeat_kv(k).mT * SCALE / CAP) * CAP + additive(causal(p, WINDOW))
     return softmax_with_sinks(logits, layer) @ repeat_kv(v)
@@ -238,6 +244,7 @@ FORMS: dict[str, Attend] = {
     "one_head": form(one_head),
     "one_head_expanded": form(one_head_expanded),
     "v_repeated_after_a_change": form(v_repeated_after_a_change),
+    "one_head_of_v": form(one_head_of_v),
     "cap_and_sinks": cap_and_sinks,
     "sinks_by_scaling": sinks_by_scaling,
     "scaled_query": eager(scores=lambda q, k: (q * SCALE) @ k.mT),

@@ -247,18 +247,17 @@ def test_flaw_08_scale_none_passed_on(ad: Any) -> None:
         assert ad.FlashInferTrtllmAttention.get_constants(node)[0] == want
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=str)
-def test_flaw_09_forced_kernel_and_layout(
-    ad: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
-) -> None:
-    """HND, and no kernel by force: a GPU or a build that has none refuses at insertion, by layer."""
+def test_flaw_09_forced_kernel_and_layout(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HND, and the kernels that the ledger chooses; on a GPU for which it has none, the layer is refused."""
+    descriptor, node = ad.FlashInferTrtllmAttention, attention_node(E6)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    node = attention_node(E6, logit_cap=30.0, is_causal=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
     with pytest.raises(UnsupportedError, match="of layer 7: no TRT-LLM kernel can do its prefill here"):
-        ad.FlashInferTrtllmAttention.get_cache_initializers(node, CONFIG)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ad.FlashInferTrtllmAttention.get_cache_initializers(node, CONFIG)["kv_cache"].kv_layout == "HND"
+        descriptor.get_cache_initializers(node, CONFIG)
+    chosen = {"prefill": select.Choice("fmha_v2", ""), "decode": select.Choice("xqa", "")}
+    monkeypatch.setattr(select, "choose", lambda site, phase, *_: chosen[phase])
+    assert descriptor.get_cache_initializers(node, CONFIG)["kv_cache"].kv_layout == "HND"
+    assert descriptor.get_constants(node)[5:7] == ["fmha_v2", "xqa"]
 
 
 def test_flaw_10_separate_contiguous_caches(ad: Any) -> None:

@@ -7,6 +7,7 @@ docs/invariants.md says what else must hold after every transform.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
+_TORCH = f"{Path(torch.__file__).parent}/"
 
 # Second names of pointwise ops, which torch leaves without the tag.
 _UNTAGGED_POINTWISE = frozenset(
@@ -168,7 +170,7 @@ def source_line(node: fx.Node) -> str:
     if not files:
         return ""
     # A line of the model says more than one of the torch module that it calls.
-    own = [line for line in files if "/torch/" not in line]
+    own = [line for line in files if _TORCH not in line]
     file, line, *_ = (own or files)[-1].removeprefix("File ").split(", ")
     return f"{file.strip(chr(34))}:{line.removeprefix('line ')}"
 

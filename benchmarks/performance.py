@@ -54,6 +54,7 @@ def steps_table() -> str:
                 f"{hf[str(batch)]:.2f}" if str(batch) in hf else "-",
                 f"{VLLM_STEP_MS[batch]:.2f}" if batch in VLLM_STEP_MS else "-",
                 f"{row['output_tokens_per_s']:,.0f}",
+                f"{row['prompt_tokens_per_s']:,.0f}",
             ]
         )
     head = [
@@ -65,6 +66,7 @@ def steps_table() -> str:
         "transformers",
         "vLLM 0.24",
         "tokens/s",
+        "prompt tokens/s",
     ]
     note = f"{ours['machine']}, torch {ours['versions']['torch']}, {ours['date']}: `{ours['command']}`"
     prefill = ours["prefill"]["prompt_tokens_per_s"]

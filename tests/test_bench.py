@@ -85,7 +85,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert not end.value.code
     found = json.loads(capsys.readouterr().out)
     assert [row["concurrency"] for row in found["rows"]] == [1, 2]
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"].partition("+")[0])
 
 
 def test_command_refuses_a_bad_list(capsys: pytest.CaptureFixture[str]) -> None:

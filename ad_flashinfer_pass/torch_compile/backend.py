@@ -37,13 +37,12 @@ from ad_flashinfer_pass.transforms.insert_cached_attention import cache_pair
 
 aten = torch.ops.aten
 _OPTIONS = ("session", "compile_backend", "mode", "cuda_graph_batch_sizes")
-_ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask", "insert_cached_attention")
-# What a session or this module does in their place.
+_ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask")
+# What this module and a session do in their place.
 _NOT_HERE = (
     "export_model",
     "gather_logits_before_lm_head",
     "initialize_cache",
-    "compile_model",
 )
 
 _SPLIT = (
@@ -195,6 +194,7 @@ class _Transformed:
         seconds = time.perf_counter() - start
         session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
         caches = self._group.caches if self._group is not None else []
+        ctx.caches.update(zip((resource.name for resource in ctx.resources), caches, strict=True))
         self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode)
 
     def _hint(self) -> str:
@@ -218,21 +218,26 @@ class _Transformed:
 
 
 def _transform(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
-    """Run the transforms in place; gives the keys of the layers, in order, none if there is no attention."""
+    """Run the transforms in place, but those of the stage compile, which runners run.
+
+    Gives the keys of the layers, in order; none if there is no attention.
+    """
     stages = {name: STAGES.index(settings.stage) for name, settings in ctx.config.transforms.items()}
-    early = [name for name, stage in stages.items() if stage < STAGES.index("post_load_fusion")]
-    late = [name for name in stages if name not in early]
+    fusion, compiling = STAGES.index("post_load_fusion"), STAGES.index("compile")
+    early = [name for name, stage in stages.items() if stage < fusion]
+    late = [name for name, stage in stages.items() if stage >= fusion]
+    last = [name for name, stage in stages.items() if stage >= compiling]
     try:
         pipeline.run(gm, ctx, skip=(*_NOT_HERE, *late))
     except NoAttentionError as nothing:
         # A piece between graph breaks, or a model without attention, which the batch refuses when it ends.
         try:
-            pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS))
+            pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS, *late))
         except PackingError as err:
             raise PackingError(f"{err} There is no attention in this graph. {_SPLIT}") from nothing
         return []
     keys = _layer_keys(gm, ctx)  # while each layer has weights of its own
-    pipeline.run(gm, ctx, skip=(*_NOT_HERE, *early))
+    pipeline.run(gm, ctx, skip=(*_NOT_HERE, *early, *last))
     return keys
 
 

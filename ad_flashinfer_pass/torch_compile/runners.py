@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass import registry
+from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import TransformContext
@@ -49,8 +49,7 @@ def runner(
         compiled = _Inductor(gm, session, mode)
         return _Packed(gm, caches, session, compiled)
     if backend == "torch-simple":
-        module, _ = registry.get("compile_model")(gm, ctx)
-        return _Packed(gm, caches, session, module)
+        return _Packed(gm, caches, session, _compile_stage(gm, ctx))
     return _Captured(gm, ctx, caches, session, backend)
 
 
@@ -84,6 +83,12 @@ class _Packed:
         first = [named[name].view(1, batch.num_tokens) for name in ("input_ids", "position_ids")]
         metadata = [named[name] for name in METADATA_ARGS] if self._caches else []
         return [*first, *extra, *metadata, *self._caches]
+
+
+def _compile_stage(gm: fx.GraphModule, ctx: TransformContext) -> nn.Module:
+    stages = {name: settings.stage for name, settings in ctx.config.transforms.items()}
+    module, _ = pipeline.run(gm, ctx, skip=[name for name, stage in stages.items() if stage != "compile"])
+    return module
 
 
 def _token_dims(node: Any) -> list[int]:
@@ -185,10 +190,9 @@ class _Captured:
             )
         start = time.perf_counter()
         _as_served(gm, ctx)
-        ctx.caches.update(zip((resource.name for resource in ctx.resources), caches, strict=True))
         # Its warm-up runs on page 1, which may have an owner here.
         kept = [cache[1].clone() for cache in caches]
-        module, _ = registry.get("compile_model")(gm, ctx)
+        module = _compile_stage(gm, ctx)
         for cache, page in zip(caches, kept, strict=True):
             cache[1] = page
         self._model = CachedModel(module, ctx.caches, session.sequence_info, ctx.vocab_size)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.explain import explain
+from ad_flashinfer_pass.explain import Explanation, explain, explain_run
+from ad_flashinfer_pass.inspection.stages import run_stages
 from tests import architectures
 from tests.transforms.small_models import SmallModel, causal, eager, tokens
 
@@ -23,11 +24,14 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_every_site_has_its_source_its_mask_and_its_items(gemma2: Path) -> None:
-    """Three layers of Gemma 2: two with a window of 12, all with a cap of 50, 2 KV heads of 16."""
-    config = AutoDeployConfig(model=str(gemma2), skip_loading_weights=True, max_seq_len=256)
+@pytest.fixture(scope="module")
+def explained(gemma2: Path) -> Explanation:
+    return explain(AutoDeployConfig(model=str(gemma2), max_seq_len=256))
 
-    sites = explain(config).sites
+
+def test_every_site_has_its_source_its_mask_and_its_items(explained: Explanation) -> None:
+    """Three layers of Gemma 2: two with a window of 12, all with a cap of 50, 2 KV heads of 16."""
+    sites = explained.sites
 
     assert [site.needs.get("sliding_window") for site in sites] == ["12", None, "12"]
     assert {site.needs["logit_cap"] for site in sites} == {"50.0"}
@@ -38,23 +42,31 @@ def test_every_site_has_its_source_its_mask_and_its_items(gemma2: Path) -> None:
     assert [f"layers.{i}.self_attn" in site.module for i, site in enumerate(sites)] == [True] * 3
 
 
-def test_the_command_prints_one_json_object(gemma2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_outside_attention_keeps_gemma2_from_being_captured(explained: Explanation) -> None:
+    assert explained.not_captured == []
+
+
+def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--json`` is data alone on stdout, with a site for each layer."""
+    config = architectures.CONFIGS["llama_mha"]()
+    config.num_hidden_layers = 1
+    config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(["explain", "-m", str(gemma2), "--json", "--max-seq-len", "256"])
+        main(["explain", "-m", str(tmp_path), "--json", "--max-seq-len", "256"])
 
     assert not stop.value.code
-    assert len(json.loads(capsys.readouterr().out)["sites"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["sites"]) == 1
 
 
 def test_kernels_are_chosen_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """Llama in bfloat16 on SM90: XQA decodes, FMHA v2 prefills; on SM100 neither can."""
     config = architectures.CONFIGS["llama_gqa4"]()
-    config.head_dim, config.dtype = 64, "bfloat16"
+    config.head_dim, config.dtype, config.num_hidden_layers = 64, "bfloat16", 1
     config.save_pretrained(tmp_path)
     deploy = AutoDeployConfig(model=str(tmp_path), max_seq_len=256)
+    run = run_stages(deploy)
 
-    here, hopper, blackwell = (explain(deploy, sm=sm).sites[0] for sm in (None, 90, 100))
+    here, hopper, blackwell = (explain_run(run, deploy, sm).sites[0] for sm in (None, 90, 100))
 
     assert here.decode.startswith("reference:")
     assert hopper.decode.startswith("xqa:")
@@ -64,20 +76,13 @@ def test_kernels_are_chosen_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 
 
 def test_sites_are_shown_before_the_insertion(gemma2: Path) -> None:
-    """After match_attention the masks are not classified, after classify_mask they are."""
+    """After match_attention the masks are not classified, and there are no kernels."""
     deploy = AutoDeployConfig(model=str(gemma2), max_seq_len=256)
     matched = explain(deploy, stage="match_attention").sites
-    classified = explain(deploy, stage="classify_mask").sites
 
     assert [site.mask for site in matched] == ["not classified yet"] * 3
-    assert ["sliding_window=12" in site.mask for site in classified] == [True, False, True]
-    assert not any(site.decode for site in classified)
-
-
-def test_nothing_outside_attention_keeps_gemma2_from_being_captured(gemma2: Path) -> None:
-    """Nothing in Gemma 2, before the pass and after it."""
-    deploy = AutoDeployConfig(model=str(gemma2), max_seq_len=256)
-    assert explain(deploy, stage="export_model").not_captured == explain(deploy).not_captured == []
+    assert all("logit cap 50" in site.folded for site in matched)
+    assert not any(site.decode for site in matched)
 
 
 def test_a_refusal_shows_the_node_its_source_and_the_first_difference(tmp_path: Path) -> None:

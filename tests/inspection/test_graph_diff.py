@@ -126,7 +126,9 @@ def test_the_command_exits_with_1_if_files_differ(
 def test_dump_and_diff_work_from_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What dump writes by the ending of its file, diff reads."""
     model = tmp_path / "config.json"
-    architectures.CONFIGS["qwen3"]().save_pretrained(tmp_path)
+    config = architectures.CONFIGS["llama_mha"]()
+    config.num_hidden_layers = 1
+    config.save_pretrained(tmp_path)
     old = str(tmp_path / "old.json")
     assert run("dump", "-m", str(model), "--stage", "pattern_matcher", "-o", old) == 0
     assert run("diff", old, "pattern_matcher", "-m", str(model)) == 0

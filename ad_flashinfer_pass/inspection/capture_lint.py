@@ -212,10 +212,6 @@ def _dynamic_shape(node: fx.Node, graph: _Graph) -> str | None:
     if g.is_op(node, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index):
         if not any(_is_mask(index) for index in g.args(node)[1]):
             return None
-        is_put = not g.is_op(node, aten.index, aten._unsafe_index)
-        # One value for all is a masked fill, which needs no list of places.
-        if is_put and len(g.args(node)[1]) == 1 and g.value(g.args(node)[2]).numel() == 1:
-            return None
         return f"{_name(node)} by a mask: how many elements are taken is known only on the device"
     if _tagged(node, torch.Tag.dynamic_output_shape):
         # With a given size, repeat_interleave asks for nothing.

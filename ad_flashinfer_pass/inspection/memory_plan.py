@@ -23,12 +23,19 @@ from ad_flashinfer_pass.inspection.sizes import allocated_bytes
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.text_format import value_text
 from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ad_flashinfer_pass.registry import KvCacheResource, TransformContext
     from ad_flashinfer_pass.transforms.initialize_cache import Pages
+
+
+# Measured on an H200 with torch 2.11 (benchmarks/results/memory_plan.json): what CUDA and torch take before
+# anything is allocated, and what each graph takes beside the memory that all of them share.
+_CONTEXT_BYTES = 620 * 2**20
+_GRAPH_BYTES = 4 * 2**20
 
 
 class _Data(BaseModel):
@@ -128,14 +135,19 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
     assert isinstance(run.module, fx.GraphModule)
     weights = _weights(run.module)
     metadata = _metadata(run.ctx)
-    taken = sum(row.bytes for row in (*weights, metadata))
+    on_gpu = sm is not None or config.device.startswith("cuda")
+    before = [*weights, metadata]
+    if on_gpu:
+        how = "CUDA's context, as measured on an H200"
+        before.append(PlanRow(name="context", bytes=_CONTEXT_BYTES, arithmetic=how))
+    taken = sum(row.bytes for row in before)
     pages = _pages(run.ctx, memory, taken)
     rows = [
-        *weights,
-        metadata,
+        *before,
         *(_pool_row(group, pages.allocated) for group in _pools(run.ctx.resources)),
         *_workspaces(run.ctx, config, sm),
         *_activations(final, config),
+        *(_graphs(config) if on_gpu and config.compile_backend != "torch-simple" else []),
     ]
     info = run.ctx.sequence_info
     return MemoryPlan(
@@ -297,6 +309,15 @@ def _activations(graph: GraphData, config: AutoDeployConfig) -> list[PlanRow]:
     ]
 
 
+def _graphs(config: AutoDeployConfig) -> list[PlanRow]:
+    """What captured graphs take beside the intermediate results of the largest, which all share."""
+    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
+    count = len(default_batch_sizes(config.max_batch_size) if sizes is None else sizes)
+    count += len(default_token_buckets(config.token_budget) if buckets is None else buckets)
+    how = f"{count} graphs x {_GRAPH_BYTES:,}, as measured on an H200; their memory is one pool"
+    return [PlanRow(name="CUDA graphs", bytes=count * _GRAPH_BYTES, arithmetic=how)]
+
+
 def peak(graph: GraphData, symbols: Mapping[str, int]) -> tuple[int, list[NodeData], NodeData]:
     """The most bytes of intermediate results that are alive at once, which they are, and at which node.
 
@@ -336,7 +357,7 @@ def as_tables(found: MemoryPlan) -> list[RenderableType]:
     table.add_section()
     table.add_row("all", gib(found.total), f"{found.total:,} bytes")
     if found.left is not None and found.memory is not None:
-        note = "for CUDA's context, modules and graphs" if found.left >= 0 else "it does not fit"
+        note = "for the allocator's rounding and modules of kernels" if found.left >= 0 else "it does not fit"
         table.add_row("left", gib(found.left), f"of {found.memory:,} bytes: {note}")
     return [table, *answers(found)]
 

@@ -31,7 +31,8 @@ def _breaks(run: Run, inputs: str, *rules: str) -> Example:
     return Example(run, inputs, frozenset(rules))
 
 
-def _put_in_place(x: Tensor, i: Tensor) -> Tensor:
+def _put_a_number(x: Tensor, i: Tensor) -> Tensor:
+    """The number becomes a tensor on the host."""
     y = x.clone()
     y[i] = 1.0
     return y
@@ -76,8 +77,7 @@ EXAMPLES: dict[str, Example] = {
     "embedding": Example(lambda x, i: F.embedding(i, x), "xi"),
     "index_select": Example(lambda x, i: x.index_select(0, i), "xi"),
     "index_by_places": Example(lambda x, i: x[i], "xi"),
-    "index_put_by_places": Example(_put_in_place, "xi"),
-    "index_put_one_value_by_mask": Example(_put_by_mask, "x"),
+    "index_put_by_places": Example(lambda x, i: x.index_put([i], x[:1], accumulate=True), "xi"),
     "gather": Example(lambda x, i: x.gather(0, i[None]), "xi"),
     "scatter_add": Example(lambda x, i: x.scatter_add(0, i[None], x), "xi"),
     "index_add": Example(lambda x, i: x.index_add(0, i, x), "xi"),
@@ -112,6 +112,8 @@ EXAMPLES: dict[str, Example] = {
     "nonzero": _breaks(lambda x: x.nonzero(), "x", "dynamic-shape"),
     "masked_select": _breaks(lambda x: x.masked_select(x > 0), "x", "dynamic-shape"),
     "index_by_mask": _breaks(lambda x: x[x > 0], "x", "dynamic-shape"),
+    "index_put_number": _breaks(_put_a_number, "xi", "host-value"),
+    "index_put_one_value_by_mask": _breaks(_put_by_mask, "x", "dynamic-shape"),
     "index_put_by_mask": _breaks(_put_many_by_mask, "x", "dynamic-shape"),
     "unique": _breaks(lambda i: torch.unique(i), "i", "dynamic-shape"),
     "bincount": _breaks(lambda i: torch.bincount(i), "i", "dynamic-shape"),

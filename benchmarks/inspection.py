@@ -58,7 +58,7 @@ _COMMANDS = {
     "diff": [],
     "explain": ["--sm", "90"],
     "lint": ["--sm", "90"],
-    "plan": ["--sm", "90", "--memory", "141GB", "--max-seq-len", "4096"],
+    "plan": ["--sm", "90", "--memory", "282GB", "--max-seq-len", "4096"],
     "report": ["--sm", "90", "--output", "out.html"],
 }
 

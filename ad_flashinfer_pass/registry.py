@@ -120,8 +120,6 @@ class TransformContext:
     """Bytes of the weights that every step reads whole: all but tables of which it reads its tokens' rows."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
-    keeps_source: bool = False
-    """The module that was transformed stays in use, so its weights must not be in memory twice."""
     on_event: Callable[[str], None] = lambda text: None
     """Takes a line of progress from a transform that takes long."""
 

@@ -5,8 +5,8 @@ After:  qkv = linear(x, cat(w_q, w_k, w_v), cat(b_q, b_k, b_v)), q = qkv[..., :n
 
 Legal because an output feature of a linear depends on its own row of the weight only. One GEMM with many rows
 streams its weight faster than three with few. Weights that something else reads, too, stay as they are:
-fused, they would be in memory twice. Where the module that was transformed stays in use (torch.compile), its
-parameters become views of the fused ones.
+fused, they would be in memory twice. The parameters of the module that was transformed become views of the
+fused ones: they are what they were, and no weight is in memory twice, however long that module lives.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
             groups[args["input"], g.value(weight).device, dtypes].append(node)
     for linears in groups.values():
         if len(linears) > 1:
-            _fuse(model, linears, ctx.keeps_source)
+            _fuse(model, linears)
             report.num_matches += 1
     if report.num_matches:
         g.finish(model)
@@ -52,14 +52,14 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
     return model, report
 
 
-def _fuse(gm: fx.GraphModule, linears: list[fx.Node], keeps_source: bool) -> None:
+def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
     args = [g.op_args(node) for node in linears]
     names = [str(each["weight"].target) for each in args]
     name = "_".join([names[0].rpartition(".")[0], *(n.split(".")[-2] for n in names[1:])]).replace(".", "_")
-    weight = _add_parameter(gm, f"{name}_weight", [each["weight"] for each in args], keeps_source)
+    weight = _add_parameter(gm, f"{name}_weight", [each["weight"] for each in args])
     bias = None
     if args[0]["bias"] is not None:
-        bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args], keeps_source)
+        bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args])
     with gm.graph.inserting_before(linears[0]):
         fused = g.call_op(gm.graph, aten.linear.default, args[0]["input"], weight, bias)
     for key in ("nn_module_stack", "stack_trace"):
@@ -79,12 +79,11 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node], keeps_source: bool) -> Non
                 user.target = aten.reshape.default
 
 
-def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node], keeps_source: bool) -> fx.Node:
+def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.Node:
     tensors = [g.attribute(part) for part in parts]
     with torch.no_grad():
         fused = _joined(tensors)
-    if keeps_source:
-        # The module that has the parts reads them where they are now.
+    if not isinstance(fused, FakeTensor):
         for tensor, rows in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
             tensor.data = rows
     gm.register_parameter(name, nn.Parameter(fused, requires_grad=False))

@@ -200,7 +200,6 @@ def prepare(
         update={"max_batch_size": _BATCH, "max_num_tokens": _BUDGET, "compile_backend": "torch-simple"}
     )
     ctx = pipeline.context(small)
-    ctx.keeps_source = True
     order = transform_order(config)
     last_dense = order[order.index("insert_cached_attention") - 1]
     kept: dict[str, fx.GraphModule] = {}

@@ -145,7 +145,6 @@ class _Compiled:
             config=self.session.config(**changes),
             device=self.session.device,
             sequence_info=self.session.sequence_info,
-            keeps_source=True,
         )
 
     def __call__(self, *args: Any) -> Any:

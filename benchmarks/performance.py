@@ -20,6 +20,7 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 # vLLM 0.24.0 on another H200: FlashAttention 3, full CUDA graphs, the same shape, context and batch sizes.
 VLLM_STEP_MS = {1: 4.97, 8: 5.25, 32: 6.31, 128: 10.82}
 VLLM_PREFILL = 43_500
+SWITCHED = ("tune_attention", "fuse_rope_append", "fuse_small_batch")
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -76,12 +77,18 @@ def steps_table() -> str:
 
 
 def where_table() -> str:
-    """Where the time of a step goes."""
-    ours = read("decode")
-    assert ours is not None
-    parts = list(dict.fromkeys(name for where in ours["where_us"].values() for name in where))
-    rows = [[name, *(f"{where.get(name, 0):,.0f}" for where in ours["where_us"].values())] for name in parts]
-    return table(["microseconds of a step", *(f"B{batch}" for batch in ours["where_us"])], rows)
+    """Where the time of a step goes, with all transforms and with each switched off."""
+    runs = {"all": "decode", **{f"without `{name}`": f"decode_without_{name}" for name in SWITCHED}}
+    found = {
+        title: result for title, name in {**runs, "none": "decode_plain"}.items() if (result := read(name))
+    }
+    parts = []
+    for batch in found["all"]["where_us"]:
+        where = {title: result["where_us"][batch] for title, result in found.items()}
+        purposes = dict.fromkeys(purpose for times in where.values() for purpose in times)
+        rows = [[p, *(f"{times.get(p, 0):,.0f}" for times in where.values())] for p in purposes]
+        parts.append(table([f"B{batch}, us", *where], rows))
+    return "\n\n".join(parts)
 
 
 def transforms_table() -> str:
@@ -89,7 +96,7 @@ def transforms_table() -> str:
     whole = read("decode")
     assert whole is not None
     rows = [["all transforms", *(f"{row['step_ms']:.2f}" for row in whole["rows"])]]
-    for name in ("tune_attention", "fuse_rope_append", "fuse_small_batch"):
+    for name in SWITCHED:
         less = read(f"decode_without_{name}")
         if less is not None:
             rows.append([f"without `{name}`", *(f"{row['step_ms']:.2f}" for row in less["rows"])])

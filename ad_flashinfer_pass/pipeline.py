@@ -53,8 +53,6 @@ def transform_module(
         The cached model and the report of each transform.
     """
     ctx = context(config)
-    # The caller still has the module: what is fused must not be in memory a second time.
-    ctx.keeps_source = True
     transformed, reports = run(module, ctx, on_event)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
     return model, reports

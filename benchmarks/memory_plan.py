@@ -56,7 +56,6 @@ def measure(config: AutoDeployConfig) -> tuple[dict[str, int], list[tuple[str, i
     loaded = load_model(config)
     phases["weights"] = used()
     ctx = pipeline.context(config)
-    ctx.keeps_source = True
     phases["metadata"] = used()
     gm, _ = pipeline.run(loaded.module, ctx, skip=("compile_model",))
     phases["pools"] = used()

@@ -268,16 +268,16 @@ def _layers_of_each_kind(fields: dict[str, Any], num_layers: int) -> list[int]:
 
 
 def random_model(
-    config: transformers.PretrainedConfig, attn_implementation: str | None = None
+    config: transformers.PretrainedConfig,
+    attn_implementation: str | None = None,
+    auto: Any = transformers.AutoModelForCausalLM,
 ) -> transformers.PreTrainedModel:
-    """The causal LM of a config with random weights, norms and biases included; seed 0, fp32, eval.
+    """The model of a config, by ``auto``, with random weights, norms and biases included; seed 0, fp32, eval.
 
     Raises:
         ValueError: transformers has no such attention for this model.
     """
     torch.manual_seed(0)
-    has_vision = getattr(config, "vision_config", None) is not None
-    auto = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

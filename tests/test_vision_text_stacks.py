@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
@@ -24,7 +25,8 @@ HIDDEN = 64
 
 @cache
 def model_of(family: str) -> nn.Module:
-    return architectures.random_model(architectures.small_vision_config(family))
+    config = architectures.small_vision_config(family)
+    return architectures.random_model(config, auto=transformers.AutoModelForImageTextToText)
 
 
 def cached_model(module: nn.Module) -> CachedModel:

@@ -446,5 +446,7 @@ def is_right(found: masks.MaskClass, wanted: Truth | None) -> bool:
     """Whether a class that was found is the true one, up to what no kernel can tell."""
     if wanted is None or not torch.equal(found.visible(len(wanted.visible)), wanted.visible):
         return False
+    if not bool(wanted.visible.tril(-1).any()):
+        return True  # a query that sees only itself has one logit: no slope shows
     slopes = torch.tensor(found.alibi_slopes or (0.0,), dtype=torch.float64)
     return bool(torch.isclose(slopes, wanted.slopes, rtol=1e-5, atol=1e-5).all())

@@ -105,7 +105,7 @@ def _rms_norm(node: fx.Node) -> _Norm | None:
     if rsqrt is None or wide is None:
         return None
     total = g.args(rsqrt)[0]
-    if not (g.is_op(total, aten.add.Tensor) and isinstance(g.args(total)[1], float)):
+    if not (g.is_op(total, aten.add.Tensor) and isinstance(g.args(total)[1], float)) or total.kwargs:
         return None
     mean = g.args(total)[0]
     if not (g.is_op(mean, aten.mean.dim) and list(g.args(mean)[1:3]) == [[-1], True]):
@@ -115,6 +115,8 @@ def _rms_norm(node: fx.Node) -> _Norm | None:
         return None
     x = _uncast(wide)
     if g.value(wide).dtype != torch.float32 or g.value(x).dtype != g.value(node).dtype:
+        return None
+    if g.shape(weight)[0] != g.shape(x)[-1]:  # one number for all elements
         return None
     return _Norm(x, weight, g.args(total)[1])
 
@@ -143,8 +145,10 @@ def _swiglu(linear: fx.Node) -> tuple[fx.Node, bool]:
         return linear, False
     halves = {}
     for part in linear.users:
-        dim, start, end = (*g.args(part)[1:], None, None, None)[:3]
-        if not (g.is_op(part, aten.slice.Tensor) and dim == -1 and len(part.users) == 1):
+        if not (g.is_op(part, aten.slice.Tensor) and len(part.users) == 1):
+            return linear, False
+        dim, start, end, step = (g.op_args(part)[name] for name in ("dim", "start", "end", "step"))
+        if (dim, step) != (-1, 1):
             return linear, False
         halves[start, end] = part
     gate, up = halves.get((0, width // 2)), halves.get((width // 2, width))

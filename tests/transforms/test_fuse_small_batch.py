@@ -71,6 +71,28 @@ def test_norm_swiglu_and_residual_are_taken_in() -> None:
     assert not find(gm, torch.ops.aten.silu, torch.ops.aten.rsqrt, torch.ops.aten.linear)
 
 
+@pytest.mark.parametrize("change", ["eps_times_alpha", "one_number", "every_second"])
+def test_what_only_looks_like_a_part_stays(change: str) -> None:
+    model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=Gated()).to(torch.bfloat16)
+    ctx = small_context()
+    gm, _ = run_transforms(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    if change == "eps_times_alpha":
+        add = g.args(find(gm, torch.ops.aten.rsqrt)[0])[0]
+        add.kwargs = {"alpha": 1000.0}
+    elif change == "one_number":
+        (scale,) = (n for n in gm.graph.find_nodes(op="get_attr") if str(n.target).endswith("scale"))
+        owner, _, leaf = str(scale.target).rpartition(".")
+        setattr(gm.get_submodule(owner), leaf, nn.Parameter(torch.full((1,), 0.5, dtype=torch.bfloat16)))
+        scale.meta["val"] = g.value(scale)[:1]
+    else:
+        for part in find(gm, torch.ops.aten.slice)[:2]:
+            part.args = (*part.args, 2)
+    small, *_ = with_fused_linears(gm)
+    first, *_ = (g.op_args(node) for node in find(small, LINEAR))
+    assert first["gated"] if change != "every_second" else not first["gated"]
+    assert (first["norm"] is None) == (change != "every_second")
+
+
 def test_what_something_else_reads_stays() -> None:
     _, (gate_up, *_) = fused(Gated(norm_is_read=True))
     assert gate_up["norm"] is None

@@ -38,14 +38,19 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     from ad_flashinfer_pass.kernels import tune  # needs triton
 
     config = ctx.config
-    sizes = config.cuda_graph_batch_sizes or default_batch_sizes(config.max_batch_size)
-    buckets = config.cuda_graph_token_buckets or default_token_buckets(config.token_budget)
+    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
+    sizes = default_batch_sizes(config.max_batch_size) if sizes is None else sizes
+    buckets = default_token_buckets(config.token_budget) if buckets is None else buckets
     linears = []
     for node in small.graph.find_nodes(op="call_function", target=_LINEAR):
         args = g.op_args(node)
         has_norm, has_residual = args["norm"] is not None, args["residual"] is not None
         linears.append((g.attribute(args["weight"]), has_norm, has_residual, args["gated"]))
-    report.notes += tune.tune_linears(linears, sorted({*sizes, *buckets}))
+    report.notes += tune.tune_linears(
+        linears,
+        sorted({*sizes, *buckets}),
+        on_progress=lambda done, total: ctx.on_event(f"fuse_small_batch: {done} of {total} linears"),
+    )
     return model, report
 
 

@@ -65,6 +65,18 @@ _SHAPES: dict[str, dict[str, Any]] = {
 _WARM_UP_STEPS = 4
 
 
+class _Progress:
+    """Lines with the seconds since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        seconds = time.perf_counter() - self._start
+        self._console.print(f"  {seconds:6.1f} s  {text}", highlight=False, markup=False)
+
+
 class Steps(NamedTuple):
     """A run of decode steps."""
 
@@ -179,7 +191,8 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
         "device": args.device,
     }
     torch._dynamo.reset()
-    session = CacheSession(**settings)
+    progress = _Progress(console)
+    session = CacheSession(**settings, on_event=progress)
     is_captured = args.device.startswith("cuda") and backend not in ("inductor", "torch-simple")
     graphs = {"cuda_graph_batch_sizes": args.batch_sizes} if is_captured else {}
     compiled = Compiled(model, session, backend, **graphs)
@@ -189,6 +202,7 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
     prompts = prompts.to(device)
     start = time.perf_counter()
     for size in args.batch_sizes:
+        progress(f"torch.compile, {backend}: first steps of B{size}")
         run(compiled, prompts[:size], 1)
     first = time.perf_counter() - start
     num_compiles = len(session.compiles)
@@ -196,17 +210,19 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
     console.print(f"{backend}: first calls {first:.1f} s; {rest:.1f} s of it Dynamo and the steps themselves")
     _print_compiles(session, console)
 
+    progress("standalone")
     start = time.perf_counter()
     their_backend = "torch-simple" if backend == "inductor" else backend
     if is_captured:
         settings |= {"cuda_graph_token_buckets": [], "cuda_graph_batch_sizes": args.batch_sizes}
     config = AutoDeployConfig(**settings, compile_backend=their_backend)
-    standalone = Standalone(transform_module(model, config)[0])
+    standalone = Standalone(transform_module(model, config, on_event=progress)[0])
     console.print(f"standalone ({their_backend}): built in {time.perf_counter() - start:.1f} s")
     rows = []
     for size in args.batch_sizes:
-        rounds = []
+        rounds: list[list[Steps]] = []
         for _ in range(args.rounds):
+            progress(f"B{size}, round {len(rounds) + 1} of {args.rounds}")
             rounds.append([run(loop, prompts[:size], args.steps) for loop in (standalone, compiled)])
         theirs, ours = zip(*rounds, strict=True)
         row: dict[str, Any] = {"batch": size, "same_tokens": theirs[0].tokens == ours[0].tokens}
@@ -223,8 +239,17 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
         )
     later = len(session.compiles) - num_compiles
     console.print(f"compiled again in {args.rounds * len(args.batch_sizes)} further runs: {later}")
-    records = [record._asdict() for record in session.compiles]
-    return {"compile_backend": backend, "compiles": records, "compiled_again": later, "steps": rows}
+    if is_captured:
+        console.print(f"torch.compile: {session.num_replays} replays, eagerly {session.eager_steps}")
+    return {
+        "compile_backend": backend,
+        "compiles": [record._asdict() for record in session.compiles],
+        "first_calls_seconds": first,
+        "compiled_again": later,
+        "num_replays": session.num_replays,
+        "eager_steps": session.eager_steps,
+        "steps": rows,
+    }
 
 
 def _print_compiles(session: CacheSession, console: Console) -> None:

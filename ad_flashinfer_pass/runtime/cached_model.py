@@ -42,6 +42,11 @@ class CachedModel:
         self._takes_vectors = any(n.name == "inputs_embeds" for n in graph.find_nodes(op="placeholder"))
 
     @property
+    def num_replays(self) -> int:
+        """Steps that were replays of captured graphs."""
+        return self.module.num_replays if isinstance(self.module, CudaGraphModule) else 0
+
+    @property
     def eager_steps(self) -> dict[str, int]:
         """Steps that ran eagerly although graphs were captured, by reason."""
         return dict(self.module.fallbacks) if isinstance(self.module, CudaGraphModule) else {}

@@ -145,6 +145,7 @@ class _Compiled:
             config=self.session.config(**changes),
             device=self.session.device,
             sequence_info=self.session.sequence_info,
+            on_event=self.session.on_event,
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -183,6 +184,7 @@ class _Transformed:
         ctx = owner.context()
         self._group: CacheGroup | None = None
         try:
+            ctx.on_event("export_model")
             gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
             _refuse_training(gm)
             keys = _transform(gm, ctx)
@@ -227,16 +229,16 @@ def _transform(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
     late = [name for name, stage in stages.items() if stage >= fusion]
     last = [name for name, stage in stages.items() if stage >= compiling]
     try:
-        pipeline.run(gm, ctx, skip=(*_NOT_HERE, *late))
+        pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *late))
     except NoAttentionError as nothing:
         # A piece between graph breaks, or a model without attention, which the batch refuses when it ends.
         try:
-            pipeline.run(gm, ctx, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS, *late))
+            pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS, *late))
         except PackingError as err:
             raise PackingError(f"{err} There is no attention in this graph. {_SPLIT}") from nothing
         return []
     keys = _layer_keys(gm, ctx)  # while each layer has weights of its own
-    pipeline.run(gm, ctx, skip=(*_NOT_HERE, *early, *last))
+    pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *early, *last))
     return keys
 
 

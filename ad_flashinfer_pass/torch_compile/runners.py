@@ -87,7 +87,8 @@ class _Packed:
 
 def _compile_stage(gm: fx.GraphModule, ctx: TransformContext) -> nn.Module:
     stages = {name: settings.stage for name, settings in ctx.config.transforms.items()}
-    module, _ = pipeline.run(gm, ctx, skip=[name for name, stage in stages.items() if stage != "compile"])
+    skip = [name for name, stage in stages.items() if stage != "compile"]
+    module, _ = pipeline.run(gm, ctx, ctx.on_event, skip=skip)
     return module
 
 
@@ -197,6 +198,7 @@ class _Captured:
             cache[1] = page
         self._model = CachedModel(module, ctx.caches, session.sequence_info, ctx.vocab_size)
         self._session = session
+        session.captured.append(self._model)
         session.batch.was_overwritten()
         session.compiles.append(CompileRecord(backend, "decode", time.perf_counter() - start))
 

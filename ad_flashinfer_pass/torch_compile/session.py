@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
@@ -99,6 +100,8 @@ class CacheSession:
         device: where the models are.
         kv_cache_config: as in ``AutoDeployConfig``. ``max_tokens`` bounds what the pools hold; default:
             max_batch_size * max_seq_len.
+        on_event: called with a line of text as each part of a compilation begins; the first call of a large
+            model takes a minute or more.
 
     Raises:
         ConfigError: a value is out of range.
@@ -112,6 +115,7 @@ class CacheSession:
         max_num_tokens: int | None = None,
         device: str = "cpu",
         kv_cache_config: KvCacheConfig | Mapping[str, Any] | None = None,
+        on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._settings: dict[str, Any] = {
             "max_batch_size": max_batch_size,
@@ -126,6 +130,7 @@ class CacheSession:
                 max_seq_len, min(max_batch_size * max_seq_len, _NUM_TOKENS)
             )
             config = self.config()
+        self.on_event = on_event
         self.device = torch.device(device)
         self.sequence_info = SequenceInfo(
             max_seq_len=config.max_seq_len,
@@ -147,6 +152,8 @@ class CacheSession:
         self._groups: dict[tuple[Hashable, ...], CacheGroup] = {}
         self._open: Batch | None = None
         self._is_split_noted = False
+        self.captured: list[CachedModel] = []
+        """The models with captured graphs, in the order of their compilation."""
         self.last_decoder: CachedModel | None = None
         """The captured model that ran a decode step last; the next is written for it at once."""
 
@@ -167,6 +174,16 @@ class CacheSession:
     def num_free_pages(self) -> int:
         """Pages that no sequence has."""
         return self._pages.num_free
+
+    @property
+    def num_replays(self) -> int:
+        """Steps that were replays of captured graphs."""
+        return sum(model.num_replays for model in self.captured)
+
+    @property
+    def eager_steps(self) -> dict[str, int]:
+        """Steps that models with captured graphs ran eagerly, by reason; those with prefill always do."""
+        return dict(sum((Counter(model.eager_steps) for model in self.captured), Counter[str]()))
 
     @property
     def cache_bytes(self) -> int:

@@ -29,8 +29,8 @@ def session_for_tests() -> CacheSession:
     return CacheSession(max_batch_size=8, max_seq_len=64, kv_cache_config={"tokens_per_block": 16})
 
 
-def logits_of(model: nn.Module, session: CacheSession, compile_backend: str) -> Model:
-    options: dict[str, Any] = {"session": session, "compile_backend": compile_backend}
+def logits_of(model: nn.Module, session: CacheSession, compile_backend: str, **more: Any) -> Model:
+    options: dict[str, Any] = {"session": session, "compile_backend": compile_backend, **more}
     compiled = torch.compile(model, backend=flashinfer_trtllm, options=options)
     return lambda **inputs: compiled(**inputs, use_cache=False).logits
 

@@ -1,0 +1,58 @@
+"""Captured decode steps through torch.compile, on a CPU, where a replay runs the graph again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ad_flashinfer_pass import registry
+from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.transforms import compile_model, fuse_small_batch
+from tests.torch_compile import scenarios
+
+Result = tuple[nn.Module, TransformReport]
+
+
+@pytest.fixture(autouse=True)
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets torch-opt be captured here, and lists the transforms of the stage compile as they run."""
+    torch._dynamo.reset()
+    names: list[str] = []
+    transforms = {name: registry.get(name) for name in ("tune_attention", "compile_model")}
+
+    def tune_attention(model: nn.Module, ctx: TransformContext) -> Result:
+        op = torch.ops.ad_flashinfer.cached_attention.default
+        assert isinstance(model, torch.fx.GraphModule)
+        num_sites = len(model.graph.find_nodes(op="call_function", target=op))
+        assert num_sites == len(ctx.sites) == len(ctx.caches) > 0
+        names.append("tune_attention")
+        return transforms["tune_attention"](model, ctx)
+
+    def fuse_linears(model: nn.Module, ctx: TransformContext) -> Result:
+        assert isinstance(model, torch.fx.GraphModule)
+        ctx.small_batch_model, num_matches, _ = fuse_small_batch.with_fused_linears(model)
+        names.append("fuse_small_batch")
+        return model, TransformReport("fuse_small_batch", num_matches)
+
+    def capture(model: nn.Module, ctx: TransformContext) -> Result:
+        compiled, report = transforms["compile_model"](model, ctx)
+        names.append("compile_model")
+        return compile_model._captured(compiled, ctx, report), report
+
+    for name, transform in (
+        ("tune_attention", tune_attention),
+        ("fuse_small_batch", fuse_linears),
+        ("compile_model", capture),
+    ):
+        monkeypatch.setitem(registry._TRANSFORMS, name, transform)
+    return names
+
+
+def test_decode_steps_of_a_llama_are_replays(seen: list[str]) -> None:
+    scenarios.check_llama("torch-opt", "cpu")
+    assert seen == ["tune_attention", "fuse_small_batch", "compile_model"]
+
+
+def test_captured_models_share_a_session() -> None:
+    scenarios.check_two_models("torch-opt", "cpu")

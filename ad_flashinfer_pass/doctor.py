@@ -191,12 +191,13 @@ def _module_checks() -> list[Check]:
     """What is not compiled at its first use, and has to be there before."""
     majors = {torch.cuda.get_device_capability(index)[0] for index in range(torch.cuda.device_count())}
     checks = []
-    if 9 in majors and modules.problem() is None:
-        lacks = _refusals("fmha_v2", "prefill", "bfloat16", torch.device("cuda"))
+    slow = {"fmha_v2": "prefill", "fa3": "prefill under a logit cap or in float16"}
+    for name, what in slow.items() if 9 in majors and modules.problem() is None else ():
+        lacks = _refusals(name, "prefill", "bfloat16", torch.device("cuda"))
         state: Literal["ok", "note"] = "note" if lacks else "ok"
-        found = f"{', '.join(lacks)}; prefill goes to the next provider" if lacks else "built"
+        found = f"{', '.join(lacks)}; {what} goes to the next provider" if lacks else "built"
         remedy = f"{_PREBUILD}; tens of processor minutes" if lacks else None
-        checks.append(Check(name="FMHA v2", state=state, found=found, remedy=remedy))
+        checks.append(Check(name=name, state=state, found=found, remedy=remedy))
     if 10 in majors and _version("flashinfer-cubin") is None:
         found = "flashinfer-cubin is not installed: binaries of trtllm_gen are fetched at the first call"
         checks.append(Check(name="cubins", state="note", found=found, remedy="flashinfer download-kernels"))

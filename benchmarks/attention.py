@@ -29,7 +29,7 @@ from flashinfer.xqa import xqa as raw_xqa
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels import append, fa, split_decode, xqa
+from ad_flashinfer_pass.kernels import append, fa, fa2, split_decode, xqa
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
@@ -111,7 +111,7 @@ class Layers:
     def fa2(self, pool: Tensor) -> None:
         """FlashInfer's wrapper, by our provider, which plans at the first call."""
         spec = AttentionSpec(DIM**-0.5)
-        fa.decode(self.query[:, 0], pool, self.lens, self.table, DIM, spec, None, None)
+        fa2.decode(self.query[:, 0], pool, self.lens, self.table, DIM, spec, None, None)
 
     def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, fa.GraphPlans]:
         """A graph of that layer, many times, each on the next pool, and the plans that it reads."""

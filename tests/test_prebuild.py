@@ -87,12 +87,13 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("config", "sm", "skip", "expected"),
     [
         (CONFIG, 90, (), {"fmha_v2_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
-        (CONFIG, 90, ("fmha_v2",), {"fa_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
-        (CONFIG, 89, (), {"fa_bfloat16_8": ["prefill", "decode"]}),
-        (FP8, 90, (), {"fa_float8_e4m3fn_9": ["prefill"], "xqa_float8_e4m3fn_9": ["decode"]}),
+        (CONFIG, 90, ("fmha_v2",), {"fa3_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
+        (CONFIG, 90, ("fmha_v2", "fa3"), {"fa2_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
+        (CONFIG, 89, (), {"fa2_bfloat16_8": ["prefill", "decode"]}),
+        (FP8, 90, (), {"fa2_float8_e4m3fn_9": ["prefill"], "xqa_float8_e4m3fn_9": ["decode"]}),
         (CONFIG, 100, (), {}),
     ],
-    ids=["hopper", "without_fmha_v2", "ada", "hopper_fp8", "blackwell"],
+    ids=["hopper", "without_fmha_v2", "quick_to_compile", "ada", "hopper_fp8", "blackwell"],
 )
 def test_needs_are_those_of_the_target(
     config: AutoDeployConfig, sm: int, skip: tuple[str, ...], expected: dict[str, list[str]]
@@ -108,7 +109,7 @@ def test_compiles_into_a_folder_and_keeps_what_is_there(tmp_path: Path) -> None:
     """One library a module and a manifest; a second call compiles only what is new."""
     folder = tmp_path / "kernels"
     made = prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
-    assert sorted(Spec.compiled) == ["fa_bfloat16_9", "xqa_bfloat16_9"]
+    assert sorted(Spec.compiled) == ["fa3_bfloat16_9", "xqa_bfloat16_9"]
     assert prebuild.read_manifest(folder) == made
     assert (made.sm, made.flashinfer, made.nvcc) == (90, "0.7.2", "release 13.0")
     for name in Spec.compiled:

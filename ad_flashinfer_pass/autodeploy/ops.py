@@ -20,7 +20,7 @@ from ad_flashinfer_pass.ops import cached_attention
 
 PREPARE = "auto_deploy::flashinfer_trtllm_attention_prepare_metadata"
 ATTENTION = "auto_deploy::flashinfer_trtllm_attention_mha_with_cache"
-HOST_PLANNED = frozenset({"fa"})
+HOST_PLANNED = frozenset({"fa2", "fa3"})
 """Providers that plan on the host: for prefill, which AutoDeploy runs eagerly, and not for decode."""
 DEFERRED_ROPE = "auto_deploy::flashinfer_trtllm_deferred_rope"
 

@@ -36,11 +36,11 @@ What an H100 or H200 needs for a model, compiled where there is nvcc and no GPU,
 
 [green]echo 'kernel_dir: kernels' >> llama.yaml; {PROG} generate -c llama.yaml "Once upon a time"[/green]
 
-Only the list; then without the provider that is slow to compile, whose sites the next one takes:
+Only the list; then without the providers that are slow to compile, whose sites the next one takes:
 
 [green]{PROG} prebuild -c llama.yaml --sm 90 --list[/green]
 
-[green]{PROG} prebuild -c llama.yaml --sm 90 --skip fmha_v2 -o kernels[/green]
+[green]{PROG} prebuild -c llama.yaml --sm 90 --skip fmha_v2 --skip fa3 -o kernels[/green]
 """
 
 
@@ -79,7 +79,7 @@ def prebuild(
 
     Takes a config, nvcc and flashinfer-python, no GPU and no weights. The folder serves machines with the
     same version of flashinfer-python; the key kernel_dir names it there. XQA takes about 20 s a module, FA2
-    one to three minutes, FMHA v2 tens of minutes.
+    one to three minutes, FA3 and FMHA v2 tens of minutes of one processor.
     """
     keys = {
         "model": model,

@@ -1,9 +1,6 @@
-"""FlashInfer's FA2 and FA3 kernels: what no TRT-LLM kernel does, on compute capability 8.x and above.
+"""The plans of FlashInfer's FA2 and FA3 kernels, for the providers ``fa2`` and ``fa3``.
 
-Logit caps, prefill over an 8-bit cache, and every GPU that has no TRT-LLM kernel. FA3 where it can do the
-site (compute capability 9.x, a cache of the query's dtype) and its module is built, else FA2.
-
-They need a plan, made on the host from the lengths of a step, so that each step waits for the device once:
+They are made on the host from the lengths of a step, so that each step waits for the device once:
 
 - Eagerly, the first layer of a step plans for all like it. A step is known by its block table, which must be
   a new tensor in every step; holding it keeps its address from being used again.
@@ -17,26 +14,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site
-from ad_flashinfer_pass.kernels.modules import lacking
+from ad_flashinfer_pass.kernels.capability import Phase, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpecNvcc
 
-_WORKSPACE_BYTES = 384 * 2**20
+Backend = Literal["fa2", "fa3"]
+
+WORKSPACE_BYTES = 384 * 2**20
 """For partial results of split sequences; as much as vLLM 0.24 gives these kernels."""
 
 
 class _Shape(NamedTuple):
     """What the plans and the module of one attention depend on."""
 
+    backend: Backend
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -49,13 +48,13 @@ class _Shape(NamedTuple):
 
 
 @cache
-def _module(backend: str, shape: _Shape) -> JitSpecNvcc:
+def _module(shape: _Shape) -> JitSpecNvcc:
     # FlashInfer's wrapper loads the first for fa2, though its name is private, and the second for fa3.
     from flashinfer.jit.attention.modules import _gen_batch_prefill_primary_module, gen_batch_prefill_module
 
-    make = _gen_batch_prefill_primary_module if backend == "fa2" else gen_batch_prefill_module
+    make = _gen_batch_prefill_primary_module if shape.backend == "fa2" else gen_batch_prefill_module
     return make(
-        backend,
+        shape.backend,
         shape.dtype,
         shape.kv_dtype,
         shape.dtype,
@@ -69,14 +68,10 @@ def _module(backend: str, shape: _Shape) -> JitSpecNvcc:
     )
 
 
-def _backend(shape: _Shape, compute_major: int) -> str:
-    can_be_fa3 = compute_major == 9 and shape.kv_dtype == shape.dtype
-    return "fa3" if can_be_fa3 and lacking(_module("fa3", shape), compiles=False) is None else "fa2"
-
-
-def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
-    """The FlashInfer modules that run a site on a device of that compute capability."""
+def modules(backend: Backend, site: Site, compute_major: int) -> list[JitSpecNvcc]:
+    """The FlashInfer modules that run a site."""
     shape = _Shape(
+        backend,
         site.num_heads,
         site.num_kv_heads,
         site.head_dim,
@@ -87,32 +82,14 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
         site.sliding_window,
         site.logit_cap,
     )
-    return [_module(_backend(shape, compute_major), shape)]
-
-
-CAPABILITY = Capability(
-    name="fa",
-    workspace_bytes=_WORKSPACE_BYTES,
-    device_types=frozenset({"cuda"}),
-    compute_majors=frozenset({8, 9, 10, 12}),
-    dtypes=frozenset({torch.bfloat16, torch.float16}),
-    host_phases=frozenset({"prefill"}),
-    kv_dtypes=dict.fromkeys(("prefill", "decode"), frozenset({torch.float8_e4m3fn})),
-    head_dims=frozenset({64, 128, 256}),
-    chunk=False,
-    sinks=False,
-    alibi=False,
-    mixed_head_dims=False,
-    modules=modules,
-    run_on=frozenset({90}),
-)
+    return [_module(shape)]
 
 
 class _Eager:
     """Scratch memory of a device, for one stream at a time, and the plans of steps that are not captured."""
 
     def __init__(self, device: torch.device) -> None:
-        self.scratch = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.planned: dict[tuple[Phase, _Shape], _Planned] = {}
 
 
@@ -143,7 +120,7 @@ class _Planned:
             workspaces.get(_Eager, device).scratch,
             "HND",
             use_cuda_graph=graph is not None,
-            backend=_backend(shape, torch.cuda.get_device_capability(device)[0]),
+            backend=shape.backend,
             **options,
         )
 
@@ -255,6 +232,7 @@ def _planned(phase: Phase, shape: _Shape, device: torch.device) -> _Planned:
 
 
 def prefill(
+    backend: Backend,
     query: Tensor,
     kv_cache: Tensor,
     cu_seqlen: Tensor,
@@ -266,12 +244,13 @@ def prefill(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``; the first call of a step waits for the device."""
-    planned = _planned("prefill", _shape(query, kv_cache, spec), query.device)
+    planned = _planned("prefill", _shape(backend, query, kv_cache, spec), query.device)
     planned.plan_step(cu_seqlen, seq_len_with_cache, block_table)
     return planned.run(query, kv_cache, spec)
 
 
 def decode(
+    backend: Backend,
     query: Tensor,
     kv_cache: Tensor,
     seq_len_with_cache: Tensor,
@@ -282,7 +261,7 @@ def decode(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``; outside ``planning`` the first call of a step waits for the device."""
-    shape = _shape(query, kv_cache, spec)
+    shape = _shape(backend, query, kv_cache, spec)
     if _graph is None:
         planned = _planned("decode", shape, query.device)
         planned.plan_step(None, seq_len_with_cache, block_table)
@@ -294,8 +273,9 @@ def decode(
     return _graph.planned[shape].run(query, kv_cache, spec)
 
 
-def _shape(query: Tensor, kv_cache: Tensor, spec: AttentionSpec) -> _Shape:
+def _shape(backend: Backend, query: Tensor, kv_cache: Tensor, spec: AttentionSpec) -> _Shape:
     _, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[2:4]
     options = (spec.scale, spec.sliding_window, spec.logit_cap)
-    return _Shape(num_heads, num_kv_heads, head_dim, page_size, query.dtype, kv_cache.dtype, *options)
+    sizes = (num_heads, num_kv_heads, head_dim, page_size)
+    return _Shape(backend, *sizes, query.dtype, kv_cache.dtype, *options)

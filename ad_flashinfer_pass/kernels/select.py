@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import fa, fmha_v2, reference, split_decode, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels import fa2, fa3, fmha_v2, reference, split_decode, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 
 PROVIDERS: dict[str, ModuleType] = {
-    module.CAPABILITY.name: module for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa, reference)
+    module.CAPABILITY.name: module for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, fa2, reference)
 }
 
 

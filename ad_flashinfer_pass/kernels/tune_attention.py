@@ -25,8 +25,8 @@ _MIN_GAIN = 0.98
 """What replaces the provider that stands first must take less than this share of its time."""
 _LENGTH = 1024
 """Tokens of the shorter of the two lengths."""
-_UNTIMED = frozenset({"fa", "reference"})
-"""``fa`` plans on the host before each replay, which a graph's own time does not show."""
+_UNTIMED = frozenset({"fa2", "reference"})
+"""``fa2`` plans on the host before each replay, which a graph's own time does not show."""
 
 
 def kind_of(site: Site) -> Site:

@@ -122,12 +122,12 @@ def test_kernels_with_a_plan_get_a_new_table_in_every_step(ad: Any, monkeypatch:
         seen.append(args[4])
         return reference.prefill(*args)
 
-    monkeypatch.setitem(select.PROVIDERS, "fa", SimpleNamespace(prefill=prefill))
+    monkeypatch.setitem(select.PROVIDERS, "fa2", SimpleNamespace(prefill=prefill))
     for seed in range(2):
         batch = Batch([(0, 11), (9, 4), (8, 1)], seed=seed)
         prepared = batch.prepare()
         for _layer in range(2):
-            batch.check(batch.attend(prepared, prefill_kernel="fa"))
+            batch.check(batch.attend(prepared, prefill_kernel="fa2"))
     addresses = [table.data_ptr() for table in seen]
     assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
 
@@ -135,7 +135,7 @@ def test_kernels_with_a_plan_get_a_new_table_in_every_step(ad: Any, monkeypatch:
 def test_decode_by_a_kernel_with_a_plan_is_refused(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing would renew its plan before a replay."""
     on_gpu(monkeypatch, (8, 0))
-    chosen = select.Choice("fa", "covers every item of the site")
+    chosen = select.Choice("fa2", "covers every item of the site")
     monkeypatch.setattr(select, "choose", lambda *_: chosen)
     with pytest.raises(UnsupportedError, match="no TRT-LLM kernel can do its decode here"):
         ad.FlashInferTrtllmAttention.get_cache_initializers(attention_node(E6), CONFIG)

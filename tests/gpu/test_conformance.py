@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import fa, fmha_v2, select, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels import fa2, fa3, fmha_v2, select, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.capability import Phase
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 
@@ -57,6 +57,8 @@ FA = [
     replace(PLAIN, head_dim=64, group=2, logit_cap=2.0),
     replace(PLAIN, head_dim=64, group=2, logit_cap=2.0, sliding_window=12),
     replace(PLAIN, head_dim=256, group=2),
+    replace(PLAIN, dtype=torch.float16),
+    replace(PLAIN, sliding_window=100),
 ]
 MIXED_LENGTHS = [(0, 2), (0, 31), (0, 300), (32, 32), (63, 65), (1, 2), (500, 129)]
 
@@ -223,12 +225,13 @@ def skip_unless_it_runs(provider: Any, shape: Shape, phase: Phase) -> None:
         pytest.skip(", ".join(refusals))
 
 
-@pytest.mark.parametrize("provider", [fa, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
+@pytest.mark.parametrize("provider", [fa2, fa3, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
 @pytest.mark.parametrize("shape", FA, ids=str)
 def test_others_prefill_every_shape(shape: Shape, provider: Any) -> None:
     """Fresh sequences and chunks with a past, over caches of 8 bits and under logit caps too."""
     skip_unless_it_runs(provider, shape, "prefill")
-    for lengths in (MIXED_LENGTHS, [(0, 200)], [(0, 64)] * 3):
+    # A step of one length, of few sequences, of more query tiles than multiprocessors, and of a long past.
+    for lengths in (MIXED_LENGTHS, [(0, 200)], [(0, 64)] * 3, [(0, 3000), (4000, 700)] * 2, [(16000, 3)]):
         batch = PagedBatch(lengths, shape, seed=len(lengths))
         n = len(lengths)
         out = provider.prefill(
@@ -245,7 +248,7 @@ def test_others_prefill_every_shape(shape: Shape, provider: Any) -> None:
         assert_within_bound(batch, out)
 
 
-@pytest.mark.parametrize("provider", [fa, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
+@pytest.mark.parametrize("provider", [fa2, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
 @pytest.mark.parametrize("shape", FA, ids=str)
 def test_others_decode_every_shape(shape: Shape, provider: Any) -> None:
     """Lengths on and beside every edge, few sequences, whose keys are split, and many."""
@@ -260,14 +263,14 @@ def test_others_decode_every_shape(shape: Shape, provider: Any) -> None:
         assert_within_bound(batch, out)
 
 
-def test_fa_plans_once_a_step_and_anew_for_the_next() -> None:
+def test_fa2_plans_once_a_step_and_anew_for_the_next() -> None:
     """Layers of one step share a plan; a step whose table lies elsewhere gets its own."""
-    skip_unless_it_runs(fa, PLAIN, "decode")
+    skip_unless_it_runs(fa2, PLAIN, "decode")
     for seed in range(4):
         batch = PagedBatch([(100 * seed + 7, 1), (40, 1)], PLAIN, seed)
         args = (batch.args["seq_len_with_cache"][:2], batch.block_table[:2], 128, PLAIN.spec, None, None)
         for _ in range(2):
-            assert_within_bound(batch, fa.decode(batch.query, batch.kv_cache, *args))
+            assert_within_bound(batch, fa2.decode(batch.query, batch.kv_cache, *args))
             batch.query, batch.kv_cache = (
                 batch.random(*batch.query.shape),
                 batch.random(*batch.kv_cache.shape),

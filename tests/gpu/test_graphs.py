@@ -25,8 +25,8 @@ DECODE = {
     "xqa": ("xqa", PLAIN),
     "xqa_window": ("xqa", WINDOW),
     "xqa_fp8": ("xqa", FP8),
-    "fa": ("fa", PLAIN),
-    "fa_fp8": ("fa", FP8),
+    "fa2": ("fa2", PLAIN),
+    "fa2_fp8": ("fa2", FP8),
     "reference": ("reference", replace(PLAIN, logit_cap=2.0)),
 }
 

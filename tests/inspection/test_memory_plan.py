@@ -17,7 +17,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import CapacityError, ConfigError
 from ad_flashinfer_pass.inspection import memory_plan
 from ad_flashinfer_pass.inspection.graph_data import NodeNames
-from ad_flashinfer_pass.kernels import fa, fmha_v2, trtllm_gen
+from ad_flashinfer_pass.kernels import fa, fa2, fa3, fmha_v2, trtllm_gen
 from ad_flashinfer_pass.kernels.capability import Capability
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.models.loading import load_model
@@ -135,11 +135,12 @@ def test_a_gpu_that_is_not_here_needs_its_compute_capability() -> None:
 @pytest.mark.parametrize(
     ("capability", "make"),
     [
-        (fa.CAPABILITY, lambda device: fa._Eager(device).scratch),
+        (fa2.CAPABILITY, lambda device: fa._Eager(device).scratch),
+        (fa3.CAPABILITY, lambda device: fa._Eager(device).scratch),
         (fmha_v2.CAPABILITY, fmha_v2._workspace),
         (trtllm_gen.CAPABILITY, trtllm_gen._workspace),
     ],
-    ids=["fa", "fmha_v2", "trtllm_gen"],
+    ids=["fa2", "fa3", "fmha_v2", "trtllm_gen"],
 )
 def test_workspaces_are_declared_as_they_are_made(capability: Capability, make: Callable[..., Any]) -> None:
     made = make(torch.device("meta"))

@@ -1,4 +1,4 @@
-"""fa with FlashInfer's wrapper replaced by what it documents: attention over the pages of its plan."""
+"""FA2 and FA3 with FlashInfer's wrapper replaced by what it documents: attention over its plan's pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import fa, reference, workspaces
+from ad_flashinfer_pass.kernels import fa, fa2, fa3, reference, workspaces
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, WIDTH = 4, 2, 16, 8, 40, 6
@@ -31,7 +31,7 @@ class Wrapper:
         self, scratch: Tensor, layout: str, use_cuda_graph: bool, backend: str, **buffers: Tensor
     ) -> None:
         assert (layout, scratch.dtype, bool(buffers)) == ("HND", torch.uint8, use_cuda_graph)
-        self.buffers = buffers
+        self.buffers, self.backend = buffers, backend
 
     def plan(
         self,
@@ -78,13 +78,12 @@ class Wrapper:
 
 @pytest.fixture(autouse=True)
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FlashInfer that has the wrapper, and a device on which FA2 runs."""
+    """A FlashInfer that has the wrapper."""
     module = ModuleType("flashinfer.prefill")
     module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
     monkeypatch.setitem(sys.modules, "flashinfer.prefill", module)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(fa, "_WORKSPACE_BYTES", 16)
+    monkeypatch.setattr(fa, "WORKSPACE_BYTES", 16)
     workspaces.release()
     Wrapper.num_plans = 0
 
@@ -103,16 +102,25 @@ def batch(
     return query, cache, bounds, lens, table
 
 
+@pytest.mark.parametrize("provider", [fa2, fa3], ids=lambda module: module.CAPABILITY.name)
 @pytest.mark.parametrize("name", SPECS)
-def test_plans_say_what_is_to_be_computed(name: str) -> None:
-    """Prefill with and without a past, and decode, on and beside the edges of pages."""
+def test_plans_say_what_prefill_has_to_compute(name: str, provider: ModuleType) -> None:
+    """With and without a past, on and beside the edges of pages, on the kernel that was asked for."""
     spec = SPECS[name]
     query, cache, bounds, lens, table = batch(spec, [(0, 8), (0, 9), (7, 2), (16, 20)])
     args = (query, cache, bounds, lens, table, DIM, spec, None, None)
-    torch.testing.assert_close(fa.prefill(*args), reference.prefill(*args))
+    torch.testing.assert_close(provider.prefill(*args), reference.prefill(*args))
+    planned = workspaces.get(fa._Eager, query.device).planned.values()
+    assert [p.wrapper.backend for p in planned] == [provider.CAPABILITY.name]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_plans_say_what_decode_has_to_compute(name: str) -> None:
+    """Lengths on and beside the edges of pages."""
+    spec = SPECS[name]
     query, cache, _, lens, table = batch(spec, [(0, 1), (7, 1), (8, 1), (40, 1)])
     rest = (query, cache, lens, table, DIM, spec, None, None)
-    torch.testing.assert_close(fa.decode(*rest), reference.decode(*rest), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(fa2.decode(*rest), reference.decode(*rest), atol=0.02, rtol=0.02)
 
 
 def test_layers_of_a_step_share_a_plan_and_the_next_step_has_its_own() -> None:
@@ -122,7 +130,7 @@ def test_layers_of_a_step_share_a_plan_and_the_next_step_has_its_own() -> None:
         query, cache, _, lens, table = batch(spec, [(3 * step, 1), (20, 1)], seed=step)
         for layer in range(2):
             rest = (query, cache.flip(0) if layer else cache, lens, table, DIM, spec, None, None)
-            torch.testing.assert_close(fa.decode(*rest), reference.decode(*rest), atol=0.02, rtol=0.02)
+            torch.testing.assert_close(fa2.decode(*rest), reference.decode(*rest), atol=0.02, rtol=0.02)
         assert Wrapper.num_plans == step + 1
 
 
@@ -132,7 +140,7 @@ def test_a_captured_step_is_planned_anew_before_each_replay() -> None:
     query, cache, _, lens, table = batch(spec, [(0, 1)] * 3)
     with fa.planning() as plans:
         for _ in range(2):
-            fa.decode(query, cache, lens, table, DIM, spec, None, None)
+            fa2.decode(query, cache, lens, table, DIM, spec, None, None)
     assert Wrapper.num_plans == 1
     for seed, lengths in enumerate(([5, 17, 9], [40, 1, 8], [33])):
         query, cache, _, _, table = batch(spec, [(0, 1)] * 3, seed)
@@ -144,7 +152,7 @@ def test_a_captured_step_is_planned_anew_before_each_replay() -> None:
             table[row] = 0
         plans.renew(torch.cat([lens, lens]), cu_num_pages, cache_loc)
         with fa.planning(plans):  # as the graph runs: from the plans alone
-            found = fa.decode(
+            found = fa2.decode(
                 query, cache, torch.zeros_like(lens), torch.zeros_like(table), DIM, spec, None, None
             )
         expected = reference.decode(query, cache, lens, table, DIM, spec, None, None)

@@ -185,7 +185,7 @@ def test_steps_that_no_graph_holds_run_eagerly_and_are_counted() -> None:
 def test_a_phase_whose_kernel_reads_the_host_is_not_captured() -> None:
     """No step with prefill is captured if prefill cannot be, nor if the decodes beside it cannot."""
     model = TwoLayers(SMALL, CPU, torch.float32)
-    for host_kernels, batch_sizes in (({"prefill": "reference"}, [1]), ({"decode": "fa"}, [])):
+    for host_kernels, batch_sizes in (({"prefill": "reference"}, [1]), ({"decode": "fa2"}, [])):
         module = CudaGraphModule(model, [1], [8], host_kernels)  # type: ignore[arg-type]
         step_info, caches = model.info(), model.caches()
         module.capture(step_info, caches)

@@ -281,8 +281,10 @@ def arrange(
                 return None
             node = _call(graph, aten.unflatten.int, node, len(current), sizes)
         current += pieces or [()]
-    node = _permuted(graph, node, current, [unit for dim in wanted for unit in _in(units, dim)])
-    return _grouped(graph, node, wanted, units)
+    # A batch of one stays where it is: what reads a transpose for any batch reads it for this one.
+    kept = next((at for at, pair in enumerate(zip(dims, wanted, strict=False)) if any(pair)), 0)
+    node = _permuted(graph, node, current, [unit for dim in wanted for unit in _in(units, dim)], kept)
+    return _grouped(graph, node, wanted, units, kept)
 
 
 def _units(dims: Dims, wanted: Dims) -> Iterable[tuple[Axis, ...]]:
@@ -306,21 +308,27 @@ def _in(units: Sequence[tuple[Axis, ...]], dim: tuple[Axis, ...]) -> list[tuple[
 
 
 def _permuted(
-    graph: fx.Graph, node: fx.Node, current: list[tuple[Axis, ...]], wanted: list[tuple[Axis, ...]]
+    graph: fx.Graph,
+    node: fx.Node,
+    current: list[tuple[Axis, ...]],
+    wanted: list[tuple[Axis, ...]],
+    kept: int,
 ) -> fx.Node:
-    """The node with its units as wanted and without dimensions of size one."""
-    for dim in reversed([dim for dim, unit in enumerate(current) if not unit]):
+    """The node with its units as wanted and without dimensions of size one but the first ``kept``."""
+    for dim in reversed([dim for dim, unit in enumerate(current) if not unit and dim >= kept]):
         node = _call(graph, aten.squeeze.dim, node, dim)
     present = [unit for unit in current if unit]
-    order = [present.index(unit) for unit in wanted]
+    order = [*range(kept), *(kept + present.index(unit) for unit in wanted)]
     if order == [0, 2, 1, 3]:
         return _call(graph, aten.transpose.int, node, 1, 2)
     return node if order == sorted(order) else _call(graph, aten.permute.default, node, order)
 
 
-def _grouped(graph: fx.Graph, node: fx.Node, wanted: Dims, units: list[tuple[Axis, ...]]) -> fx.Node | None:
-    """Join the units of each wanted dimension, with those that are missing expanded."""
-    for at, dim in enumerate(wanted):
+def _grouped(
+    graph: fx.Graph, node: fx.Node, wanted: Dims, units: list[tuple[Axis, ...]], kept: int
+) -> fx.Node | None:
+    """Join the units of each wanted dimension after the first ``kept``, with missing ones expanded."""
+    for at, dim in list(enumerate(wanted))[kept:]:
         pieces = _in(units, dim)
         if not dim:
             node = _call(graph, aten.unsqueeze.default, node, at)

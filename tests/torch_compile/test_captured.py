@@ -8,7 +8,7 @@ from torch import nn
 
 from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
-from ad_flashinfer_pass.transforms import compile_model, fuse_small_batch
+from ad_flashinfer_pass.transforms import compile_model, fuse_rope_append, fuse_small_batch
 from tests.torch_compile import scenarios
 
 Result = tuple[nn.Module, TransformReport]
@@ -16,7 +16,7 @@ Result = tuple[nn.Module, TransformReport]
 
 @pytest.fixture(autouse=True)
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets torch-opt be captured here, and lists the transforms of the stage compile as they run."""
+    """Lets torch-opt be captured here, and lists the transforms that need a GPU as they run."""
     torch._dynamo.reset()
     names: list[str] = []
     transforms = {name: registry.get(name) for name in ("tune_attention", "compile_model")}
@@ -28,6 +28,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert num_sites == len(ctx.sites) == len(ctx.caches) > 0
         names.append("tune_attention")
         return transforms["tune_attention"](model, ctx)
+
+    def fuse_rotations(model: nn.Module, ctx: TransformContext) -> Result:
+        assert isinstance(model, torch.fx.GraphModule)
+        num_matches, skipped = fuse_rope_append.fuse(model)
+        names.append(f"fuse_rope_append: {num_matches} of {num_matches + len(skipped)}")
+        return model, TransformReport("fuse_rope_append", num_matches, skipped)
 
     def fuse_linears(model: nn.Module, ctx: TransformContext) -> Result:
         assert isinstance(model, torch.fx.GraphModule)
@@ -41,6 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return compile_model._captured(compiled, ctx, report), report
 
     for name, transform in (
+        ("fuse_rope_append", fuse_rotations),
         ("tune_attention", tune_attention),
         ("fuse_small_batch", fuse_linears),
         ("compile_model", capture),
@@ -51,7 +58,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_decode_steps_of_a_llama_are_replays(seen: list[str]) -> None:
     scenarios.check_llama("torch-opt", "cpu")
-    assert seen == ["tune_attention", "fuse_small_batch", "compile_model"]
+    assert seen == ["fuse_rope_append: 1 of 1", "tune_attention", "fuse_small_batch", "compile_model"]
 
 
 def test_captured_models_share_a_session() -> None:

@@ -283,7 +283,8 @@ class SequenceInfo:
         from ad_flashinfer_pass.kernels import advance  # needs triton
 
         views, is_decode = self._buffer.views, self._shape[1] == 1
-        advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, advances=is_decode)
+        with torch.cuda.device_of(scores):
+            advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, advances=is_decode)
 
     def _fill_in_tokens(self, num_tokens: int) -> None:
         ids = self._buffer.views["input_ids"][:num_tokens]
@@ -426,7 +427,7 @@ class _StagedBuffer:
         end = self._last[0] + num_last * self._last[1]
         self._on_device[:end].copy_(stage[:end], non_blocking=True)
         if self._events:
-            self._events[self._stage].record()
+            self._events[self._stage].record(torch.cuda.current_stream(self._on_device.device))
 
 
 def _round_up(num_bytes: int) -> int:

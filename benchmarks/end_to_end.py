@@ -8,6 +8,11 @@ the logits of both, so a token may differ where the best two are near each other
 given in units in the last place of the best logit (``ulps``), and as a share of the uncached model's own
 largest error against float32 (``rounding``). Each step of the captured model is also run eagerly, and must
 give the same bits.
+
+Three controls say what the uncached model itself does: the tokens that it gives when it sees each prefix
+alone (``prefixes``: the same weights and kernels, other matrix shapes) and with another of torch's attention
+kernels (``sdpa``), each against the same logits as ours; and how far its logits are from float32, as against
+how far ours are at the same tokens (``error_ratio``, of root mean squares).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import json
 import multiprocessing
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +32,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels import fa
+from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
@@ -40,6 +49,16 @@ VOCAB, NEW_TOKENS = 512, 48
 PROMPTS = architectures.random_prompts((1, 2, 5, 9, 31, 32, 33, 60), vocab_size=VOCAB)
 # Heads of 64, which the kernels have, in place of the tests' 16.
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+# The second of each is for what the first cannot do.
+_SDPA = ([SDPBackend.MATH], [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """The uncached model's tokens, computed in another way, against its logits."""
+
+    num_different: int
+    largest_ulps: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,11 @@ class Result:
     """The uncached model's largest error against float32."""
     largest_share: float
     """The largest margin over ``rounding``."""
+    prefixes: Control
+    sdpa: Control | None
+    """None if the model does not call torch's attention."""
+    error_ratio: float
+    """Of root mean squares: the cached model's error against float32 over the uncached one's."""
     num_equal_steps: int
     """Steps whose captured logits had the bits of the eager ones."""
     num_unequal_steps: int
@@ -107,6 +131,7 @@ def measure(name: str, kv_dtype: str = "auto") -> Result:
 
     module.forward = both  # type: ignore[method-assign]
     generated = architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS)
+    module.forward = replay  # type: ignore[method-assign]
     notes = [note.split(",")[0].split(": ") for r in reports for note in r.notes if "sites: " in note]
     return Result(
         name=name if kv_dtype == "auto" else f"{name}, {kv_dtype} cache",
@@ -115,32 +140,84 @@ def measure(name: str, kv_dtype: str = "auto") -> Result:
         num_unequal_steps=equal[0],
         eager_steps=dict(module.fallbacks),
         **compared(model, generated),
+        **controls(model, cached, generated),
     )
 
 
 def compared(model: nn.Module, generated: list[list[int]]) -> dict[str, Any]:
-    """Continuations of ``PROMPTS`` against the uncached model, on its device; the fields of ``Result``."""
+    """Continuations of ``PROMPTS`` against the uncached model, on its device; fields of ``Result``."""
     exact = copy.deepcopy(model).float()
-    margins, ulps, rounding, num_tokens = [], [0.0], 0.0, 0
+    margins, ulps, rounding = [], [0.0], 0.0
     for prompt, tokens in zip(PROMPTS, generated, strict=True):
-        ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)
-        with torch.inference_mode():
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-            error = (logits - exact(ids).logits[0, len(prompt) - 1 : -1]).abs().max()
-        best = logits.max(-1).values
-        margin = best - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        margins += margin[margin > 0].tolist()
-        ulps += (margin / torch.exp2(best.abs().log2().floor() - 7))[margin > 0].tolist()
-        rounding = max(rounding, error.item())
-        num_tokens += len(tokens)
+        logits = _uncached(model, prompt, tokens)
+        rounding = max(rounding, (logits - _uncached(exact, prompt, tokens)).abs().max().item())
+        its_margins, its_ulps = _margins(logits, torch.tensor(tokens))
+        margins += its_margins
+        ulps += its_ulps
     return {
-        "num_tokens": num_tokens,
+        "num_tokens": sum(len(tokens) for tokens in generated),
         "num_different": len(margins),
         "margins": sorted(margins, reverse=True),
         "largest_ulps": max(ulps),
         "rounding": rounding,
         "largest_share": max(margins, default=0.0) / rounding,
     }
+
+
+def controls(model: nn.Module, cached: CachedModel, generated: list[list[int]]) -> dict[str, Any]:
+    """What the uncached model does by itself, see the top; fields of ``Result``."""
+    exact = copy.deepcopy(model).float()
+    calls_sdpa = model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    ours = _cached(cached, generated)
+    prefixes, sdpa, errors = [], [], torch.zeros(2, dtype=torch.float64)
+    for prompt, tokens, our_logits in zip(PROMPTS, generated, ours, strict=True):
+        logits, wide = _uncached(model, prompt, tokens), _uncached(exact, prompt, tokens)
+        errors += torch.stack([(x - wide).double().square().sum() for x in (our_logits, logits)]).cpu()
+        alone = [_uncached(model, [*prompt, *tokens[:n]], tokens[n : n + 1]) for n in range(len(tokens))]
+        prefixes += _margins(logits, torch.cat(alone).argmax(-1))[1]
+        for kernels in _SDPA if calls_sdpa else ():
+            with sdpa_kernel(kernels, set_priority=True):
+                sdpa.append(_margins(logits, _uncached(model, prompt, tokens).argmax(-1))[1])
+    most = [max((ulps for its in sdpa[i::2] for ulps in its), default=0.0) for i in range(2)]
+    count = [sum(len(its) for its in sdpa[i::2]) for i in range(2)]
+    return {
+        "prefixes": Control(num_different=len(prefixes), largest_ulps=max(prefixes, default=0.0)),
+        "sdpa": Control(num_different=max(count), largest_ulps=max(most)) if calls_sdpa else None,
+        "error_ratio": (errors[0] / errors[1]).sqrt().item(),
+    }
+
+
+def _uncached(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The logits from which each token follows, float32 [tokens, vocab]."""
+    ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)
+    with torch.inference_mode():
+        logits: Tensor = model(ids[:, :-1]).logits[0, len(prompt) - 1 :].float()
+    return logits
+
+
+def _cached(cached: CachedModel, generated: list[list[int]]) -> list[Tensor]:
+    """Likewise, from the cached model: each prompt alone, then all sequences token by token."""
+    size = cached.sequence_info.tokens_per_block
+    pages, free = [], 1
+    for prompt, tokens in zip(PROMPTS, generated, strict=True):
+        num_pages = -(-(len(prompt) + len(tokens)) // size)
+        pages.append(list(range(free, free + num_pages)))
+        free += num_pages
+    first = [cached.step([SequenceStep(p, 0, own)]) for p, own in zip(PROMPTS, pages, strict=True)]
+    logits = [torch.cat(first)]
+    for n in range(NEW_TOKENS - 1):
+        sequences = zip(PROMPTS, generated, pages, strict=True)
+        steps = [SequenceStep([tokens[n]], len(prompt) + n, own) for prompt, tokens, own in sequences]
+        logits.append(cached.step(steps))
+    return list(torch.stack(logits, 1).float())
+
+
+def _margins(logits: Tensor, tokens: Tensor) -> tuple[list[float], list[float]]:
+    """How much better the best token is than the given one, where it is: as it is, and in ulps."""
+    best = logits.max(-1).values
+    margin = best - logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]
+    ulps = margin / torch.exp2(best.abs().log2().floor() - 7)
+    return margin[margin > 0].tolist(), ulps[margin > 0].tolist()
 
 
 def _measured(case: tuple[str, str]) -> dict[str, Any]:

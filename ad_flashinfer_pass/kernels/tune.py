@@ -78,7 +78,8 @@ def tune_linears(
     for index, (kind, same) in enumerate(weights.items()):
         key = _key(kind, len(same))
         if key not in known:
-            known[key] = _measured(kind, same)
+            with torch.cuda.device_of(same[0]):
+                known[key] = _measured(kind, same)
         if known[key]["config"] is not None:
             _CHOSEN[kind] = Config(*known[key]["config"])
         notes.append(_note(key, known[key]))

@@ -66,8 +66,9 @@ def tune_decode(
             continue
         key = _key(site, batch, lengths, len(pools), kernels, device)
         if key not in known:
-            launches = _Launches(site, batch, max_blocks_per_seq, pools)
-            known[key] = {name: [launches.microseconds(name, n) for n in lengths] for name in kernels}
+            with torch.cuda.device_of(pools[0]):
+                launches = _Launches(site, batch, max_blocks_per_seq, pools)
+                known[key] = {name: [launches.microseconds(name, n) for n in lengths] for name in kernels}
         best = fastest(known[key], default)
         if best != default:
             by_batch[batch] = best

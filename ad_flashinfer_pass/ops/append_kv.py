@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::append_kv"
 
@@ -42,7 +43,7 @@ def append_kv(
     if kv_cache.device.type == "cuda":
         from ad_flashinfer_pass.kernels import append  # needs triton
 
-        with torch.cuda.device(kv_cache.device):
+        with launching(kv_cache.device, key=key, value=value, slot_mapping=slot_mapping):
             append.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
     else:
         reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
+from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::cached_attention"
 
@@ -75,7 +76,8 @@ def cached_attention(
     metadata = (batch_info_host, cu_seqlen, seq_len_with_cache, block_table)
     if query.device.type != "cuda":
         return _attend(query, kv_cache, *metadata, site, *kernels)
-    with torch.cuda.device(query.device):  # kernels are launched on the current device
+    inputs = {"kv_cache": kv_cache, "seq_len_with_cache": seq_len_with_cache, "block_table": block_table}
+    with launching(query.device, cu_seqlen=cu_seqlen, **inputs):
         return _attend(query, kv_cache, *metadata, site, *kernels)
 
 

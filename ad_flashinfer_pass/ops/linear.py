@@ -54,7 +54,8 @@ def linear(
         config = tune.chosen_linear(tokens.shape[0], weight, norm is not None, residual is not None, gated)
         if config is not None:
             run = partial(small_gemm.run, tokens.contiguous(), weight, small_gemm.Around(*around), config)
-    out = run()
+    with torch.cuda.device_of(x):
+        out = run()
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

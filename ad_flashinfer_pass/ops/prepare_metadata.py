@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::prepare_metadata"
 
@@ -61,7 +62,8 @@ def prepare_metadata(
         return reference.prepare_metadata(*args)
     from ad_flashinfer_pass.kernels import metadata  # needs triton
 
-    with torch.cuda.device(cache_loc.device):
+    inputs = {"cu_seqlen": cu_seqlen, "input_pos": input_pos, "cu_num_pages": cu_num_pages}
+    with launching(cache_loc.device, **inputs):
         return metadata.prepare_metadata(*args)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::rope_append"
 
@@ -53,9 +54,11 @@ def rope_append(
         from ad_flashinfer_pass.kernels import rope_append as kernel  # needs triton
 
         cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
-        return kernel.rope_append(
-            query, key, value, kv_cache, slot_mapping, cos, sin, k_scale=k_scale, v_scale=v_scale
-        )
+        inputs = {"query": query, "key": key, "value": value, "slot_mapping": slot_mapping, "cos": cos}
+        with launching(kv_cache.device, **inputs):
+            return kernel.rope_append(
+                query, key, value, kv_cache, slot_mapping, cos, sin, k_scale=k_scale, v_scale=v_scale
+            )
     key = reference.rotate(key, cos, sin, interleaved=False)
     reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
     return reference.rotate(query, cos, sin, interleaved=False).contiguous()

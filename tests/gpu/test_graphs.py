@@ -32,16 +32,20 @@ DECODE = {
 
 
 def graphs(
-    shape: Shape, kernels: dict[Phase, str], batch_sizes: list[int], token_buckets: list[int]
+    shape: Shape,
+    kernels: dict[Phase, str],
+    batch_sizes: list[int],
+    token_buckets: list[int],
+    device: torch.device = DEVICE,
 ) -> tuple[CudaGraphModule, SequenceInfo, dict[str, Tensor]]:
     for phase, kernel in kernels.items():
-        refusals = select.provider(kernel).CAPABILITY.refusals(site_of(shape), phase, DEVICE)
+        refusals = select.provider(kernel).CAPABILITY.refusals(site_of(shape), phase, device)
         if refusals:
             pytest.skip(", ".join(refusals))
     torch.manual_seed(0)
     model = TwoLayers(
         SIZES,
-        DEVICE,
+        device,
         torch.bfloat16,
         window=shape.sliding_window,
         logit_cap=shape.logit_cap,
@@ -101,7 +105,11 @@ def assert_within_bound(
     for row, step in zip(rows, (s for s in steps if s.gather), strict=True):
         past = step.input_pos + len(step.token_ids) - 1
         for layer in range(2):
-            kv = caches[f"kv_cache_{layer}"][torch.tensor(step.pages, device=DEVICE)].double().transpose(2, 3)
+            kv = (
+                caches[f"kv_cache_{layer}"][torch.tensor(step.pages, device=out.device)]
+                .double()
+                .transpose(2, 3)
+            )
             k = kv[:, 0].flatten(0, 1)[: past + 1] * shape.k_scale
             v = kv[:, 1].flatten(0, 1)[: past + 1] * shape.v_scale
             q = model.table[layer][step.token_ids[-1]].unflatten(-1, (-1, SIZES.head_dim))[

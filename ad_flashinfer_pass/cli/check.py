@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ad_flashinfer_pass.cli.options import (
+    MODEL,
     OUTPUT,
     PROG,
     ConfigOption,
@@ -21,6 +22,7 @@ from ad_flashinfer_pass.cli.options import (
     ModelOption,
     QuietOption,
     RandomWeightsOption,
+    StageOption,
     TokensPerBlockOption,
     TrustOption,
     error_border,
@@ -48,12 +50,21 @@ def check(
     model: ModelOption = None,
     graph: GraphOption = None,
     config: ConfigOption = None,
+    stage: StageOption = None,
     random_weights: RandomWeightsOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     max_seq_len: MaxSeqLenOption = None,
     tokens_per_block: TokensPerBlockOption = None,
+    layers: Annotated[
+        int | None,
+        option(
+            MODEL,
+            "N",
+            "Only the first N. Default: all; with random weights as few as show each kind of layer twice.",
+        ),
+    ] = None,
     reproducer: Annotated[
         Path | None,
         option(
@@ -89,7 +100,14 @@ def check(
             reporter.phase("load_libraries")
             from ad_flashinfer_pass.inspection import numerics
 
-            found = numerics.check(deploy, graph=graph, reproducer_dir=reproducer, on_event=reporter.phase)
+            found = numerics.check(
+                deploy,
+                graph=graph,
+                stage=stage,
+                layers=layers,
+                reproducer_dir=reproducer,
+                on_event=reporter.phase,
+            )
         if as_json:
             print(found.model_dump_json(indent=1))
         else:

@@ -4,43 +4,40 @@ A few sequences go through prefill, mixed, decode and padded steps. At each atte
 and values of every token are recorded as the graph computes them, and the site's result is compared with
 attention in float64 over them, as rounded to the dtype of the cache, with the scale, window, cap and sinks
 that stand in the graph before the insertion. So an error is found at its own site, whatever it does to later
-ones. The logits are compared with those of the source module.
+ones. The logits are compared with those of the source module; once more for captured steps, which
+``compile_backend`` runs.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.inspection.stages import load_program, transform_order
-from ad_flashinfer_pass.metadata import Bucket, SequenceStep
+from ad_flashinfer_pass.inspection import check_steps, float64
+from ad_flashinfer_pass.inspection.check_steps import Phase, Step
+from ad_flashinfer_pass.inspection.recording import CachedGraph, Recorder, SiteValues, record, sites_of
+from ad_flashinfer_pass.inspection.reproducer import write_reproducer
+from ad_flashinfer_pass.inspection.stages import load_program, resolve, transform_order
+from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.models.few_layers import Layers, first_layers
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ad_flashinfer_pass.kernels.capability import Site
     from ad_flashinfer_pass.registry import TransformContext, TransformReport
 
-Phase = Literal["prefill", "mixed", "decode", "padded", "captured"]
-
-_BATCH = 4
-_SHORTEST = 32
-_BUDGET = 512
-_CHUNK = 300
 # Share of the largest value of a site's result. Sums in another order, and rounding of what is summed.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # Kernels that read 8 bits round the queries, and the weights, to 8 bits too.
@@ -95,12 +92,20 @@ class CheckReport(_Data):
     """The comparison of a cached model with its source."""
 
     model: str
+    layers: Layers | None
+    """Which of its layers were taken, and why; None: it is as it was given."""
+    stage: str
+    """The last transform that ran; captured steps were run by ``compile_backend``."""
     lengths: tuple[int, ...]
     """Tokens of the sequences."""
     sites: tuple[SiteCheck, ...]
     logits: tuple[LogitsCheck, ...]
     first: str | None
     """What departs first, None if all agrees."""
+    replayed: int
+    """Captured steps that a CUDA graph ran, or what stands for one on a CPU."""
+    eager: dict[str, int]
+    """Captured steps that no graph could run, by reason."""
     reproducer: str | None
     """Script that shows the first wrong site alone."""
 
@@ -108,6 +113,9 @@ class CheckReport(_Data):
     def is_ok(self) -> bool:
         """Whether all sites and all logits are within their tolerances."""
         return self.first is None
+
+
+_GATHER = "gather_logits_before_lm_head"
 
 
 @dataclass
@@ -119,44 +127,22 @@ class Prepared:
     exported: fx.GraphModule
     source: fx.GraphModule
     """Dense, with attention in its canonical form: the last graph before the insertion."""
-    cached: fx.GraphModule
+    cached: fx.GraphModule | None
+    """None: the check ends before the insertion."""
+    compiled: nn.Module | None
+    """What ``compile_backend`` makes of it; None: it is still to be captured as it is."""
+    lengths: list[int]
+    """Tokens of the sequences that are checked."""
+    stage: str
     ctx: TransformContext
-
-
-@dataclass
-class _Step:
-    phase: Phase
-    sequences: list[SequenceStep]
-    owners: list[int]
-    """Which sequence each of them is."""
-    bucket: Bucket | None = None
-
-    def rows(self) -> list[int]:
-        """Where the tokens of the sequences stand among all, padding included."""
-        lens = [len(sequence.token_ids) for sequence in self.sequences]
-        if self.bucket is None or not self.bucket.num_tokens:
-            return list(range(sum(lens)))
-        long = sum(n for n in lens if n > 1)
-        decodes = sum(n == 1 for n in lens)
-        return [*range(long), *range(self.bucket.num_tokens, self.bucket.num_tokens + decodes)]
-
-
-@dataclass
-class _Site:
-    """What is recorded of an attention: rows in the order of the steps."""
-
-    node: fx.Node
-    """In the source graph."""
-    cached: fx.Node
-    values: dict[str, list[Tensor]] = field(
-        default_factory=lambda: {"query": [], "key": [], "value": [], "out": []}
-    )
 
 
 def check(
     config: AutoDeployConfig,
     *,
     graph: Path | None = None,
+    stage: str | None = None,
+    layers: int | None = None,
     reproducer_dir: Path | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> CheckReport:
@@ -165,43 +151,65 @@ def check(
     Args:
         config: the model and the settings of the pass; its limits are lowered to what the check needs.
         graph: a saved ExportedProgram in place of the model.
+        stage: stop after this transform or stage. Before the insertion the dense graph is compared with the
+            source. Default: all of them, and ``compile_backend``.
+        layers: only the first ones. Default: all, but of a model whose weights are drawn as few as show each
+            kind of layer twice; see ``models.few_layers``.
         reproducer_dir: where to write the first wrong site's tensors and a script that runs it; default: not.
-        on_event: called with the name of each phase as it begins.
+        on_event: called with a line of text as each phase begins.
 
     Raises:
-        ConfigError: max_seq_len is too short.
+        ConfigError: max_seq_len is too short, no such stage, or no such number of layers.
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model.
     """
     from ad_flashinfer_pass.models.loading import load_model
 
-    if on_event is not None:
-        on_event("load_model")
-    if graph is None:
-        prepared = prepare(load_model(config).module, config, on_event=on_event)
+    tell = on_event or (lambda text: None)
+    if config.max_seq_len < check_steps.SHORTEST:
+        raise ConfigError(
+            f"max_seq_len must be at least {check_steps.SHORTEST} for a check, got {config.max_seq_len}."
+        )
+    if stage is not None:
+        resolve(stage, config)
+    tell("load_model")
+    taken = None
+    if graph is not None:
+        if layers is not None:
+            raise ConfigError("--layers: a saved graph has the layers that it has; give the model itself.")
+        module: nn.Module = load_program(graph, config.device)
     else:
-        prepared = prepare(load_program(graph), config, on_event=on_event)
+        if layers is not None or config.skip_loading_weights:
+            config, taken = first_layers(config, layers)
+            tell(f"load_model, {taken}")
+        module = load_model(config).module
+    prepared = prepare(module, config, stage=stage, on_event=tell)
+    if graph is not None:
         # The pass edits the graph that it is given: the source is the copy that was taken first.
         prepared.module = prepared.exported
-    if on_event is not None:
-        on_event("compare")
-    return check_prepared(prepared, str(graph or config.model), reproducer_dir=reproducer_dir)
+    return check_prepared(
+        prepared, str(graph or config.model), layers=taken, reproducer_dir=reproducer_dir, on_event=tell
+    )
 
 
 def prepare(
-    module: nn.Module, config: AutoDeployConfig, *, on_event: Callable[[str], None] | None = None
+    module: nn.Module,
+    config: AutoDeployConfig,
+    *,
+    stage: str | None = None,
+    on_event: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Transform a module and keep the graphs that it is on the way."""
     from ad_flashinfer_pass import pipeline
 
-    if config.max_seq_len < _SHORTEST:
-        raise ConfigError(f"max_seq_len must be at least {_SHORTEST} for a check, got {config.max_seq_len}.")
-    small = config.model_copy(
-        update={"max_batch_size": _BATCH, "max_num_tokens": _BUDGET, "compile_backend": "torch-simple"}
-    )
-    ctx = pipeline.context(small)
     order = transform_order(config)
-    last_dense = order[order.index("insert_cached_attention") - 1]
+    last = order[-1] if stage is None else resolve(stage, config)
+    is_dense = order.index(last) < order.index("insert_cached_attention")
+    last_dense = last if is_dense else order[order.index("insert_cached_attention") - 1]
+    stages = {name: settings.stage for name, settings in config.transforms.items()}
+    late = [name for name, each in stages.items() if STAGES.index(each) >= STAGES.index("compile")]
+    # A cached graph can be called once it returns the rows of logits that a step asks for.
+    after = [name for name in order[order.index(last) + 1 :] if is_dense or name != _GATHER]
     kept: dict[str, fx.GraphModule] = {}
 
     def keep(model: nn.Module, report: TransformReport) -> None:
@@ -209,9 +217,47 @@ def prepare(
             assert isinstance(model, fx.GraphModule)
             kept[report.name] = _copy(model)
 
-    cached, _ = pipeline.run(module, ctx, on_event, skip=("compile_model",), after=keep)
-    assert isinstance(cached, fx.GraphModule)
-    return Prepared(module, kept["export_model"], kept[last_dense], cached, ctx)
+    ctx = pipeline.context(_small(config))
+    skip = ["initialize_cache", *late, *after]
+    gm, _ = pipeline.run(module, ctx, on_event, skip=skip, after=keep)
+    assert isinstance(gm, fx.GraphModule)
+    lengths = check_steps.lengths([site.site for site in ctx.sites], config.max_seq_len)
+    dense = Prepared(module, kept["export_model"], kept[last_dense], None, None, lengths, last, ctx)
+    if is_dense:
+        return dense
+    # The pools are as small as the check lets them be, whatever the config wants.
+    ctx.num_pages = check_steps.num_pages(lengths, ctx.sequence_info.tokens_per_block)
+    ctx.caches = {each.name: each.allocate(ctx.num_pages, ctx.device) for each in ctx.resources}
+
+    def keep_cached(model: nn.Module, report: TransformReport) -> None:
+        if report.name != "compile_model":
+            assert isinstance(model, fx.GraphModule)
+            kept["cached"] = _copy(model)
+
+    kept["cached"] = _copy(gm)
+    captures = stage is None and config.compile_backend != "torch-simple"
+    skip = [name for name in stages if name not in late or name in after]
+    skip += [] if captures else ["compile_model"]
+    compiled, _ = pipeline.run(gm, ctx, on_event, skip=skip, after=keep_cached)
+    dense.cached, dense.compiled = kept["cached"], compiled if captures else None
+    return dense
+
+
+def _small(config: AutoDeployConfig) -> AutoDeployConfig:
+    """With limits that the steps of a check just need, so that few graphs are captured."""
+    return config.model_copy(
+        update={
+            "max_batch_size": check_steps.BATCH,
+            "max_num_tokens": check_steps.BUDGET,
+            "cuda_graph_batch_sizes": [check_steps.BATCH],
+            "cuda_graph_token_buckets": [16, check_steps.BUDGET],
+        }
+    )
+
+
+def _vocab_size(prepared: Prepared) -> int:
+    (output,) = prepared.exported.graph.find_nodes(op="output")
+    return int(g.shape(g.args(output)[0])[-1])
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -219,95 +265,90 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
-def check_prepared(prepared: Prepared, title: str, *, reproducer_dir: Path | None = None) -> CheckReport:
+def check_prepared(
+    prepared: Prepared,
+    title: str,
+    *,
+    layers: Layers | None = None,
+    reproducer_dir: Path | None = None,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> CheckReport:
     """Compare the graphs of a model; see ``check``."""
     ctx = prepared.ctx
-    lengths = _lengths(prepared)
-    tokens = _tokens(lengths, ctx.vocab_size, ctx.device)
-    script = _script(tokens, ctx.sequence_info.tokens_per_block)
-    with torch.inference_mode():
-        dense = [_dense_logits(prepared.module, ids) for ids in tokens]
-        sites = _sites(prepared)
-        logits = _run(prepared, script, sites)
-        captured = _run_captured(prepared, script)
-        checked = [_check_site(ctx, index, site, script) for index, site in enumerate(sites)]
-        compared = [
-            *_check_logits(ctx, script, logits, dense),
-            *_check_logits(ctx, script, captured, dense, "captured"),
-        ]
-        wrong = next((index for index, each in enumerate(checked) if not each.is_ok), None)
-        first, reproducer = None, None
-        if wrong is not None:
-            first = _describe(checked[wrong])
-            if reproducer_dir is not None:
-                reproducer = str(
-                    _write_reproducer(prepared, script, sites[wrong], checked[wrong], reproducer_dir)
-                )
-        elif not all(each.is_ok for each in compared):
-            first = _first_departure(prepared, tokens[1])
-    return CheckReport(
+    tokens = check_steps.random_tokens(prepared.lengths, _vocab_size(prepared), ctx.device)
+    report = CheckReport(
         model=title,
-        lengths=tuple(lengths),
-        sites=tuple(checked),
-        logits=tuple(compared),
-        first=first,
-        reproducer=reproducer,
+        layers=layers,
+        stage=prepared.stage,
+        lengths=tuple(prepared.lengths),
+        sites=(),
+        logits=(),
+        first=None,
+        replayed=0,
+        eager={},
+        reproducer=None,
     )
+    with torch.inference_mode():
+        on_event("compare: the source")
+        dense = [_dense_logits(prepared.module, ids) for ids in tokens]
+        if prepared.cached is None:
+            found = _check_dense(prepared, tokens, dense)
+        else:
+            found = _check_cached(prepared, prepared.cached, tokens, dense, reproducer_dir, on_event)
+        compared: Sequence[LogitsCheck] = found["logits"]
+        if "first" not in found and not all(each.is_ok for each in compared):
+            found["first"] = _first_departure(prepared, tokens[1], compared)
+    return report.model_copy(update=found)
 
 
-def _lengths(prepared: Prepared) -> list[int]:
-    """One sequence that is longer than each window and chunk, if it may be, and two short ones."""
-    most = prepared.ctx.config.max_seq_len
-    spans = [
-        getattr(site.site, name) or 0 for site in prepared.ctx.sites for name in ("sliding_window", "chunk")
-    ]
-    longest = max([64, *(span + 24 for span in spans)])
-    return [min(most, longest), min(most, 41), 28]
+def _check_dense(prepared: Prepared, tokens: Sequence[Tensor], dense: Sequence[Tensor]) -> dict[str, Any]:
+    """The graph before the insertion beside the source."""
+    found = [_dense_logits(prepared.source, ids) for ids in tokens]
+    dtype = next(each.dtype for each in prepared.exported.parameters() if each.is_floating_point())
+    compared = _compare_logits("dense", list(zip(found, dense, strict=True)), _KL[dtype])
+    return {"logits": (compared,)}
 
 
-def _tokens(lengths: Sequence[int], vocab_size: int, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (1, n), generator=generator).to(device) for n in lengths]
-
-
-def _script(tokens: Sequence[Tensor], page_size: int) -> list[_Step]:
-    """Every kind of step; the pages of the sequences alternate, and page 1 is one of them."""
-    lists = [ids[0].tolist() for ids in tokens]
-    a, b, c = (len(ids) for ids in lists)
-    done = [0, 0, 0]
-    # The pages of a sequence are every third one, backwards: page 1 is where the last tokens of one are.
-    pages = [
-        [1 + 3 * block + first for block in reversed(range(-(-len(ids) // page_size)))]
-        for first, ids in zip((1, 2, 0), lists, strict=True)
-    ]
-
-    def to(owner: int, end: int) -> tuple[int, SequenceStep]:
-        start, done[owner] = done[owner], end
-        own = pages[owner][: -(-end // page_size)]
-        return owner, SequenceStep(lists[owner][start:end], start, own)
-
-    def step(phase: Phase, *parts: tuple[int, SequenceStep], bucket: Bucket | None = None) -> _Step:
-        kind = [2 if len(s.token_ids) == 1 else int(s.input_pos > 0) for _, s in parts]
-        ordered = [part for _, part in sorted(zip(kind, parts, strict=True), key=lambda each: each[0])]
-        return _Step(phase, [s for _, s in ordered], [owner for owner, _ in ordered], bucket)
-
-    steps = [
-        step("prefill", to(0, min(a // 2, _CHUNK)), to(1, b // 3)),
-        step("mixed", to(2, c // 2), to(0, done[0] + 5), to(1, b // 3 + 1)),
-        step("mixed", to(0, min(a - 7, done[0] + _CHUNK)), to(1, b - 7), to(2, c - 7)),
-    ]
-    while done[0] < a - 7:
-        steps.append(step("mixed", to(0, min(a - 7, done[0] + _CHUNK))))
-    for back in (6, 5):
-        steps.append(step("decode", to(0, a - back), to(1, b - back), to(2, c - back)))
-    for back in (4, 3):
-        bucket = Bucket(0, _BATCH)
-        steps.append(step("padded", to(0, a - back), to(1, b - back), to(2, c - back), bucket=bucket))
-    bucket = Bucket(8, _BATCH)
-    steps.append(step("padded", to(2, c), to(0, a - 2), to(1, b - 2), bucket=bucket))
-    steps.append(step("decode", to(0, a - 1), to(1, b - 1)))
-    steps.append(step("decode", to(0, a), to(1, b)))
-    return steps
+def _check_cached(
+    prepared: Prepared,
+    gm: fx.GraphModule,
+    tokens: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    reproducer_dir: Path | None,
+    on_event: Callable[[str], None],
+) -> dict[str, Any]:
+    """Sites beside float64, logits beside the source's, captured steps too."""
+    ctx = prepared.ctx
+    steps = check_steps.steps(tokens, ctx.sequence_info.tokens_per_block)
+    sites = sites_of(prepared.source, gm)
+    cached = CachedGraph(gm, ctx.sequence_info, ctx.caches)
+    logits = record(cached, steps, sites, lambda done: on_event(f"compare: step {done + 1} of {len(steps)}"))
+    on_event("compare: captured steps")
+    captured, replayed, eager = _run_captured(prepared, gm, steps)
+    on_event("compare: attention in float64")
+    expected = [float64.expected(each.site, site, steps) for each, site in zip(ctx.sites, sites, strict=True)]
+    checked = [_check_site(ctx, i, site, expected[i], steps) for i, site in enumerate(sites)]
+    found: dict[str, Any] = {
+        "sites": tuple(checked),
+        "logits": (
+            *_check_logits(ctx, steps, logits, dense),
+            *_check_logits(ctx, steps, captured, dense, "captured"),
+        ),
+        "replayed": replayed,
+        "eager": eager,
+    }
+    wrong = next((each for each in checked if not each.is_ok), None)
+    if wrong is not None:
+        found["first"] = _describe(wrong)
+        if reproducer_dir is not None:
+            fresh = CachedGraph(gm, ctx.sequence_info, ctx.caches)
+            site, name = sites[wrong.index], (wrong.index, wrong.module)
+            found["reproducer"] = str(
+                write_reproducer(
+                    fresh, steps, site, expected[wrong.index], wrong.tolerance, name, reproducer_dir
+                )
+            )
+    return found
 
 
 def _dense_logits(module: nn.Module, ids: Tensor) -> Tensor:
@@ -319,200 +360,66 @@ def _dense_logits(module: nn.Module, ids: Tensor) -> Tensor:
     return logits[0].float()
 
 
-def _sites(prepared: Prepared) -> list[_Site]:
-    dense = prepared.source.graph.find_nodes(
-        op="call_function", target=torch.ops.ad_flashinfer.attention.default
-    )
-    cached = prepared.cached.graph.find_nodes(
-        op="call_function", target=torch.ops.ad_flashinfer.cached_attention.default
-    )
-    return [_Site(*pair) for pair in zip(dense, cached, strict=True)]
+def _run_captured(
+    prepared: Prepared, gm: fx.GraphModule, steps: Sequence[Step]
+) -> tuple[list[Tensor], int, dict[str, int]]:
+    """The steps through captured graphs; on a CPU through what stands for them there.
 
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the results of some nodes, by name."""
-
-    def __init__(self, gm: fx.GraphModule, wanted: Iterable[str]) -> None:
-        super().__init__(gm)
-        self.wanted = set(wanted)
-        self.kept: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self.wanted:
-            self.kept[n.name] = result
-        return result
-
-
-def _run(prepared: Prepared, script: Sequence[_Step], sites: Sequence[_Site]) -> list[Tensor]:
-    """The script through the cached graph, op by op; fills in the sites and returns each step's logits."""
-    ctx, gm = prepared.ctx, prepared.cached
-    caches = {name: torch.zeros_like(cache) for name, cache in ctx.caches.items()}
-    present = {node.name for node in gm.graph.nodes}
-    parts = {id(site): _operands(site.node) for site in sites}
-    wanted = {site.cached.name for site in sites}
-    for operands in parts.values():
-        wanted |= {name for node in operands.values() for name in _needed(node, present)}
-    logits = []
-    for step in script:
-        recorder = _Recorder(gm, wanted)
-        logits.append(_run_step(prepared, step, caches, recorder))
-        rows = step.rows()
-        for site in sites:
-            found = {name: _resolve(node, recorder.kept, present) for name, node in parts[id(site)].items()}
-            found["out"] = recorder.kept[site.cached.name]
-            for name, value in found.items():
-                site.values[name].append(value.flatten(0, 1)[rows])
-    return logits
-
-
-def _run_step(
-    prepared: Prepared, step: _Step, caches: dict[str, Tensor], interpreter: fx.Interpreter
-) -> Tensor:
-    info = prepared.ctx.sequence_info
-    info.nest_sequences(step.sequences, pad_to=step.bucket)
-    inputs = {**info.named_args(), **caches}
-    placeholders = prepared.cached.graph.find_nodes(op="placeholder")
-    logits: Tensor = interpreter.run(*(inputs[node.name] for node in placeholders))[0]
-    return logits[: len(step.sequences)].float()
-
-
-def _run_captured(prepared: Prepared, script: Sequence[_Step]) -> list[Tensor]:
-    """The script through captured graphs; on a CPU through what stands for them there."""
+    Returns:
+        The logits of each step, how many were replays, and why the others were not.
+    """
     from ad_flashinfer_pass.transforms.compile_model import host_kernels
 
     ctx = prepared.ctx
-    caches = {name: torch.zeros_like(cache) for name, cache in ctx.caches.items()}
-    most = max(len(step.rows()) for step in script)
-    buckets = sorted({16, max(16, most)})
-    captured = CudaGraphModule(prepared.cached, [_BATCH], buckets, host_kernels(ctx))
-    captured.capture(ctx.sequence_info, caches)
-    model = CachedModel(captured, caches, ctx.sequence_info, ctx.vocab_size)
-    return [model.step(step.sequences).float() for step in script]
+    module = prepared.compiled
+    if module is None:
+        small = _small(ctx.config)
+        sizes, buckets = small.cuda_graph_batch_sizes, small.cuda_graph_token_buckets
+        module = CudaGraphModule(gm, sizes or [], buckets or [], host_kernels(ctx))
+        module.capture(ctx.sequence_info, ctx.caches)
+    for cache in ctx.caches.values():
+        cache.zero_()
+    model = CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size)
+    logits = [model.step(step.sequences).float() for step in steps]
+    if isinstance(module, CudaGraphModule):
+        return logits, module.num_replays, dict(module.fallbacks)
+    return logits, 0, {f"{ctx.config.compile_backend} captures nothing on {ctx.device}": len(steps)}
 
 
-def _operands(node: fx.Node) -> dict[str, fx.Node]:
-    args = g.op_args(node)
-    return {name: args[name] for name in ("query", "key", "value")}
-
-
-def _needed(node: fx.Node, present: set[str]) -> set[str]:
-    """The nodes of the cached graph from which a node of the source graph can be computed."""
-    if node.name in present:
-        return {node.name}
-    return {name for source in node.all_input_nodes for name in _needed(source, present)}
-
-
-def _resolve(node: fx.Node, kept: dict[str, Any], present: set[str]) -> Any:
-    """The value of a node of the source graph: as the cached graph computed it, or from what it computed."""
-    if node.name in present:
-        return kept[node.name]
-    assert callable(node.target)
-    args = map_arg(node.args, lambda source: _resolve(source, kept, present))
-    kwargs = map_arg(node.kwargs, lambda source: _resolve(source, kept, present))
-    return node.target(*args, **kwargs)
-
-
-def _check_site(ctx: TransformContext, index: int, site: _Site, script: Sequence[_Step]) -> SiteCheck:
+def _check_site(
+    ctx: TransformContext, index: int, site: SiteValues, expected: Tensor, steps: Sequence[Step]
+) -> SiteCheck:
     what = ctx.sites[index]
-    expected, found = _expected(what.site, site, script), torch.cat(site.values["out"]).double()
+    found = site.rows()["out"].double()
     error = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
-    phases = [step.phase for step in script for s in step.sequences for _ in s.token_ids]
+    phases = [step.phase for step in steps for s in step.sequences for _ in s.token_ids]
     errors: dict[str, float] = {}
     for phase, each in zip(phases, error.tolist(), strict=True):
         # A NaN stays: comparing with it is false.
         errors[phase] = each if not each <= errors.get(phase, 0.0) else errors.get(phase, 0.0)
-    kernels = {what.prefill.kernel, what.decode.kernel}
-    rounds = what.site.kv_dtype.itemsize == 1 and kernels != {"reference"}
+    prefill, decode = (g.op_args(site.cached)[f"{phase}_kernel"] for phase in ("prefill", "decode"))
+    rounds = what.site.kv_dtype.itemsize == 1 and {prefill, decode} != {"reference"}
     return SiteCheck(
         index=index,
         module=what.module,
         where=what.where,
-        prefill=what.prefill.kernel,
-        decode=what.decode.kernel,
+        prefill=prefill,
+        decode=decode,
         errors=errors,
         tolerance=_TOLERANCE_8_BITS if rounds else _TOLERANCES[what.site.dtype],
     )
 
 
-def _expected(needs: Site, site: _Site, script: Sequence[_Step]) -> Tensor:
-    """float64 results of a site for all tokens, in the order of the steps."""
-    parts = [
-        (owner, range(s.input_pos, s.input_pos + len(s.token_ids)))
-        for step in script
-        for owner, s in zip(step.owners, step.sequences, strict=True)
-    ]
-    owners = torch.tensor([owner for owner, span in parts for _ in span])
-    positions = torch.tensor([position for _, span in parts for position in span])
-    rows = {name: torch.cat(values) for name, values in site.values.items()}
-    rows["key"] = _rounded(rows["key"], needs.k_scale, needs.kv_dtype)
-    rows["value"] = _rounded(rows["value"], needs.v_scale, needs.kv_dtype)
-    expected = torch.empty_like(rows["out"], dtype=torch.float64)
-    for owner in owners.unique():
-        mine = (owners == owner).nonzero()[:, 0]
-        mine = mine[positions[mine].argsort()].to(expected.device)
-        expected[mine] = _attention_in_float64(site.node, *(rows[n][mine] for n in ("query", "key", "value")))
-    return expected
-
-
-def _rounded(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What a cache of that dtype holds of x; 8 bits saturate."""
-    limit = torch.finfo(dtype).max
-    return (x.double() / scale).clamp(-limit, limit).to(dtype).double() * scale
-
-
-def _attention_in_float64(node: fx.Node, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The source attention of one sequence, [tokens, heads, size], written out.
-
-    Raises:
-        AssertionError: the node still has a mask, which the insertion does not take.
-    """
-    args = g.op_args(node)
-    assert args["attn_mask"] is None
-    q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
-    group = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    scale = args["scale"] if args["scale"] is not None else q.shape[-1] ** -0.5
-    logits = q @ k.transpose(1, 2) * scale
-    if args["logit_cap"] is not None:
-        logits = args["logit_cap"] * torch.tanh(logits / args["logit_cap"])
-    at = torch.arange(q.shape[1], device=q.device)
-    distance = at[:, None] - at[None]
-    if args["alibi_slopes"] is not None:
-        logits = logits - _tensor(args["alibi_slopes"])[:, None, None].double() * distance
-    hidden = distance < 0
-    if args["sliding_window"] is not None:
-        hidden |= distance >= args["sliding_window"]
-    if args["chunk"] is not None:
-        hidden |= at[:, None] // args["chunk"] != at[None] // args["chunk"]
-    logits = logits.masked_fill(hidden, float("-inf"))
-    if args["sinks"] is not None:
-        sinks = _tensor(args["sinks"]).double()[:, None, None].expand(-1, q.shape[1], 1)
-        logits = torch.cat((logits, sinks), -1)
-    weights = torch.softmax(logits, -1)[..., : q.shape[1]]
-    return (weights @ v).transpose(0, 1)
-
-
-def _tensor(node: fx.Node) -> Tensor:
-    """The value of a node that is made of weights alone."""
-    if node.op == "get_attr":
-        value: Tensor = g.attribute(node)
-        return value
-    assert callable(node.target)
-    result: Tensor = node.target(*map_arg(node.args, _tensor), **map_arg(node.kwargs, _tensor))
-    return result
-
-
 def _check_logits(
     ctx: TransformContext,
-    script: Sequence[_Step],
+    steps: Sequence[Step],
     found: Sequence[Tensor],
     dense: Sequence[Tensor],
     phase: Phase | None = None,
 ) -> list[LogitsCheck]:
     """By phase, or all under one name."""
     rows: dict[Phase, list[tuple[Tensor, Tensor]]] = {}
-    for step, logits in zip(script, found, strict=True):
+    for step, logits in zip(steps, found, strict=True):
         wanted = [
             dense[owner][s.input_pos + len(s.token_ids) - 1]
             for owner, s in zip(step.owners, step.sequences, strict=True)
@@ -548,25 +455,24 @@ def _describe(site: SiteCheck) -> str:
     )
 
 
-def _first_departure(prepared: Prepared, ids: Tensor) -> str:
+def _first_departure(prepared: Prepared, ids: Tensor, compared: Sequence[LogitsCheck]) -> str:
     """The first node whose value differs between the graphs of one sequence, from the export on."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    caches = {name: torch.zeros_like(cache) for name, cache in prepared.ctx.caches.items()}
-    pages = list(range(1, -(-ids.shape[1] // prepared.ctx.sequence_info.tokens_per_block) + 1))
-    step = _Step("prefill", [SequenceStep(ids[0].tolist(), 0, pages)], [0])
 
     def run_dense(gm: fx.GraphModule) -> dict[str, Any]:
-        recorder = _Recorder(gm, (node.name for node in gm.graph.nodes if node.op == "call_function"))
+        recorder = Recorder(gm, (node.name for node in gm.graph.nodes if node.op == "call_function"))
         recorder.run(ids, positions)
         return recorder.kept
 
     exported, source = run_dense(prepared.exported), run_dense(prepared.source)
-    recorder = _Recorder(prepared.cached, source)
-    _run_step(prepared, step, caches, recorder)
-    pairs = (
-        ("before the insertion", prepared.source, exported, source),
-        ("after the insertion", prepared.cached, source, recorder.kept),
-    )
+    pairs = [("before the insertion", prepared.source, exported, source)]
+    if prepared.cached is not None:
+        info = prepared.ctx.sequence_info
+        pages = list(range(1, -(-ids.shape[1] // info.tokens_per_block) + 1))
+        step = Step("prefill", [SequenceStep(ids[0].tolist(), 0, pages)], [0])
+        recorder = Recorder(prepared.cached, source)
+        CachedGraph(prepared.cached, info, prepared.ctx.caches).run(step, recorder)
+        pairs.append(("after the insertion", prepared.cached, source, recorder.kept))
     for where, gm, wanted, found in pairs:
         for node in gm.graph.nodes:
             a, b = wanted.get(node.name), found.get(node.name)
@@ -574,7 +480,11 @@ def _first_departure(prepared: Prepared, ids: Tensor) -> str:
                 return (
                     f"{g.where(node)} in {g.module_path(node)}, {where}: its inputs agree with the source's"
                 )
-    return "the logits alone: every node that both graphs have agrees in a prefill of one sequence"
+    phases = ", ".join(each.phase for each in compared if not each.is_ok)
+    return (
+        f"the logits of {phases} steps alone: in a prefill of one sequence all nodes agree that the graphs "
+        "have in common"
+    )
 
 
 def _agrees(a: Tensor, b: Tensor) -> bool:
@@ -584,79 +494,13 @@ def _agrees(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs().max() <= tolerance * a.abs().max()).item())
 
 
-def _write_reproducer(
-    prepared: Prepared, script: Sequence[_Step], site: _Site, checked: SiteCheck, directory: Path
-) -> Path:
-    """The first step in which a site is wrong: its tensors, and a script that runs the op on them."""
-    from safetensors.torch import save_file
-
-    caches = {name: torch.zeros_like(cache) for name, cache in prepared.ctx.caches.items()}
-    everything, end = _expected(prepared.ctx.sites[checked.index].site, site, script), 0
-    for step in script:
-        recorder = _ArgumentRecorder(prepared.cached, site.cached)
-        _run_step(prepared, step, caches, recorder)
-        rows = step.rows()
-        start, end = end, end + len(rows)
-        expected = everything[start:end]
-        found = recorder.result.flatten(0, 1)[rows].double()
-        error = (found - expected).abs().max() / expected.abs().max()
-        if not error <= checked.tolerance:
-            break
-    tensors = {
-        name: value.contiguous() for name, value in recorder.arguments.items() if isinstance(value, Tensor)
-    }
-    scalars = {name: value for name, value in recorder.arguments.items() if not isinstance(value, Tensor)}
-    tensors |= {"expected": expected.contiguous(), "rows": torch.tensor(rows)}
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"site_{checked.index}.safetensors"
-    save_file(tensors, file, metadata={"scalars": json.dumps(scalars)})
-    script_file = directory / f"site_{checked.index}.py"
-    script_file.write_text(
-        _SCRIPT.format(index=checked.index, module=checked.module, phase=step.phase, file=file.name),
-        encoding="utf-8",
-    )
-    return script_file
-
-
-_SCRIPT = '''"""Attention site {index} ({module}) in a {phase} step: the op beside attention in float64."""
-import json, pathlib
-import torch
-from safetensors import safe_open
-from ad_flashinfer_pass import ops  # registers the op
-with safe_open(pathlib.Path(__file__).with_name("{file}"), framework="pt") as file:
-    tensors = {{name: file.get_tensor(name) for name in file.keys()}}
-    scalars = json.loads(file.metadata()["scalars"])
-expected, rows = tensors.pop("expected"), tensors.pop("rows")
-found = torch.ops.ad_flashinfer.cached_attention(**tensors, **scalars).flatten(0, 1)[rows].double()
-print(f"largest error: {{(found - expected).abs().max() / expected.abs().max():.3g}} of the largest value")
-'''
-
-
-class _ArgumentRecorder(fx.Interpreter):
-    """Runs a graph and keeps the arguments of one node as they are when it runs, and its result."""
-
-    def __init__(self, gm: fx.GraphModule, node: fx.Node) -> None:
-        super().__init__(gm)
-        self._node = node
-        self.arguments: dict[str, Any] = {}
-        self.result = torch.empty(0)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n is self._node:
-            args = map_arg(g.op_args(n), lambda source: self.env[source])
-            self.arguments = {
-                name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()
-            }
-        result = super().run_node(n)
-        if n is self._node:
-            self.result = result
-        return result
-
-
 def as_tables(found: CheckReport) -> list[RenderableType]:
     """The comparison for a terminal."""
     from rich.table import Table
 
+    parts: list[RenderableType] = []
+    if found.layers is not None:
+        parts.append(f"Checked: {found.layers}.")
     phases = list(dict.fromkeys(phase for site in found.sites for phase in site.errors))
     sites = Table(
         "#", "module", "prefill", "decode", *phases, "at most", "", title="Attention against float64"
@@ -685,6 +529,12 @@ def as_tables(found: CheckReport) -> list[RenderableType]:
             "-" if each.tolerance is None else f"{each.tolerance:.0e}",
             "ok" if each.is_ok else "WRONG",
         )
+    if found.sites:
+        parts.append(sites)
+    parts.append(logits)
+    if found.replayed or found.eager:
+        reasons = "".join(f"; {count} not: {why}" for why, count in found.eager.items())
+        parts.append(f"{found.replayed} of the captured steps were replays{reasons}")
     verdict = "all agrees" if found.first is None else f"first departure: {found.first}"
-    parts: list[RenderableType] = [sites, logits, verdict]
+    parts.append(verdict)
     return parts if found.reproducer is None else [*parts, f"run it alone: python {found.reproducer}"]

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
+from torch.export.passes import move_to_device_pass
 
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError, LoadError
@@ -178,8 +179,8 @@ def _load_model(config: AutoDeployConfig) -> nn.Module:
     return load_weightless(config)
 
 
-def load_program(file: Path) -> fx.GraphModule:
-    """The module of a saved ExportedProgram.
+def load_program(file: Path, device: str = "cpu") -> fx.GraphModule:
+    """The module of a saved ExportedProgram, on a device.
 
     Raises:
         LoadError: there is no such file, or it is no ExportedProgram.
@@ -190,7 +191,7 @@ def load_program(file: Path) -> fx.GraphModule:
     if not file.is_file():
         raise LoadError(f"{file}: no such file; give one that torch.export.save wrote.")
     try:
-        module = torch.export.load(file).module()
+        module = move_to_device_pass(torch.export.load(file), device).module()
     except Exception as err:  # zip, pickle and schema errors of every kind
         raise LoadError(
             f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {str(err)[:200]}). "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,11 @@ import transformers
 from torch import fx
 
 from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.inspection.numerics import CheckReport, Prepared, check, check_prepared, prepare
+from ad_flashinfer_pass.models.loading import load_model
 from tests import architectures
 from tests.transforms.small_models import SmallModel, sdpa
 
@@ -57,6 +61,7 @@ class Planted:
     """A cached graph that may be damaged."""
 
     def __init__(self, whole: Prepared) -> None:
+        assert whole.cached is not None
         graph = copy.deepcopy(whole.cached.graph)
         self.gm = fx.GraphModule(whole.cached, graph)
         self.attends = graph.find_nodes(op="call_function", target=ops.cached_attention.default)
@@ -226,3 +231,68 @@ def test_a_saved_program_is_checked_with_its_own_weights(tmp_path: Path) -> None
     report = check(AutoDeployConfig(max_seq_len=64), graph=tmp_path / "program.pt2")
     assert report.is_ok
     assert [site.index for site in report.sites] == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config.json of three layers alike."""
+    directory = tmp_path_factory.mktemp("llama")
+    config = architectures.CONFIGS["llama_gqa4"]()
+    config.num_hidden_layers = 3
+    config.save_pretrained(directory)
+    return directory
+
+
+def test_of_drawn_weights_few_layers_are_checked_and_the_page_says_so(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "-m", str(llama), "--random-weights", "--max-seq-len", "64", "--json", "-q"])
+    assert not stop.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layers"]["taken"], found["layers"]["of"], len(found["sites"])) == (2, 3, 2)
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "-m", str(llama), "--random-weights", "--max-seq-len", "64", "--layers", "1", "-q"])
+    assert not stop.value.code
+    assert "the first 1 of 3 layers (asked for; --layers 3 takes all)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stage", "phases"),
+    [("match_attention", ["dense"]), ("insert_cached_attention", ["prefill", "mixed", "decode", "padded"])],
+)
+def test_a_check_can_end_at_a_stage(llama: Path, stage: str, phases: list[str]) -> None:
+    """Before the insertion it is the dense graph that is compared."""
+    deploy = AutoDeployConfig(model=str(llama), skip_loading_weights=True, max_seq_len=64)
+    report = check(deploy, stage=stage, layers=1)
+    assert report.is_ok
+    assert report.stage == stage
+    assert [each.phase for each in report.logits][: len(phases)] == phases
+    assert len(report.sites) == (stage == "insert_cached_attention")
+
+
+def test_a_fault_before_the_insertion_is_named_by_its_node(llama: Path) -> None:
+    """The check that ends there finds it, and the one that goes on does too."""
+    deploy = AutoDeployConfig(model=str(llama), skip_loading_weights=True, max_seq_len=64)
+    module = load_model(deploy).module
+    damaged = prepare(module, deploy, stage="classify_mask")
+    node = next(n for n in damaged.source.graph.nodes if g.is_op(n, aten.silu))
+    node.target = aten.relu.default
+    damaged.source.recompile()
+    report = check_prepared(damaged, "damaged")
+    assert report.first is not None
+    assert report.first.startswith(f"node {node.name} ")
+    assert "before the insertion" in report.first
+
+
+def test_the_pools_are_as_small_as_the_steps_of_a_check(llama: Path) -> None:
+    """Whatever max_seq_len says; and a window that no sequence can leave needs no long sequence."""
+    deploy = AutoDeployConfig(model=str(llama), skip_loading_weights=True, max_seq_len=100_000)
+    whole = prepare(load_model(deploy).module, deploy)
+    assert whole.lengths == [64, 41, 28]
+    assert {cache.shape[0] for cache in whole.ctx.caches.values()} == {1 + 3 * 2}
+
+
+def test_a_saved_graph_has_the_layers_that_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--layers: a saved graph"):
+        check(AutoDeployConfig(), graph=tmp_path / "any.pt2", layers=1)

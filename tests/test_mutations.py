@@ -21,6 +21,8 @@ from ad_flashinfer_pass import axes, masks, matching, registry
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import STAGES
 from ad_flashinfer_pass.errors import TransformError
+from ad_flashinfer_pass.matching import eager as written_out
+from ad_flashinfer_pass.matching import logits, operands, parts
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
 from ad_flashinfer_pass.transforms import (
     check_packing,
@@ -238,21 +240,21 @@ def inverse_permutation(patch: Patch) -> None:
 
 
 def group_first(patch: Patch) -> None:
-    patch.setattr(matching.SiteAxes, "heads", property(lambda self: self.group + self.kv_heads))
+    patch.setattr(parts.SiteAxes, "heads", property(lambda self: self.group + self.kv_heads))
 
 
 def operand_scale_dropped(patch: Patch) -> None:
-    taken = matching._taken
-    patch.setattr(matching, "_taken", lambda *args: dataclasses.replace(taken(*args), factor=1.0))
+    taken = operands._taken
+    patch.setattr(operands, "_taken", lambda *args: dataclasses.replace(taken(*args), factor=1.0))
 
 
 def sink_share_dropped(patch: Patch) -> None:
-    scaling = matching._sinks_by_scaling
-    patch.setattr(matching, "_sinks_by_scaling", lambda *args: (None, scaling(*args)[1]))
+    scaling = written_out.sinks_by_scaling
+    patch.setattr(written_out, "sinks_by_scaling", lambda *args: (None, scaling(*args)[1]))
 
 
 def any_floor(patch: Patch) -> None:
-    patch.setattr(matching, "_hides", lambda fill, factor: True)
+    patch.setattr(logits, "_hides", lambda fill, factor: True)
 
 
 def no_packing_rule(patch: Patch) -> None:
@@ -267,7 +269,7 @@ def casts_dropped(patch: Patch) -> None:
 
 
 def ignored_readers(patch: Patch) -> None:
-    patch.setattr(matching._LogitsReader, "check_readers", lambda self, softmax: None)
+    patch.setattr(logits.LogitsReader, "check_readers", lambda self, softmax: None)
     patch.setattr(check_packing._Checker, "refuse", lambda self, node: None)
 
 

@@ -63,6 +63,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 _WARM_UP_STEPS = 4
+_MAX_ULPS = 4.0
+"""Of the best logit, that a token of the one path may be below the best of the other."""
 
 
 class _Progress:
@@ -84,8 +86,6 @@ class Steps(NamedTuple):
     """Until the device is done."""
     host_seconds: float
     """Until all are issued."""
-    tokens: list[list[int]]
-    """[steps][batch]."""
 
 
 def llama(shape: str, num_layers: int | None, device: torch.device) -> nn.Module:
@@ -126,10 +126,10 @@ class Compiled:
                 tokens.append(batch.last_logits(self._model(**batch.inputs).logits).argmax(-1))
         return torch.cat(tokens)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """One token more for each sequence."""
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of one token more for each sequence, [b, vocab]."""
         with self.session.decode(tokens) as batch:
-            return batch.last_logits(self._model(**batch.inputs).logits).argmax(-1)
+            return batch.last_logits(self._model(**batch.inputs).logits)
 
 
 class Standalone:
@@ -153,31 +153,53 @@ class Standalone:
         ]
         return torch.cat([self._model.step([step]).argmax(-1) for step in steps])
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """As ``Compiled.step``."""
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As ``Compiled.logits``; the next step overwrites them."""
         used = self._length // self._info.tokens_per_block + 1
         self._info.tokens[: len(tokens)] = tokens
         self._model.nest(
             [SequenceStep([-1 - i], self._length, pages[:used]) for i, pages in enumerate(self._pages)]
         )
         self._length += 1
-        return self._model.forward()[: len(tokens)].argmax(-1)
+        return self._model.forward()[: len(tokens)]
 
 
 def run(loop: Compiled | Standalone, prompts: Tensor, num_steps: int) -> Steps:
     """Generate greedily; some steps are run before the clock starts."""
     wait: Callable[[], None] = torch.cuda.synchronize if prompts.is_cuda else (lambda: None)
-    tokens = [loop.start(prompts)]
+    tokens = [loop.start(prompts)]  # all are kept, as a user's loop keeps them
     for _ in range(_WARM_UP_STEPS):
-        tokens.append(loop.step(tokens[-1]))
+        tokens.append(loop.logits(tokens[-1]).argmax(-1))
     wait()
     start = time.perf_counter()
     for _ in range(num_steps):
-        tokens.append(loop.step(tokens[-1]))
+        tokens.append(loop.logits(tokens[-1]).argmax(-1))
     issued = time.perf_counter()
     wait()
     end = time.perf_counter()
-    return Steps(end - start, issued - start, torch.stack(tokens).tolist())
+    return Steps(end - start, issued - start)
+
+
+def differences(
+    standalone: Standalone, compiled: Compiled, prompts: Tensor, num_steps: int
+) -> dict[str, Any]:
+    """How often the best tokens of the two differ, given the same tokens so far, and by how much.
+
+    Both take the standalone path's tokens. Graphs that differ sum in other orders, and a random model's best
+    logits are often equal in bfloat16, so what counts is by how much the other token's logit is below the
+    best: in units in the last place of the best.
+    """
+    tokens, num_different, largest = standalone.start(prompts), 0, 0.0
+    compiled.start(prompts)
+    for _ in range(num_steps):
+        theirs, ours = standalone.logits(tokens), compiled.logits(tokens)
+        tokens = theirs.argmax(-1)
+        best = ours.max(-1).values.float()
+        margin = best - ours.gather(1, tokens[:, None])[:, 0].float()
+        ulps = margin / (torch.exp2(best.abs().log2().floor()) * torch.finfo(ours.dtype).eps)
+        num_different += int((ours.argmax(-1) != tokens).sum())
+        largest = max(largest, float(ulps.max()))
+    return {"num_tokens": num_steps * len(prompts), "num_different": num_different, "largest_ulps": largest}
 
 
 def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -225,7 +247,7 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
             progress(f"B{size}, round {len(rounds) + 1} of {args.rounds}")
             rounds.append([run(loop, prompts[:size], args.steps) for loop in (standalone, compiled)])
         theirs, ours = zip(*rounds, strict=True)
-        row: dict[str, Any] = {"batch": size, "same_tokens": theirs[0].tokens == ours[0].tokens}
+        row: dict[str, Any] = {"batch": size, **differences(standalone, compiled, prompts[:size], args.steps)}
         for name, runs in (("standalone", theirs), ("torch.compile", ours)):
             row[f"{name}_ms"] = 1e3 * statistics.median(r.seconds for r in runs) / args.steps
             row[f"{name}_host_ms"] = 1e3 * statistics.median(r.host_seconds for r in runs) / args.steps
@@ -234,8 +256,8 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
         console.print(
             f"B{size}: standalone {row['standalone_ms']:.3f} ms a step (host "
             f"{row['standalone_host_ms']:.3f}), torch.compile {row['torch.compile_ms']:.3f} ms (host "
-            f"{row['torch.compile_host_ms']:.3f}), ratio {row['ratio']:.3f}, same tokens: "
-            f"{row['same_tokens']}"
+            f"{row['torch.compile_host_ms']:.3f}), ratio {row['ratio']:.3f}; "
+            f"{row['num_different']} of {row['num_tokens']} tokens differ, by {row['largest_ulps']:.1f} ulps"
         )
     later = len(session.compiles) - num_compiles
     console.print(f"compiled again in {args.rounds * len(args.batch_sizes)} further runs: {later}")
@@ -282,7 +304,7 @@ def architectures(backend: str, console: Console) -> bool:
 
 
 def main() -> int:
-    """Run and print; 1 if tokens differ."""
+    """Run and print; 1 if tokens differ by more than rounding."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -313,7 +335,7 @@ def main() -> int:
             "results": results,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(not all(row["same_tokens"] for result in results for row in result["steps"]))
+    return int(any(row["largest_ulps"] > _MAX_ULPS for result in results for row in result["steps"]))
 
 
 if __name__ == "__main__":

@@ -236,7 +236,8 @@ def prepare(
 
     kept["cached"] = _copy(gm)
     captures = stage is None and config.compile_backend != "torch-simple"
-    skip = [name for name in stages if name not in late or name in after]
+    runs_late = stage is None or last in late
+    skip = [name for name in stages if name not in late or name in after or not runs_late]
     skip += [] if captures else ["compile_model"]
     compiled, _ = pipeline.run(gm, ctx, on_event, skip=skip, after=keep_cached)
     dense.cached, dense.compiled = kept["cached"], compiled if captures else None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ad_flashinfer_pass.inspection.capture_lint import lint
+from ad_flashinfer_pass.kernels.capability import Phase
+from tests.gpu import test_graphs
+from tests.gpu.test_graphs import PLAIN, SIZES
 from tests.inspection.capture_examples import EXAMPLES, Example, inputs_of
 from tests.inspection.test_capture_lint import traced
+from tests.runtime.two_layers import random_step
 
 pytestmark = pytest.mark.gpu
 
@@ -56,3 +61,47 @@ def test_a_rule_fires_exactly_where_capture_or_replay_fails(name: str) -> None:
     example = EXAMPLES[name]
     gm = traced(name)
     assert (lint(gm) == []) == replayed(example.run, example)
+
+
+def step_replays(phase: Phase, kernel: str) -> bool:
+    """Whether steps that run a kernel are captured, and replays with other lengths are right."""
+    kernels: dict[Phase, str] = {"prefill": "fmha_v2", "decode": "xqa", phase: kernel}
+    with_prefill = phase == "prefill"
+    buckets = [SIZES.max_num_tokens] if with_prefill else []
+    module, info, caches = test_graphs.graphs(PLAIN, kernels, [SIZES.max_batch_size], buckets)
+    try:
+        module.capture(info, caches)
+    except (RuntimeError, torch.AcceleratorError):
+        torch.cuda.synchronize()
+        return False
+    rng = random.Random(0)
+    with torch.inference_mode():
+        for _ in range(20):
+            steps = random_step(rng, SIZES, with_prefill=with_prefill)
+            rows = sum(step.gather for step in steps)
+            info.nest_sequences(steps, pad_to=module.bucket(steps))
+            inputs = {**info.named_args(), **caches}
+            replayed = module(**inputs)[0, :rows].clone()
+            eager = module.eager(**inputs)[0, :rows]  # appends the same again
+            if not torch.allclose(replayed, eager, atol=1e-2, rtol=1e-2):
+                return False
+    return module.num_replays == 20
+
+
+@pytest.mark.parametrize(
+    ("phase", "kernel"),
+    [
+        *(("prefill", kernel) for kernel in ("reference", "fmha_v2", "fa2")),
+        *(("decode", kernel) for kernel in ("reference", "xqa", "split_decode", "fa2")),
+    ],
+)
+def test_host_plan_fires_exactly_where_a_step_is_not_captured(phase: Phase, kernel: str) -> None:
+    """The graph has the one node of which the rule reads the kernels."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("q", "kv_cache_0", "info", "cu", "lens", "table")]
+    kernels: dict[str, Any] = {"prefill_kernel": "fmha_v2", "decode_kernel": "xqa", f"{phase}_kernel": kernel}
+    op = torch.ops.ad_flashinfer.cached_attention.default
+    graph.output(graph.call_function(op, (*inputs, 1.0, 128), kernels))
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    found = lint(gm, suppress=["missing-fake"])
+    assert ([f.rule for f in found] == []) == step_replays(phase, kernel)

@@ -26,35 +26,68 @@ from tests.transforms.small_models import SmallModel, sdpa
 
 ops = torch.ops.ad_flashinfer
 aten = torch.ops.aten
-PAGE, WINDOW = 4, 9
 SITE = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the model in which faults are planted, and where it runs."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    page: int = 4
+    window: int = 9
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
 
 
 @pytest.fixture(scope="module")
 def gpt_oss() -> Prepared:
     """Three layers with sinks and rotary positions, the middle one with a window."""
-    return prepared()
+    return prepared(Sizes())
 
 
 @pytest.fixture(scope="module")
 def gpt_oss_fp8() -> Prepared:
-    return prepared(dtype="fp8", k_scale=0.5, v_scale=0.5)
+    return prepared(Sizes(), dtype="fp8", k_scale=0.5, v_scale=0.5)
 
 
-def prepared(**cache: object) -> Prepared:
+class Linear(torch.nn.Module):
+    """In place of experts, which are not what is looked at here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(width, width) * 0.1, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x @ self.weight, None
+
+
+def prepared(sizes: Sizes, *, stage: str | None = "insert_cached_attention", **cache: object) -> Prepared:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     config = transformers.GptOssConfig(
-        **{**architectures._COMMON, "num_local_experts": 2, "num_experts_per_tok": 1},
-        head_dim=16,
-        sliding_window=WINDOW,
+        **{
+            **architectures._COMMON,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+        },
+        head_dim=sizes.head_dim,
+        sliding_window=sizes.window,
         layer_types=kinds,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = architectures.random_model(config)
     for layer in model.model.layers:
+        layer.mlp = Linear(config.hidden_size)
         layer.self_attn.sinks.data.fill_(1.0)
-    keys = {"tokens_per_block": PAGE, **cache}
-    return prepare(model, AutoDeployConfig(max_seq_len=64, kv_cache_config=keys))
+    keys = {"tokens_per_block": sizes.page, **cache}
+    deploy = AutoDeployConfig(max_seq_len=64, device=sizes.device, kv_cache_config=keys)
+    module: torch.nn.Module = model
+    module = module.to(sizes.device, sizes.dtype)
+    return prepare(module, deploy, stage=stage)
 
 
 class Planted:
@@ -68,6 +101,8 @@ class Planted:
         self.appends = graph.find_nodes(op="call_function", target=ops.append_kv.default)
         self.attend, self.append = self.attends[SITE], self.appends[SITE]
         self.whole = whole
+        self.page = whole.ctx.sequence_info.tokens_per_block
+        self.window = whole.ctx.sites[SITE].site.sliding_window or 0
 
     def before(self, node: fx.Node, target: object, *args: object) -> fx.Node:
         """A new node in front of another."""
@@ -85,7 +120,7 @@ def scale_dropped(p: Planted) -> None:
 
 
 def window_off_by_one(p: Planted) -> None:
-    p.attend.update_kwarg("sliding_window", WINDOW + 1)
+    p.attend.update_kwarg("sliding_window", p.window + 1)
 
 
 def k_and_v_swapped(p: Planted) -> None:
@@ -94,9 +129,13 @@ def k_and_v_swapped(p: Planted) -> None:
 
 
 def wrong_page(p: Planted) -> None:
-    """The third page of every sequence is the second."""
+    """The second page of every sequence is the first."""
     table = p.attend.args[5]
-    index = p.before(p.attend, torch.tensor, [0, 1, 1, *range(3, 64 // PAGE)])
+    width = p.whole.ctx.sequence_info.max_blocks_per_seq
+    pages = torch.tensor([0, 0, *range(2, width)], device=p.whole.ctx.device)
+    p.gm.register_buffer("wrong_pages", pages)
+    with p.gm.graph.inserting_before(p.attend):
+        index = p.gm.graph.get_attr("wrong_pages")
     p.attend.update_arg(5, p.before(p.attend, aten.index_select.default, table, 1, index))
 
 
@@ -125,13 +164,17 @@ def missing_rope(p: Planted) -> None:
 def padding_on_page_1(p: Planted) -> None:
     """Slots on page 0 become slots of page 1, for the append of one layer."""
     slots = p.append.args[2]
-    padding = p.before(p.append, aten.lt.Scalar, slots, PAGE)
-    elsewhere = p.before(p.append, aten.add.Scalar, slots, PAGE)
+    padding = p.before(p.append, aten.lt.Scalar, slots, p.page)
+    elsewhere = p.before(p.append, aten.add.Scalar, slots, p.page)
     p.append.update_arg(2, p.before(p.append, aten.where.self, padding, elsewhere, slots))
 
 
 def sink_ignored(p: Planted) -> None:
     p.attend.update_kwarg("sinks", None)
+
+
+def fp8_scale_doubled(p: Planted) -> None:
+    p.attend.update_kwarg("v_scale", 2 * p.whole.ctx.sites[SITE].site.v_scale)
 
 
 FAULTS: dict[str, Callable[[Planted], None]] = {
@@ -163,7 +206,7 @@ def test_all_agrees_without_a_fault(gpt_oss: Prepared, gpt_oss_fp8: Prepared) ->
         assert report.is_ok
         assert {each.phase for each in report.logits} == {"prefill", "mixed", "decode", "padded", "captured"}
         assert [set(site.errors) for site in report.sites] == [{"prefill", "mixed", "decode", "padded"}] * 3
-        assert report.lengths[0] > WINDOW
+        assert report.lengths[0] > Sizes.window
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -176,7 +219,7 @@ def test_finds_a_fault_at_its_site(gpt_oss: Prepared, fault: str) -> None:
 
 def test_finds_a_doubled_fp8_scale(gpt_oss_fp8: Prepared) -> None:
     planted = Planted(gpt_oss_fp8)
-    planted.attend.update_kwarg("v_scale", 1.0)
+    fp8_scale_doubled(planted)
     assert_only_the_site_is_wrong(planted.check())
 
 

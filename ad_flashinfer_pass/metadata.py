@@ -150,6 +150,8 @@ class SequenceInfo:
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         self.tokens_per_block = tokens_per_block
+        self.max_extend_len = 0
+        """If not 0, extends of more tokens are counted as prefill; see ``ops.cached_attention``."""
         self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
         self.device = device
         # Every prompt of a batch and the padding of a token bucket, which counts as prompts too.
@@ -296,6 +298,7 @@ class SequenceInfo:
         kinds = [_kind(seq) for seq in sequences]
         self._check(sequences, lens, kinds, may_be_empty=bucket is not None)
         gather = [end - 1 for seq, end in zip(sequences, accumulate(lens), strict=True) if seq.gather]
+        kinds = self._short_extends(kinds, lens)
         counts = [value for kind in range(3) for value in _count(kinds, lens, kind)]
         if bucket is None:
             return _Layout(sequences, counts, gather, len(gather))
@@ -317,6 +320,12 @@ class SequenceInfo:
             moved = list(range(bucket.num_decode))
         counts = [len(rows), bucket.num_tokens, 0, 0, bucket.num_decode, bucket.num_decode]
         return _Layout(padded, counts, moved, len(gather))
+
+    def _short_extends(self, kinds: list[int], lens: list[int]) -> list[int]:
+        """The kinds, with 0 for extends up to the last one that is too long to be one."""
+        is_long = [kind == 1 and n > self.max_extend_len > 0 for kind, n in zip(kinds, lens, strict=True)]
+        lead = len(kinds) - is_long[::-1].index(True) if any(is_long) else 0
+        return [0] * lead + kinds[lead:]
 
     def _padding_prompts(
         self, prompts: Sequence[SequenceStep], num_missing: int, bucket: Bucket

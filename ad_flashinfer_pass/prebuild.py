@@ -98,15 +98,18 @@ def needed_modules(
     problem = modules.problem()
     if problem is not None:
         raise ConfigError(f"{problem}: pip install 'flashinfer-python>={modules.OLDEST_FLASHINFER}'.")
-    sites = run_stages(config, stages=["insert_cached_attention"], on_event=on_event).ctx.sites
+    ctx = run_stages(config, stages=["insert_cached_attention"], on_event=on_event).ctx
+    max_extend_len = ctx.sequence_info.max_extend_len
     specs: dict[str, JitSpecNvcc] = {}
     users: dict[str, list[tuple[str, Phase]]] = {}
     notes: dict[str, None] = {}
     with target(sm):
         for phase in PHASES:
-            for cached_site in sites:
+            for cached_site in ctx.sites:
                 provider = _provider(cached_site.site, phase, sm, skip)
                 found = _modules(provider, cached_site.site, sm)
+                if phase == "decode" and max_extend_len and found and select.extender(provider):
+                    found += select.provider(provider).extend_modules(cached_site.site, max_extend_len)
                 if not found:
                     notes[f"{phase} by {provider}: {_WITHOUT_MODULES.get(provider, 'no module')}"] = None
                 for spec in found:

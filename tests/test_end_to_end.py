@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.kernels import reference
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -112,3 +114,48 @@ def test_tokens_depend_on_the_prompt() -> None:
 
         assert len({*continuations}) == len(PROMPTS), name
         assert sum(len({*tokens}) for tokens in continuations) > 8 * len(PROMPTS), name
+
+
+def test_short_extends_give_what_the_uncached_model_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal and other lengths, beside chunks that are too long to be one, in either order, and decodes."""
+    model = model_of("llama_gqa4", "sdpa")
+    config = AutoDeployConfig(
+        max_batch_size=8,
+        max_seq_len=128,
+        max_num_tokens=64,
+        kv_cache_config={"tokens_per_block": 16},
+        transforms={"insert_cached_attention": {"max_extend_len": 4}},
+    )
+    lengths: list[int] = []
+
+    def extend(query: torch.Tensor, *args: Any, max_len: int) -> torch.Tensor:
+        lengths.append(query.shape[0])
+        return reference.prefill(query, *args)
+
+    monkeypatch.setattr(reference, "extend", extend)
+    cached, reports = transform_module(model, config)
+    assert "extends of up to 4 tokens: reference, 3 sites" in [n for r in reports for n in r.notes]
+    tokens = architectures.random_prompts([40] * 4, vocab_size=128)
+    pages = [[1 + 3 * i, 2 + 3 * i, 3 + 3 * i] for i in range(4)]
+    done = [0] * 4
+    for new, extended in (
+        ((5, 15, 16, 2), 0),
+        ((4, 4, 4, 4), 16),
+        ((2, 4, 3, 1), 9),
+        ((7, 3, 2, 1), 5),
+        ((3, 6, 2, 2), 4),
+        ((2, 5, 1, 1), 0),
+    ):
+        spans = [(start, start + n) for start, n in zip(done, new, strict=True)]
+        steps = [
+            SequenceStep(its[start:end], start, own)
+            for its, own, (start, end) in zip(tokens, pages, spans, strict=True)
+        ]
+        lengths.clear()
+        logits = cached.step(steps)
+        assert lengths == [extended] * 3 * (extended > 0)
+        for row, its, (_, end) in zip(logits, tokens, spans, strict=True):
+            with torch.inference_mode():
+                expected = model(torch.tensor([its[:end]])).logits[0, -1]
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)  # float32 summed in another order
+        done = [end for _, end in spans]

@@ -105,6 +105,17 @@ def test_needs_are_those_of_the_target(
     assert bool(notes) == (sm == 100)
 
 
+def test_extends_have_modules_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For a config that sends them to XQA; of sites that it does not decode there are none."""
+    for sm, expected in ((90, ["fmha_v2_bfloat16_9", "xqa_bfloat16_9", "xqa_4"]), (89, ["fa2_bfloat16_8"])):
+        run = sites("auto")
+        monkeypatch.setattr(run.ctx.sequence_info, "max_extend_len", 4)
+        provider = select.PROVIDERS["xqa"]
+        provider.extend, provider.extend_modules = ..., lambda site, n: [Spec(f"xqa_{n}", tmp_path)]  # type: ignore[attr-defined]
+        _, found, _ = prebuild.needed_modules(CONFIG, sm)
+        assert [module.name for module in found] == expected
+
+
 def test_compiles_into_a_folder_and_keeps_what_is_there(tmp_path: Path) -> None:
     """One library a module and a manifest; a second call compiles only what is new."""
     folder = tmp_path / "kernels"

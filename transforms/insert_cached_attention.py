@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ConfigError, NoAttentionError
-from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels import select, xqa
 from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import (
@@ -49,7 +49,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
     Raises:
         UnsupportedError: no kernel covers a site; says which item each kernel lacks.
         NoAttentionError: there is no canonical attention in the graph.
-        ConfigError: k_scale or v_scale has not one number a cache.
+        ConfigError: k_scale or v_scale has not one number a cache, or max_extend_len is out of range.
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("insert_cached_attention")
@@ -59,6 +59,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
         raise NoAttentionError(
             "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
         )
+    ctx.sequence_info.max_extend_len = _max_extend_len(ctx)
     scales = _scales(ctx, list(dict.fromkeys(cache_pair(node) for node in sites)))
     inputs, block_table, slot_mapping = _insert_metadata(model, ctx)
     caches: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
@@ -68,6 +69,8 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
     _cancel_transposes(model.graph)
     report.notes.append(f"{len(sites)} sites, {len(ctx.resources)} caches")
     report.notes += _choices(ctx.sites)
+    if ctx.sequence_info.max_extend_len:
+        report.notes += _extends(ctx)
     g.finish(model)
     return model, report
 
@@ -153,6 +156,7 @@ def _insert_site(
             decode_kernel=decode.kernel,
             **options,
             **quantized,
+            **({"max_extend_len": limit} if (limit := ctx.sequence_info.max_extend_len) else {}),
         )
     for meta in ("stack_trace", "nn_module_stack"):
         cached.meta[meta] = node.meta.get(meta)
@@ -175,6 +179,27 @@ def _choices(sites: list[CachedSite]) -> list[str]:
     """Which kernel runs each phase, of how many sites, and why."""
     counts = Counter((phase, getattr(site, phase)) for site in sites for phase in ("prefill", "decode"))
     return [f"{phase}: {kernel}, {n} sites: {why}" for (phase, (kernel, why)), n in counts.items()]
+
+
+def _max_extend_len(ctx: TransformContext) -> int:
+    settings: dict[str, Any] = ctx.config.transforms["insert_cached_attention"].model_extra or {}
+    limit = settings.get("max_extend_len", 0)
+    if limit != 0 and not (isinstance(limit, int) and 2 <= limit <= xqa.MAX_EXTEND):
+        raise ConfigError(
+            "transforms.insert_cached_attention.max_extend_len must be 0 or within "
+            f"2..{xqa.MAX_EXTEND}, got {limit!r}."
+        )
+    return int(limit)
+
+
+def _extends(ctx: TransformContext) -> list[str]:
+    """What runs extends that are no longer than the limit, of how many sites."""
+    kernels = Counter(
+        site.decode.kernel if select.extender(site.decode.kernel) else site.prefill.kernel
+        for site in ctx.sites
+    )
+    limit = ctx.sequence_info.max_extend_len
+    return [f"extends of up to {limit} tokens: {kernel}, {n} sites" for kernel, n in kernels.items()]
 
 
 def _scales(

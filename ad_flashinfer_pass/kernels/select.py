@@ -10,6 +10,8 @@ Their arguments are those of ``ops.cached_attention`` cut to the sequences of th
 [tokens, num_heads, head_dim] and ``spec`` for the scalars; the result, [tokens, num_heads, v_head_dim], is a
 new tensor. ``decode`` may take an integer more, which changes how it is launched, not what it computes: the
 module gives its name as ``DECODE_OPTION``, and ``decode_options(site, batch, device)`` those worth timing.
+A provider may also have ``extend``, ``prefill`` of sequences of at most ``max_len`` tokens, and then
+``extend_modules(site, max_len)``.
 
 In each phase a site goes to the first provider, in the order of ``PROVIDERS``, whose declaration
 covers every item of the site; if none does, the pass stops and says which item each of them lacks.
@@ -62,6 +64,11 @@ def decoder(choice: str, batch: int) -> Callable[..., Tensor]:
     name, option = _entry(choice, batch)
     module = provider(name)
     return module.decode if option is None else partial(module.decode, **{module.DECODE_OPTION: option})
+
+
+def extender(choice: str) -> Callable[..., Tensor] | None:
+    """The ``extend`` of a choice, for any number of sequences; None if its provider has none."""
+    return getattr(provider(choice.split()[0]), "extend", None)
 
 
 @cache

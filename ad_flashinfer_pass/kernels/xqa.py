@@ -40,7 +40,17 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     ]
 
 
-_MAX_EXTEND = 32
+def extend_modules(site: Site, max_len: int) -> list[JitSpecNvcc]:
+    """Those of ``extend``: for sequences of ``max_len`` tokens each, and for others."""
+    from flashinfer.jit.xqa import gen_xqa_module
+
+    group = site.num_heads // site.num_kv_heads
+    kind = (site.dtype, site.kv_dtype, site.page_size, site.head_dim, group, site.sliding_window is not None)
+    found = [gen_xqa_module(*kind, site.dtype, max_len, is_ragged) for is_ragged in (False, True)]
+    return list({module.name: module for module in found}.values())  # one may serve both
+
+
+MAX_EXTEND = 32
 _SEMAPHORES = 2**21
 _SCRATCH_BYTES = 2**24
 CAPABILITY = Capability(
@@ -138,7 +148,7 @@ def extend(
         cu_seqlen: int32 [batch + 1].
         max_len: new tokens of one sequence, at most; 2 to 32. More than that in a sequence is garbage.
     """
-    assert 2 <= max_len <= _MAX_EXTEND, f"max_len must lie within 2..{_MAX_EXTEND}, got {max_len}"
+    assert 2 <= max_len <= MAX_EXTEND, f"max_len must lie within 2..{MAX_EXTEND}, got {max_len}"
     query = query.contiguous()
     out = torch.empty_like(query)
     batch, num_tokens = seq_len_with_cache.shape[0], query.shape[0]
@@ -158,7 +168,7 @@ def extend(
 
 def _causal_masks(device: torch.device) -> Tensor:
     """int32 [32, 1]: in row i the bits of tokens 0 to i, which the token i of an extend may see."""
-    bits = (2 << torch.arange(_MAX_EXTEND, dtype=torch.int64)) - 1
+    bits = (2 << torch.arange(MAX_EXTEND, dtype=torch.int64)) - 1
     return bits.to(torch.int32)[:, None].to(device)
 
 

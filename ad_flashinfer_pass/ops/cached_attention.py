@@ -65,7 +65,7 @@ def cached_attention(
         k_scale: what an element of K in the cache is multiplied by; see ``ops.append_kv``.
         v_scale: likewise for V.
         max_extend_len: if not 0, no extend sequence has more tokens than that, as drafts to be verified, and
-            they are for ``extend`` of decode_kernel, which is `xqa` or the reference.
+            they are for ``extend`` of decode_kernel if it has that, as `xqa` does; else they are prefilled.
 
     Returns:
         [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
@@ -97,15 +97,15 @@ def _attend(
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
     tokens = query.flatten(0, 1)
     parts = []
-    if num_extend and not max_extend_len:
+    extend = select.extender(decode_kernel) if num_extend and max_extend_len else None
+    if extend is None:
         num_prefill, prefill_tokens = num_long, long_tokens
     if num_prefill:
         prefill = select.provider(prefill_kernel).prefill
         lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
         bounds = cu_seqlen[: num_prefill + 1]
         parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, *site))
-    if num_prefill < num_long:
-        extend = select.provider(decode_kernel).extend
+    if extend is not None:
         rows, bounds = slice(num_prefill, num_long), cu_seqlen[num_prefill : num_long + 1]
         bounds = bounds - prefill_tokens if prefill_tokens else bounds
         drafts = tokens[prefill_tokens:long_tokens]

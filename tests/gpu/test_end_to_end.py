@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels import fa, select
+from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.registry import TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -18,6 +20,8 @@ from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, VOCAB, compared
+from tests import architectures
+from tests.gpu.test_conformance import skipped_if_not_built
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -40,16 +44,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(name: str) -> nn.Module:
+def model_of(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**{**COMMON, **CONFIGS[name]})
+    config = getattr(transformers, name)(**{**COMMON, **CONFIGS[name], **changes})
     attention = "eager" if name == "Gemma2Config" else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.to("cuda", torch.bfloat16).eval().requires_grad_(False)
 
 
 def transformed(
-    model: nn.Module, backend: str, kv_dtype: str = "auto"
+    model: nn.Module, backend: str, kv_dtype: str = "auto", **options: Any
 ) -> tuple[CachedModel, list[TransformReport]]:
     config = AutoDeployConfig(
         device="cuda",
@@ -60,6 +64,7 @@ def transformed(
         max_num_tokens=128,
         cuda_graph_batch_sizes=[1, 3, 8] if backend == "torch-cudagraph" else None,
         kv_cache_config={"dtype": kv_dtype},
+        **options,
     )
     return transform_module(model, config)
 
@@ -125,6 +130,38 @@ def assert_same_tokens(model: nn.Module, generated: list[list[int]]) -> None:
     )
     assert found["largest_share"] <= 2.0
     assert found["num_different"] <= found["num_tokens"] // 20
+
+
+@pytest.mark.parametrize("new", [(4, 4, 4, 4), (2, 4, 3, 4)], ids=["uniform", "ragged"])
+def test_extends_by_xqa_equal_the_uncached_model(new: tuple[int, ...]) -> None:
+    """Drafts on pasts at and beside the edges of pages: logits of the last of them, within the rounding."""
+    model = model_of("LlamaConfig", num_attention_heads=8, head_dim=128)
+    settings = {"insert_cached_attention": {"max_extend_len": 4}}
+    cached, reports = transformed(model, "torch-simple", transforms=settings)
+    assert "extends of up to 4 tokens: xqa, 3 sites" in [note for r in reports for note in r.notes]
+    exact = copy.deepcopy(model).float()
+    rows = architectures.random_prompts([100] * 4, VOCAB)
+    pasts = (31, 32, 33, 90)
+    for index, (row, past) in enumerate(zip(rows, pasts, strict=True)):
+        cached.step([SequenceStep(row[:past], 0, pages_of(index))])
+    with skipped_if_not_built():
+        logits = cached.step(
+            [
+                SequenceStep(row[past : past + n], past, pages_of(index))
+                for index, (row, past, n) in enumerate(zip(rows, pasts, new, strict=True))
+            ]
+        )
+    for found, row, past, n in zip(logits.float(), rows, pasts, new, strict=True):
+        ids = torch.tensor([row[: past + n]], device="cuda")
+        with torch.inference_mode():
+            uncached, wide = (m(ids).logits[0].float() for m in (model, exact))
+        rounding = (uncached - wide).abs().max()
+        assert (found - uncached[-1]).abs().max() <= 2 * rounding
+
+
+def pages_of(index: int) -> list[int]:
+    """Four pages of each sequence."""
+    return list(range(1 + 4 * index, 5 + 4 * index))
 
 
 @pytest.mark.parametrize(

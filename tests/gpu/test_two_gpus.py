@@ -68,4 +68,5 @@ def _generated(device: str) -> list[list[int]]:
     )
     cached, _ = transform_module(model_of("LlamaConfig").to(device), config)
     assert {cache.device for cache in cached.caches.values()} == {torch.device(device)}
+    torch.cuda.set_device(0)  # as another model's pass in the same process does
     return generate(cached)

@@ -100,6 +100,14 @@ def test_scales_of_an_8_bit_cache_reach_append_and_attend(k_scale: float | list[
     assert all(resource.dtype == torch.float8_e4m3fn for resource in ctx.resources)
 
 
+@pytest.mark.parametrize("limit", [1, 33, "4"])
+def test_a_length_of_extends_that_no_kernel_has_is_refused(limit: object) -> None:
+    """XQA's masks hold 2 to 32 tokens."""
+    ctx = context(transforms={"insert_cached_attention": {"max_extend_len": limit}})
+    with pytest.raises(ConfigError, match=rf"max_extend_len must be 0 or within 2\.\.32, got {limit!r}"):
+        inserted(SmallModel(windowed), ctx)
+
+
 def test_as_many_scales_as_caches_are_needed() -> None:
     """A list of another length names the key, what is needed and what was given."""
     ctx = context(kv_cache_config={"dtype": "fp8", "v_scale": [1.0, 2.0]})

@@ -23,6 +23,7 @@ SDPA = (
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_fused_attention_overrideable,
     aten._scaled_dot_product_attention_math,
 )
 

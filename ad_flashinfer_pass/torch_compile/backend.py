@@ -129,8 +129,9 @@ class _Compiled:
         self.backend = backend
         self.mode = mode
         self.attributes = [i for i, source in enumerate(inputs) if source.is_attribute]
+        self._numbers = [i for i, source in enumerate(inputs) if source.is_number]
         self._changes = changes
-        self._transformed: dict[tuple[int, ...], _Transformed] = {}
+        self._transformed: dict[tuple[float, ...], _Transformed] = {}
         session.compiles.append(CompileRecord("dynamo", f"{len(gm.graph.nodes)} nodes", 0.0))
 
     def context(self) -> TransformContext:
@@ -161,11 +162,11 @@ class _Compiled:
             )
         batch = self.session.batch
         # Pieces of one code, such as the layers of a model, share a graph and differ in their weights.
-        weights = tuple(id(args[i]) for i in self.attributes)
-        transformed = self._transformed.get(weights)
+        key = (*(id(args[i]) for i in self.attributes), *(args[i].item() for i in self._numbers))
+        transformed = self._transformed.get(key)
         if transformed is None:
             transformed = _Transformed(self, args, batch)
-            self._transformed[weights] = transformed
+            self._transformed[key] = transformed
         return transformed(batch, args)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,17 +39,28 @@ class Source:
     """Whether it is a parameter or buffer."""
     shape: tuple[int | torch.SymInt, ...] | None
     """None for a size."""
+    is_number: bool = False
+    """Whether it is a float of the model, such as an epsilon, that Dynamo takes for dynamic."""
 
 
 def sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
-    """What the inputs of a graph from Dynamo are."""
+    """What the inputs of a graph from Dynamo are.
+
+    Raises:
+        ExportError: it is no graph from Dynamo, or takes something that is no tensor.
+    """
+    if not all("grapharg" in node.meta for node in gm.graph.find_nodes(op="placeholder")):
+        raise ExportError(
+            "the backend was given a graph that Dynamo did not make, as aot_autograd(fw_compiler=...) does: "
+            "give it to torch.compile itself. A graph of your own goes through transform or transform_module."
+        )
     found = []
     for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         name = _source_name(node)
         if isinstance(example, Tensor):
             is_attribute = isinstance(example, nn.Parameter) or "_buffers[" in name
             shape = tuple(node.meta["example_value"].shape)
-            found.append(Source(_readable(name), is_attribute, shape))
+            found.append(Source(_readable(name), is_attribute, shape, _is_number(node)))
         elif isinstance(example, (int, torch.SymInt)):
             found.append(Source(_readable(name), False, None))
         else:
@@ -58,6 +69,16 @@ def sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
                 "session cannot have: pass tensors."
             )
     return found
+
+
+class _Number(NamedTuple):
+    """In place of a tensor of which a graph reads nothing but its value."""
+
+    value: float
+
+    def item(self) -> float:
+        """As of the tensor."""
+        return self.value
 
 
 class Piece(nn.Module):
@@ -85,7 +106,7 @@ class Piece(nn.Module):
     ) -> None:
         super().__init__()
         self._run = fx.Interpreter(gm).run
-        self._order: list[str | int] = []
+        self._order: list[str | int | _Number] = []
         """For each input of the graph: an attribute, or which argument of ``forward``; -1: a size."""
         self.where: dict[str, int] = {}
         """Which argument of the graph is input_ids and which position_ids, if it takes them."""
@@ -106,6 +127,8 @@ class Piece(nn.Module):
                         f"the graph depends on {source.name}={arg}, which is not the number of tokens."
                     )
                 self._order.append(-1)
+            elif source.is_number:
+                self._order.append(_Number(arg.item()))
             elif source.is_attribute:
                 self._order.append(self._enter(source.name, arg))
             elif arg is input_ids or arg is position_ids:
@@ -137,6 +160,8 @@ class Piece(nn.Module):
         for what in self._order:
             if isinstance(what, str):
                 args.append(self._attribute(what))
+            elif isinstance(what, _Number):
+                args.append(what)
             else:
                 args.append(num_tokens if what < 0 else given[what])
         return self._run(*args)
@@ -209,6 +234,14 @@ def exported(piece: Piece, device: torch.device, max_num_tokens: int) -> fx.Grap
                 "shapes with tensors, or lower max_num_tokens of the session if that is the bound."
             )
     return gm
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a tensor stands for a Python float: with dynamic=True, Dynamo makes inputs of them."""
+    is_passed_as_tensor = node.meta["grapharg"].pass_arg_as_tensor
+    return is_passed_as_tensor and all(
+        user.op == "call_method" and user.target == "item" for user in node.users
+    )
 
 
 def _source_name(node: fx.Node) -> str:

@@ -7,13 +7,15 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from packaging.version import Version
 from pydantic import BaseModel
 
-from ad_flashinfer_pass import autodeploy_hook
+from ad_flashinfer_pass import autodeploy_hook, prebuild
+from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.kernels import modules, select
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 
@@ -90,13 +92,18 @@ class Diagnosis(BaseModel):
     """Whether TensorRT-LLM's AutoDeploy imports the plugin."""
 
 
-def diagnose() -> Diagnosis:
-    """Look at this machine; compiles nothing and allocates nothing on a device."""
+def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
+    """Look at this machine; compiles nothing and allocates nothing on a device.
+
+    Args:
+        kernel_dir: a folder of ``prebuild``'s to be looked at too.
+    """
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
+    checks = [_torch_check(), *_flashinfer_checks(has_gpu=bool(gpus)), *(_module_checks() if gpus else [])]
     return Diagnosis(
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
-        checks=[_torch_check(), *_flashinfer_checks(has_gpu=bool(gpus)), *(_module_checks() if gpus else [])],
+        checks=[*checks, *([] if kernel_dir is None else [_folder_check(kernel_dir, gpus)])],
         gpus=gpus,
         run_on_hardware=[_runs(name) for name, module in select.PROVIDERS.items() if name != "reference"],
         autodeploy=autodeploy_hook.status(),
@@ -141,6 +148,9 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
         _tool("ninja", "FlashInfer compiles with it", "pip install ninja"),
         _tool(os.environ.get("CC", "cc"), "Triton compiles launchers with it", "apt-get install gcc"),
     ]
+    if all(check.state == "ok" for check in checks):
+        found = "can compile modules here, for GPUs of other machines too"
+        checks.append(Check(name="prebuild", state="ok", found=found))
     if _version("triton") is None:
         remedy = f"pip install triton{'' if platform.system() == 'Linux' else ' (on Linux)'}"
         checks.append(Check(name="Triton", state="missing", found="not installed", remedy=remedy))
@@ -155,6 +165,24 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
 _PREBUILD = (
     "ad-flashinfer-pass prebuild -c CONFIG --sm SM -o FOLDER, where there is nvcc; then kernel_dir: FOLDER"
 )
+
+
+def _folder_check(folder: Path, gpus: list[Gpu]) -> Check:
+    """Whether ``kernel_dir: folder`` would be accepted on every GPU of this machine."""
+    try:
+        made = prebuild.read_manifest(folder)
+    except ConfigError as err:
+        return Check(name="kernel_dir", state="missing", found=str(err), remedy=_PREBUILD)
+    what = f"{len(made.modules)} modules for SM{made.sm} of flashinfer-python {made.flashinfer}"
+    here = {f"GPU {gpu.index} is SM{gpu.sm}" for gpu in gpus if gpu.sm != made.sm}
+    if _version("flashinfer-python") != made.flashinfer:
+        here.add(f"flashinfer-python {_version('flashinfer-python') or 'is not installed'} is here")
+    lost = [m.name for m in made.modules if not (folder / m.name / f"{m.name}.so").exists()]
+    problems = [*sorted(here), *(f"{name} is missing" for name in lost)]
+    if problems:
+        found = f"{what}; {', '.join(problems)}"
+        return Check(name="kernel_dir", state="missing", found=found, remedy=_PREBUILD)
+    return Check(name="kernel_dir", state="ok", found=what)
 
 
 def _nvcc_check() -> Check:

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +88,7 @@ def needed_modules(
         Modules by name, the same as records, and notes.
 
     Raises:
-        ConfigError: an unknown provider, or FlashInfer is missing or too old.
+        ConfigError: an unknown provider, no such compute capability, or FlashInfer is missing or too old.
         TransformError: the pass refuses the model.
     """
     from ad_flashinfer_pass.inspection.stages import run_stages
@@ -95,6 +96,8 @@ def needed_modules(
     unknown = sorted(set(skip) - set(select.PROVIDERS))
     if unknown:
         raise ConfigError(f"no kernel provider {unknown[0]!r}; there are {', '.join(select.PROVIDERS)}.")
+    if not 70 <= sm < 130:
+        raise ConfigError(f"--sm is a compute capability without its point, 90 for 9.0, got {sm}.")
     problem = modules.problem()
     if problem is not None:
         raise ConfigError(f"{problem}: pip install 'flashinfer-python>={modules.OLDEST_FLASHINFER}'.")
@@ -171,7 +174,7 @@ def prebuild(
 
     Raises:
         ConfigError: as ``needed_modules``; the folder is for another GPU or FlashInfer; or no nvcc.
-        KernelError: a module does not compile.
+        KernelError: modules do not compile; all others are in the folder.
     """
     compiler = modules.nvcc()
     if compiler is None:
@@ -191,18 +194,27 @@ def prebuild(
     if on_event is not None:
         on_event(f"compile {len(todo)} of {len(records)} modules")
     home = os.environ.get("CUDA_HOME") or str(Path(compiler).resolve().parents[1])
+    failed = []
     with (
         target(sm),
-        _linkable(folder),
+        _linkable(),
         _environment("CUDA_HOME", home),
         ThreadPoolExecutor(jobs or os.cpu_count()) as pool,
     ):
-        for record in pool.map(lambda record: _built(record, specs[record.name], folder), todo):
+        building = [pool.submit(_built, record, specs[record.name], folder) for record in todo]
+        for index, future in enumerate(as_completed(building)):
+            try:
+                record = future.result()
+            except KernelError as err:
+                failed.append(str(err))
+                continue
             kept[record.name] = record
-            if on_line is not None:
-                on_line(f"{record.name}: {record.seconds:.0f} s")
             made = made.model_copy(update={"modules": list(kept.values())})
             (folder / _MANIFEST).write_text(made.model_dump_json(indent=1) + "\n")
+            if on_line is not None:
+                on_line(f"{index + 1} of {len(todo)}: {record.name}: {record.seconds:.0f} s")
+    if failed:
+        raise KernelError("; ".join(failed))
     return made.model_copy(update={"modules": list(kept.values())})
 
 
@@ -287,22 +299,18 @@ def target(sm: int) -> Iterator[None]:
 
 
 @contextmanager
-def _linkable(folder: Path) -> Iterator[None]:
+def _linkable() -> Iterator[None]:
     """Let modules be linked with the driver's library where there is no driver."""
-    stub = folder / ".driver_stub"
-    stub.mkdir()
-    source, library = stub / "driver.c", stub / "libcuda.so"
-    source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in _DRIVER_SYMBOLS))
-    compiler = os.environ.get("CC", "cc")
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    # Searched after the folders that FlashInfer names, so that a driver that is there wins.
-    paths = os.pathsep.join([str(stub.resolve()), *filter(None, [os.environ.get("LIBRARY_PATH")])])
-    try:
+    with tempfile.TemporaryDirectory() as stub:
+        source, library = Path(stub, "driver.c"), Path(stub, "libcuda.so")
+        source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in _DRIVER_SYMBOLS))
+        compiler = os.environ.get("CC", "cc")
+        command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+        subprocess.run(command, check=True)
+        # Searched after the folders that FlashInfer names, so that a driver that is there wins.
+        paths = os.pathsep.join([stub, *filter(None, [os.environ.get("LIBRARY_PATH")])])
         with _environment("LIBRARY_PATH", paths):
             yield
-    finally:
-        shutil.rmtree(stub)
 
 
 @contextmanager

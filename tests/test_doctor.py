@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ad_flashinfer_pass import doctor
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.kernels import modules, select
+from ad_flashinfer_pass.prebuild import Manifest, NeededModule
 
 
 @pytest.fixture
@@ -91,6 +93,28 @@ def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
     assert check.state == "note"
     assert check.found == found
     assert check.remedy == "pip install 'flashinfer-python>=0.7.2'"
+
+
+def test_a_folder_of_prebuilt_kernels_is_looked_at(
+    hopper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether kernel_dir would take it here: GPU, version of FlashInfer, and all that its manifest lists."""
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.7.2" if name == "flashinfer-python" else "1.0")
+
+    def check() -> doctor.Check:
+        return next(c for c in doctor.diagnose(tmp_path).checks if c.name == "kernel_dir")
+
+    assert "not a folder of prebuilt kernels" in check().found
+    module = NeededModule(name="xqa_1", provider="xqa", phases=["decode"], num_sites=4)
+    for sm, expected in ((90, "xqa_1 is missing"), (89, "GPU 0 is SM90, xqa_1 is missing")):
+        made = Manifest(sm=sm, flashinfer="0.7.2", nvcc="", modules=[module], notes=[])
+        (tmp_path / "manifest.json").write_text(made.model_dump_json())
+        assert check().found == f"1 modules for SM{sm} of flashinfer-python 0.7.2; {expected}"
+        assert check().state == "missing"
+    (tmp_path / "manifest.json").write_text(made.model_copy(update={"sm": 90}).model_dump_json())
+    (tmp_path / "xqa_1").mkdir()
+    (tmp_path / "xqa_1" / "xqa_1.so").touch()
+    assert check().state == "ok"
 
 
 def test_the_command_says_what_never_ran_and_the_state_of_the_hook(

@@ -141,19 +141,28 @@ def test_a_folder_is_of_one_gpu(tmp_path: Path) -> None:
 
 
 def test_what_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's words are in the error."""
+    """The compiler's words are in the error, and the other modules in the folder."""
     broken = replace(
         select.PROVIDERS["xqa"].CAPABILITY, modules=lambda site, major: [Spec("broken", tmp_path)]
     )
     monkeypatch.setitem(select.PROVIDERS, "xqa", SimpleNamespace(CAPABILITY=broken))
+    folder = tmp_path / "kernels"
     with pytest.raises(KernelError, match="module broken does not compile: nvcc failed"):
-        prebuild.prebuild(CONFIG, 90, tmp_path / "kernels")
+        prebuild.prebuild(CONFIG, 90, folder, jobs=1)
+    assert [module.name for module in prebuild.read_manifest(folder).modules] == ["fmha_v2_bfloat16_9"]
 
 
 def test_an_unknown_provider_lists_the_known() -> None:
     """A slip in --skip must not leave everything in."""
     with pytest.raises(ConfigError, match="no kernel provider 'fmha'; there are xqa, trtllm_gen, "):
         prebuild.needed_modules(CONFIG, 90, ["fmha"])
+
+
+@pytest.mark.parametrize("sm", [9, 900])
+def test_no_such_compute_capability(sm: int) -> None:
+    """One that no GPU has would be served by the reference alone."""
+    with pytest.raises(ConfigError, match=f"without its point, 90 for 9.0, got {sm}"):
+        prebuild.needed_modules(CONFIG, sm)
 
 
 def test_a_folder_is_used_only_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
-from ad_flashinfer_pass.cli.options import PROG, DebugOption, JsonOption, error_border
+from ad_flashinfer_pass.cli.options import MODEL, PROG, DebugOption, JsonOption, error_border, option
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
 
 [green]{PROG} doctor[/green]
 
+[green]{PROG} doctor --kernel-dir kernels[/green]
+
 [green]{PROG} doctor --json | jq '.checks[] | select(.state == "missing") | .remedy'[/green]
 """
 
 
-def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def doctor(
+    kernel_dir: Annotated[
+        Path | None,
+        option(MODEL, "FOLDER", "A folder that prebuild made: whether it can be used here.", "--kernel-dir"),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
     """Show what this machine can run, what is missing and the command that gets it.
 
     Which kernels run attention on each GPU and why the others do not, whether FlashInfer can compile here,
@@ -27,7 +38,7 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
         from ad_flashinfer_pass.generation import libraries_quiet
 
         with libraries_quiet(not debug):
-            found = examining.diagnose()
+            found = examining.diagnose(kernel_dir)
         if as_json:
             print(found.model_dump_json(indent=2))
             return

@@ -116,3 +116,5 @@ def prebuild(
         from rich.console import Console
 
         Console(width=None if sys.stdout.isatty() else 200).print(*building.as_tables(found, notes))
+        if output is not None:
+            print(f"On the machine with the GPU, in the config: kernel_dir: {output}", file=sys.stderr)

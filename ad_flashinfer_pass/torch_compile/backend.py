@@ -179,7 +179,8 @@ class _Transformed:
         self._piece = Piece(
             owner.gm, owner.inputs, args, batch.inputs["input_ids"], batch.inputs["position_ids"]
         )
-        self._weights = [args[i] for i in owner.attributes]  # their ids are taken while they live
+        # Their ids are taken while they live.
+        self._weights = {owner.inputs[i].name: args[i] for i in owner.attributes}
         if self._piece.extra:
             session.note_split(_SPLIT)
         ctx = owner.context()
@@ -190,14 +191,15 @@ class _Transformed:
             _refuse_training(gm)
             keys = _transform(gm, ctx)
             if keys:
-                self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]), self._weights)
+                weights = list(self._weights.values())
+                self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]), weights)
         except TransformError as err:
             raise type(err)(f"{err}{self._hint()}") from err
         seconds = time.perf_counter() - start
         session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
         caches = self._group.caches if self._group is not None else []
         ctx.caches.update(zip((resource.name for resource in ctx.resources), caches, strict=True))
-        self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode)
+        self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode, self._weights)
 
     def _hint(self) -> str:
         """What may be behind a refusal."""

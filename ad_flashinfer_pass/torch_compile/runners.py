@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
-from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.errors import ConfigError, SessionError
 from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -33,6 +33,7 @@ def runner(
     session: CacheSession,
     backend: str,
     mode: str,
+    weights: Mapping[str, Tensor],
 ) -> Runner:
     """The graph as a function of a batch and of what it takes beside it; gives its outputs.
 
@@ -44,13 +45,14 @@ def runner(
         session: theirs.
         backend: inductor, or a compile backend of ``AutoDeployConfig``.
         mode: Inductor's.
+        weights: the model's parameters and buffers, as it names them.
     """
     if backend == INDUCTOR:
         compiled = _Inductor(gm, session, mode)
         return _Packed(gm, caches, session, compiled)
     if backend == "torch-simple":
         return _Packed(gm, caches, session, _compile_stage(gm, ctx))
-    return _Captured(gm, ctx, caches, session, backend)
+    return _Captured(gm, ctx, caches, session, backend, weights)
 
 
 class _Packed:
@@ -180,6 +182,7 @@ class _Captured:
         caches: Sequence[Tensor],
         session: CacheSession,
         backend: str,
+        weights: Mapping[str, Tensor],
     ) -> None:
         outputs = g.args(gm.graph.output_node())[0]
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -197,12 +200,22 @@ class _Captured:
         for cache, page in zip(caches, kept, strict=True):
             cache[1] = page
         self._model = CachedModel(module, ctx.caches, session.sequence_info, ctx.vocab_size)
+        self._weights = weights
+        self._addresses = [tensor.data_ptr() for tensor in weights.values()]
         self._session = session
         session.captured.append(self._model)
         session.batch.was_overwritten()
         session.compiles.append(CompileRecord(backend, "decode", time.perf_counter() - start))
 
     def __call__(self, batch: Batch, extra: Sequence[Tensor]) -> Sequence[Tensor]:
+        addresses = [tensor.data_ptr() for tensor in self._weights.values()]
+        if addresses != self._addresses:
+            moved = zip(self._weights, addresses, self._addresses, strict=True)
+            names = [name for name, now, then in moved if now != then]
+            raise SessionError(
+                f"{names[0]} is elsewhere in memory than when its steps were captured, which read the old "
+                "place. Write new weights into it (load_state_dict, copy_), or call torch._dynamo.reset()."
+            )
         batch.nest(self._model)
         self._session.last_decoder = self._model
         logits = self._model.forward()[None, : batch.num_tokens]

@@ -9,13 +9,14 @@ session may be called once. The sequences grow when the context ends without an 
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -157,6 +158,12 @@ class CacheSession:
         self.last_decoder: CachedModel | None = None
         """The captured model that ran a decode step last; the next is written for it at once."""
 
+    def __reduce__(self) -> NoReturn:
+        raise SessionError(
+            "a session can be neither copied nor saved: it owns the pages of its sequences. To copy a "
+            "compiled model, copy the model (compiled._orig_mod) and compile the copy with the same session."
+        )
+
     def config(self, **changes: Any) -> AutoDeployConfig:
         """The session's settings as a config of the pass, with ``changes``.
 
@@ -214,6 +221,8 @@ class CacheSession:
                 sequences.
             CapacityError: the session is too small.
         """
+        if isinstance(token_ids, Tensor) and token_ids.is_floating_point():
+            raise SessionError(f"tokens are integers, got a tensor of {token_ids.dtype}.")
         chosen = list(self._sequences) if sequences is None else list(sequences)
         num_tokens = token_ids.numel() if isinstance(token_ids, Tensor) else len(token_ids)
         if num_tokens != len(chosen):
@@ -342,7 +351,7 @@ class CacheSession:
     ) -> list[tuple[int | None, list[int]]]:
         if self._open is not None:
             raise SessionError("a batch is open: leave its context before the next step.")
-        entries = [(sequence, [int(token) for token in tokens]) for sequence, tokens in schedule]
+        entries = [(sequence, _integers(tokens)) for sequence, tokens in schedule]
         named = [sequence for sequence, _ in entries if sequence is not None]
         if not entries or not all(tokens for _, tokens in entries) or len(set(named)) < len(named):
             raise SessionError("a step takes one sequence or more, each once and with one token or more.")
@@ -561,6 +570,16 @@ class Batch:
                 group.lengths[sequence] = end
 
 
-def _prompts(input_ids: TokenIds) -> list[list[int]]:
-    rows: list[Any] = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
-    return [list(row) for row in rows] if rows and not isinstance(rows[0], int) else [rows]
+def _prompts(input_ids: TokenIds) -> list[Sequence[int]]:
+    rows: Any = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
+    if not isinstance(rows, Iterable):
+        raise SessionError(f"a prompt is a list of tokens, got {input_ids!r}.")
+    rows = list(rows)
+    return rows if any(isinstance(row, Iterable) for row in rows) else [rows]
+
+
+def _integers(tokens: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as err:
+        raise SessionError(f"tokens are integers, got {tokens!r}.") from err

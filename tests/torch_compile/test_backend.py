@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from ad_flashinfer_pass import CacheSession
 from ad_flashinfer_pass.errors import (
     AdFlashinferError,
     CapacityError,
@@ -68,6 +72,81 @@ def test_a_model_written_by_hand() -> None:
     model, of = Net(), session()
     assert generate(of, compiled(model, of)) == expected(model)
     assert [record.what for record in of.compiles] == ["dynamo", "pass"]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_dynamic_may_be_set(dynamic: bool) -> None:
+    """With True, Dynamo also makes inputs of the model's floats; a new value of one is used."""
+    model, of = Net(1), session()
+    options: dict[str, Any] = {"session": of, "compile_backend": "torch-simple"}
+    call = torch.compile(model, backend=flashinfer_trtllm, dynamic=dynamic, fullgraph=True, options=options)
+    assert generate(of, call) == expected(model)
+    assert [record.what for record in of.compiles] == ["dynamo", "pass"]
+    model.norm.eps = 1.0
+    assert generate(of, call) == expected(model)
+
+
+def test_two_sessions_serve_one_model() -> None:
+    model, first, second = Net(1), session(), session()
+    calls = compiled(model, first), compiled(model, second)
+    with first.prefill([[1, 2, 3]]) as batch:
+        calls[0](*batch.inputs.values())
+    assert generate(second, calls[1]) == expected(model)
+    assert (first.lengths, second.lengths) == ({0: 3}, {})
+
+
+def test_a_function_and_a_module_compiled_in_place() -> None:
+    """Other ways to ask for it."""
+    model, of = Net(1), session()
+    options: dict[str, Any] = {"session": of, "compile_backend": "torch-simple"}
+
+    @torch.compile(backend=flashinfer_trtllm, options=options)
+    def logits(tokens: Tensor, positions: Tensor) -> Tensor:
+        return model(tokens, positions) * 1.0
+
+    assert generate(of, logits) == expected(model)
+    wanted = expected(model)
+    model.compile(backend=flashinfer_trtllm, options=options)
+    assert generate(of, model) == wanted
+
+
+def test_a_new_dtype_is_another_graph() -> None:
+    model, of = Net(1), session()
+    call = compiled(model, of)
+    with of.prefill([[1, 2, 3]]) as batch:
+        call(*batch.inputs.values())
+    model.half()
+    with pytest.raises(SessionError, match=r"has 3 tokens and the caches of layers\.0 hold 0 of them"):
+        generate_one_more(of, call)
+    of.free()
+    assert generate(of, call) == expected(model)
+
+
+def generate_one_more(of: CacheSession, call: Callable[..., Tensor]) -> None:
+    with of.decode([4]) as batch:
+        call(*batch.inputs.values())
+
+
+def test_a_reset_of_dynamo_keeps_the_sequences() -> None:
+    model, of = Net(1), session()
+    call = compiled(model, of)
+    with of.prefill([[1, 2, 3]]) as batch:
+        tokens = batch.last_logits(call(*batch.inputs.values())).argmax(-1)
+    torch._dynamo.reset()
+    with of.decode(tokens) as batch:
+        more = batch.last_logits(call(*batch.inputs.values())).argmax(-1)
+    assert [[int(tokens), int(more)]] == expected(model, [[1, 2, 3]], 2)
+
+
+def test_a_graph_that_dynamo_did_not_make_is_refused() -> None:
+    of = session()
+    compiler = partial(flashinfer_trtllm, options={"session": of})
+    call = torch.compile(Net(1), backend=aot_autograd(fw_compiler=compiler))
+    with (
+        pytest.raises(BackendCompilerFailed, match=r"Dynamo did not make.*give it to torch\.compile itself"),
+        of.prefill([[1, 2, 3]]) as batch,
+    ):
+        call(*batch.inputs.values())
 
 
 def test_layers_that_run_twice_have_a_cache_each_time() -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass import registry
+from ad_flashinfer_pass.errors import SessionError
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
 from ad_flashinfer_pass.transforms import compile_model, fuse_rope_append, fuse_small_batch
-from tests.torch_compile import scenarios
+from tests.torch_compile import scenarios, small_models
 
 Result = tuple[nn.Module, TransformReport]
 
@@ -56,10 +57,32 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def _op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, which takes seconds."""
+    monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+
+
 def test_decode_steps_of_a_llama_are_replays(seen: list[str]) -> None:
     scenarios.check_llama("torch-opt", "cpu")
     assert seen == ["fuse_rope_append: 1 of 1", "tune_attention", "fuse_small_batch", "compile_model"]
 
 
+@pytest.mark.usefixtures("_op_by_op")
+def test_weights_that_moved_are_not_read_where_they_were() -> None:
+    """Weights written in place are used; a parameter with other memory is refused, and named."""
+    model, of = small_models.Net(1), scenarios.session_on("cpu")
+    call = small_models.compiled(model, of, compile_backend="torch-opt")
+    small_models.generate(of, call, num_new_tokens=2)
+    model.load_state_dict({name: tensor * 0.5 for name, tensor in model.state_dict().items()})
+    assert small_models.generate(of, call) == small_models.expected(model)
+    model.head.weight.data = model.head.weight * 0.5
+    with pytest.raises(SessionError, match=r"head\.weight is elsewhere in memory .* torch\._dynamo\.reset"):
+        small_models.generate(of, call)
+    torch._dynamo.reset()
+    assert small_models.generate(of, call) == small_models.expected(model)
+
+
+@pytest.mark.usefixtures("_op_by_op")
 def test_captured_models_share_a_session() -> None:
     scenarios.check_two_models("torch-opt", "cpu")

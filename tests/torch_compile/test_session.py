@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -69,6 +71,22 @@ def test_prefill_takes_prompts_in_any_form_and_order(loop: Loop) -> None:
     assert loop.session.prefill([1, 2])._entries == [(None, [1, 2])]
 
 
+def test_a_sequence_may_be_as_long_as_the_session_says(loop: Loop) -> None:
+    """Its last token too, which is alone on no new page."""
+    loop.run([(None, [7] * 63)])
+    (sequence,) = loop.session.lengths
+    loop.assert_last(loop.run([(sequence, [8])]), [7] * 63 + [8])
+    with pytest.raises(CapacityError, match="64 and 1 more tokens is longer"):
+        loop.session.decode([9])
+    assert loop.session.lengths == {sequence: 64}
+
+
+def test_a_session_is_neither_copied_nor_saved(loop: Loop) -> None:
+    for of in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(SessionError, match=r"neither copied nor saved.*compile the copy"):
+            of(loop.session)
+
+
 def test_truncated_tokens_are_forgotten(loop: Loop) -> None:
     """Drafts that were refused: the next token stands where the first of them stood."""
     loop.run([(None, list(range(1, 16)))])
@@ -117,7 +135,12 @@ def test_an_error_within_a_batch_undoes_it(loop: Loop) -> None:
         (lambda s: s.step([(0, [1]), (0, [2])]), SessionError, "each once and with one token or more"),
         (lambda s: s.step([]), SessionError, "one sequence or more"),
         (lambda s: s.prefill([[1], []]), SessionError, "with one token or more"),
+        (lambda s: s.prefill([]), SessionError, "one sequence or more"),
+        (lambda s: s.prefill(torch.empty((0, 3), dtype=torch.int64)), SessionError, "one sequence or more"),
         (lambda s: s.prefill([[1, -1]]), SessionError, "token ids must be 0 or more"),
+        (lambda s: s.prefill([[1.5]]), SessionError, r"tokens are integers, got \[1.5\]"),
+        (lambda s: s.prefill(torch.tensor(3)), SessionError, "a prompt is a list of tokens"),
+        (lambda s: s.decode(torch.tensor([1.5])), SessionError, "integers, got a tensor of torch.float32"),
         (lambda s: s.decode([1, 2]), SessionError, "one token a sequence, got 2 for 1"),
         (lambda s: s.decode([1], [5]), SessionError, "no sequence 5 in the session; known: 0"),
         (lambda s: s.free([7]), SessionError, "no sequence 7"),
@@ -125,6 +148,11 @@ def test_an_error_within_a_batch_undoes_it(loop: Loop) -> None:
             lambda s: s.prefill([[1] * 65]),
             CapacityError,
             "0 and 65 more tokens is longer than .* max_seq_len=64",
+        ),
+        (
+            lambda s: s.step([(0, [1] * 62)]),
+            CapacityError,
+            "3 and 62 more tokens is longer than .* max_seq_len=64",
         ),
         (lambda s: s.prefill([[1]] * 5), CapacityError, "max_batch_size=4 sequences .* got 5 and 5"),
         (lambda s: s.prefill([[1] * 60] * 4), CapacityError, "needs 16 more pages of 16 tokens, 15 are free"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import fa2, fa3, fmha_v2, select, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels import fa, fa2, fa3, fmha_v2, select, trtllm_gen, workspaces, xqa
 from ad_flashinfer_pass.kernels.capability import Phase
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 
@@ -204,19 +204,43 @@ def test_fmha_v2_prefills_every_shape(shape: Shape) -> None:
         [(0, 64)] * 3,
     ):
         batch = PagedBatch(lengths, shape, seed=len(lengths))
-        n = len(lengths)
-        out = fmha_v2.prefill(
-            batch.query,
-            batch.kv_cache,
-            batch.args["cu_seqlen"][: n + 1],
-            batch.args["seq_len_with_cache"][:n],
-            batch.block_table[:n],
-            shape.head_dim,
-            shape.spec,
-            batch.sinks,
-            None,
-        )
-        assert_within_bound(batch, out)
+        assert_within_bound(batch, prefilled(fmha_v2, batch))
+
+
+@pytest.mark.parametrize("provider", [fmha_v2, fa3, fa2], ids=lambda module: module.CAPABILITY.name)
+@pytest.mark.parametrize("length", [4096, 32768, 131072])
+def test_prefills_long_contexts(length: int, provider: Any) -> None:
+    """A prompt's last chunk and a few tokens on a long past, beside a short prompt."""
+    skip_unless_it_runs(provider, PLAIN, "prefill")
+    batch = PagedBatch([(0, 70), (length - 50, 50), (length - 3, 3)], PLAIN)
+    assert_within_bound(batch, prefilled(provider, batch))
+
+
+@pytest.mark.parametrize("provider", [fmha_v2, fa3, fa2], ids=lambda module: module.CAPABILITY.name)
+def test_prefill_ignores_what_its_workspace_held(provider: Any) -> None:
+    """Scratch memory full of NaN changes nothing."""
+    skip_unless_it_runs(provider, PLAIN, "prefill")
+    for seed in range(3):
+        batch = PagedBatch([(0, 300), (3000, 5), (64, 64)], PLAIN, seed)
+        device = torch.device("cuda", torch.cuda.current_device())
+        is_fmha = provider is fmha_v2
+        scratch = workspaces.get(fmha_v2._workspace, device) if is_fmha else fa_scratch(device)
+        scratch.view(torch.float32).fill_(float("nan"))
+        assert_within_bound(batch, prefilled(provider, batch))
+
+
+def fa_scratch(device: torch.device) -> torch.Tensor:
+    """Of FA2 and FA3, without plans."""
+    eager = workspaces.get(fa._Eager, device)
+    eager.planned.clear()
+    return eager.scratch
+
+
+def prefilled(provider: Any, batch: PagedBatch) -> torch.Tensor:
+    shape, n = batch.shape, len(batch.lengths)
+    bounds, lens = batch.args["cu_seqlen"][: n + 1], batch.args["seq_len_with_cache"][:n]
+    args = (batch.query, batch.kv_cache, bounds, lens, batch.block_table[:n], shape.head_dim, shape.spec)
+    return provider.prefill(*args, batch.sinks, None)
 
 
 def skip_unless_it_runs(provider: Any, shape: Shape, phase: Phase) -> None:
@@ -233,19 +257,7 @@ def test_others_prefill_every_shape(shape: Shape, provider: Any) -> None:
     # A step of one length, of few sequences, of more query tiles than multiprocessors, and of a long past.
     for lengths in (MIXED_LENGTHS, [(0, 200)], [(0, 64)] * 3, [(0, 3000), (4000, 700)] * 2, [(16000, 3)]):
         batch = PagedBatch(lengths, shape, seed=len(lengths))
-        n = len(lengths)
-        out = provider.prefill(
-            batch.query,
-            batch.kv_cache,
-            batch.args["cu_seqlen"][: n + 1],
-            batch.args["seq_len_with_cache"][:n],
-            batch.block_table[:n],
-            shape.head_dim,
-            shape.spec,
-            batch.sinks,
-            None,
-        )
-        assert_within_bound(batch, out)
+        assert_within_bound(batch, prefilled(provider, batch))
 
 
 @pytest.mark.parametrize("provider", [fa2, trtllm_gen], ids=lambda module: module.CAPABILITY.name)

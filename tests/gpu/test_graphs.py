@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import fa, select
 from ad_flashinfer_pass.kernels.capability import Phase
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.metadata import Bucket, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from tests.gpu.paged import DEVICE, Shape, attend, bound, bound_of_8_bits, site_of
 from tests.runtime.two_layers import Sizes, TwoLayers, changed_slots, random_step
@@ -25,6 +26,8 @@ DECODE = {
     "xqa": ("xqa", PLAIN),
     "xqa_window": ("xqa", WINDOW),
     "xqa_fp8": ("xqa", FP8),
+    "split_decode": ("split_decode", PLAIN),
+    "split_decode_fp8_cap": ("split_decode", replace(FP8, logit_cap=2.0)),
     "fa2": ("fa2", PLAIN),
     "fa2_fp8": ("fa2", FP8),
     "reference": ("reference", replace(PLAIN, logit_cap=2.0)),
@@ -65,18 +68,23 @@ def check_replays(
     *,
     with_prefill: bool,
 ) -> None:
-    """150 steps of random composition, lengths, pages and padding, through all buckets."""
-    rng = random.Random(0)
+    """100 replays of each graph, with random composition, lengths, pages and padding."""
+    rng, num_steps = random.Random(0), Counter[Bucket | None]()
     kept = {name: cache.clone() for name, cache in caches.items()}
     with torch.inference_mode():
         module.capture(info, caches)
         for name, cache in caches.items():
             assert same_bytes(cache[1:], kept[name][1:]), "capture wrote to a page"
-        for _ in range(150):
+        num_graphs = len(module.batch_sizes) + len(module.token_buckets)
+        while num_steps.total() < 100 * num_graphs:
             steps = random_step(rng, SIZES, with_prefill=with_prefill)
+            bucket = module.bucket(steps)
+            if num_steps[bucket] == 100:
+                continue
+            num_steps[bucket] += 1
             n = sum(s.gather for s in steps)
             before = {name: cache.clone() for name, cache in caches.items()}
-            info.nest_sequences(steps, pad_to=module.bucket(steps))
+            info.nest_sequences(steps, pad_to=bucket)
             inputs = {**info.named_args(), **caches}
             replayed = module(**inputs)[0, :n].clone()
             after = {name: cache.clone() for name, cache in caches.items()}
@@ -90,7 +98,7 @@ def check_replays(
             for name, cache in caches.items():
                 assert same_bytes(cache[1:], after[name][1:])
                 assert not changed_slots(before[name], cache, steps).any()
-    assert module.num_replays == 150
+    assert module.num_replays == 100 * num_graphs
     assert not module.fallbacks
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ad_flashinfer_pass.kernels import fmha_v2, xqa
 from tests.gpu.paged import PagedBatch, Shape
-from tests.gpu.test_conformance import assert_decodes, assert_within_bound, skip_unless_it_runs
+from tests.gpu.test_conformance import assert_decodes, assert_within_bound, prefilled, skip_unless_it_runs
 
 FP8 = torch.float8_e4m3fn
 # test_xqa: batch, length, KV heads, page, head size, group; a window of 256 and sinks or not.
@@ -86,15 +86,4 @@ def test_fmha_v2_prefill(batch: int, heads: int, dim: int, page: int, window: in
     generator = torch.Generator().manual_seed(0)
     lengths = [1024, *torch.randint(2, 1025, (batch - 1,), generator=generator).tolist()]
     tokens = PagedBatch([(0, length) for length in lengths], shape)
-    out = fmha_v2.prefill(
-        tokens.query,
-        tokens.kv_cache,
-        tokens.args["cu_seqlen"][: batch + 1],
-        tokens.args["seq_len_with_cache"][:batch],
-        tokens.block_table[:batch],
-        dim,
-        shape.spec,
-        None,
-        None,
-    )
-    assert_within_bound(tokens, out)
+    assert_within_bound(tokens, prefilled(fmha_v2, tokens))

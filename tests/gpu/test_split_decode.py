@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import split_decode
+from ad_flashinfer_pass.kernels import split_decode, workspaces
 from tests.gpu.paged import DEVICE, PagedBatch, site_of
 from tests.gpu.test_conformance import DECODE, DECODE_FP8, FP8, PLAIN, Shape, assert_within_bound, edges
 
@@ -47,6 +47,16 @@ def test_decodes_every_batch_size(batch_size: int, shape: Shape) -> None:
 def test_decodes_long_contexts(length: int, shape: Shape) -> None:
     """Beside a short sequence, whose row of the table is as wide."""
     assert_decodes(PagedBatch([(length - 1, 1), (9, 1)], shape))
+
+
+def test_ignores_what_its_workspace_held() -> None:
+    """Scratch memory full of NaN changes nothing, and the arrivals are zero after each call."""
+    space = workspaces.get(split_decode._workspace, torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        space.sums.fill_(float("nan"))
+        space.stats.fill_(float("nan"))
+        assert_decodes(PagedBatch([(8191, 1), (30, 1), (0, 1)], PLAIN))
+        assert not space.arrivals.any()
 
 
 @pytest.mark.parametrize("shape", [PLAIN, FP8], ids=str)

@@ -18,9 +18,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 from ad_flashinfer_pass import build
 from ad_flashinfer_pass.bench import as_table, bench
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.metadata import RowParams, SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.llm import LLM
 
@@ -42,7 +42,7 @@ PURPOSES = {
     "attention": ("kernel_mha", "split_decode", "_decode", "fmha", "BatchDecode"),
     "RoPE and append": ("_rope_append", "_append"),
     "metadata": ("_prepare",),
-    "sampling": ("argmax", "_advance", "_sample", "_draw"),
+    "sampling": ("_look", "_count", "_weigh", "_choose", "_sample"),
     "norms and the rest": ("",),
 }
 
@@ -89,35 +89,67 @@ def build_ours(args: argparse.Namespace) -> tuple[LLM, float]:
 
 
 def where_the_time_goes(model: CachedModel, batch: int, context: int) -> dict[str, float]:
-    """Microseconds of one decode step by purpose."""
+    """Microseconds of one greedy decode step by purpose.
+
+    Kernels overlap: each counts from the end of those before it, or from its own start if that is later.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    rounds, warm_ups = 5, 25
     page_size = model.sequence_info.tokens_per_block
-    pages = context // page_size + 1
-    step = [SequenceStep([5], context, list(range(1 + i * pages, 1 + (i + 1) * pages))) for i in range(batch)]
+    pages = (context + rounds + warm_ups) // page_size + 1
+    tables = [list(range(1 + i * pages, 1 + (i + 1) * pages)) for i in range(batch)]
+    model.nest([SequenceStep([5], context, table) for table in tables], [RowParams()] * batch)
+
+    def step() -> None:
+        model.forward()
+        model.sample_and_advance(is_greedy=True)
+
     times = []
-    for _ in range(30):
+    for _ in range(warm_ups):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        model.step(step)
+        step()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
-    rounds = 5
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(rounds):
-            model.step(step)
+            step()
         torch.cuda.synchronize()
-    found: dict[str, float] = defaultdict(float)
-    for event in trace.key_averages():
-        purpose = next(p for p, words in PURPOSES.items() if any(word in event.key for word in words))
-        found[purpose] += event.device_time_total / rounds
+    kernels = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
+    found, reached = dict.fromkeys(PURPOSES, 0.0), 0.0
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        purpose = next(p for p, words in PURPOSES.items() if any(word in event.name for word in words))
+        found[purpose] += max(0.0, event.time_range.end - max(reached, event.time_range.start)) / rounds
+        reached = max(reached, event.time_range.end)
     whole = statistics.median(times[5:])
     return {
         "step": whole,
-        **{p: found[p] for p in PURPOSES if found[p]},
+        **{purpose: time for purpose, time in found.items() if time},
         "between": whole - sum(found.values()),
     }
+
+
+def prefill_steps_ms(model: CachedModel, context: int, num_steps: int = 8) -> list[float]:
+    """Times of steps of as many prompts as one step holds, enqueued one behind the other."""
+    page_size, num_prompts = (
+        model.sequence_info.tokens_per_block,
+        model.sequence_info.max_num_tokens // context,
+    )
+    num_prompts = min(num_prompts, model.sequence_info.max_batch_size)
+    pages = -(-context // page_size)
+    ids = torch.randint(1000, (context,)).tolist()
+    model.nest(
+        [SequenceStep(ids, 0, list(range(1 + i * pages, 1 + (i + 1) * pages))) for i in range(num_prompts)]
+    )
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
+    for mark in marks:
+        mark.record()
+        model.forward()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(marks)]
 
 
 def transformers_step_ms(layers: int, batch: int, context: int) -> float:
@@ -156,6 +188,8 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     prefill = bench(llm, input_len=args.context, output_len=1, concurrencies=[most]).rows[0]
     print(f"prefill of {most} prompts: {prefill.prompt_tokens_per_s:,.0f} tokens/s", flush=True)
     assert isinstance(llm.model, CachedModel)
+    prefill_steps = prefill_steps_ms(llm.model, args.context)
+    print("prefill steps: " + ", ".join(f"{ms:.1f}" for ms in prefill_steps) + " ms", flush=True)
     where = {
         batch: where_the_time_goes(llm.model, batch, args.context + args.new // 2) for batch in args.profile
     }
@@ -165,6 +199,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **steps.as_dict(),
         "prefill": asdict(prefill),
+        "prefill_steps_ms": prefill_steps,
         "where_us": where,
         "build_seconds": seconds,
         "notes": [note for note in notes if "capture" in note or "small_gemm" in note or "decode" in note],

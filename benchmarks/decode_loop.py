@@ -54,7 +54,7 @@ _LLAMA_8B = {
     "dtype": "bfloat16",
 }
 _CONTEXT = 1024
-_NUM_PROFILED = 40
+_NUM_PROFILED = 20
 _WAITS = (
     "cudaEventSynchronize",
     "cudaStreamSynchronize",
@@ -124,6 +124,7 @@ def traced(engine: Engine, num_steps: int, path: Path | None) -> list[dict[str, 
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json" if path is None else path
+        path.parent.mkdir(parents=True, exist_ok=True)
         prof.export_chrome_trace(str(path))
         events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
     return [event for event in events if event.get("ph") == "X"]
@@ -229,11 +230,8 @@ def main() -> None:
     build_seconds = time.perf_counter() - start
     rows = []
     for batch in args.batch:
-        rows.append(times(model, batch, args.steps))
+        rows.append({**times(model, batch, args.steps), **traces(model, batch, args.traces)})
         print(json.dumps(rows[-1], indent=1), flush=True)
-    for row in rows:
-        row.update(traces(model, row["batch"], args.traces))
-        print(json.dumps(row, indent=1), flush=True)
     assert isinstance(model.module, CudaGraphModule)
     costs = [
         {"bucket": str(cost.bucket), "seconds": round(cost.seconds, 4), "bytes": cost.bytes}

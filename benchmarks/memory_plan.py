@@ -13,6 +13,7 @@ import datetime
 import json
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ _LLAMA_8B = {
 }
 
 
+_START = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """What is being done, on stderr."""
+    print(f"{time.perf_counter() - _START:5.1f} s  {text}", file=sys.stderr, flush=True)
+
+
 def used() -> int:
     """Bytes in use on the device."""
     torch.cuda.synchronize()
@@ -53,11 +62,12 @@ def measure(config: AutoDeployConfig) -> tuple[dict[str, int], list[tuple[str, i
     """Bytes in use after each phase, and what each captured graph took."""
     torch.zeros(1, device="cuda")
     phases = {"context": used()}
+    say("weights")
     loaded = load_model(config)
     phases["weights"] = used()
     ctx = pipeline.context(config)
     phases["metadata"] = used()
-    gm, _ = pipeline.run(loaded.module, ctx, skip=("compile_model",))
+    gm, _ = pipeline.run(loaded.module, ctx, say, skip=("compile_model",))
     phases["pools"] = used()
     only_compile = config.model_copy(
         update={
@@ -68,7 +78,7 @@ def measure(config: AutoDeployConfig) -> tuple[dict[str, int], list[tuple[str, i
         }
     )
     ctx.config = only_compile
-    compiled, _ = pipeline.run(gm, ctx)
+    compiled, _ = pipeline.run(gm, ctx, say)
     phases["graphs"] = used()
     assert isinstance(compiled, CudaGraphModule)
     return phases, [(str(cost.bucket), cost.bytes) for cost in compiled.costs]
@@ -94,7 +104,7 @@ def main() -> None:
             max_num_tokens=2048,
         )
         major, minor = torch.cuda.get_device_capability()
-        planned = plan(config, memory=torch.cuda.mem_get_info()[1], sm=10 * major + minor)
+        planned = plan(config, memory=torch.cuda.mem_get_info()[1], sm=10 * major + minor, on_event=say)
         phases, graphs = measure(config)
     show(planned, phases, graphs)
     if args.json is not None:

@@ -55,6 +55,7 @@ def steps_table() -> str:
                 f"{hf[str(batch)]:.2f}" if str(batch) in hf else "-",
                 f"{VLLM_STEP_MS[batch]:.2f}" if batch in VLLM_STEP_MS else "-",
                 f"{row['output_tokens_per_s']:,.0f}",
+                f"{row['first_token']['p50']:,.0f}",
                 f"{row['prompt_tokens_per_s']:,.0f}",
             ]
         )
@@ -67,6 +68,7 @@ def steps_table() -> str:
         "transformers",
         "vLLM 0.24",
         "tokens/s",
+        "first token ms",
         "prompt tokens/s",
     ]
     note = f"{ours['machine']}, torch {ours['versions']['torch']}, {ours['date']}: `{ours['command']}`"
@@ -145,7 +147,63 @@ def _trace_cells(trace: dict[str, Any] | None) -> list[str]:
     return [f"{gap['median']:.1f}", f"{gap['max']:.1f}", share, f"{waits:.2f}"]
 
 
-TABLES = {"steps": steps_table, "where": where_table, "transforms": transforms_table, "loop": loop_table}
+def capture_table() -> str:
+    """What the graphs took to capture, those of decode steps and those of steps with prefill."""
+    loop = read("decode_loop")
+    if loop is None or "captures" not in loop:
+        return "Not measured."
+    kinds: dict[str, list[dict[str, Any]]] = {"steps with prefill": [], "decode steps": []}
+    for cost in loop["captures"]:
+        kinds["steps with prefill" if "tokens" in cost["bucket"] else "decode steps"].append(cost)
+    rows = [
+        [
+            kind,
+            str(len(costs)),
+            f"{sum(cost['seconds'] for cost in costs):.2f}",
+            f"{costs[0]['bytes'] / 2**20:,.0f}",
+            f"{sum(cost['bytes'] for cost in costs[1:]) / 2**20:,.0f}",
+        ]
+        for kind, costs in kinds.items()
+        if costs
+    ]
+    return table(["graphs of", "number", "seconds", "MiB, the largest", "MiB, the others"], rows)
+
+
+def memory_table() -> str:
+    """Planned beside used, by the phases in which a model is built."""
+    found = read("memory_plan")
+    if found is None or "context" not in found["planned"]:
+        return "Not measured."
+    planned, used, before = dict(found["planned"]), found["in_use"], 0
+    parts = {
+        "CUDA's context": ("context", ["context"]),
+        "weights": ("weights", [name for name in planned if name.startswith("weights")]),
+        "metadata": ("metadata", ["metadata"]),
+        "KV cache": ("pools", [name for name in planned if "KV cache" in name]),
+    }
+    counted = {name for _, names in parts.values() for name in names}
+    parts["workspaces, intermediate results, graphs"] = ("graphs", [n for n in planned if n not in counted])
+    rows = []
+    for title, (phase, names) in parts.items():
+        expected, size = sum(planned[name] for name in names), used[phase] - before
+        before = used[phase]
+        rows.append([title, f"{expected / 2**20:,.1f}", f"{size / 2**20:,.1f}", ""])
+    expected, size = sum(planned.values()), used["graphs"]
+    rows.append(
+        ["all", f"{expected / 2**20:,.1f}", f"{size / 2**20:,.1f}", f"{abs(size - expected) / size:.1%}"]
+    )
+    machine = f"{found['device']}, torch {found['versions']['torch']}, {found['date']}: `{found['command']}`"
+    return f"{table(['MiB', 'planned', 'in use', 'apart'], rows)}\n\n{machine}."
+
+
+TABLES = {
+    "steps": steps_table,
+    "where": where_table,
+    "transforms": transforms_table,
+    "loop": loop_table,
+    "capture": capture_table,
+    "memory": memory_table,
+}
 
 
 def written(text: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import linecache
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -108,10 +108,6 @@ class Explanation:
     """What outside attention would keep a CUDA graph from being captured; see ``inspection.capture_lint``."""
     refusal: RefusalExplanation | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
 
 def explain(
     config: AutoDeployConfig,
@@ -194,14 +190,14 @@ def _source_lines(node: fx.Node) -> list[str]:
 
 def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explanation:
     """The explanation of a run; see ``explain``."""
-    from ad_flashinfer_pass.inspection.capture_lint import lint
+    from ad_flashinfer_pass.inspection.capture_lint import lint_graph
 
     assert isinstance(run.module, fx.GraphModule)
     if run.ctx.sites:
         sites = _sites(run.ctx, config, sm)
     else:
         sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
-    outside = [f"{f.where}: {f.message} ({f.rule})" for f in lint(run.module, suppress=["host-plan"])]
+    outside = [f"{f.where}: {f.message} ({f.rule})" for f in lint_graph(run.module, suppress=["host-plan"])]
     return Explanation(sites=sites, transforms=_notes(run.reports), not_captured=outside)
 
 

@@ -2,7 +2,9 @@
 
     python benchmarks/inspection.py --json benchmarks/results/inspection.json
 
-Each command runs in a process of its own, with one thread, on a config.json alone.
+Each command runs in a process of its own, with two threads, on a config.json alone; ``check`` draws weights.
+A line is printed as each ends, and the results so far are written. ``python benchmarks/tables.py`` makes the
+table of docs/debugging.md from them.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig
 
 _ROPE = {
@@ -60,7 +60,9 @@ _COMMANDS = {
     "lint": ["--sm", "90"],
     "plan": ["--sm", "90", "--memory", "282GB", "--max-seq-len", "4096"],
     "report": ["--sm", "90", "--output", "out.html"],
+    "check": ["--random-weights"],
 }
+_THREADS = 2
 
 
 def run(command: str, model: str, directory: str) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def run(command: str, model: str, directory: str) -> dict[str, Any]:
     process = subprocess.Popen(
         [sys.executable, "-m", "ad_flashinfer_pass", command, "-m", model, "-q", *_COMMANDS[command]],
         cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(_THREADS)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -94,25 +96,31 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the numbers here")
     args = parser.parse_args()
-    rows = []
+    record: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/inspection.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, {os.cpu_count()} processors, {_THREADS} threads",
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as directory:
         for name, sizes in _MODELS.items():
             model = str(Path(directory, name.replace(" ", "_")))
             LlamaConfig(**_COMMON, **sizes).save_pretrained(model)
-            rows += [{"model": name, **run(command, model, directory)} for command in _COMMANDS]
-    table = Table("model", "command", "seconds", "of processor", "GiB")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
-    if args.json is not None:
-        record = {
-            "command": " ".join(["python", "benchmarks/inspection.py", *sys.argv[1:]]),
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} processors",
-            "versions": {package: version(package) for package in ("torch", "transformers")},
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+            for command in _COMMANDS:
+                print(f"{name}: {command} ...", end=" ", flush=True)
+                row = {"model": name, **run(command, model, directory)}
+                print(f"{row['seconds']} s, {row['gib']} GiB", flush=True)
+                record["rows"].append(row)
+                if args.json is not None:
+                    args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """As Linux names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 if __name__ == "__main__":

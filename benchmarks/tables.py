@@ -1,4 +1,4 @@
-"""Tables of docs/kernels.md from the JSON of the benchmarks.
+"""Tables of docs/kernels.md and docs/debugging.md from the JSON of the benchmarks.
 
     python benchmarks/tables.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "kernels.md"
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 
 def attention(data: dict[str, Any]) -> list[str]:
@@ -57,6 +57,17 @@ def end_to_end(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
+def inspection(data: dict[str, Any]) -> list[str]:
+    """Of ``inspection.json``: a row a command, its seconds and memory for each model."""
+    rows = data["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells = {(row["command"], row["model"]): f"{row['seconds']:.0f} s, {row['gib']:.1f} GiB" for row in rows}
+    lines = _heading("command", *models)
+    for command in dict.fromkeys(row["command"] for row in rows):
+        lines.append(f"| `{command}` | {' | '.join(cells[command, model] for model in models)} |")
+    return [*lines, "", _source(data)]
+
+
 def _heading(*columns: str) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
@@ -66,22 +77,28 @@ def _source(data: dict[str, Any]) -> str:
     return f"{data['machine']}, {versions}, {data['date']}: `{data['command']}`."
 
 
-def updated(page: str) -> str:
-    """The page with its tables made anew."""
-    for make in (attention, end_to_end):
-        name = make.__name__
-        lines = make(json.loads((RESULTS / f"{name}.json").read_text()))
-        before, begin, rest = page.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- end of {name} -->")
+# By page, the tables that stand in it.
+PAGES = {"kernels.md": (attention, end_to_end), "debugging.md": (inspection,)}
+
+
+def updated(name: str) -> str:
+    """A page of the documentation with its tables made anew."""
+    page = (DOCS / name).read_text()
+    for make in PAGES[name]:
+        table = make.__name__
+        lines = make(json.loads((RESULTS / f"{table}.json").read_text()))
+        before, begin, rest = page.partition(f"<!-- {table} -->")
+        _, end, after = rest.partition(f"<!-- end of {table} -->")
         if not begin or not end:
-            raise ValueError(f"{PAGE} must have the comments <!-- {name} --> and <!-- end of {name} -->")
+            raise ValueError(f"{name} must have the comments <!-- {table} --> and <!-- end of {table} -->")
         page = "\n".join([before + begin, *lines, end + after])
     return page
 
 
 def main() -> int:
-    """Write the page."""
-    PAGE.write_text(updated(PAGE.read_text()))
+    """Write the pages."""
+    for name in PAGES:
+        (DOCS / name).write_text(updated(name))
     return 0
 
 

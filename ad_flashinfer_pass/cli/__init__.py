@@ -6,6 +6,7 @@ refused, 2 wrong usage, 130 Ctrl-C, 141 the reader of stdout went away.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -39,18 +40,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(help=generate.HELP, epilog=generate.EXAMPLES)(generate.generate)
-app.command(epilog=explain.EXAMPLES)(explain.explain)
-app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
-app.command(epilog=prebuild.EXAMPLES)(prebuild.prebuild)
-app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
-app.command(epilog=dump.EXAMPLES)(dump.dump)
-app.command(epilog=diff.EXAMPLES)(diff.diff)
-app.command(epilog=migrate.EXAMPLES)(migrate.migrate)
-app.command(epilog=check.EXAMPLES)(check.check)
-app.command(epilog=lint.EXAMPLES)(lint.lint)
-app.command(epilog=plan.EXAMPLES)(plan.plan)
-app.command(epilog=report.EXAMPLES)(report.report)
-app.command(epilog=bench.EXAMPLES)(bench.bench)
+for _command, _examples in (
+    (explain.explain, explain.EXAMPLES),
+    (dump.dump, dump.EXAMPLES),
+    (diff.diff, diff.EXAMPLES),
+    (lint.lint, lint.EXAMPLES),
+    (check.check, check.EXAMPLES),
+    (plan.plan, plan.EXAMPLES),
+    (report.report, report.EXAMPLES),
+    (calibrate.calibrate, calibrate.EXAMPLES),
+    (prebuild.prebuild, prebuild.EXAMPLES),
+    (bench.bench, bench.EXAMPLES),
+    (doctor.doctor, doctor.EXAMPLES),
+    (migrate.migrate, migrate.EXAMPLES),
+):
+    # Its paragraphs fill the terminal, however long their lines are in the source.
+    _paragraphs = inspect.cleandoc(_command.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(each.split()) for each in _paragraphs), epilog=_examples)(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

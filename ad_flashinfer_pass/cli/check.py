@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ad_flashinfer_pass.cli.options import (
-    MODEL,
-    OUTPUT,
-    PROG,
-    ConfigOption,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    GraphOption,
-    JsonOption,
-    MaxSeqLenOption,
-    ModelOption,
-    QuietOption,
-    RandomWeightsOption,
-    StageOption,
-    TokensPerBlockOption,
-    TrustOption,
-    error_border,
-    option,
-    settings,
-)
-from ad_flashinfer_pass.progress import Reporter
+from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
+from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, RandomWeightsOption, option
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -40,27 +17,26 @@ The demo model, and a model of yours on a GPU with its own kernels:
 
 [green]{PROG} check -m PATH --device cuda --reproducer wrong/[/green]
 
-An architecture without its weights:
+An architecture without its weights, of which few layers stand for all:
 
 [green]{PROG} check -m config.json --random-weights --dtype float32[/green]
+
+Which transform broke it: the graph before the insertion, and the one without fusions:
+
+[green]{PROG} check -m PATH --stage check_packing[/green]
+
+[green]{PROG} check -m PATH --stage insert_cached_attention[/green]
 """
 
 
+@inspecting()
 def check(
-    model: ModelOption = None,
-    graph: GraphOption = None,
-    config: ConfigOption = None,
-    stage: StageOption = None,
-    random_weights: RandomWeightsOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-    max_seq_len: MaxSeqLenOption = None,
-    tokens_per_block: TokensPerBlockOption = None,
+    given: Given,
+    skip_loading_weights: RandomWeightsOption = False,
     layers: Annotated[
         int | None,
         option(
-            MODEL,
+            LIMITS,
             "N",
             "Only the first N. Default: all; with random weights as few as show each kind of layer twice.",
         ),
@@ -74,47 +50,21 @@ def check(
             "--reproducer",
         ),
     ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+) -> Answer:
     """Compare the cached model with its source, and name the first attention that is wrong.
 
     Three sequences go through prefill, mixed, decode, padded and captured steps. Each attention is compared
     with float64 over its own queries, keys and values, so that an error is found where it is; the logits are
     compared with those of the source. Exit code 0 if all agrees, 1 if not.
     """
-    keys = {
-        "model": model,
-        "skip_loading_weights": random_weights or None,
-        "trust_remote_code": trust_remote_code or None,
-        "dtype": dtype,
-        "device": device,
-        "max_seq_len": max_seq_len,
-    }
-    with error_border(debug):
-        from ad_flashinfer_pass.generation import libraries_quiet
+    from ad_flashinfer_pass.inspection import numerics
 
-        deploy = settings(config, keys, tokens_per_block)
-        with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
-            reporter.phase("load_libraries")
-            from ad_flashinfer_pass.inspection import numerics
-
-            found = numerics.check(
-                deploy,
-                graph=graph,
-                stage=stage,
-                layers=layers,
-                reproducer_dir=reproducer,
-                on_event=reporter.phase,
-            )
-        if as_json:
-            print(found.model_dump_json(indent=1))
-        else:
-            from rich.console import Console
-
-            console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-            for part in numerics.as_tables(found):
-                console.print(part)
-        if not found.is_ok:
-            raise typer.Exit(1)
+    found = numerics.check(
+        given.config,
+        graph=given.graph,
+        stage=given.stage,
+        layers=layers,
+        reproducer_dir=reproducer,
+        on_event=given.on_event,
+    )
+    return Answer(found, lambda: numerics.as_tables(found), failed=not found.is_ok)

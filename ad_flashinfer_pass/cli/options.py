@@ -23,7 +23,7 @@ PROMPTS, MODEL, SAMPLING, LIMITS, OUTPUT = "Prompts", "Model", "Sampling", "Limi
 def option(panel: str, metavar: str | None, text: str, *names: str) -> Any:
     """An option under a heading of the help; a flag needs ``names``, or it has a --no-form."""
     return typer.Option(
-        *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=metavar is not None
+        *names, metavar=metavar or "", help=text, rich_help_panel=panel, show_default=metavar is not None
     )
 
 
@@ -93,11 +93,13 @@ StageOption = Annotated[
     option(
         MODEL,
         "NAME",
-        "The graph after this transform, or after the last one of this stage. Default: the last.",
+        "Stop after this transform (match_attention) or after the last of this stage (export, "
+        "pattern_matcher, cache_init). Default: run all. A wrong name gets the list.",
         "--stage",
         "-s",
     ),
 ]
+MaxBatchSizeOption = Annotated[int | None, option(LIMITS, "N", "Sequences that run at once. Default: 8.")]
 MemoryOption = Annotated[
     str | None,
     option(

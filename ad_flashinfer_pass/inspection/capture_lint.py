@@ -88,7 +88,7 @@ class _Graph:
         return isinstance(node, fx.Node) and any(t.device.type == self.device.type for t in _tensors(node))
 
 
-def lint(
+def lint_graph(
     gm: fx.GraphModule, *, static_inputs: Collection[str] | None = None, suppress: Collection[str] = ()
 ) -> list[Finding]:
     """Read a graph.
@@ -117,7 +117,7 @@ def lint(
     return found
 
 
-def lint_model(
+def lint(
     config: AutoDeployConfig,
     *,
     graph: Path | None = None,
@@ -149,10 +149,10 @@ def lint_model(
 def lint_run(
     run: Stages, config: AutoDeployConfig, sm: int | None, suppress: Collection[str] = ()
 ) -> list[Finding]:
-    """The findings of a run; see ``lint_model``."""
+    """The findings of a run; see ``lint``."""
     assert isinstance(run.module, fx.GraphModule)
     # Kernels are chosen anew, for the GPU on which the graph will be captured.
-    found = lint(run.module, suppress=[*suppress, "host-plan"])
+    found = lint_graph(run.module, suppress=[*suppress, "host-plan"])
     if "host-plan" in suppress:
         return found
     for site in run.ctx.sites:
@@ -394,6 +394,11 @@ def as_tables(found: list[Finding]) -> list[RenderableType]:
     for name in dict.fromkeys(each.rule for each in found):
         rules.add_row(name, RULES[name].why, RULES[name].fix)
     return [findings, rules]
+
+
+def rules_as_data() -> dict[str, dict[str, str]]:
+    """Why and fix of each rule, by its id."""
+    return {name: {"why": rule.why, "fix": rule.fix} for name, rule in RULES.items()}
 
 
 def rules_table() -> RenderableType:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
+from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData
 from ad_flashinfer_pass.inspection.sizes import allocated_bytes
+from ad_flashinfer_pass.inspection.stages import (
+    is_file_name,
+    read_graph,
+    resolve,
+    run_stages,
+    transform_order,
+)
 from ad_flashinfer_pass.inspection.text_format import node_line
 
 if TYPE_CHECKING:
@@ -82,13 +91,50 @@ class GraphDiff(_Data):
     """Intermediate results of the whole graph for batch x seq tokens, each counted once, views not."""
     bytes_after: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def is_empty(self) -> bool:
         """Whether nothing changed."""
         return not self.layers
 
 
-def diff(before: GraphData, after: GraphData, *, batch: int = 1, seq: int = 2048) -> GraphDiff:
+def diff(
+    config: AutoDeployConfig,
+    before: str = "export",
+    after: str | None = None,
+    *,
+    graph: Path | None = None,
+    batch: int = 1,
+    seq: int = 2048,
+    on_event: Callable[[str], None] | None = None,
+) -> GraphDiff:
+    """Compare a model's graphs at two stages, or graphs in files.
+
+    Args:
+        config: the model, of which no weights are read, and the settings; not used if both sides are files.
+        before: a transform, a stage, which stands for its last transform, or the file of a text or JSON dump
+            or of a saved ExportedProgram.
+        after: likewise. Default: the last transform.
+        graph: a saved ExportedProgram in place of the model.
+        batch: sequences for which bytes are counted.
+        seq: tokens of each.
+        on_event: called with the name of each phase as it begins.
+
+    Raises:
+        ConfigError: an unknown stage.
+        LoadError: the model or a file cannot be read.
+        TransformError: the pass refuses the model before the stages are reached.
+    """
+    names = (before, after or transform_order(config)[-1])
+    sides = {name: read_graph(Path(name)) for name in names if is_file_name(name)}
+    wanted = {name: resolve(name, config) for name in names if name not in sides}
+    if wanted:
+        graphs = run_stages(config, graph, list(wanted.values()), on_event).graphs
+        sides |= {name: graphs[stage] for name, stage in wanted.items()}
+    return diff_graphs(*(sides[name] for name in names), batch=batch, seq=seq)
+
+
+def diff_graphs(before: GraphData, after: GraphData, *, batch: int = 1, seq: int = 2048) -> GraphDiff:
     """Compare two graphs.
 
     Args:

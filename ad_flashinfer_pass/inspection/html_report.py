@@ -17,7 +17,7 @@ from ad_flashinfer_pass.explain import Explanation, KernelUse, check_target, exp
 from ad_flashinfer_pass.inspection.capture_lint import RULES, Finding, lint_run
 from ad_flashinfer_pass.inspection.drawing import draw_layer
 from ad_flashinfer_pass.inspection.graph_data import GraphData
-from ad_flashinfer_pass.inspection.graph_diff import GraphDiff, LayerDiff, diff, ranges
+from ad_flashinfer_pass.inspection.graph_diff import GraphDiff, LayerDiff, diff_graphs, ranges
 from ad_flashinfer_pass.inspection.memory_plan import MemoryPlan, answers, gib, plan_run
 from ad_flashinfer_pass.inspection.stages import run_stages
 from ad_flashinfer_pass.kernels import select
@@ -68,6 +68,7 @@ def report(
     config: AutoDeployConfig,
     *,
     graph: Path | None = None,
+    stage: str | None = None,
     memory: int | None = None,
     sm: int | None = None,
     on_event: Callable[[str], None] | None = None,
@@ -77,21 +78,22 @@ def report(
     Args:
         config: the model and the settings of the pass.
         graph: a saved ExportedProgram in place of the model.
+        stage: the last transform or stage that is shown. Before the insertion there are no kernels and pools.
         memory: bytes of the device, for the memory plan. Default: no limit.
         sm: compute capability of the GPU, 90 for 9.0. Default: that of ``config.device``, or a CPU.
         on_event: called with the name of each phase as it begins.
 
     Raises:
-        ConfigError: the device is a GPU that is not here and ``sm`` is not given.
+        ConfigError: no such stage; or the device is a GPU that is not here and ``sm`` is not given.
         CapacityError: the weights leave no room for a page a layer.
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
-    run = run_stages(config, graph, None, on_event)
-    before, *_, after = run.graphs.values()
+    run = run_stages(config, graph, None if stage is None else ["export", stage], on_event)
+    before, after = (list(run.graphs.values())[end] for end in (0, -1))
     explanation = explain_run(run, config, sm)
-    difference = diff(before, after, batch=1, seq=config.token_budget)
+    difference = diff_graphs(before, after, batch=1, seq=config.token_budget)
     return Report(
         title=str(graph or config.model),
         target=f"SM{sm}" if sm is not None else config.device,
@@ -104,7 +106,7 @@ def report(
         difference=difference,
         memory=plan_run(run, config, memory, sm),
         kernels=kernel_uses(explanation),
-        captures=_captures(config, explanation),
+        captures=_captures(config, explanation) if run.ctx.sites else [],
         findings=lint_run(run, config, sm),
         picture=_picture(difference, before, after),
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, fx
 
 from ad_flashinfer_pass import graph as g
@@ -81,21 +81,25 @@ class MemoryPlan(_Data):
     pages_arithmetic: str
     max_seq_len: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens(self) -> int:
         """Tokens that the pools hold."""
         return self.pages * self.tokens_per_block
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def sequences(self) -> int:
         """Sequences of max_seq_len tokens that the pools hold."""
         return self.pages // math.ceil(self.max_seq_len / self.tokens_per_block)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def total(self) -> int:
         """Bytes of all rows."""
         return sum(row.bytes for row in self.rows)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def left(self) -> int | None:
         """Bytes of the device that nothing takes; negative: it does not fit."""
@@ -106,6 +110,7 @@ def plan(
     config: AutoDeployConfig,
     *,
     graph: Path | None = None,
+    stage: str | None = None,
     memory: int | None = None,
     sm: int | None = None,
     on_event: Callable[[str], None] | None = None,
@@ -115,22 +120,24 @@ def plan(
     Args:
         config: the model and the settings of the pass.
         graph: a saved ExportedProgram in place of the model.
+        stage: plan for the graph after this transform or stage. Before the insertion it has no pools.
         memory: bytes of the device. Default: no limit, so that all that the config wants is planned.
         sm: compute capability of the GPU, 90 for 9.0. Default: that of ``config.device``, or a CPU.
         on_event: called with the name of each phase as it begins.
 
     Raises:
-        ConfigError: the device is a GPU that is not here and ``sm`` is not given.
+        ConfigError: no such stage; or the device is a GPU that is not here and ``sm`` is not given.
         CapacityError: the weights leave no room for a page a layer.
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
-    return plan_run(run_stages(config, graph, None, on_event), config, memory, sm)
+    run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    return plan_run(run, config, memory, sm)
 
 
 def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int | None) -> MemoryPlan:
-    """The plan of a run through all stages; see ``plan``."""
+    """The plan of a run, for its last graph; see ``plan``."""
     final = list(run.graphs.values())[-1]
     assert isinstance(run.module, fx.GraphModule)
     weights = _weights(run.module)
@@ -225,8 +232,10 @@ def _metadata(ctx: TransformContext) -> PlanRow:
 
 
 def _pages(ctx: TransformContext, memory: int | None, taken: int) -> Pages:
-    from ad_flashinfer_pass.transforms.initialize_cache import count_pages
+    from ad_flashinfer_pass.transforms.initialize_cache import Pages, count_pages
 
+    if not ctx.resources:
+        return Pages(wanted=0, fitting=0, bytes_per_page=0)
     # Without a limit: more than any config can want.
     free = 2**62 if memory is None else memory - taken
     try:
@@ -237,6 +246,8 @@ def _pages(ctx: TransformContext, memory: int | None, taken: int) -> Pages:
 
 def _pages_arithmetic(ctx: TransformContext, pages: Pages, memory: int | None, taken: int) -> str:
     info, config = ctx.sequence_info, ctx.config.kv_cache_config
+    if not ctx.resources:
+        return "no pools before insert_cached_attention"
     wanted = (
         f"wanted: {info.max_batch_size} sequences x ceil({info.max_seq_len} / {info.tokens_per_block}) = "
         f"{info.max_batch_size * info.max_blocks_per_seq} pages"
@@ -364,6 +375,8 @@ def as_tables(found: MemoryPlan) -> list[RenderableType]:
 
 def answers(found: MemoryPlan) -> list[str]:
     """The plan in sentences."""
+    if not found.pools:
+        return [found.pages_arithmetic]
     lines = [
         f"The pools hold {found.tokens:,} tokens ({found.pages:,} pages of {found.tokens_per_block}), "
         f"{found.bytes_per_token:,} bytes each: {found.sequences:,} sequences of {found.max_seq_len:,} "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import graph as g
@@ -63,6 +63,7 @@ class SiteCheck(_Data):
     """By phase: the largest error, as a share of the largest value of the site's result."""
     tolerance: float
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def is_ok(self) -> bool:
         """Whether every error is within the tolerance; NaN is not."""
@@ -82,6 +83,7 @@ class LogitsCheck(_Data):
     tolerance: float | None
     """Of ``mean_kl``; None: not judged, since a cache of 8 bits changes the logits."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def is_ok(self) -> bool:
         """Whether the divergence is within the tolerance; NaN is not."""
@@ -109,6 +111,7 @@ class CheckReport(_Data):
     reproducer: str | None
     """Script that shows the first wrong site alone."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def is_ok(self) -> bool:
         """Whether all sites and all logits are within their tolerances."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ad_flashinfer_pass.inspection.capture_lint import lint
+from ad_flashinfer_pass.inspection.capture_lint import lint_graph
 from ad_flashinfer_pass.kernels.capability import Phase
 from tests.gpu import test_graphs
 from tests.gpu.test_graphs import PLAIN, SIZES
@@ -60,7 +60,7 @@ def replayed(run: Any, example: Example) -> bool:
 def test_a_rule_fires_exactly_where_capture_or_replay_fails(name: str) -> None:
     example = EXAMPLES[name]
     gm = traced(name)
-    assert (lint(gm) == []) == replayed(example.run, example)
+    assert (lint_graph(gm) == []) == replayed(example.run, example)
 
 
 def step_replays(phase: Phase, kernel: str) -> bool:
@@ -103,5 +103,5 @@ def test_host_plan_fires_exactly_where_a_step_is_not_captured(phase: Phase, kern
     op = torch.ops.ad_flashinfer.cached_attention.default
     graph.output(graph.call_function(op, (*inputs, 1.0, 128), kernels))
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    found = lint(gm, suppress=["missing-fake"])
+    found = lint_graph(gm, suppress=["missing-fake"])
     assert ([f.rule for f in found] == []) == step_replays(phase, kernel)

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.inspection.capture_lint import RULES, lint, lint_run
+from ad_flashinfer_pass.inspection.capture_lint import RULES, lint_graph, lint_run
 from ad_flashinfer_pass.inspection.stages import run_stages
 from tests import architectures
 from tests.inspection.capture_examples import EXAMPLES
@@ -43,7 +43,7 @@ def traced(name: str) -> fx.GraphModule:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_fires_where_a_rule_is_broken_and_nowhere_else(name: str) -> None:
-    assert {finding.rule for finding in lint(traced(name))} == EXAMPLES[name].rules
+    assert {finding.rule for finding in lint_graph(traced(name))} == EXAMPLES[name].rules
 
 
 def test_every_rule_says_why_and_how_to_go_on() -> None:
@@ -55,22 +55,22 @@ def test_every_rule_says_why_and_how_to_go_on() -> None:
 
 
 def test_a_rule_can_be_left_out() -> None:
-    assert {f.rule for f in lint(traced("item"), suppress=["python-scalar"])} == {"host-sync"}
+    assert {f.rule for f in lint_graph(traced("item"), suppress=["python-scalar"])} == {"host-sync"}
     with pytest.raises(ConfigError, match="did you mean 'host-sync'"):
-        lint(traced("item"), suppress=["hostsync"])
+        lint_graph(traced("item"), suppress=["hostsync"])
 
 
 def test_a_static_input_may_be_written() -> None:
     gm = traced("input_written")
     name = gm.graph.find_nodes(op="placeholder")[0].name
-    assert lint(gm, static_inputs={name}) == []
+    assert lint_graph(gm, static_inputs={name}) == []
 
 
 def test_an_op_without_a_fake_is_told() -> None:
     """Its node has no value."""
     gm = traced("relu")
     next(n for n in gm.graph.nodes if n.op == "call_function").meta.pop("val")
-    assert [f.rule for f in lint(gm)] == ["missing-fake"]
+    assert [f.rule for f in lint_graph(gm)] == ["missing-fake"]
 
 
 def test_kernels_that_read_lengths_on_the_host_are_found_at_their_sites(tmp_path: Path) -> None:

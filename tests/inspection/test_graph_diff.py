@@ -10,7 +10,7 @@ import pytest
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, TensorType
-from ad_flashinfer_pass.inspection.graph_diff import diff
+from ad_flashinfer_pass.inspection.graph_diff import diff_graphs
 from ad_flashinfer_pass.inspection.sizes import activation_bytes, size
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.text_format import to_text
@@ -30,7 +30,7 @@ def test_diff_lists_exactly_the_nodes_of_the_transforms_report(gemma: Stages) ->
     graphs = list(gemma.graphs.values())
     changed = 0
     for before, after, report in zip(graphs, graphs[1:], gemma.reports[1:], strict=False):
-        found = diff(before, after)
+        found = diff_graphs(before, after)
         fx_names = {node.name: node.fx_name for node in (*before.nodes, *after.nodes)}
         for kind in ("removed", "added", "rewired"):
             listed = sorted(fx_names[name] for name in getattr(found, kind))
@@ -41,7 +41,7 @@ def test_diff_lists_exactly_the_nodes_of_the_transforms_report(gemma: Stages) ->
 
 def test_an_attention_is_removed_for_each_match_and_a_cached_one_added(gemma: Stages) -> None:
     """num_matches counts what the diff shows."""
-    found = diff(gemma.graphs["check_packing"], gemma.graphs["insert_cached_attention"])
+    found = diff_graphs(gemma.graphs["check_packing"], gemma.graphs["insert_cached_attention"])
     report = next(r for r in gemma.reports if r.name == "insert_cached_attention")
     calls = {op.op: (op.before, op.after) for op in found.ops}
     assert calls["ad_flashinfer.attention"] == (report.num_matches, 0)
@@ -50,12 +50,12 @@ def test_an_attention_is_removed_for_each_match_and_a_cached_one_added(gemma: St
 
 def test_a_graph_does_not_differ_from_itself(gemma: Stages) -> None:
     for graph in gemma.graphs.values():
-        assert diff(graph, graph).is_empty
+        assert diff_graphs(graph, graph).is_empty
 
 
 def test_layers_that_changed_alike_are_one(gemma: Stages) -> None:
     """The windowed layers 0 and 2 are folded, the one without a window stands alone."""
-    found = diff(gemma.graphs["check_packing"], gemma.graphs["insert_cached_attention"])
+    found = diff_graphs(gemma.graphs["check_packing"], gemma.graphs["insert_cached_attention"])
     assert [layer.layers for layer in found.layers] == [(), (0, 2), (1,)]
 
 
@@ -116,7 +116,7 @@ def test_the_command_exits_with_1_if_files_differ(
     assert run("diff", str(tmp_path / "a.txt"), str(tmp_path / "a.txt")) == 0
     assert "no difference" in capsys.readouterr().out
     assert run("diff", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--json") == 1
-    assert json.loads(capsys.readouterr().out) == json.loads(diff(before, after).model_dump_json())
+    assert json.loads(capsys.readouterr().out) == json.loads(diff_graphs(before, after).model_dump_json())
     assert run("diff", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")) == 1
     out = capsys.readouterr().out
     assert "@@ layers 0, 2, 2 alike" in out

@@ -8,6 +8,9 @@ the same two kernels called with buffers made beforehand; ``fa2``, FlashInfer's 
 these lengths, without an append; ``split``, our Triton kernel, without an append; ``sdpa``, torch's
 attention on a dense, contiguous bfloat16 cache, without an append; ``copy``, the KV that must be read over
 the bandwidth of a large copy (bytes read plus bytes written) in the same run.
+
+Then prompts without a past, causal, in bfloat16, by each kernel that prefills, and by ``sdpa`` over dense K
+and V; ``fa3 plan`` and ``fa2 plan`` are what a plan on the host takes in addition, once a step.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,12 +33,13 @@ from flashinfer.xqa import xqa as raw_xqa
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels import append, fa, fa2, split_decode, xqa
+from ad_flashinfer_pass.kernels import append, fa, fa2, fa3, fmha_v2, split_decode, xqa
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
 MIN_LAYERS, MAX_LAYERS = 8, 128
 DEVICE = torch.device("cuda", 0)
+PREFILL = {"fmha_v2": fmha_v2, "fa3": fa3, "fa2": fa2}
 KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # The pools of a graph: more than the L2 cache, so that no layer finds its pages there; what fits in memory.
 _MIN_BYTES, _MAX_BYTES = 2**29, 2**35
@@ -132,6 +137,63 @@ class Layers:
         return graph, plans
 
 
+class Prompts:
+    """A step of ``batch`` prompts of ``length`` tokens."""
+
+    def __init__(self, batch: int, length: int) -> None:
+        width = length // PAGE
+        pool = torch.randn(batch * width + 1, 2, KV_HEADS, PAGE, DIM, device=DEVICE).bfloat16()
+        self.query = torch.randn(batch, length, HEADS, DIM, device=DEVICE).bfloat16()
+        self.table = (torch.randperm(batch * width, device=DEVICE) + 1).to(torch.int32).view(batch, width)
+        bounds = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * length
+        self.args = (self.query.flatten(0, 1), pool, bounds, bounds[1:] - bounds[:-1])
+        self.dense = pool[1:].view(2, batch, KV_HEADS, length, DIM)
+
+    def run(self, name: str) -> None:
+        """One launch."""
+        if name == "sdpa":
+            k, v = self.dense
+            F.scaled_dot_product_attention(self.query.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
+        else:
+            spec = AttentionSpec(DIM**-0.5)
+            PREFILL[name].prefill(*self.args, self.table, DIM, spec, None, None)
+
+    def captured(self, name: str) -> Callable[[], None]:
+        """A replay of some launches."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run(name)  # plans
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(MIN_LAYERS):
+                self.run(name)
+        return graph.replay
+
+    def with_plan(self, name: str) -> float:
+        """Microseconds of the call that plans and of its launch, the median of some."""
+        times = []
+        for _ in range(_SLOW_ROUNDS):
+            self.table = self.table.clone()  # the table of another step
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.run(name)
+            torch.cuda.synchronize()
+            times.append(1e6 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+
+def measure_prefill(batch: int, length: int) -> dict[str, Any]:
+    """One row of the second table."""
+    prompts = Prompts(batch, length)
+    names = [*PREFILL, "sdpa"]
+    times = microseconds([prompts.captured(name) for name in names], _SLOW_ROUNDS)
+    row = {name: t / MIN_LAYERS for name, t in zip(names, times, strict=True)}
+    plans = {f"{name} plan": prompts.with_plan(name) - row[name] for name in ("fa3", "fa2")}
+    return {"batch": batch, "length": length, **row, **plans}
+
+
 def microseconds(runs: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -> list[float]:
     """Median time of each, run in turn, each round in a random order; the first rounds are not counted."""
     times: list[list[float]] = [[] for _ in runs]
@@ -179,12 +241,15 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 16384, 131072])
     parser.add_argument("--kv", nargs="+", choices=list(KV_DTYPES), default=list(KV_DTYPES))
+    prompts = ["1x1024", "1x4096", "1x16384", "8x1024", "16x2048"]
+    parser.add_argument("--prompts", nargs="*", default=prompts, metavar="BATCHxLENGTH")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     grid = [(b, c, kv) for kv in args.kv for b in args.batch for c in args.context]
     rows: list[dict[str, Any]] = []
+    prefill_rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name(DEVICE),
         "versions": {name: version(name) for name in ("torch", "triton", "flashinfer-python")},
@@ -192,17 +257,23 @@ def main() -> int:
         "command": " ".join(["python", *sys.argv]),
         "copy_bytes_per_microsecond": bandwidth,
         "microseconds": rows,
+        "prefill_microseconds": prefill_rows,
     }
+
+    def note(row: dict[str, Any]) -> None:
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), sep=", ")
+        if args.json is not None:  # after each row, so that an interrupted run leaves what it has
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+
     for batch, context, kv in grid:
         if batch * context * kv_bytes(kv) > _MAX_BYTES:
             continue
         rows.append(measure(batch, context, kv, bandwidth))
-        print(
-            *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), sep=", "
-        )
-        if args.json is not None:  # after each row, so that an interrupted run leaves what it has
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        note(rows[-1])
+    for case in args.prompts:
+        prefill_rows.append(measure_prefill(*map(int, case.split("x"))))
+        note(prefill_rows[-1])
     print(f"copy: {bandwidth / 1e6:.2f} TB/s")
     return 0
 

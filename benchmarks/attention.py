@@ -110,13 +110,13 @@ class Layers:
 
     def split(self, pool: Tensor) -> None:
         """Our Triton kernel, as it is launched without a choice by measurement."""
-        args = (self.query[:, 0], pool, self.lens, self.table, DIM, AttentionSpec(DIM**-0.5), None, None)
+        args = (self.query[:, 0], pool, self.lens, self.table, AttentionSpec(DIM**-0.5))
         split_decode.decode(*args)
 
     def fa2(self, pool: Tensor) -> None:
         """FlashInfer's wrapper, by our provider, which plans at the first call."""
         spec = AttentionSpec(DIM**-0.5)
-        fa2.decode(self.query[:, 0], pool, self.lens, self.table, DIM, spec, None, None)
+        fa2.decode(self.query[:, 0], pool, self.lens, self.table, spec)
 
     def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, fa.GraphPlans]:
         """A graph of that layer, many times, each on the next pool, and the plans that it reads."""
@@ -156,7 +156,7 @@ class Prompts:
             F.scaled_dot_product_attention(self.query.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
         else:
             spec = AttentionSpec(DIM**-0.5)
-            PREFILL[name].prefill(*self.args, self.table, DIM, spec, None, None)
+            PREFILL[name].prefill(*self.args, self.table, spec)
 
     def captured(self, name: str) -> Callable[[], None]:
         """A replay of some launches."""

@@ -238,10 +238,7 @@ def prefill(
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``; the first call of a step waits for the device."""
     planned = _planned("prefill", _shape(backend, query, kv_cache, spec), query.device)
@@ -255,10 +252,7 @@ def decode(
     kv_cache: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``; outside ``planning`` the first call of a step waits for the device."""
     shape = _shape(backend, query, kv_cache, spec)

@@ -79,10 +79,7 @@ def prefill(
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``."""
     from flashinfer.prefill import trtllm_fmha_v2_prefill
@@ -109,7 +106,7 @@ def prefill(
         F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
         block_tables=blocks,
         out=out,
-        sinks=None if sinks is None else sinks.float(),
+        sinks=None if spec.sinks is None else spec.sinks.float(),
         mask_mode="sliding_window" if is_windowed else "causal",
         window_left=(spec.sliding_window or 0) - 1 if is_windowed else -1,
     )

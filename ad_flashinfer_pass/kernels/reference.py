@@ -20,7 +20,7 @@ CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}), ru
 
 
 class AttentionSpec(NamedTuple):
-    """The scalars of an attention site; see ``ops.cached_attention`` for their meaning."""
+    """What an attention site computes; see ``ops.cached_attention`` for the meaning of each."""
 
     scale: float
     sliding_window: int | None = None
@@ -28,6 +28,10 @@ class AttentionSpec(NamedTuple):
     chunk: int | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
+    v_head_dim: int | None = None
+    """None: that of the query."""
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
 
 def num_sequences(batch_info_host: Tensor) -> int:
@@ -150,20 +154,17 @@ def prefill(
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """See ``kernels.select.Provider``; one sequence after the other, with lengths read on the host."""
+    """See ``kernels.select``; one sequence after the other, with lengths read on the host."""
     bounds, totals = cu_seqlen.tolist(), seq_len_with_cache.tolist()
     outputs = []
     for row, total in enumerate(totals):
         if total == 0:  # a row of a captured step that no sequence uses
             continue
         q = query[bounds[row] : bounds[row + 1]][None]
-        k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, v_head_dim, spec)
-        outputs.append(_attend_one(q, k, v, total, spec, sinks, alibi_slopes)[0])
+        k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, spec)
+        outputs.append(_attend_one(q, k, v, total, spec)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -177,20 +178,17 @@ def decode(
     kv_cache: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """See ``kernels.select.Provider``; all sequences at once."""
+    """See ``kernels.select``; all sequences at once."""
     q, last = query[:, None], (seq_len_with_cache - 1)[:, None]
     on_cpu = query.device.type == "cpu"
     # On a GPU reading the longest length would wait for the device: take the whole table.
     longest = int(seq_len_with_cache.max()) if on_cpu else block_table.shape[1] * kv_cache.shape[3]
-    k, v = _gather_pages(kv_cache, block_table, longest, q, v_head_dim, spec)
-    if spec.logit_cap is not None or sinks is not None or alibi_slopes is not None:
+    k, v = _gather_pages(kv_cache, block_table, longest, q, spec)
+    if not _is_plain(spec):
         bias = visibility_bias(last, longest, spec)
-        return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, last)[:, 0]
+        return _attend_dense(q, k, v, bias, spec, last)[:, 0]
     within = spec.chunk is None and (spec.sliding_window is None or longest <= spec.sliding_window)
     sees_all = on_cpu and query.shape[0] == 1 and within
     mask = None if sees_all else ~_hidden(last, longest, spec)
@@ -204,8 +202,6 @@ def dense_attention(
     spec: AttentionSpec,
     attn_mask: Tensor | None,
     is_causal: bool,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``ops.attention``."""
     positions = torch.arange(query.shape[1], device=query.device)[None]
@@ -219,7 +215,7 @@ def dense_attention(
             )
         bias = bias + attn_mask
     k, v = key.transpose(1, 2), value.transpose(1, 2)
-    out = _attend_dense(query, k, v, bias, spec, sinks, alibi_slopes, positions)
+    out = _attend_dense(query, k, v, bias, spec, positions)
     return out.contiguous()
 
 
@@ -251,12 +247,7 @@ def _hidden(q_positions: Tensor, num_keys: int, spec: AttentionSpec) -> Tensor:
 
 
 def _gather_pages(
-    kv_cache: Tensor,
-    block_table: Tensor,
-    num_keys: int,
-    query: Tensor,
-    v_head_dim: int,
-    spec: AttentionSpec,
+    kv_cache: Tensor, block_table: Tensor, num_keys: int, query: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """K [b, num_kv_heads, num_keys, head_dim] and V, copied from the pages in one gather."""
     _, _, num_heads, page_size, width = kv_cache.shape
@@ -270,7 +261,8 @@ def _gather_pages(
     else:
         gathered = kv_cache[pages].permute(2, 0, 3, 1, 4, 5)
     k, v = gathered.reshape(2, pages.shape[0], num_heads, num_blocks * page_size, width)
-    k, v = k[:, :, :num_keys, : query.shape[-1]], v[:, :, :num_keys, :v_head_dim]
+    head_dim = query.shape[-1]
+    k, v = k[:, :, :num_keys, :head_dim], v[:, :, :num_keys, : spec.v_head_dim or head_dim]
     return _dequantized(k, spec.k_scale, query.dtype), _dequantized(v, spec.v_scale, query.dtype)
 
 
@@ -284,25 +276,21 @@ def _head_rows(num_heads: int, device: torch.device) -> Tensor:
     return torch.arange(2 * num_heads, dtype=torch.int32, device=device).view(2, 1, num_heads, 1)
 
 
-def _attend_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    total: int,
-    spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> Tensor:
+def _is_plain(spec: AttentionSpec) -> bool:
+    """Whether torch's own attention computes it."""
+    return spec.logit_cap is None and spec.sinks is None and spec.alibi_slopes is None
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, total: int, spec: AttentionSpec) -> Tensor:
     """The last q.shape[1] tokens of one sequence of ``total`` tokens."""
     n = q.shape[1]
-    is_plain = spec.logit_cap is None and sinks is None and alibi_slopes is None
-    if is_plain and n == total and spec.sliding_window is None and spec.chunk is None:
+    if _is_plain(spec) and n == total and spec.sliding_window is None and spec.chunk is None:
         return _sdpa(q, k, v, None, spec.scale, is_causal=True)
     positions = torch.arange(total - n, total, device=q.device)[None]
     bias = visibility_bias(positions, total, spec)
-    if is_plain:
+    if _is_plain(spec):
         return _sdpa(q, k, v, bias.to(q.dtype), spec.scale)
-    return _attend_dense(q, k, v, bias, spec, sinks, alibi_slopes, positions)
+    return _attend_dense(q, k, v, bias, spec, positions)
 
 
 def _sdpa(
@@ -320,8 +308,6 @@ def _attend_dense(
     value: Tensor,
     bias: Tensor,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
     q_positions: Tensor,
 ) -> Tensor:
     """Explicit attention.
@@ -337,12 +323,12 @@ def _attend_dense(
     logits = logits.mul_(spec.scale)
     if spec.logit_cap is not None:
         logits = torch.tanh(logits / spec.logit_cap) * spec.logit_cap
-    if alibi_slopes is not None:
+    if spec.alibi_slopes is not None:
         distance = torch.arange(t, device=query.device) - q_positions[:, :, None]
-        logits = logits + alibi_slopes.float()[:, None, None] * distance[:, None]
+        logits = logits + spec.alibi_slopes.float()[:, None, None] * distance[:, None]
     logits = logits + bias
-    if sinks is not None:
-        logits = torch.cat((logits, sinks.float().view(1, -1, 1, 1).expand(b, -1, n, 1)), -1)
+    if spec.sinks is not None:
+        logits = torch.cat((logits, spec.sinks.float().view(1, -1, 1, 1).expand(b, -1, n, 1)), -1)
     weights = torch.softmax(logits, -1)[..., :t]
     weights = weights.reshape(b, num_kv_heads, -1, t)
     out = torch.matmul(weights, value.float()).view(b, num_heads, n, -1)

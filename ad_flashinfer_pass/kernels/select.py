@@ -2,16 +2,15 @@
 
 A provider is a module with a ``CAPABILITY`` and, for the phases that it declares, the functions::
 
-    decode(query, kv_cache, seq_len_with_cache, block_table, v_head_dim, spec, sinks, alibi_slopes)
-    prefill(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, v_head_dim, spec, sinks,
-            alibi_slopes)
+    decode(query, kv_cache, seq_len_with_cache, block_table, spec)
+    prefill(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec)
 
 Their arguments are those of ``ops.cached_attention`` cut to the sequences of the phase, with query
-[tokens, num_heads, head_dim] and ``spec`` for the scalars; the result, [tokens, num_heads, v_head_dim], is a
-new tensor. ``decode`` may take an integer more, which changes how it is launched, not what it computes: the
-module gives its name as ``DECODE_OPTION``, and ``decode_options(site, batch, device)`` those worth timing.
-A provider may also have ``extend``, ``prefill`` of sequences of at most ``max_len`` tokens, and then
-``extend_modules(site, max_len)``.
+[tokens, num_heads, head_dim] and ``reference.AttentionSpec`` for what the site computes; the result,
+[tokens, num_heads, v_head_dim], is a new tensor. ``decode`` may take an integer more, which changes how it is
+launched, not what it computes: the module gives its name as ``DECODE_OPTION``, and
+``decode_options(site, batch, device)`` those worth timing. A provider may also have ``extend``, which is
+``prefill`` of sequences of at most ``max_len`` tokens, and then ``extend_modules(site, max_len)``.
 
 In each phase a site goes to the first provider, in the order of ``PROVIDERS``, whose declaration
 covers every item of the site; if none does, the pass stops and says which item each of them lacks.

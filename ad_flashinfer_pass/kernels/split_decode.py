@@ -96,10 +96,7 @@ def decode(
     kv_cache: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
     *,
     splits: int | None = None,
     config: Config | None = None,
@@ -116,6 +113,7 @@ def decode(
 
     batch, num_heads, head_dim = query.shape
     num_kv_heads, page_size = kv_cache.shape[2:4]
+    v_head_dim = spec.v_head_dim or head_dim
     group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     space = workspaces.get(_workspace, query.device)
     if config is None:
@@ -132,8 +130,8 @@ def decode(
         kv_cache,
         seq_len_with_cache,
         block_table,
-        sinks,
-        alibi_slopes,
+        spec.sinks,
+        spec.alibi_slopes,
         out,
         space.sums,
         space.stats,

@@ -81,10 +81,7 @@ def prefill(
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``.
 
@@ -115,7 +112,7 @@ def prefill(
             out=out,
             kv_layout="HND",
             enable_pdl=False,
-            sinks=None if sinks is None else sinks.float(),
+            sinks=None if spec.sinks is None else spec.sinks.float(),
             multi_ctas_kv_counter_buffer=counters,
         )
     return out
@@ -126,10 +123,7 @@ def decode(
     kv_cache: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """See ``kernels.select``.
 
@@ -153,7 +147,7 @@ def decode(
             float(spec.v_scale),
             window_left=-1 if spec.sliding_window is None else spec.sliding_window - 1,
             out=out,
-            sinks=None if sinks is None else sinks.float(),
+            sinks=None if spec.sinks is None else spec.sinks.float(),
             kv_layout="HND",
             enable_pdl=False,
             backend="trtllm-gen",

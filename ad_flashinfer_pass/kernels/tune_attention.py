@@ -121,18 +121,24 @@ class _Launches:
         wanted = batch * max_blocks_per_seq
         self.pages = pages.repeat(-(-wanted // len(pages)))[:wanted].to(torch.int32)
         self.width = max_blocks_per_seq
-        self.sinks = torch.zeros(site.num_heads, device=device) if site.has_sinks else None
-        self.slopes = torch.zeros(site.num_heads, device=device) if site.has_alibi else None
+        self.spec = AttentionSpec(
+            site.head_dim**-0.5,
+            site.sliding_window,
+            site.logit_cap,
+            site.chunk,
+            v_head_dim=site.v_head_dim,
+            sinks=torch.zeros(site.num_heads, device=device) if site.has_sinks else None,
+            alibi_slopes=torch.zeros(site.num_heads, device=device) if site.has_alibi else None,
+        )
 
     def microseconds(self, kernel: str, length: int) -> float:
         """Time of one site's launch."""
-        site, used = self.site, -(-length // self.site.page_size)
+        used = -(-length // self.site.page_size)
         table = self.pages.new_zeros((self.batch, self.width))
         table[:, :used] = self.pages[: self.batch * used].view(self.batch, used)
         lengths = torch.full((self.batch,), length, dtype=torch.int32, device=table.device)
-        spec = AttentionSpec(site.head_dim**-0.5, site.sliding_window, site.logit_cap, site.chunk)
-        rest = (lengths, table, site.v_head_dim, spec, self.sinks, self.slopes)
         decode = select.decoder(kernel, self.batch)
+        rest = (lengths, table, self.spec)
         return measure.microseconds([partial(decode, self.query, pool, *rest) for pool in self.pools])
 
 

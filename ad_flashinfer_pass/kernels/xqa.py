@@ -104,10 +104,7 @@ def decode(
     kv_cache: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
     *,
     split_factor: int = 1,
 ) -> Tensor:
@@ -121,7 +118,7 @@ def decode(
     query = query.contiguous()
     out = torch.empty_like(query)
     rows = (query[:, None], out[:, None])
-    _launch(*rows, kv_cache, seq_len_with_cache, block_table, spec, sinks, split_factor=split_factor)
+    _launch(*rows, kv_cache, seq_len_with_cache, block_table, spec, split_factor=split_factor)
     return out
 
 
@@ -131,10 +128,7 @@ def extend(
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    v_head_dim: int,
     spec: AttentionSpec,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
     *,
     max_len: int,
 ) -> Tensor:
@@ -153,7 +147,7 @@ def extend(
     out = torch.empty_like(query)
     batch, num_tokens = seq_len_with_cache.shape[0], query.shape[0]
     masks = workspaces.get(_causal_masks, query.device)
-    place = (kv_cache, seq_len_with_cache, block_table, spec, sinks)
+    place = (kv_cache, seq_len_with_cache, block_table, spec)
     if num_tokens == batch * max_len:
         rows = [x.view(batch, 1, max_len, *x.shape[1:]) for x in (query, out)]
         mask = masks[:max_len].expand(batch, max_len, 1).contiguous().view(torch.uint16)
@@ -179,7 +173,6 @@ def _launch(
     seq_len_with_cache: Tensor,
     block_table: Tensor,
     spec: AttentionSpec,
-    sinks: Tensor | None,
     *,
     split_factor: int = 1,
     **options: Any,
@@ -207,7 +200,7 @@ def _launch(
         ours.semaphores,
         num_kv_heads,
         page_size,
-        sinks=None if sinks is None else sinks.float().view(num_kv_heads, -1),
+        sinks=None if spec.sinks is None else spec.sinks.float().view(num_kv_heads, -1),
         # The kernel multiplies the logits by q_scale * kv_scale / sqrt(head_dim) and the result by kv_scale.
         q_scale=float(spec.scale * head_dim**0.5 * spec.k_scale / spec.v_scale),
         kv_scale=float(spec.v_scale),

@@ -67,8 +67,10 @@ def attention(
         sliding_window=sliding_window,
         logit_cap=logit_cap,
         chunk=chunk,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
-    return reference.dense_attention(query, key, value, spec, attn_mask, is_causal, sinks, alibi_slopes)
+    return reference.dense_attention(query, key, value, spec, attn_mask, is_causal)
 
 
 torch.library.impl(_NAME, "default", attention)

@@ -70,15 +70,16 @@ def cached_attention(
     Returns:
         [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
     """
-    spec = AttentionSpec(scale, sliding_window, logit_cap, chunk, k_scale, v_scale)
-    site = (v_head_dim, spec, sinks, alibi_slopes)
+    spec = AttentionSpec(
+        scale, sliding_window, logit_cap, chunk, k_scale, v_scale, v_head_dim, sinks, alibi_slopes
+    )
     kernels = (prefill_kernel, decode_kernel, max_extend_len)
     metadata = (batch_info_host, cu_seqlen, seq_len_with_cache, block_table)
     if query.device.type != "cuda":
-        return _attend(query, kv_cache, *metadata, site, *kernels)
+        return _attend(query, kv_cache, *metadata, spec, *kernels)
     inputs = {"kv_cache": kv_cache, "seq_len_with_cache": seq_len_with_cache, "block_table": block_table}
     with launching(query.device, cu_seqlen=cu_seqlen, **inputs):
-        return _attend(query, kv_cache, *metadata, site, *kernels)
+        return _attend(query, kv_cache, *metadata, spec, *kernels)
 
 
 def _attend(
@@ -88,7 +89,7 @@ def _attend(
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
     block_table: Tensor,
-    site: tuple[int, AttentionSpec, Tensor | None, Tensor | None],
+    spec: AttentionSpec,
     prefill_kernel: str,
     decode_kernel: str,
     max_extend_len: int,
@@ -104,23 +105,23 @@ def _attend(
         prefill = select.provider(prefill_kernel).prefill
         lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
         bounds = cu_seqlen[: num_prefill + 1]
-        parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, *site))
+        parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, spec))
     if extend is not None:
         rows, bounds = slice(num_prefill, num_long), cu_seqlen[num_prefill : num_long + 1]
         bounds = bounds - prefill_tokens if prefill_tokens else bounds
         drafts = tokens[prefill_tokens:long_tokens]
         lens, pages = seq_len_with_cache[rows], block_table[rows]
-        parts.append(extend(drafts, kv_cache, bounds, lens, pages, *site, max_len=max_extend_len))
+        parts.append(extend(drafts, kv_cache, bounds, lens, pages, spec, max_len=max_extend_len))
     if num_decode:
         decode = select.decoder(decode_kernel, num_decode)
         rows = slice(num_long, num_long + num_decode)
         one_each = tokens[long_tokens : long_tokens + num_decode]
-        parts.append(decode(one_each, kv_cache, seq_len_with_cache[rows], block_table[rows], *site))
+        parts.append(decode(one_each, kv_cache, seq_len_with_cache[rows], block_table[rows], spec))
     padding = tokens.shape[0] - long_tokens - num_decode
     if padding:
-        parts.append(tokens.new_zeros(padding, query.shape[2], site[0]))
+        parts.append(tokens.new_zeros(padding, query.shape[2], spec.v_head_dim or query.shape[3]))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.contiguous().view(*query.shape[:-1], site[0])
+    return out.contiguous().view(*query.shape[:-1], out.shape[-1])
 
 
 torch.library.impl(_NAME, "default", cached_attention)

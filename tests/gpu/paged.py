@@ -116,6 +116,11 @@ class PagedBatch:
             shape.page_size,
         )
 
+    @property
+    def spec(self) -> AttentionSpec:
+        """What is computed, with the sinks."""
+        return self.shape.spec._replace(sinks=self.sinks)
+
     def random(self, *sizes: int) -> Tensor:
         """Standard normal numbers in the dtype of the attention."""
         return torch.randn(sizes, generator=self.generator, device=DEVICE).to(self.shape.dtype)

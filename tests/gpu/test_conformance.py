@@ -74,7 +74,7 @@ def assert_decodes(batch: PagedBatch) -> None:
     before = batch.kv_cache.clone()
     lens = batch.args["seq_len_with_cache"][:n]
     table = batch.block_table[:n]
-    out = xqa.decode(batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, batch.sinks, None)
+    out = xqa.decode(batch.query, batch.kv_cache, lens, table, batch.spec)
     # On compute capability 9.x the kernel for an 8-bit cache multiplies in 8 bits.
     assert_within_bound(batch, out, shape.kv_dtype)
     assert torch.equal(batch.kv_cache.view(torch.uint8), before.view(torch.uint8))
@@ -115,7 +115,7 @@ def test_xqa_may_split_further(split_factor: int, shape: Shape) -> None:
     """More splits than the device has multiprocessors give the same within the bound."""
     batch = PagedBatch([(8191, 1), (30, 1), (0, 1)], shape)
     lens, table = batch.args["seq_len_with_cache"][:3], batch.block_table[:3]
-    args = (batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, None, None)
+    args = (batch.query, batch.kv_cache, lens, table, batch.spec)
     assert_within_bound(batch, xqa.decode(*args, split_factor=split_factor), shape.kv_dtype)
 
 
@@ -131,10 +131,10 @@ def test_xqa_ignores_what_its_workspace_held() -> None:
 def test_xqa_gives_the_same_bits_every_time() -> None:
     """The order of the sums does not depend on which thread block is first."""
     batch = PagedBatch([(5000, 1), (70, 1), (0, 1)], PLAIN)
-    args = (batch.kv_cache, batch.args["seq_len_with_cache"][:3], batch.block_table[:3], 128, PLAIN.spec)
-    first = xqa.decode(batch.query, *args, None, None)
+    args = (batch.kv_cache, batch.args["seq_len_with_cache"][:3], batch.block_table[:3], batch.spec)
+    first = xqa.decode(batch.query, *args)
     for _ in range(20):
-        assert torch.equal(xqa.decode(batch.query, *args, None, None), first)
+        assert torch.equal(xqa.decode(batch.query, *args), first)
 
 
 def test_xqa_reads_a_strided_pool() -> None:
@@ -144,7 +144,7 @@ def test_xqa_reads_a_strided_pool() -> None:
     memory[:, 1] = batch.kv_cache
     batch.kv_cache = memory[:, 1]
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
-    out = xqa.decode(batch.query, batch.kv_cache, lens, table, 128, PLAIN.spec, None, None)
+    out = xqa.decode(batch.query, batch.kv_cache, lens, table, batch.spec)
     assert_within_bound(batch, out)
 
 
@@ -171,9 +171,9 @@ def test_xqa_extends(shape: Shape, new: list[int]) -> None:
         batch = PagedBatch(list(zip(pasts, new, strict=True)), shape)
         n = len(new)
         bounds, lens = batch.args["cu_seqlen"][: n + 1], batch.args["seq_len_with_cache"][:n]
-        args = (batch.query, batch.kv_cache, bounds, lens, batch.block_table[:n], shape.head_dim, shape.spec)
+        args = (batch.query, batch.kv_cache, bounds, lens, batch.block_table[:n], batch.spec)
         with skipped_if_not_built():
-            out = xqa.extend(*args, None, None, max_len=max(new))
+            out = xqa.extend(*args, max_len=max(new))
         # Only uniform extends of many rows are multiplied in 8 bits.
         in_8_bits = shape.kv_dtype if len(set(new)) == 1 and max(new) * shape.group > 32 else None
         assert_within_bound(batch, out, in_8_bits)
@@ -237,10 +237,10 @@ def fa_scratch(device: torch.device) -> torch.Tensor:
 
 
 def prefilled(provider: Any, batch: PagedBatch) -> torch.Tensor:
-    shape, n = batch.shape, len(batch.lengths)
+    n = len(batch.lengths)
     bounds, lens = batch.args["cu_seqlen"][: n + 1], batch.args["seq_len_with_cache"][:n]
-    args = (batch.query, batch.kv_cache, bounds, lens, batch.block_table[:n], shape.head_dim, shape.spec)
-    return provider.prefill(*args, batch.sinks, None)
+    args = (batch.query, batch.kv_cache, bounds, lens, batch.block_table[:n], batch.spec)
+    return provider.prefill(*args)
 
 
 def skip_unless_it_runs(provider: Any, shape: Shape, phase: Phase) -> None:
@@ -269,9 +269,7 @@ def test_others_decode_every_shape(shape: Shape, provider: Any) -> None:
         batch = PagedBatch([(length, 1) for length in lengths], shape)
         n = len(lengths)
         lens, table = batch.args["seq_len_with_cache"][:n], batch.block_table[:n]
-        out = provider.decode(
-            batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, None, None
-        )
+        out = provider.decode(batch.query, batch.kv_cache, lens, table, batch.spec)
         assert_within_bound(batch, out)
 
 
@@ -280,7 +278,7 @@ def test_fa2_plans_once_a_step_and_anew_for_the_next() -> None:
     skip_unless_it_runs(fa2, PLAIN, "decode")
     for seed in range(4):
         batch = PagedBatch([(100 * seed + 7, 1), (40, 1)], PLAIN, seed)
-        args = (batch.args["seq_len_with_cache"][:2], batch.block_table[:2], 128, PLAIN.spec, None, None)
+        args = (batch.args["seq_len_with_cache"][:2], batch.block_table[:2], batch.spec)
         for _ in range(2):
             assert_within_bound(batch, fa2.decode(batch.query, batch.kv_cache, *args))
             batch.query, batch.kv_cache = (

@@ -21,7 +21,7 @@ def assert_decodes(batch: PagedBatch, splits: int | None = None) -> None:
     assert not split_decode.CAPABILITY.refusals(site_of(shape), "decode", DEVICE)
     before = batch.kv_cache.clone()
     lens, table = batch.args["seq_len_with_cache"][:n], batch.block_table[:n]
-    args = (batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, batch.sinks, None)
+    args = (batch.query, batch.kv_cache, lens, table, batch.spec)
     out = split_decode.decode(*args, splits=splits)
     assert_within_bound(batch, out)
     assert torch.equal(batch.kv_cache.view(torch.uint8), before.view(torch.uint8))

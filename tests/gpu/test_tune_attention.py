@@ -23,5 +23,5 @@ def test_what_was_measured_decodes(shape: Shape, monkeypatch: pytest.MonkeyPatch
     assert batch.kv_cache.float().equal(before.float())
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
     decode = select.decoder(choice, 4)
-    out = decode(batch.query, batch.kv_cache, lens, table, shape.head_dim, shape.spec, batch.sinks, None)
+    out = decode(batch.query, batch.kv_cache, lens, table, batch.spec)
     assert_within_bound(batch, out, shape.kv_dtype)

@@ -71,7 +71,7 @@ class Wrapper:
             length = torch.tensor([(table.shape[1] - 1) * PAGE + last], dtype=torch.int32)
             rows = slice(self.bounds[row], self.bounds[row + 1])
             bounds = torch.tensor([0, rows.stop - rows.start])
-            args = (kv_cache, bounds, length, table, DIM, spec, None, None)
+            args = (kv_cache, bounds, length, table, spec)
             out[rows] = reference.prefill(q[rows], *args)
         return out
 
@@ -108,7 +108,7 @@ def test_plans_say_what_prefill_has_to_compute(name: str, provider: ModuleType) 
     """With and without a past, on and beside the edges of pages, on the kernel that was asked for."""
     spec = SPECS[name]
     query, cache, bounds, lens, table = batch(spec, [(0, 8), (0, 9), (7, 2), (16, 20)])
-    args = (query, cache, bounds, lens, table, DIM, spec, None, None)
+    args = (query, cache, bounds, lens, table, spec)
     torch.testing.assert_close(provider.prefill(*args), reference.prefill(*args))
     planned = workspaces.get(fa._Eager, query.device).planned.values()
     assert [p.wrapper.backend for p in planned] == [provider.CAPABILITY.name]
@@ -119,7 +119,7 @@ def test_plans_say_what_decode_has_to_compute(name: str) -> None:
     """Lengths on and beside the edges of pages."""
     spec = SPECS[name]
     query, cache, _, lens, table = batch(spec, [(0, 1), (7, 1), (8, 1), (40, 1)])
-    rest = (query, cache, lens, table, DIM, spec, None, None)
+    rest = (query, cache, lens, table, spec)
     torch.testing.assert_close(fa2.decode(*rest), reference.decode(*rest), atol=0.02, rtol=0.02)
 
 
@@ -129,7 +129,7 @@ def test_layers_of_a_step_share_a_plan_and_the_next_step_has_its_own() -> None:
     for step in range(3):
         query, cache, _, lens, table = batch(spec, [(3 * step, 1), (20, 1)], seed=step)
         for layer in range(2):
-            rest = (query, cache.flip(0) if layer else cache, lens, table, DIM, spec, None, None)
+            rest = (query, cache.flip(0) if layer else cache, lens, table, spec)
             torch.testing.assert_close(fa2.decode(*rest), reference.decode(*rest), atol=0.02, rtol=0.02)
         assert Wrapper.num_plans == step + 1
 
@@ -140,7 +140,7 @@ def test_a_captured_step_is_planned_anew_before_each_replay() -> None:
     query, cache, _, lens, table = batch(spec, [(0, 1)] * 3)
     with fa.planning() as plans:
         for _ in range(2):
-            fa2.decode(query, cache, lens, table, DIM, spec, None, None)
+            fa2.decode(query, cache, lens, table, spec)
     assert Wrapper.num_plans == 1
     for seed, lengths in enumerate(([5, 17, 9], [40, 1, 8], [33])):
         query, cache, _, _, table = batch(spec, [(0, 1)] * 3, seed)
@@ -152,9 +152,7 @@ def test_a_captured_step_is_planned_anew_before_each_replay() -> None:
             table[row] = 0
         plans.renew(torch.cat([lens, lens]), cu_num_pages, cache_loc)
         with fa.planning(plans):  # as the graph runs: from the plans alone
-            found = fa2.decode(
-                query, cache, torch.zeros_like(lens), torch.zeros_like(table), DIM, spec, None, None
-            )
-        expected = reference.decode(query, cache, lens, table, DIM, spec, None, None)
+            found = fa2.decode(query, cache, torch.zeros_like(lens), torch.zeros_like(table), spec)
+        expected = reference.decode(query, cache, lens, table, spec)
         torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
     assert Wrapper.num_plans == 4

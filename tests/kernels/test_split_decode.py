@@ -39,16 +39,16 @@ def decode(batch: PagedBatch, features: Features, launch: Launch) -> Tensor:
         features.chunk,
         shape.k_scale,
         shape.v_scale,
+        shape.v_head_dim,
+        batch.sinks.to(DEVICE) if features.has_sinks else None,
+        batch.alibi_slopes.to(DEVICE) if features.has_alibi else None,
     )
     return split_decode.decode(
         torch.cat(batch.query).to(DEVICE),
         batch.memory.to(DEVICE)[:, shape.layers_between_pages // 2],
         batch.args["seq_len_with_cache"][:n].to(DEVICE),
         table[:n].to(DEVICE),
-        shape.v_head_dim,
         spec,
-        batch.sinks.to(DEVICE) if features.has_sinks else None,
-        batch.alibi_slopes.to(DEVICE) if features.has_alibi else None,
         splits=launch[0],
         config=launch[1],
     ).cpu()

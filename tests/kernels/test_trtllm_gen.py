@@ -140,7 +140,7 @@ def test_decode_passes_what_the_kernel_needs(name: str, has_sinks: bool, kernel:
     spec = SPECS[name]
     query, cache, _, lens, table = batch(spec, [(0, 1), (15, 1), (16, 1), (70, 1)])
     sinks = torch.randn(HEADS).bfloat16() if has_sinks else None
-    args = (query, cache, lens, table, DIM, spec, sinks, None)
+    args = (query, cache, lens, table, spec._replace(sinks=sinks))
     torch.testing.assert_close(trtllm_gen.decode(*args), reference.decode(*args), atol=0.02, rtol=0.02)
     assert kernel.calls == [(WIDTH * PAGE,)]
 
@@ -152,7 +152,7 @@ def test_prefill_passes_what_the_kernel_needs(name: str, has_sinks: bool, kernel
     spec = SPECS[name]
     query, cache, bounds, lens, table = batch(spec, [(0, 20), (0, 2), (16, 30), (40, 3)])
     sinks = torch.randn(HEADS) if has_sinks else None
-    args = (query, cache, bounds, lens, table, DIM, spec, sinks, None)
+    args = (query, cache, bounds, lens, table, spec._replace(sinks=sinks))
     torch.testing.assert_close(trtllm_gen.prefill(*args), reference.prefill(*args), atol=0.02, rtol=0.02)
     assert kernel.calls == [(WIDTH * PAGE,)]
 
@@ -168,4 +168,4 @@ def test_a_failure_says_where_the_binaries_come_from(kernel: Kernel, monkeypatch
     with pytest.raises(
         KernelError, match=r"trtllm_gen, decode: .* Artifact not found locally.* flashinfer-cubin"
     ):
-        trtllm_gen.decode(query, cache, lens, table, DIM, SPECS["plain"], None, None)
+        trtllm_gen.decode(query, cache, lens, table, SPECS["plain"])

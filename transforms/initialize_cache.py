@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import CapacityError
+from ad_flashinfer_pass.metadata import SequenceInfo
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 
@@ -65,9 +67,7 @@ def count_pages(ctx: TransformContext, free: int) -> Pages:
     """
     config, info = ctx.config.kv_cache_config, ctx.sequence_info
     bytes_per_page = sum(resource.bytes_per_page for resource in ctx.resources)
-    wanted = info.max_batch_size * info.max_blocks_per_seq
-    if config.max_tokens is not None:
-        wanted = min(wanted, -(-config.max_tokens // info.tokens_per_block))
+    wanted = pages_wanted(ctx.config, info)
     share = int(free * config.free_gpu_memory_fraction)
     fitting = share // bytes_per_page - 1
     if fitting < 1:
@@ -77,6 +77,12 @@ def count_pages(ctx: TransformContext, free: int) -> Pages:
             "tokens_per_block."
         )
     return Pages(wanted, fitting, bytes_per_page)
+
+
+def pages_wanted(config: AutoDeployConfig, info: SequenceInfo) -> int:
+    """Pages for max_batch_size sequences of max_seq_len tokens, or for max_tokens if that is less."""
+    wanted, max_tokens = info.max_batch_size * info.max_blocks_per_seq, config.kv_cache_config.max_tokens
+    return wanted if max_tokens is None else min(wanted, -(-max_tokens // info.tokens_per_block))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -31,8 +31,9 @@ from ad_flashinfer_pass.errors import (
 )
 from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
+from ad_flashinfer_pass.torch_compile.batch import Batch
 from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, exported, sources
-from ad_flashinfer_pass.torch_compile.session import Batch, CacheGroup, CacheSession, CompileRecord
+from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession, CompileRecord
 from ad_flashinfer_pass.transforms.insert_cached_attention import cache_pair
 
 aten = torch.ops.aten

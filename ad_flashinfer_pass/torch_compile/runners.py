@@ -18,7 +18,8 @@ from ad_flashinfer_pass.errors import ConfigError, SessionError
 from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.torch_compile.session import Batch, CacheSession, CompileRecord
+from ad_flashinfer_pass.torch_compile.batch import Batch
+from ad_flashinfer_pass.torch_compile.session import CacheSession, CompileRecord
 
 INDUCTOR = "inductor"
 aten = torch.ops.aten

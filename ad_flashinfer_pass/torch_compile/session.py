@@ -8,37 +8,26 @@ session may be called once. The sequences grow when the context ends without an 
 
 from __future__ import annotations
 
-import contextlib
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, SessionError
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 from ad_flashinfer_pass.registry import KvCacheResource
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.page_pool import PagePool
-from ad_flashinfer_pass.transforms.initialize_cache import free_bytes
+from ad_flashinfer_pass.torch_compile.batch import Batch
+from ad_flashinfer_pass.torch_compile.sequences import Schedule, Sequences
+from ad_flashinfer_pass.transforms.initialize_cache import free_bytes, pages_wanted
 
 TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]]
 _NUM_TOKENS = 8192
-_KINDS = ("prefill", "extend", "decode")
-
-
-@dataclass
-class _Sequence:
-    length: int
-    """Tokens that are in the cache."""
-    pages: list[int]
 
 
 class CompileRecord(NamedTuple):
@@ -80,7 +69,7 @@ class CacheGroup:
                 f"{self.where} has already run in this batch. Call a compiled model once a batch; layers "
                 "that share their weights across a graph break cannot be told apart (use fullgraph=True)."
             )
-        for sequence, step in zip(batch.packed_ids, batch.steps, strict=True):
+        for sequence, step in batch.packed.items():
             held = self.lengths.get(sequence, 0)
             if held != step.input_pos:
                 raise SessionError(
@@ -101,6 +90,8 @@ class CacheSession:
         device: where the models are.
         kv_cache_config: as in ``AutoDeployConfig``. ``max_tokens`` bounds what the pools hold; default:
             max_batch_size * max_seq_len.
+        kernel_dir: as in ``AutoDeployConfig``.
+        transforms: likewise; what is said here about a transform goes for every model of the session.
         on_event: called with a line of text as each part of a compilation begins; the first call of a large
             model takes a minute or more.
 
@@ -116,6 +107,8 @@ class CacheSession:
         max_num_tokens: int | None = None,
         device: str = "cpu",
         kv_cache_config: KvCacheConfig | Mapping[str, Any] | None = None,
+        kernel_dir: str | None = None,
+        transforms: Mapping[str, Any] | None = None,
         on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._settings: dict[str, Any] = {
@@ -124,34 +117,26 @@ class CacheSession:
             "max_num_tokens": max_num_tokens,
             "device": device,
             "kv_cache_config": kv_cache_config or KvCacheConfig(),
+            "kernel_dir": kernel_dir,
         }
-        config = AutoDeployConfig(**self._settings)
+        self.transforms = dict(transforms or {})
+        self.config()  # says what is wrong with the sizes before they are multiplied
         if max_num_tokens is None:
             self._settings["max_num_tokens"] = max(
                 max_seq_len, min(max_batch_size * max_seq_len, _NUM_TOKENS)
             )
-            config = self.config()
+        config = self.config()
         self.on_event = on_event
-        self.device = torch.device(device)
-        self.sequence_info = SequenceInfo(
-            max_seq_len=config.max_seq_len,
-            max_batch_size=config.max_batch_size,
-            max_num_tokens=config.token_budget,
-            tokens_per_block=config.kv_cache_config.tokens_per_block,
-            device=self.device,
-        )
-        pages = config.max_batch_size * self.sequence_info.max_blocks_per_seq
-        if config.kv_cache_config.max_tokens is not None:
-            pages = min(pages, -(-config.kv_cache_config.max_tokens // self.sequence_info.tokens_per_block))
+        ctx = pipeline.context(config)
+        self.device, self.sequence_info = ctx.device, ctx.sequence_info
         self.compiles: list[CompileRecord] = []
         """Every compilation for this session, in order."""
         self._memory_fraction = config.kv_cache_config.free_gpu_memory_fraction
-        self._pages = PagePool(pages + 1)
-        self._sequences: dict[int, _Sequence] = {}
-        self._next_id = 0
+        self._pages = PagePool(pages_wanted(config, self.sequence_info) + 1)
+        self.sequences = Sequences(self.sequence_info, self._pages)
         self._caches: dict[Hashable, Tensor] = {}
         self._groups: dict[tuple[Hashable, ...], CacheGroup] = {}
-        self._open: Batch | None = None
+        self.open_batch: Batch | None = None
         self._is_split_noted = False
         self.captured: list[CachedModel] = []
         """The models with captured graphs, in the order of their compilation."""
@@ -167,15 +152,18 @@ class CacheSession:
     def config(self, **changes: Any) -> AutoDeployConfig:
         """The session's settings as a config of the pass, with ``changes``.
 
+        Of a transform that both speak of, the session's settings hold.
+
         Raises:
             ConfigError: a value is out of range.
         """
-        return AutoDeployConfig(**{**self._settings, **changes})
+        transforms = {**changes.pop("transforms", {}), **self.transforms}
+        return AutoDeployConfig(**{**self._settings, **changes, "transforms": transforms})
 
     @property
     def lengths(self) -> dict[int, int]:
         """Tokens in the cache, by sequence."""
-        return {sequence: state.length for sequence, state in self._sequences.items()}
+        return self.sequences.lengths
 
     @property
     def num_free_pages(self) -> int:
@@ -223,18 +211,18 @@ class CacheSession:
         """
         if isinstance(token_ids, Tensor) and token_ids.is_floating_point():
             raise SessionError(f"tokens are integers, got a tensor of {token_ids.dtype}.")
-        chosen = list(self._sequences) if sequences is None else list(sequences)
+        chosen = list(self.lengths) if sequences is None else list(sequences)
         num_tokens = token_ids.numel() if isinstance(token_ids, Tensor) else len(token_ids)
         if num_tokens != len(chosen):
             raise SessionError(f"decode takes one token a sequence, got {num_tokens} for {len(chosen)}.")
         if isinstance(token_ids, Tensor) and token_ids.device.type != "cpu":
             # They stay on the device: what stands for token i of a tensor is -1 - i.
             schedule = [(sequence, [-1 - i]) for i, sequence in enumerate(chosen)]
-            return Batch(self, self._checked(schedule, sort=False), sampled=token_ids.flatten())
+            return self._batch(schedule, sampled=token_ids.flatten())
         tokens = token_ids.flatten().tolist() if isinstance(token_ids, Tensor) else token_ids
         return self.step([(sequence, [token]) for sequence, token in zip(chosen, tokens, strict=True)])
 
-    def step(self, schedule: Sequence[tuple[int | None, Sequence[int]]], *, sort: bool = False) -> Batch:
+    def step(self, schedule: Schedule, *, sort: bool = False) -> Batch:
         """Any mixture of prompts, chunks and single tokens.
 
         Args:
@@ -247,10 +235,10 @@ class CacheSession:
                 no tokens.
             CapacityError: the session is too small.
         """
-        entries = self._checked(schedule, sort)
-        if min(min(tokens) for _, tokens in entries) < 0:
+        batch = self._batch(schedule, sort=sort)
+        if min(min(tokens) for _, tokens in batch.entries) < 0:
             raise SessionError("token ids must be 0 or more.")
-        return Batch(self, entries, sort=sort)
+        return batch
 
     def free(self, sequences: Iterable[int] | None = None) -> None:
         """End sequences, by default all, and take their pages back.
@@ -258,13 +246,12 @@ class CacheSession:
         Raises:
             SessionError: a sequence is unknown, or a batch is open.
         """
-        if self._open is not None:
-            raise SessionError("sequences cannot be freed while a batch is open.")
-        chosen = list(self._sequences) if sequences is None else list(sequences)
+        self.refuse_if_open()
+        chosen = list(self.lengths) if sequences is None else list(dict.fromkeys(sequences))
         for sequence in chosen:
-            self._known(sequence)
+            self.sequences.known(sequence)
         for sequence in chosen:
-            self._release(self._sequences.pop(sequence).pages)
+            self.release(self.sequences.cut(sequence, 0))
             for group in self._groups.values():
                 group.lengths.pop(sequence, None)
 
@@ -278,15 +265,11 @@ class CacheSession:
         Raises:
             SessionError: the sequence is unknown, has not that many tokens, or a batch is open.
         """
-        state = self._known(sequence)
-        if self._open is not None or not 1 <= length <= state.length:
-            raise SessionError(
-                f"sequence {sequence} can be cut to 1..{state.length} tokens while no batch is open, got "
-                f"{length}."
-            )
-        keep = self._num_pages(length)
-        self._release(state.pages[keep:])
-        state.length, state.pages = length, state.pages[:keep]
+        self.refuse_if_open()
+        longest = self.sequences.known(sequence).length
+        if not 1 <= length <= longest:
+            raise SessionError(f"sequence {sequence} can be cut to 1..{longest} tokens, got {length}.")
+        self.release(self.sequences.cut(sequence, length))
         for group in self._groups.values():
             group.lengths[sequence] = min(group.lengths.get(sequence, 0), length)
 
@@ -297,12 +280,12 @@ class CacheSession:
         Raises:
             SessionError: there is none.
         """
-        if self._open is None:
+        if self.open_batch is None:
             raise SessionError(
                 "a compiled model was called outside a batch: use `with session.prefill(input_ids) as "
                 "batch:` (or decode, or step) and call it with batch.inputs."
             )
-        return self._open
+        return self.open_batch
 
     def group(
         self,
@@ -340,59 +323,26 @@ class CacheSession:
             self._groups[group_key] = CacheGroup(group_key, caches, where, weights)
         return self._groups[group_key]
 
+    def _batch(self, schedule: Schedule, *, sort: bool = False, sampled: Tensor | None = None) -> Batch:
+        self.refuse_if_open()
+        return Batch(self, self.sequences.checked(schedule, sort=sort), sort=sort, sampled=sampled)
+
     def note_split(self, message: str) -> None:
         """Warn once that a model was split."""
         if not self._is_split_noted:
             self._is_split_noted = True
             warnings.warn(message, stacklevel=2)
 
-    def _checked(
-        self, schedule: Sequence[tuple[int | None, Sequence[int]]], sort: bool
-    ) -> list[tuple[int | None, list[int]]]:
-        if self._open is not None:
-            raise SessionError("a batch is open: leave its context before the next step.")
-        entries = [(sequence, _integers(tokens)) for sequence, tokens in schedule]
-        named = [sequence for sequence, _ in entries if sequence is not None]
-        if not entries or not all(tokens for _, tokens in entries) or len(set(named)) < len(named):
-            raise SessionError("a step takes one sequence or more, each once and with one token or more.")
-        info, total = self.sequence_info, sum(len(tokens) for _, tokens in entries)
-        if len(entries) > info.max_batch_size or total > info.max_num_tokens:
-            raise CapacityError(
-                f"the session takes max_batch_size={info.max_batch_size} sequences and "
-                f"max_num_tokens={info.max_num_tokens} tokens a step, got {len(entries)} and {total}. Make "
-                "it larger, or run long prompts in several steps."
-            )
-        kinds, needed = [], 0
-        for sequence, tokens in entries:
-            past = self._known(sequence).length if sequence is not None else 0
-            if past + len(tokens) > info.max_seq_len:
-                raise CapacityError(
-                    f"a sequence of {past} and {len(tokens)} more tokens is longer than the session's "
-                    f"max_seq_len={info.max_seq_len}. Make the session larger."
-                )
-            kinds.append(2 if len(tokens) == 1 else 1 if past else 0)
-            needed += self._num_pages(past + len(tokens)) - self._num_pages(past)
-        if not sort and kinds != sorted(kinds):
-            given = ", ".join(_KINDS[kind] for kind in kinds)
-            raise SessionError(f"a step must be ordered prefill, extend, decode, got {given}.")
-        if needed > self._pages.num_free:
-            raise CapacityError(
-                f"the step needs {needed} more pages of {info.tokens_per_block} tokens, "
-                f"{self._pages.num_free} are free. Free sequences, or raise kv_cache_config.max_tokens of "
-                "the session."
-            )
-        return entries
+    def refuse_if_open(self) -> None:
+        """Refuse what cannot be done within a batch.
 
-    def _known(self, sequence: int) -> _Sequence:
-        if sequence not in self._sequences:
-            known = ", ".join(map(str, self._sequences)) or "none"
-            raise SessionError(f"there is no sequence {sequence} in the session; known: {known}.")
-        return self._sequences[sequence]
+        Raises:
+            SessionError: a batch is open.
+        """
+        if self.open_batch is not None:
+            raise SessionError("a batch is open: leave its context first.")
 
-    def _num_pages(self, length: int) -> int:
-        return -(-length // self.sequence_info.tokens_per_block)
-
-    def _release(self, pages: list[int]) -> None:
+    def release(self, pages: list[int]) -> None:
         """Give pages back, zeroed: NaN left behind in one would reach the sequence that owns it next."""
         if not pages:
             return
@@ -403,183 +353,9 @@ class CacheSession:
         self._pages.free(pages)
 
 
-class Batch:
-    """One step of a session: a context in which its compiled models may be called.
-
-    Gradients are off within it.
-    """
-
-    def __init__(
-        self,
-        session: CacheSession,
-        entries: list[tuple[int | None, list[int]]],
-        *,
-        sort: bool = False,
-        sampled: Tensor | None = None,
-    ) -> None:
-        self._session = session
-        self._entries = entries
-        self._sort = sort
-        self._sampled = sampled
-        self._is_nested = False
-        self._nested_for: CachedModel | None = None
-        self._stack = contextlib.ExitStack()
-        self._new_pages: list[list[int]] = []
-        self._inputs: dict[str, Tensor] | None = None
-        self.ran: set[CacheGroup] = set()
-        """The layers that have run."""
-        self.sequences: list[int] = []
-        """Ids of the sequences, in the order given."""
-        self.packed_ids: list[int] = []
-        """The same in the order in which their tokens lie in the inputs."""
-        self.steps: list[SequenceStep] = []
-        """What each of ``packed_ids`` does."""
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """``input_ids`` and ``position_ids``, int64 [1, total_tokens], the sequences one after the other.
-
-        A step of one token has it twice, since torch.compile would compile size 1 anew.
-
-        Raises:
-            SessionError: the batch is not open.
-        """
-        if self._inputs is None or self._session._open is not self:
-            raise SessionError(
-                "a batch has inputs within its context only: `with session.decode(...) as batch:`."
-            )
-        return self._inputs
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens of all sequences."""
-        return sum(len(step.token_ids) for step in self.steps)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """Where the tokens of each of ``sequences`` lie in the inputs and logits: (first, one past last)."""
-        ends = list(accumulate(len(step.token_ids) for step in self.steps))
-        where = {
-            sequence: (end - len(step.token_ids), end)
-            for sequence, step, end in zip(self.packed_ids, self.steps, ends, strict=True)
-        }
-        return [where[sequence] for sequence in self.sequences]
-
-    def last_logits(self, logits: Tensor) -> Tensor:
-        """The rows from which the next tokens are sampled.
-
-        Args:
-            logits: [1, total_tokens, vocab], from a compiled model.
-
-        Returns:
-            [number of sequences, vocab], in the order of ``sequences``.
-        """
-        rows = [end - 1 for _, end in self.spans]
-        if rows == list(range(self.num_tokens)):
-            return logits[0, : len(rows)]
-        return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
-
-    def nest(self, model: CachedModel | None) -> None:
-        """Write the metadata of the step, unless that was done.
-
-        Args:
-            model: with captured graphs, to the shape of one of which the step is padded; None: not padded.
-        """
-        if self._is_nested and self._nested_for is model:
-            return
-        info = self._session.sequence_info
-        if self._sampled is not None:
-            info.tokens[: len(self._sampled)] = self._sampled
-        if model is None:
-            info.nest_sequences(self.steps)
-        else:
-            model.nest(self.steps)
-        self._is_nested, self._nested_for = True, model
-
-    def was_overwritten(self) -> None:
-        """The metadata are those of another step: capture writes its own."""
-        self._is_nested = False
-
-    def __enter__(self) -> Batch:
-        session = self._session
-        if self.steps:
-            raise SessionError("a batch is entered once: ask the session for the next one.")
-        session._checked(self._entries, self._sort)  # the session may have changed since the batch was made
-        order = list(range(len(self._entries)))
-        ids = []
-        for sequence, _ in self._entries:
-            if sequence is None:
-                sequence, session._next_id = session._next_id, session._next_id + 1
-            ids.append(sequence)
-        if self._sort:
-            order.sort(
-                key=lambda i: len(self._entries[i][1]) == 1
-            )  # all are prompts; those of one token decode
-        self.sequences = ids
-        self.packed_ids = [ids[i] for i in order]
-        self.steps = [self._step(ids[i], self._entries[i][1]) for i in order]
-        self.nest(session.last_decoder if all(len(step.token_ids) == 1 for step in self.steps) else None)
-        args = session.sequence_info.named_args()
-        # Copies, since torch.compile would take the places of views in their buffer for sizes that vary.
-        times = 2 if self.num_tokens == 1 else 1
-        tokens = {
-            name: args[name].view(1, -1)[:, : self.num_tokens] for name in ("input_ids", "position_ids")
-        }
-        packed = {name: tensor.repeat(1, times) for name, tensor in tokens.items()}
-        for tensor in packed.values():
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        self._inputs = packed
-        session._open = self
-        self._stack.enter_context(torch.no_grad())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-        self._session._open = None
-        if kind is None and self.ran:
-            self._commit()
-            return
-        for pages in self._new_pages:
-            self._session._release(pages)
-        if kind is None:
-            raise SessionError(
-                "no attention with a cache ran in this batch, so its sequences did not grow: call a model "
-                "that was "
-                'compiled with backend="flashinfer_trtllm" and this session, once. If one was called, '
-                "torch.compile "
-                "ran it without its graphs: TORCH_LOGS=recompiles,graph_breaks says why."
-            )
-
-    def _step(self, sequence: int, tokens: list[int]) -> SequenceStep:
-        session = self._session
-        state = session._sequences.get(sequence, _Sequence(0, []))
-        end = state.length + len(tokens)
-        new = session._pages.allocate(session._num_pages(end) - len(state.pages))
-        self._new_pages.append(new)
-        return SequenceStep(tokens, state.length, [*state.pages, *new])
-
-    def _commit(self) -> None:
-        steps = dict(zip(self.packed_ids, self.steps, strict=True))
-        for sequence in self.sequences:
-            step = steps[sequence]
-            end = step.input_pos + len(step.token_ids)
-            self._session._sequences[sequence] = _Sequence(end, list(step.pages))
-            for group in self.ran:
-                group.lengths[sequence] = end
-
-
 def _prompts(input_ids: TokenIds) -> list[Sequence[int]]:
     rows: Any = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
     if not isinstance(rows, Iterable):
         raise SessionError(f"a prompt is a list of tokens, got {input_ids!r}.")
     rows = list(rows)
     return rows if any(isinstance(row, Iterable) for row in rows) else [rows]
-
-
-def _integers(tokens: Sequence[int]) -> list[int]:
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError as err:
-        raise SessionError(f"tokens are integers, got {tokens!r}.") from err

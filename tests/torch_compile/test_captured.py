@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass import registry
-from ad_flashinfer_pass.errors import SessionError
+from ad_flashinfer_pass.errors import SessionError, UnsupportedError
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
 from ad_flashinfer_pass.transforms import compile_model, fuse_rope_append, fuse_small_batch
 from tests.torch_compile import scenarios, small_models
@@ -86,3 +86,17 @@ def test_weights_that_moved_are_not_read_where_they_were() -> None:
 @pytest.mark.usefixtures("_op_by_op")
 def test_captured_models_share_a_session() -> None:
     scenarios.check_two_models("torch-opt", "cpu")
+
+
+@pytest.mark.usefixtures("_op_by_op")
+def test_a_session_may_say_what_transforms_do() -> None:
+    """Those of the stage compile too: a decode kernel that is pinned, and one that a CPU has not."""
+    model = small_models.Net(1)
+    of = small_models.session(transforms={"tune_attention": {"decode": "reference"}})
+    assert small_models.generate(of, small_models.compiled(model, of, compile_backend="torch-opt")) == (
+        small_models.expected(model)
+    )
+    of = small_models.session(transforms={"tune_attention": {"decode": "xqa"}})
+    with pytest.raises(UnsupportedError, match=r"transforms\.tune_attention\.decode is xqa, which cannot"):
+        small_models.generate(of, small_models.compiled(model, of, compile_backend="torch-opt"))
+    assert (of.lengths, of.num_free_pages) == ({}, 16)

@@ -66,9 +66,9 @@ def test_prefill_takes_prompts_in_any_form_and_order(loop: Loop) -> None:
     loop.assert_last(found, *prompts)
     assert list(loop.session.lengths) == batch.sequences
     assert list(loop.session.lengths.values()) == [1, 3, 1, 2]
-    assert loop.session.prefill(torch.tensor([1, 2]))._entries == [(None, [1, 2])]
-    assert loop.session.prefill(torch.tensor([[1, 2], [3, 4]]))._entries == [(None, [1, 2]), (None, [3, 4])]
-    assert loop.session.prefill([1, 2])._entries == [(None, [1, 2])]
+    assert loop.session.prefill(torch.tensor([1, 2])).entries == [(None, [1, 2])]
+    assert loop.session.prefill(torch.tensor([[1, 2], [3, 4]])).entries == [(None, [1, 2]), (None, [3, 4])]
+    assert loop.session.prefill([1, 2]).entries == [(None, [1, 2])]
 
 
 def test_a_sequence_may_be_as_long_as_the_session_says(loop: Loop) -> None:
@@ -97,7 +97,7 @@ def test_truncated_tokens_are_forgotten(loop: Loop) -> None:
     assert loop.session.num_free_pages == 16 - 1
     found = loop.run([(sequence, [30])])
     loop.assert_last(found, [*range(1, 16), 20, 30])
-    with pytest.raises(SessionError, match=r"can be cut to 1\.\.17 tokens while no batch is open, got 18"):
+    with pytest.raises(SessionError, match=r"can be cut to 1\.\.17 tokens, got 18"):
         loop.session.truncate(sequence, 18)
 
 
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused(
     loop: Loop, step: Callable[[CacheSession], object], error: type[AdFlashinferError], match: str
 ) -> None:
     """Before anything runs, with what was asked for and the limit."""
-    loop.session._next_id = 0
+    loop.session.sequences._next_id = 0
     loop.run([(None, [1, 2, 3])])
     with pytest.raises(error, match=match):
         step(loop.session)
@@ -172,9 +172,9 @@ def test_what_does_not_fit_is_refused(
 
 def test_batches_do_not_nest_and_are_entered_once(loop: Loop) -> None:
     with loop.session.prefill([[1, 2]]) as batch:
-        with pytest.raises(SessionError, match="a batch is open: leave its context"):
+        with pytest.raises(SessionError, match="a batch is open: leave its context first"):
             loop.session.prefill([[1]])
-        with pytest.raises(SessionError, match="cannot be freed while a batch is open"):
+        with pytest.raises(SessionError, match="a batch is open: leave its context first"):
             loop.session.free()
         loop._model(*batch.inputs.values())
     with pytest.raises(SessionError, match="within its context only"):

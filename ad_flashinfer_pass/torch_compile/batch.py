@@ -1,0 +1,173 @@
+"""``Batch``: one step of a session, in which its compiled models may be called."""
+
+from __future__ import annotations
+
+import contextlib
+from itertools import accumulate
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.errors import SessionError
+from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.torch_compile.sequences import Entries
+
+if TYPE_CHECKING:
+    from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession
+
+
+class Batch:
+    """One step of a session: a context in which its compiled models may be called.
+
+    Gradients are off within it.
+    """
+
+    def __init__(
+        self,
+        session: CacheSession,
+        entries: Entries,
+        *,
+        sort: bool = False,
+        sampled: Tensor | None = None,
+    ) -> None:
+        self._session = session
+        self.entries = entries
+        self._sort = sort
+        self._sampled = sampled
+        self._is_nested = False
+        self._nested_for: CachedModel | None = None
+        self._stack = contextlib.ExitStack()
+        self._new_pages: list[int] = []
+        self._inputs: dict[str, Tensor] | None = None
+        self.ran: set[CacheGroup] = set()
+        """The layers that have run."""
+        self.sequences: list[int] = []
+        """Ids of the sequences, in the order given."""
+        self.packed: dict[int, SequenceStep] = {}
+        """What each does, in the order in which their tokens lie in the inputs."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """``input_ids`` and ``position_ids``, int64 [1, total_tokens], the sequences one after the other.
+
+        A step of one token has it twice, since torch.compile would compile size 1 anew.
+
+        Raises:
+            SessionError: the batch is not open.
+        """
+        if self._inputs is None or self._session.open_batch is not self:
+            raise SessionError(
+                "a batch has inputs within its context only: `with session.decode(...) as batch:`."
+            )
+        return self._inputs
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return sum(len(step.token_ids) for step in self.packed.values())
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the tokens of each of ``sequences`` lie in the inputs and logits: (first, one past last)."""
+        ends = accumulate(len(step.token_ids) for step in self.packed.values())
+        where = {
+            sequence: (end - len(step.token_ids), end)
+            for (sequence, step), end in zip(self.packed.items(), ends, strict=True)
+        }
+        return [where[sequence] for sequence in self.sequences]
+
+    def last_logits(self, logits: Tensor) -> Tensor:
+        """The rows from which the next tokens are sampled.
+
+        Args:
+            logits: [1, total_tokens, vocab], from a compiled model.
+
+        Returns:
+            [number of sequences, vocab], in the order of ``sequences``.
+        """
+        rows = [end - 1 for _, end in self.spans]
+        if rows == list(range(self.num_tokens)):
+            return logits[0, : len(rows)]
+        return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
+
+    def nest(self, model: CachedModel | None) -> None:
+        """Write the metadata of the step, unless that was done.
+
+        Args:
+            model: with captured graphs, to the shape of one of which the step is padded; None: not padded.
+        """
+        if self._is_nested and self._nested_for is model:
+            return
+        info = self._session.sequence_info
+        if self._sampled is not None:
+            info.tokens[: len(self._sampled)] = self._sampled
+        steps = list(self.packed.values())
+        if model is None:
+            info.nest_sequences(steps)
+        else:
+            model.nest(steps)
+        self._is_nested, self._nested_for = True, model
+
+    def was_overwritten(self) -> None:
+        """The metadata are those of another step: capture writes its own."""
+        self._is_nested = False
+
+    def __enter__(self) -> Batch:
+        session = self._session
+        if self.packed:
+            raise SessionError("a batch is entered once: ask the session for the next one.")
+        session.refuse_if_open()
+        # The session may have changed since the batch was made.
+        entries = session.sequences.checked(self.entries, sort=self._sort)
+        self.sequences, steps, self._new_pages = session.sequences.plan(entries)
+        packed = list(zip(self.sequences, steps, strict=True))
+        if self._sort:  # all are prompts; those of one token decode
+            packed.sort(key=lambda item: len(item[1].token_ids) == 1)
+        self.packed = dict(packed)
+        try:
+            self._inputs = self._written()
+        except BaseException:
+            session.release(self._new_pages)
+            raise
+        session.open_batch = self
+        self._stack.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._session.open_batch = None
+        if kind is None and self.ran:
+            self._commit()
+            return
+        self._session.release(self._new_pages)
+        if kind is None:
+            raise SessionError(
+                "no attention with a cache ran in this batch, so its sequences did not grow: call a model "
+                'that was compiled with backend="flashinfer_trtllm" and this session, once. If one was '
+                "called, torch.compile ran it without its graphs: TORCH_LOGS=recompiles,graph_breaks says "
+                "why."
+            )
+
+    def _written(self) -> dict[str, Tensor]:
+        """Write the metadata, and give the inputs of a model."""
+        is_decode = all(len(step.token_ids) == 1 for step in self.packed.values())
+        self.nest(self._session.last_decoder if is_decode else None)
+        args = self._session.sequence_info.named_args()
+        times = 2 if self.num_tokens == 1 else 1
+        inputs = {}
+        for name in ("input_ids", "position_ids"):
+            # A copy, since torch.compile would take the place of a view in its buffer for a size that varies.
+            inputs[name] = args[name].view(1, -1)[:, : self.num_tokens].repeat(1, times)
+            torch._dynamo.maybe_mark_dynamic(inputs[name], 1)
+        return inputs
+
+    def _commit(self) -> None:
+        for sequence in self.sequences:  # in the order given, which is that of decode
+            length = self._session.sequences.commit(sequence, self.packed[sequence])
+            for group in self.ran:
+                group.lengths[sequence] = length

@@ -24,6 +24,7 @@ from ad_flashinfer_pass.errors import (
     UnsupportedError,
 )
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
+from ad_flashinfer_pass.inspection.tables import folded, ranges, short, source_line, table
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import ledger
 from ad_flashinfer_pass.kernels.select import Choice
@@ -300,40 +301,47 @@ def kernel_uses(explanation: Explanation) -> list[KernelUse]:
 
 
 def as_tables(explanation: Explanation) -> list[RenderableType]:
-    """The explanation for a terminal: a table of the sites, or the refusal, then the evidence."""
-    from rich.table import Table
-
-    evidence = Table("transform", "what it found", title="Evidence")
-    for name, notes in explanation.transforms.items():
-        for note in notes:
-            evidence.add_row(name, note)
+    """The explanation for a terminal: the sites, those alike as one, or the refusal; then the evidence."""
+    tables: list[RenderableType] = []
+    evidence = table("transform", "what it found", title="Evidence")
+    notes = [(name, short(note)) for name, notes in explanation.transforms.items() for note in notes]
+    for _, cells in folded(notes):
+        evidence.add_row(*cells)
     if explanation.refusal is not None:
         return [_refusal_table(explanation.refusal), evidence]
-    sites = Table("#", "module", "matched as", "mask", "prefill", "decode", "cache", "bytes a token")
-    for site in explanation.sites:
-        sites.add_row(
-            str(site.index),
+    rows = [
+        (
             site.module,
+            source_line(site.where),
             f"{site.form}; {', '.join(site.folded)}",
             site.mask.partition(":")[0],
             site.prefill.partition(":")[0],
             site.decode.partition(":")[0],
             site.cache,
-            str(site.cache_bytes_per_token),
+            f"{site.cache_bytes_per_token:,}",
         )
+        for site in explanation.sites
+    ]
+    for places, cells in folded(rows):
+        many = f"{len(places)} sites, {ranges(places)}" if len(places) > 1 else f"site {places[0]}"
+        sites = table(many, "")
+        for name, cell in zip(_ROWS, cells, strict=True):
+            if cell:
+                sites.add_row(name, cell)
+        tables.append(sites)
     total = sum(site.cache_bytes_per_token for site in explanation.sites)
-    sites.caption = f"{len(explanation.sites)} sites, {total} cache bytes a token"
-    where = Table("#", "node and source line", title="Where")
-    for site in explanation.sites:
-        where.add_row(str(site.index), site.where)
-    kernels = Table("phase", "kernel", "sites", "why", title="Kernels")
+    tables.append(f"{len(explanation.sites)} attentions, {total:,} cache bytes a token in all")
+    kernels = table("phase", "kernel", "sites", "why", title="Kernels")
     for use in kernel_uses(explanation):
         kernels.add_row(use.phase, use.kernel, str(use.num_sites), use.reason)
-    outside = Table("what outside attention will not capture", title="Capture")
+    outside = table("what outside attention will not capture", title="Capture")
     for each in explanation.not_captured:
-        outside.add_row(each)
-    tables: list[RenderableType] = [sites, kernels, where, evidence]
+        outside.add_row(short(each))
+    tables += [kernels, evidence]
     return [*tables, outside] if explanation.not_captured else tables
+
+
+_ROWS = ("module", "source line", "matched as", "mask", "prefill", "decode", "cache", "bytes a token")
 
 
 def _refusal_table(refusal: RefusalExplanation) -> RenderableType:

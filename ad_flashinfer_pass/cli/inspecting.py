@@ -32,6 +32,7 @@ from ad_flashinfer_pass.cli.options import (
     error_border,
     settings,
 )
+from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.progress import Reporter
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def inspecting(*without: str) -> Callable[[Callable[..., Answer]], Callable[...,
             keys = {name: options[name] for name in (*_KEYS, *_MORE_KEYS) if name in options}
             mine = {name: value for name, value in options.items() if name in names and name not in keys}
             with error_border(debug):
+                _check_folder(options.get("output"))
                 from ad_flashinfer_pass.generation import libraries_quiet
 
                 deploy = settings(
@@ -143,6 +145,12 @@ def inspecting(*without: str) -> Callable[[Callable[..., Answer]], Callable[...,
         return run
 
     return make
+
+
+def _check_folder(file: Path | None) -> None:
+    """Before the work and not after it."""
+    if file is not None and not file.parent.is_dir():
+        raise ConfigError(f"--output {file}: there is no folder {file.parent}.")
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -61,7 +61,7 @@ DtypeOption = Annotated[
     str | None,
     option(MODEL, "TYPE", "auto (the checkpoint's), float32, bfloat16, float16. Default: auto."),
 ]
-DeviceOption = Annotated[str | None, option(MODEL, "DEVICE", "cpu, cuda or cuda:N. Default: cpu.")]
+DeviceOption = Annotated[str | None, option(MODEL, "cpu|cuda|cuda:N", "Where it runs. Default: cpu.")]
 TrustOption = Annotated[
     bool,
     option(

@@ -20,6 +20,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.explain import check_target, site_choices
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
+from ad_flashinfer_pass.inspection.tables import folded, source_line, table
 from ad_flashinfer_pass.kernels import select
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
 aten = torch.ops.aten
 
-# They check a flag on the host, which no tag of torch tells.
+# They read a flag or a size on the host, which no tag of torch tells; found by capturing every op of torch's
+# own table of samples (tests/gpu/test_capture_ops.py).
 _SYNCS = {
     getattr(aten, name)
     for name in (
-        "item _local_scalar_dense is_nonzero equal allclose _linalg_check_errors linalg_inv linalg_cholesky "
-        "linalg_solve linalg_eig linalg_eigvals linalg_lstsq linalg_matrix_rank"
+        "item _local_scalar_dense is_nonzero equal allclose segment_reduce cholesky _linalg_check_errors "
+        "linalg_inv linalg_cholesky linalg_solve linalg_eig linalg_eigvals _linalg_eigh linalg_eigvalsh "
+        "_linalg_svd linalg_pinv linalg_lstsq linalg_matrix_rank linalg_matrix_exp linalg_ldl_factor_ex "
+        "linalg_ldl_solve"
     ).split()
 }
 _COPIES = {aten._to_copy, aten.to, aten.copy_, aten.copy, aten.lift_fresh_copy}
@@ -198,7 +202,7 @@ def _host_sync(node: fx.Node, graph: _Graph) -> str | None:
         return f"{node.target}() waits for the device"
     if node.target in (torch.cuda.synchronize,):
         return "waits for the device"
-    is_known = getattr(node.target, "overloadpacket", None) in _SYNCS
+    is_known = getattr(node.target, "overloadpacket", None) in _SYNCS or _reads_a_bound(node)
     if node.op != "call_function" or not (is_known or _tagged(node, torch.Tag.data_dependent_output)):
         return None
     if not any(graph.on_device(source) for source in node.all_input_nodes):
@@ -206,13 +210,25 @@ def _host_sync(node: fx.Node, graph: _Graph) -> str | None:
     return f"{_name(node)} waits for the device, to read a value of a tensor"
 
 
+def _reads_a_bound(node: fx.Node) -> bool:
+    """Ops that wait for the device for some arguments alone."""
+    if g.is_op(node, aten.linspace, aten.logspace):
+        return any(g.is_tensor(source) for source in node.all_input_nodes)
+    if g.is_op(node, aten.histc):  # without bounds it looks for them
+        args = g.op_args(node)
+        return bool(args["min"] == args["max"])
+    return False
+
+
 def _dynamic_shape(node: fx.Node, graph: _Graph) -> str | None:
     if node.op != "call_function":
         return None
     if g.is_op(node, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index):
-        if not any(_is_mask(index) for index in g.args(node)[1]):
+        if not any(_is_mask(index) for index in g.args(node)[1]) or _is_masked_fill(node, graph):
             return None
         return f"{_name(node)} by a mask: how many elements are taken is known only on the device"
+    if g.is_op(node, aten._to_sparse):
+        return f"how many elements {_name(node)} keeps is known only on the device"
     if _tagged(node, torch.Tag.dynamic_output_shape):
         # With a given size, repeat_interleave asks for nothing.
         if node.kwargs.get("output_size") is not None:
@@ -239,30 +255,62 @@ def _data_allocation(node: fx.Node, graph: _Graph) -> str | None:
 def _device_to_host(node: fx.Node, graph: _Graph) -> str | None:
     if node.op != "call_function" or not graph.on_host(node):
         return None
+    if node.kwargs.get("non_blocking"):
+        return None
     if any(graph.on_device(source) for source in node.all_input_nodes):
         return f"{_name(node)} copies to the host and waits for it"
     return None
 
 
 def _pageable_copy(node: fx.Node, graph: _Graph) -> str | None:
-    if getattr(node.target, "overloadpacket", None) not in _COPIES or not graph.on_device(node):
+    if node.op != "call_function" or not graph.on_device(node):
         return None
-    if any(graph.on_host(source) for source in node.all_input_nodes):
-        return f"{_name(node)} copies from host memory that is not pinned"
+    if getattr(node.target, "overloadpacket", None) in _COPIES:
+        if any(graph.on_host(source) for source in node.all_input_nodes):
+            return f"{_name(node)} copies from host memory that is not pinned"
+    elif g.is_op(node, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index):
+        # An index on the host is copied to the device first, and so is a number that is put somewhere.
+        _, indices, *values = g.args(node)
+        copied = [*indices, *([] if _is_masked_fill(node, graph) else values[:1])]
+        if any(graph.on_host(each) for each in copied):
+            return f"{_name(node)} copies an index or a value from host memory that is not pinned"
     return None
+
+
+def _is_masked_fill(node: fx.Node, graph: _Graph) -> bool:
+    """Whether index_put is run as masked_fill, which waits for nothing: one mask, and one number on the host.
+
+    Source: canDispatchToMaskedFill, aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+    """
+    if not g.is_op(node, aten.index_put, aten.index_put_):
+        return False
+    args = g.op_args(node)
+    given = [index for index in args["indices"] if index is not None]
+    value = args["values"]
+    is_number = g.is_tensor(value) and graph.on_host(value) and g.value(value).numel() == 1
+    return is_number and len(given) == 1 and _is_mask(given[0]) and not args["accumulate"]
 
 
 def _host_value(node: fx.Node, graph: _Graph) -> str | None:
     if node.op != "call_function" or not graph.on_device(node):
         return None
-    if getattr(node.target, "overloadpacket", None) in _COPIES or not isinstance(
-        node.target, torch._ops.OpOverload
-    ):
+    if not isinstance(node.target, torch._ops.OpOverload) or _pageable_copy(node, graph) is not None:
         return None
-    read = [name for name, arg in g.op_args(node).items() if graph.on_host(arg)]
-    # By contract these are read through the batch size and upper bounds alone.
-    read = [name for name in read if not name.endswith("_host")]
+    # By contract metadata on the host is read through the batch size and upper bounds alone.
+    read = [
+        name
+        for name, arg in g.op_args(node).items()
+        if graph.on_host(arg) and not name.endswith("_host") and not _is_constant(arg)
+    ]
     return f"{_name(node)} reads {read[0]} on the host; a replay sees its value at capture" if read else None
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a tensor is the same in each call: what reads no input, and draws nothing."""
+    return not any(
+        each.op == "placeholder" or _tagged(each, torch.Tag.nondeterministic_seeded)
+        for each in g.ancestors(node, lambda _: False)
+    )
 
 
 def _generator(node: fx.Node, graph: _Graph) -> str | None:
@@ -382,15 +430,15 @@ RULES: dict[str, Rule] = {
 
 
 def as_tables(found: list[Finding]) -> list[RenderableType]:
-    """The findings for a terminal, then what to do about each rule."""
-    from rich.table import Table
-
+    """The findings for a terminal, layers alike in one row, then what to do about each rule."""
     if not found:
         return ["nothing found that would keep the graph from being captured"]
-    findings = Table("rule", "where", "module", "what")
-    for each in found:
-        findings.add_row(each.rule, each.where, each.module, each.message)
-    rules = Table("rule", "why", "fix")
+    findings = table("rule", "node", "source line", "module", "what")
+    rows = [(each.rule, source_line(each.where), each.module, each.message) for each in found]
+    for places, (rule, *cells) in folded(rows):
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        findings.add_row(rule, found[places[0]].node + more, *cells)
+    rules = table("rule", "why", "fix")
     for name in dict.fromkeys(each.rule for each in found):
         rules.add_row(name, RULES[name].why, RULES[name].fix)
     return [findings, rules]
@@ -403,9 +451,7 @@ def rules_as_data() -> dict[str, dict[str, str]]:
 
 def rules_table() -> RenderableType:
     """All rules for a terminal."""
-    from rich.table import Table
-
-    table = Table("rule", "why", "fix")
+    shown = table("rule", "why", "fix")
     for name, rule in RULES.items():
-        table.add_row(name, rule.why, rule.fix)
-    return table
+        shown.add_row(name, rule.why, rule.fix)
+    return shown

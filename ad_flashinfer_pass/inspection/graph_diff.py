@@ -24,6 +24,7 @@ from ad_flashinfer_pass.inspection.stages import (
     run_stages,
     transform_order,
 )
+from ad_flashinfer_pass.inspection.tables import ranges, table
 from ad_flashinfer_pass.inspection.text_format import node_line
 
 if TYPE_CHECKING:
@@ -253,7 +254,6 @@ _SIGNS = {
 
 def as_tables(found: GraphDiff) -> list[RenderableType]:
     """The differences for a terminal: lines by layer, then the counts of ops, then bytes."""
-    from rich.table import Table
     from rich.text import Text
 
     if found.is_empty:
@@ -264,7 +264,7 @@ def as_tables(found: GraphDiff) -> list[RenderableType]:
         for kind, (sign, color) in _SIGNS.items():
             for change in getattr(layer, kind):
                 parts += [Text(line, style=color) for line in _lines(sign, change)]
-    ops = Table("op", "before", "after", title="Calls")
+    ops = table("op", "before", "after", title="Calls")
     for op in found.ops:
         ops.add_row(op.op, str(op.before), str(op.after))
     saved = found.bytes_before - found.bytes_after
@@ -289,17 +289,6 @@ def _heading(layer: LayerDiff) -> str:
     return f"{where}: {_mib(layer.bytes_before)} -> {_mib(layer.bytes_after)}" + (
         " each" if len(layer.layers) > 1 else ""
     )
-
-
-def ranges(numbers: tuple[int, ...]) -> str:
-    """Ascending numbers as text: 0-3, 7, 9-12."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _lines(sign: str, change: Change) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -17,14 +16,13 @@ from ad_flashinfer_pass.explain import Explanation, KernelUse, check_target, exp
 from ad_flashinfer_pass.inspection.capture_lint import RULES, Finding, lint_run
 from ad_flashinfer_pass.inspection.drawing import draw_layer
 from ad_flashinfer_pass.inspection.graph_data import GraphData
-from ad_flashinfer_pass.inspection.graph_diff import GraphDiff, LayerDiff, diff_graphs, ranges
+from ad_flashinfer_pass.inspection.graph_diff import GraphDiff, LayerDiff, diff_graphs
 from ad_flashinfer_pass.inspection.memory_plan import MemoryPlan, answers, gib, plan_run
 from ad_flashinfer_pass.inspection.stages import run_stages
+from ad_flashinfer_pass.inspection.tables import ranges, short
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.registry import TransformReport
 from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
-
-_ENVIRONMENT = re.compile(r"/[^\s()]*/(?:site|dist)-packages/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ def to_html(found: Report) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["gib"] = gib
-    environment.filters["short"] = lambda text: _ENVIRONMENT.sub("", text)
+    environment.filters["short"] = short
     return environment.from_string(template).render(
         report=found, answers=answers(found.memory), heading=_heading, changes=_changes, rules=RULES
     )

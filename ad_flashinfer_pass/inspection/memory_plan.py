@@ -21,6 +21,7 @@ from ad_flashinfer_pass.explain import check_target, site_choices
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, layer_of
 from ad_flashinfer_pass.inspection.sizes import allocated_bytes
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
+from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.inspection.text_format import value_text
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
@@ -360,17 +361,15 @@ def peak(graph: GraphData, symbols: Mapping[str, int]) -> tuple[int, list[NodeDa
 
 def as_tables(found: MemoryPlan) -> list[RenderableType]:
     """The plan for a terminal."""
-    from rich.table import Table
-
-    table = Table("what", "GiB", "how", title=f"Memory of {found.model}")
+    shown = table("what", "GiB", "how", title=f"Memory of {found.model}")
     for row in found.rows:
-        table.add_row(row.name, gib(row.bytes), row.arithmetic)
-    table.add_section()
-    table.add_row("all", gib(found.total), f"{found.total:,} bytes")
+        shown.add_row(row.name, gib(row.bytes), row.arithmetic)
+    shown.add_section()
+    shown.add_row("all", gib(found.total), f"{found.total:,} bytes")
     if found.left is not None and found.memory is not None:
         note = "for the allocator's rounding and modules of kernels" if found.left >= 0 else "it does not fit"
-        table.add_row("left", gib(found.left), f"of {found.memory:,} bytes: {note}")
-    return [table, *answers(found)]
+        shown.add_row("left", gib(found.left), f"of {found.memory:,} bytes: {note}")
+    return [shown, *answers(found)]
 
 
 def answers(found: MemoryPlan) -> list[str]:

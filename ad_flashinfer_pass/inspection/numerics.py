@@ -28,6 +28,7 @@ from ad_flashinfer_pass.inspection.check_steps import Phase, Step
 from ad_flashinfer_pass.inspection.recording import CachedGraph, Recorder, SiteValues, record, sites_of
 from ad_flashinfer_pass.inspection.reproducer import write_reproducer
 from ad_flashinfer_pass.inspection.stages import load_program, resolve, transform_order
+from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.models.few_layers import Layers, first_layers
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -500,13 +501,11 @@ def _agrees(a: Tensor, b: Tensor) -> bool:
 
 def as_tables(found: CheckReport) -> list[RenderableType]:
     """The comparison for a terminal."""
-    from rich.table import Table
-
     parts: list[RenderableType] = []
     if found.layers is not None:
         parts.append(f"Checked: {found.layers}.")
     phases = list(dict.fromkeys(phase for site in found.sites for phase in site.errors))
-    sites = Table(
+    sites = table(
         "#", "module", "prefill", "decode", *phases, "at most", "", title="Attention against float64"
     )
     for site in found.sites:
@@ -520,7 +519,7 @@ def as_tables(found: CheckReport) -> list[RenderableType]:
             f"{site.tolerance:.0e}",
             "ok" if site.is_ok else "WRONG",
         )
-    logits = Table(
+    logits = table(
         "steps", "tokens", "same top token", "KL, mean", "KL, most", "mean at most", "", title="Logits"
     )
     for each in found.logits:

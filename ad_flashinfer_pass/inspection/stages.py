@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from pydantic import ValidationError
 from torch import fx, nn
 from torch.export.passes import move_to_device_pass
 
@@ -169,8 +171,14 @@ def read_graph(file: Path) -> GraphData:
         raise LoadError(f"{file}: {getattr(err, 'strerror', None) or 'not text'}.") from None
     try:
         return from_text(text) if file.suffix == ".txt" else GraphData.model_validate_json(text)
-    except (LoadError, ValueError) as err:
-        raise LoadError(f"{file}: {' '.join(str(err).split())}") from None
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise LoadError(
+            f"{file}: no JSON dump ({where}: {first['msg']}); write it with dump --json."
+        ) from None
+    except LoadError as err:
+        raise LoadError(f"{file}: {err}") from None
 
 
 def _load_model(config: AutoDeployConfig) -> nn.Module:
@@ -190,6 +198,10 @@ def load_program(file: Path, device: str = "cpu") -> fx.GraphModule:
     assert ops.__name__  # importing it registers torch.ops.ad_flashinfer, which the file may call
     if not file.is_file():
         raise LoadError(f"{file}: no such file; give one that torch.export.save wrote.")
+    if not zipfile.is_zipfile(file):
+        raise LoadError(
+            f"{file} is no zip file, as a saved ExportedProgram is; give one of torch.export.save."
+        )
     try:
         module = move_to_device_pass(torch.export.load(file), device).module()
     except Exception as err:  # zip, pickle and schema errors of every kind

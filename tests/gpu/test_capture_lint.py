@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ad_flashinfer_pass.inspection.capture_lint import lint_graph
@@ -105,3 +106,30 @@ def test_host_plan_fires_exactly_where_a_step_is_not_captured(phase: Phase, kern
     gm = fx.GraphModule(torch.nn.Module(), graph)
     found = lint_graph(gm, suppress=["missing-fake"])
     assert ([f.rule for f in found] == []) == step_replays(phase, kernel)
+
+
+def test_a_generator_of_its_own_is_found_in_a_graph_made_by_hand() -> None:
+    """Older versions of torch cannot trace one, but a graph can hold it."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    options: dict[str, Any] = {"generator": torch.Generator("cuda"), "device": "cuda"}
+    drawn = graph.call_function(torch.ops.aten.rand.generator, ([8],), options)
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (x, drawn)))
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    assert [f.rule for f in lint_graph(gm, suppress=["missing-fake"])] == ["generator"]
+    assert not replayed(fx.Interpreter(gm).run, EXAMPLES["own_generator"])
+
+
+def test_an_op_without_a_fake_is_not_judged() -> None:
+    """It is captured, and as well it might not be: the one rule that says that nothing can be said."""
+    with torch.library._scoped_library("see_test", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CUDA")
+        op = torch.ops.see_test.twice.default
+        assert replayed(op, EXAMPLES["relu"])
+        with pytest.raises(NotImplementedError), FakeTensorMode():
+            op(torch.empty(8, 8, device="cuda"))
+        graph = fx.Graph()
+        graph.output(graph.call_function(op, (graph.placeholder("x"),)))
+        gm = fx.GraphModule(torch.nn.Module(), graph)
+        assert [f.rule for f in lint_graph(gm)] == ["missing-fake"]

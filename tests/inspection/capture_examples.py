@@ -1,7 +1,7 @@
 """Small graphs for the capture rules: what each breaks, if anything.
 
 ``x`` is float32 [8, 8] on the device, ``i`` int64 [8] on it with values 0 to 7, ``h`` float32 [8, 8] on the
-host, ``s`` float32 [] on the host.
+host, ``j`` int64 [8] on it with values 0 to 7, ``s`` float32 [] on it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,29 @@ def _fresh_written(x: Tensor) -> Tensor:
     return y
 
 
+def _positive(x: Tensor) -> Tensor:
+    """A positive definite matrix."""
+    return x @ x.T + 8 * torch.eye(8, device=x.device)
+
+
+def _put_a_number_by_mask(x: Tensor) -> Tensor:
+    """index_put of one mask and one number on the host, which is run as masked_fill."""
+    y = x.clone()
+    y[y > 0] = 3.0
+    return y
+
+
+def _put_a_number_in_a_slice(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:2] = 3.0
+    return y
+
+
+def _asserted(x: Tensor) -> Tensor:
+    torch._assert_async((x == x).all())
+    return x + 1
+
+
 EXAMPLES: dict[str, Example] = {
     # Captured, and right when replayed.
     "relu": Example(lambda x: x.relu(), "x"),
@@ -99,6 +122,21 @@ EXAMPLES: dict[str, Example] = {
     "dropout": Example(lambda x: F.dropout(x, 0.5, True), "x", is_random=True),
     "rand": Example(lambda x: torch.rand_like(x), "x", is_random=True),
     "bernoulli": Example(lambda x: torch.bernoulli(x.sigmoid()), "x", is_random=True),
+    "lu_without_check": Example(lambda x: torch.linalg.lu_factor_ex(_positive(x))[0], "x"),
+    "qr": Example(lambda x: torch.linalg.qr(x)[1].abs(), "x"),
+    "determinant": Example(lambda x: torch.linalg.det(_positive(x)), "x"),
+    "histogram_between": Example(lambda x: torch.histc(x, 4, -1.0, 1.0), "x"),
+    "masked_scatter": Example(lambda x: x.masked_scatter(x > 0, x * 2), "x"),
+    "median": Example(lambda x: x.median(), "x"),
+    "quantile": Example(lambda x: x.quantile(0.5), "x"),
+    "put_a_number_by_mask": Example(_put_a_number_by_mask, "x"),
+    "put_a_number_in_a_slice": Example(_put_a_number_in_a_slice, "x"),
+    "number_of_its_own": Example(lambda x: x + torch.tensor(2.0), "x"),
+    "to_host_without_waiting": Example(lambda x: x.to("cpu", non_blocking=True), "x"),
+    "repeat_to_a_size": Example(lambda x, i: x.repeat_interleave(torch.ones_like(i), 0, output_size=8), "xi"),
+    "assert_on_the_device": Example(_asserted, "x"),
+    "multinomial": Example(lambda x: torch.multinomial(x.abs() + 0.1, 2), "x", is_random=True),
+    "exponential": Example(lambda x: torch.empty_like(x).exponential_(), "x", is_random=True),
     # Not captured, or wrong when replayed.
     "item": _breaks(lambda x: x + x.sum().item(), "x", "host-sync", "python-scalar"),
     "item_of_integers": _breaks(lambda x, i: x * i.max().item(), "xi", "host-sync", "python-scalar"),
@@ -112,7 +150,10 @@ EXAMPLES: dict[str, Example] = {
     "nonzero": _breaks(lambda x: x.nonzero(), "x", "dynamic-shape"),
     "masked_select": _breaks(lambda x: x.masked_select(x > 0), "x", "dynamic-shape"),
     "index_by_mask": _breaks(lambda x: x[x > 0], "x", "dynamic-shape"),
-    "index_put_number": _breaks(_put_a_number, "xi", "host-value"),
+    "index_put_number": _breaks(_put_a_number, "xi", "pageable-copy"),
+    "index_put_number_of_an_input": _breaks(lambda x, i, s: x.index_put([i], s), "xis", "pageable-copy"),
+    "index_by_places_on_the_host": _breaks(lambda x, j: x[j], "xj", "pageable-copy"),
+    "index_by_numbers_on_the_host": _breaks(lambda x: x[torch.arange(4)], "x", "pageable-copy"),
     "index_put_one_value_by_mask": _breaks(_put_by_mask, "x", "dynamic-shape"),
     "index_put_by_mask": _breaks(_put_many_by_mask, "x", "dynamic-shape"),
     "unique": _breaks(lambda i: torch.unique(i), "i", "dynamic-shape"),
@@ -125,8 +166,25 @@ EXAMPLES: dict[str, Example] = {
         "data-allocation",
         "python-scalar",
     ),
+    "eigenvalues": _breaks(lambda x: torch.linalg.eigvalsh(_positive(x)), "x", "host-sync"),
+    "singular_values": _breaks(lambda x: torch.linalg.svdvals(x), "x", "host-sync"),
+    "pseudo_inverse": _breaks(lambda x: torch.linalg.pinv(x), "x", "host-sync"),
+    "matrix_exp": _breaks(lambda x: torch.linalg.matrix_exp(x * 0.1), "x", "host-sync"),
+    "spectral_norm": _breaks(lambda x: torch.linalg.matrix_norm(x, 2), "x", "host-sync"),
+    "lu_with_check": _breaks(lambda x: torch.linalg.lu_factor(_positive(x))[0], "x", "host-sync"),
+    "histogram_of_all": _breaks(lambda x: torch.histc(x, 4), "x", "host-sync"),
+    "tolist": _breaks(lambda x, i: x + sum(i.tolist()), "xi", "host-sync", "python-scalar"),
+    "unique_consecutive": _breaks(lambda i: torch.unique_consecutive(i), "i", "dynamic-shape"),
+    "argwhere": _breaks(lambda x: torch.argwhere(x > 0), "x", "dynamic-shape"),
     "to_host": _breaks(lambda x: x.cpu() + 1, "x", "device-to-host"),
+    "to_host_and_back": _breaks(lambda x: x.cpu().to(x.device) + 1, "x", "device-to-host", "pageable-copy"),
+    "from_host_without_waiting": _breaks(
+        lambda x, h: x + h.to(x.device, non_blocking=True), "xh", "pageable-copy"
+    ),
     "from_host": _breaks(lambda x, h: x + h.to(x.device), "xh", "pageable-copy"),
+    "masked_fill_by_a_scalar_on_host": _breaks(lambda x, s: x.masked_fill(x > 0, s), "xs", "host-value"),
+    "put_a_scalar_on_host_by_mask": _breaks(lambda x, s: x.index_put([x > 0], s), "xs", "host-value"),
+    "where_scalar_on_host": _breaks(lambda x, s: torch.where(x > 0, x, s), "xs", "host-value"),
     "scalar_on_host": _breaks(lambda x, s: x * s, "xs", "host-value"),
     "own_generator": _breaks(_own_generator, "x", "generator"),
     "input_written": _breaks(_written, "x", "input-mutation"),
@@ -141,6 +199,7 @@ def inputs_of(letters: str, device: str, seed: int = 0) -> list[Tensor]:
         "x": lambda: torch.randn(8, 8, generator=generator).to(device),
         "i": lambda: torch.randint(8, (8,), generator=generator).to(device),
         "h": lambda: torch.randn(8, 8, generator=generator),
+        "j": lambda: torch.randint(8, (8,), generator=generator),
         "s": lambda: torch.randn((), generator=generator),
     }
     return [made[letter]() for letter in letters]

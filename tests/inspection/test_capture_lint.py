@@ -29,6 +29,7 @@ def traced(name: str) -> fx.GraphModule:
             "x": torch.empty(8, 8, device="cuda"),
             "i": torch.empty(8, dtype=torch.int64, device="cuda"),
             "h": torch.empty(8, 8),
+            "j": torch.empty(8, dtype=torch.int64),
             "s": torch.empty(()),
         }
         try:

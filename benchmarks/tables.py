@@ -1,4 +1,4 @@
-"""Tables of docs/kernels.md and docs/debugging.md from the JSON of the benchmarks.
+"""Tables of the pages in docs/ from the JSON of the benchmarks.
 
     python benchmarks/tables.py
 
@@ -68,6 +68,29 @@ def inspection(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
+def compile_backend(data: dict[str, Any]) -> list[str]:
+    """Of ``compile_backend.json``: both ways of each compile backend, and what was compiled."""
+    lines = _heading(
+        "compile_backend", "batch", "standalone, ms", "torch.compile, ms", "ratio", "tokens that differ"
+    )
+    for result in data["results"]:
+        for row in result["steps"]:
+            times = f"{row['standalone_ms']:.3f} | {row['torch.compile_ms']:.3f} | {row['ratio']:.3f}"
+            tokens = f"{row['num_different']} of {row['num_tokens']}"
+            lines.append(f"| {result['compile_backend']} | {row['batch']} | {times} | {tokens} |")
+    for result in data["results"]:
+        records = [f"{record['what']} {record['seconds']:.1f} s" for record in result["compiles"][1:]]
+        first, again, replays = (
+            result[key] for key in ("first_calls_seconds", "compiled_again", "num_replays")
+        )
+        lines += [
+            "",
+            f"{result['compile_backend']}: one graph of Dynamo's, {', '.join(records)}; first calls "
+            f"{first:.0f} s in all; compiled again later: {again}. {replays} steps were replays.",
+        ]
+    return [*lines, "", _source(data)]
+
+
 def _heading(*columns: str) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
@@ -78,7 +101,11 @@ def _source(data: dict[str, Any]) -> str:
 
 
 # By page, the tables that stand in it.
-PAGES = {"kernels.md": (attention, end_to_end), "debugging.md": (inspection,)}
+PAGES = {
+    "kernels.md": (attention, end_to_end),
+    "debugging.md": (inspection,),
+    "torch_compile.md": (compile_backend,),
+}
 
 
 def updated(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from tests import architectures
 
+ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {
     "max_batch_size": 4,
     "max_seq_len": 64,
@@ -75,6 +78,24 @@ def test_a_saved_program_is_loaded_and_generates_the_same(tmp_path: Path) -> Non
         with torch.no_grad():
             found = loaded.module(check_guards=False)(**args, **caches)
             assert torch.equal(found, again.module(**args, **again.caches))
+
+
+def test_a_saved_program_is_loaded_in_another_process(tmp_path: Path) -> None:
+    """Which has nothing but the file and the settings."""
+    torch.export.save(to_program(cached()), tmp_path / "cached.pt2")
+    code = (
+        "import sys, torch, ad_flashinfer_pass\n"
+        "from ad_flashinfer_pass.metadata import SequenceStep\n"
+        f"model = ad_flashinfer_pass.restore(torch.export.load(sys.argv[1]), **{SETTINGS})\n"
+        f"tokens, length = {PROMPTS[0]}, 0\n"
+        "for _ in range(12):\n"
+        "    logits = model.step([SequenceStep(tokens, length, [1, 2])])\n"
+        "    length, tokens = length + len(tokens), [int(logits.argmax())]\n"
+        "    print(*tokens)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "cached.pt2")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert [int(token) for token in result.stdout.split()] == expected()[0]
 
 
 def test_a_saved_program_keeps_to_its_sizes() -> None:

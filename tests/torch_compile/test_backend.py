@@ -216,6 +216,7 @@ def refused(model: nn.Module, error: type[Exception], match: str, **kwargs: Any)
         compiled(model, of)(**{**batch.inputs, "use_cache": False, **kwargs})
     assert of.lengths == {}
     assert of.num_free_pages == 4 * 4
+    assert of.cache_bytes == 0, "refused before there was any memory to write to"
 
 
 def test_a_cache_of_the_models_own_is_refused(llama: PreTrainedModel) -> None:

@@ -170,6 +170,63 @@ def test_what_does_not_fit_is_refused(
     assert loop.session.num_free_pages == 15
 
 
+def with_gradients(loop: Loop) -> None:
+    with loop.session.decode([6]) as batch, torch.enable_grad():
+        loop._model(*batch.inputs.values())
+
+
+def with_old_inputs(loop: Loop) -> None:
+    with contextlib.suppress(ZeroDivisionError), loop.session.decode([6]) as batch:
+        old = tuple(batch.inputs.values())
+        raise ZeroDivisionError
+    with loop.session.decode([6]):
+        loop._model(*old)
+
+
+def after_its_batch(loop: Loop) -> None:
+    with contextlib.suppress(ZeroDivisionError), loop.session.decode([6]) as batch:
+        old = tuple(batch.inputs.values())
+        raise ZeroDivisionError
+    with torch.no_grad():
+        loop._model(*old)
+
+
+def by_a_model_that_missed_a_step(loop: Loop) -> None:
+    other = compiled(Net(1), loop.session)
+    with loop.session.decode([6]) as batch:
+        other(*batch.inputs.values())
+
+
+def in_training(loop: Loop) -> None:
+    other = compiled(Net(1, dropout=0.5).train(), loop.session)
+    with loop.session.decode([6]) as batch:
+        other(*batch.inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (with_gradients, "the KV cache has no gradient"),
+        (with_old_inputs, "input_ids is not that of the open batch"),
+        (after_its_batch, "called outside a batch"),
+        (by_a_model_that_missed_a_step, "has 3 tokens and the caches of layers.0 hold 0"),
+        (in_training, "training mode"),
+    ],
+)
+def test_a_refused_call_writes_nothing_and_the_next_step_is_right(
+    loop: Loop, call: Callable[[Loop], None], match: str
+) -> None:
+    """No kernel has run: not a byte of the caches has changed."""
+    loop.run([(None, [1, 2, 3])])
+    (sequence,) = loop.session.lengths
+    before = {key: cache.clone() for key, cache in loop.session._caches.items()}
+    with pytest.raises(SessionError, match=match):
+        call(loop)
+    assert all(torch.equal(cache, before.get(key, cache * 0)) for key, cache in loop.session._caches.items())
+    assert (loop.session.lengths, loop.session.num_free_pages) == ({sequence: 3}, 15)
+    loop.assert_last(loop.run([(sequence, [6])]), [1, 2, 3, 6])
+
+
 def test_batches_do_not_nest_and_are_entered_once(loop: Loop) -> None:
     with loop.session.prefill([[1, 2]]) as batch:
         with pytest.raises(SessionError, match="a batch is open: leave its context first"):

@@ -1,8 +1,18 @@
-"""The end of a step as one Triton kernel: a token for each row of logits, and the metadata of the next step.
+"""The end of a step on the device: a token for each row of logits, and the metadata of the next step.
 
-A program takes one row. It reads the row once for the most likely token. If the sequence samples, it finds
-the lowest score that the filters leave, as a number built bit by bit, two bits a reading: for top-k from
-counts of the scores above it, for top-p from the mass below it. Then it draws as ``runtime.sampling`` does.
+Every row is shared out in parts, one a program, so that even a single row keeps the device busy. A launch
+reads what those before it left of all parts, and leaves something of its own:
+
+1. ``_look``: the most likely token of each part.
+2. ``_count``, several times for top-k, then for top-p: the lowest score that a filter leaves is found as a
+   number, four bits a reading, from what lies below each of the 15 borders between its next digits:
+   how many scores for top-k, which mass for top-p.
+3. ``_weigh``: the mass that is left of each part.
+4. ``_choose``, one program a row: the part in which the cumulative mass passes the row's uniform number, and
+   the token there, as ``runtime.sampling`` draws; then the metadata.
+
+A row that takes its most likely token leaves the launches between the first and the last at once. No sum
+depends on the order in which programs run: equal inputs give equal tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
+_PART = 4096
+"""Scores of a part, at most."""
+_DIGIT_BITS, _DIGITS = 4, tl.constexpr(16)
 # Bits of a number in float32, from the sign on, that can differ from zero.
 _SIGNIFICANT_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 
@@ -33,18 +45,34 @@ def sample_and_advance(
     """
     num_rows, vocab_size = scores.shape
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    _sample[(num_rows,)](
-        scores,
-        scores.stride(0),
-        vocab_size,
-        tokens,
-        views["temperature"],
-        views["top_k"],
-        views["tail_mass"],
+    part = min(_PART, triton.next_power_of_2(vocab_size))
+    num_parts, steps = triton.cdiv(vocab_size, part), _SIGNIFICANT_BITS[scores.dtype] // _DIGIT_BITS
+    sizes = {"PART": part, "PARTS": triton.next_power_of_2(num_parts)}
+    grid = (num_rows, num_parts)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=scores.device)
+
+    best, places = empty(*grid), empty(*grid, dtype=torch.int32)
+    sums, borders = empty(2, steps, *grid, _DIGITS.value), empty(2, steps, num_rows, dtype=torch.int64)
+    masses, lowest = empty(*grid, dtype=torch.float64), empty(num_rows, dtype=torch.int64)
+    filters = (views["temperature"], views["top_k"], views["tail_mass"], views["is_stopped"])
+    row = (scores, scores.stride(0), vocab_size, best)
+    _look[grid](*row, places, PART=part)
+    for by_mass in (False, True):
+        for step in range(steps):
+            _count[grid](*row, *filters, sums, borders, step, STEPS=steps, BY_MASS=by_mass, **sizes)
+    _weigh[grid](*row, *filters, views["min_p"], sums, borders, masses, lowest, STEPS=steps, **sizes)
+    _choose[(num_rows,)](
+        *row,
+        *filters,
         views["min_p"],
+        places,
+        masses,
+        lowest,
+        tokens,
         views["seed"],
         views["num_generated"],
-        views["is_stopped"],
         views["stop_token_ids"],
         views["input_ids"],
         views["position_ids"],
@@ -52,28 +80,175 @@ def sample_and_advance(
         views["seq_len_with_cache"],
         views["cu_num_pages"],
         views["cache_loc"],
+        num_parts,
         IDLE=idle,
         ADVANCES=advances,
         NUM_STOPS=views["stop_token_ids"].shape[1],
-        BITS=_SIGNIFICANT_BITS[scores.dtype],
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)),
-        num_warps=16,
+        **sizes,
     )
 
 
 @triton.jit
-def _sample(  # type: ignore[no-untyped-def]
+def _look(  # type: ignore[no-untyped-def]
+    scores, row_stride, vocab_size, best, places, PART: tl.constexpr
+):
+    """The first largest score of a part, +inf if one is NaN, and its place."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    index = part * PART + tl.arange(0, PART)
+    score = _scores(scores, row, row_stride, index, vocab_size)
+    score = tl.where(score != score, float("inf"), score)
+    largest = tl.max(score, 0)
+    spot = row * tl.num_programs(1) + part
+    tl.store(best + spot, largest)
+    tl.store(places + spot, tl.min(tl.where(score == largest, index, vocab_size), 0))
+
+
+@triton.jit(do_not_specialize=["step"])
+def _count(  # type: ignore[no-untyped-def]
     scores,
     row_stride,
     vocab_size,
-    tokens,
+    best,
     temperature,
     top_k,
     tail_mass,
+    is_stopped,
+    sums,
+    borders,
+    step,
+    STEPS: tl.constexpr,
+    BY_MASS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """What of a part lies below each border of a reading; in place of the lowest border, all of it.
+
+    ``borders`` keeps where the reading begins; ``sums`` what it finds. By rank every score counts alike. By
+    mass those count that top-k left.
+    """
+    row, part = tl.program_id(0), tl.program_id(1)
+    heat, k, tail = tl.load(temperature + row), tl.load(top_k + row), tl.load(tail_mass + row)
+    has_rank = (k > 0) & (k < vocab_size)
+    is_asked = has_rank
+    if BY_MASS:
+        is_asked = tail >= 0
+    if (heat <= 0) | (tl.load(is_stopped + row) > 0) | (is_asked == 0):
+        return
+    index = part * PART + tl.arange(0, PART)
+    score = _scores(scores, row, row_stride, index, vocab_size)
+    key = _key(score)
+    border = tl.zeros((), tl.uint32)
+    if BY_MASS:
+        largest = _largest(best, row, PARTS)
+        weight = tl.exp((score - largest) / heat)
+        if has_rank:
+            lowest = _found(sums, borders, row, STEPS, (vocab_size - k).to(tl.float32), False, STEPS, PARTS)
+            weight = tl.where(key >= lowest, weight, 0.0)
+        if step > 0:
+            border = _found(sums, borders, row, step, tail, True, STEPS, PARTS)
+    else:
+        weight = (index < vocab_size).to(tl.float32)
+        if step > 0:
+            border = _found(sums, borders, row, step, (vocab_size - k).to(tl.float32), False, STEPS, PARTS)
+    place = _place(step, row, BY_MASS, STEPS)
+    if part == 0:
+        tl.store(borders + place, border.to(tl.int64))
+    target = sums + (place * tl.num_programs(1) + part) * _DIGITS
+    unit = _unit(step)
+    tl.store(target, tl.sum(weight, 0))
+    for digit in tl.static_range(1, _DIGITS):
+        tl.store(target + digit, tl.sum(tl.where(key < border + digit * unit, weight, 0.0), 0))
+
+
+@triton.jit
+def _found(sums, borders, row, step, limit, BY_MASS: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest key, as far as the readings before ``step`` tell, below which lies no more than the limit.
+
+    The limit is a number of scores, or a part of the whole mass.
+    """
+    num_parts = tl.num_programs(1)
+    place = _place(step - 1, row, BY_MASS, STEPS)
+    parts, digits = tl.arange(0, PARTS), tl.arange(0, _DIGITS)
+    found = tl.load(
+        sums + (place * num_parts + parts[:, None]) * _DIGITS + digits[None, :],
+        mask=(parts < num_parts)[:, None] & (digits >= 0)[None, :],
+        other=0.0,
+    )
+    below = tl.sum(found, 0)
+    if BY_MASS:
+        limit = limit * tl.sum(tl.where(digits == 0, below, 0.0), 0)
+    digit = tl.sum(((digits > 0) & (below <= limit)).to(tl.int32), 0)
+    return tl.load(borders + place).to(tl.uint32) + digit.to(tl.uint32) * _unit(step - 1)
+
+
+@triton.jit
+def _place(step, row, BY_MASS: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Index of a reading of a row, among those by rank and by mass of all rows."""
+    first = STEPS if BY_MASS else 0
+    return (first + step) * tl.num_programs(0) + row
+
+
+@triton.jit
+def _unit(step):  # type: ignore[no-untyped-def]
+    """The distance of the borders of a reading: its digit's place."""
+    return (tl.full((), 1, tl.int64) << (28 - 4 * step)).to(tl.uint32)
+
+
+@triton.jit
+def _weigh(  # type: ignore[no-untyped-def]
+    scores,
+    row_stride,
+    vocab_size,
+    best,
+    temperature,
+    top_k,
+    tail_mass,
+    is_stopped,
     min_p,
+    sums,
+    borders,
+    masses,
+    lowest,
+    STEPS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The mass of a part that the filters leave, and the lowest key that top-k and top-p do."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    heat, k, tail = tl.load(temperature + row), tl.load(top_k + row), tl.load(tail_mass + row)
+    if (heat <= 0) | (tl.load(is_stopped + row) > 0):
+        return
+    largest = _largest(best, row, PARTS)
+    least = tl.zeros((), tl.uint32)
+    if (k > 0) & (k < vocab_size):
+        least = _found(sums, borders, row, STEPS, (vocab_size - k).to(tl.float32), False, STEPS, PARTS)
+    if tail >= 0:
+        border = _found(sums, borders, row, STEPS, tail, True, STEPS, PARTS)
+        least = tl.maximum(least, tl.minimum(border, _key(largest)))
+    index = part * PART + tl.arange(0, PART)
+    mass = _mass(scores, row, row_stride, index, vocab_size, largest, heat, least, tl.load(min_p + row))
+    tl.store(masses + row * tl.num_programs(1) + part, tl.sum(mass, 0))
+    if part == 0:
+        tl.store(lowest + row, least.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _choose(  # type: ignore[no-untyped-def]
+    scores,
+    row_stride,
+    vocab_size,
+    best,
+    temperature,
+    top_k,
+    tail_mass,
+    is_stopped,
+    min_p,
+    places,
+    masses,
+    lowest,
+    tokens,
     seed,
     num_generated,
-    is_stopped,
     stop_token_ids,
     input_ids,
     position_ids,
@@ -81,30 +256,39 @@ def _sample(  # type: ignore[no-untyped-def]
     seq_len_with_cache,
     cu_num_pages,
     cache_loc,
+    num_parts,
     IDLE: tl.constexpr,
     ADVANCES: tl.constexpr,
     NUM_STOPS: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One row."""
+    """The token of one row, and its metadata."""
     row = tl.program_id(0)
-    source = scores + row.to(tl.int64) * row_stride
-    token, largest = _most_likely(source, vocab_size, BLOCK)
+    parts = tl.arange(0, PARTS)
+    is_part = parts < num_parts
+    scores_of_parts = tl.load(best + row * num_parts + parts, mask=is_part, other=-float("inf"))
+    largest = tl.max(scores_of_parts, 0)
+    firsts = tl.load(places + row * num_parts + parts, mask=is_part, other=vocab_size)
+    token = tl.min(tl.where(scores_of_parts == largest, firsts, vocab_size), 0)
+    token = tl.where(tl.abs(largest) == float("inf"), -1, token)
+
     heat = tl.load(temperature + row)
     is_idle = tl.load(is_stopped + row) > 0
     if (heat > 0) & (token >= 0) & (is_idle == 0):
-        lowest = tl.zeros((), tl.uint32)
-        k = tl.load(top_k + row)
-        if (k > 0) & (k < vocab_size):
-            lowest = _of_rank(source, vocab_size, k, BITS, BLOCK)
-        tail = tl.load(tail_mass + row)
-        if tail >= 0:
-            lowest = _above_tail(source, vocab_size, largest, heat, lowest, tail, BITS, BLOCK)
-        least = tl.load(min_p + row)
-        floor = tl.where(least > 0, tl.log(tl.maximum(least, 1e-38)), -float("inf"))
-        number = _uniform(tl.load(seed + row), tl.load(num_generated + row))
-        token = _drawn(source, vocab_size, largest, heat, lowest, floor, number, token, BLOCK)
+        of_parts = tl.load(masses + row * num_parts + parts, mask=is_part, other=0.0)
+        passed = tl.cumsum(of_parts, 0)
+        target = _uniform(tl.load(seed + row), tl.load(num_generated + row)) * tl.max(passed, 0)
+        part = tl.min(tl.where(passed > target, parts, num_parts - 1), 0)
+        before = tl.sum(tl.where(parts == part, passed - of_parts, 0.0), 0)
+        index = part * PART + tl.arange(0, PART)
+        least = tl.load(lowest + row).to(tl.uint32)
+        mass = _mass(scores, row, row_stride, index, vocab_size, largest, heat, least, tl.load(min_p + row))
+        is_beyond = (before + tl.cumsum(mass, 0) > target) & (mass > 0)
+        found = tl.min(tl.where(is_beyond, index, vocab_size), 0)
+        # Both sums of the part are rounded, each in its order: none may be beyond. Then it is the last.
+        last = tl.max(tl.where(mass > 0, index, token), 0)
+        token = tl.where(found < vocab_size, found, last)
     tl.store(num_generated + row, tl.load(num_generated + row) + 1)
 
     token = tl.where(is_idle, IDLE, token.to(tl.int64))
@@ -124,22 +308,16 @@ def _sample(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _most_likely(source, vocab_size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first largest score's place, -1 if it is not finite, and that score."""
-    best = tl.full((BLOCK,), -float("inf"), tl.float32)
-    place = tl.zeros((BLOCK,), tl.int32)
-    has_nan = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        score = tl.load(source + index, mask=index < vocab_size, other=-float("inf")).to(tl.float32)
-        has_nan |= (score != score).to(tl.int32)
-        is_better = score > best
-        best = tl.where(is_better, score, best)
-        place = tl.where(is_better, index, place)
-    largest = tl.max(best, 0)
-    first = tl.min(tl.where(best == largest, place, vocab_size), 0)
-    is_bad = (tl.max(has_nan, 0) > 0) | (tl.abs(largest) == float("inf"))
-    return tl.where(is_bad, -1, first), largest
+def _scores(scores, row, row_stride, index, vocab_size):  # type: ignore[no-untyped-def]
+    source = scores + row.to(tl.int64) * row_stride
+    return tl.load(source + index, mask=index < vocab_size, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _largest(best, row, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the scores of a row."""
+    num_parts, parts = tl.num_programs(1), tl.arange(0, PARTS)
+    return tl.max(tl.load(best + row * num_parts + parts, mask=parts < num_parts, other=-float("inf")), 0)
 
 
 @triton.jit
@@ -151,86 +329,11 @@ def _key(score):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _of_rank(source, vocab_size, k, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest key that k scores reach: that of the k-th largest score."""
-    lowest = tl.zeros((), tl.uint32)
-    for step in range(BITS // 2):
-        unit = (tl.full((), 1, tl.int64) << (30 - 2 * step)).to(tl.uint32)
-        one = tl.zeros((BLOCK,), tl.int32)
-        two = tl.zeros((BLOCK,), tl.int32)
-        three = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, vocab_size, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            is_token = index < vocab_size
-            key = _key(tl.load(source + index, mask=is_token, other=-float("inf")).to(tl.float32))
-            one += (is_token & (key >= lowest + unit)).to(tl.int32)
-            two += (is_token & (key >= lowest + 2 * unit)).to(tl.int32)
-            three += (is_token & (key >= lowest + 3 * unit)).to(tl.int32)
-        reached = (tl.sum(one, 0) >= k).to(tl.uint32) + (tl.sum(two, 0) >= k).to(tl.uint32)
-        lowest += (reached + (tl.sum(three, 0) >= k).to(tl.uint32)) * unit
-    return lowest
-
-
-@triton.jit
-def _above_tail(  # type: ignore[no-untyped-def]
-    source, vocab_size, largest, heat, lowest, tail, BITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The largest key, at most the largest score's, below which lies no more than this part of the mass.
-
-    Only keys from ``lowest`` on have mass.
-    """
-    whole = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        score = tl.load(source + index, mask=index < vocab_size, other=-float("inf")).to(tl.float32)
-        whole += tl.where(_key(score) >= lowest, tl.exp((score - largest) / heat), 0.0)
-    limit = tail * tl.sum(whole, 0)
-    border = tl.zeros((), tl.uint32)
-    for step in range(BITS // 2):
-        unit = (tl.full((), 1, tl.int64) << (30 - 2 * step)).to(tl.uint32)
-        one = tl.zeros((BLOCK,), tl.float32)
-        two = tl.zeros((BLOCK,), tl.float32)
-        three = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            score = tl.load(source + index, mask=index < vocab_size, other=-float("inf")).to(tl.float32)
-            key = _key(score)
-            mass = tl.where(key >= lowest, tl.exp((score - largest) / heat), 0.0)
-            one += tl.where(key < border + unit, mass, 0.0)
-            two += tl.where(key < border + 2 * unit, mass, 0.0)
-            three += tl.where(key < border + 3 * unit, mass, 0.0)
-        passed = (tl.sum(one, 0) <= limit).to(tl.uint32) + (tl.sum(two, 0) <= limit).to(tl.uint32)
-        border += (passed + (tl.sum(three, 0) <= limit).to(tl.uint32)) * unit
-    return tl.maximum(lowest, tl.minimum(border, _key(largest)))
-
-
-@triton.jit
-def _drawn(  # type: ignore[no-untyped-def]
-    source, vocab_size, largest, heat, lowest, floor, number, otherwise, BLOCK: tl.constexpr
-):
-    """Where the cumulative mass of what is left passes ``number`` of the whole."""
-    whole = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, vocab_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        whole += _mass(source, index, vocab_size, largest, heat, lowest, floor)
-    target = number * tl.sum(whole, 0)
-    passed = tl.zeros((), tl.float64)
-    found = vocab_size + tl.zeros((), tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        mass = _mass(source, index, vocab_size, largest, heat, lowest, floor)
-        here = tl.sum(mass, 0)
-        if (passed <= target) & (passed + here > target):
-            is_beyond = (passed + tl.cumsum(mass, 0) > target) & (mass > 0)
-            found = tl.minimum(found, tl.min(tl.where(is_beyond, index, vocab_size), 0))
-        passed += here
-    return tl.where(found < vocab_size, found, otherwise)
-
-
-@triton.jit
-def _mass(source, index, vocab_size, largest, heat, lowest, floor):  # type: ignore[no-untyped-def]
-    score = tl.load(source + index, mask=index < vocab_size, other=-float("inf")).to(tl.float32)
+def _mass(scores, row, row_stride, index, vocab_size, largest, heat, lowest, min_p):  # type: ignore[no-untyped-def]
+    """float64, relative to the most likely token's; 0 for what the filters drop."""
+    score = _scores(scores, row, row_stride, index, vocab_size)
     exponent = (score - largest) / heat
+    floor = tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-38)), -float("inf"))
     is_left = (_key(score) >= lowest) & (exponent >= floor) & (index < vocab_size)
     return tl.where(is_left, tl.exp(exponent), 0.0).to(tl.float64)
 

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels import overlap
 from ad_flashinfer_pass.kernels.append import _converted
+from ad_flashinfer_pass.kernels.overlap import await_turn
 
 _TILE = 2048
 """Elements of Q, or of K and of V, that one program moves, at most, unless one head is larger."""
@@ -166,6 +168,7 @@ def _launch(
         V_BLOCK=triton.next_power_of_2(v_head_dim),
         DIM_BLOCK=dim_block,
         LIMIT=limit,
+        **overlap.options(key.device, batch * tokens_per_row),
     )
 
 
@@ -226,11 +229,13 @@ def _rope_append(  # type: ignore[no-untyped-def]
     V_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One token and HEAD_BLOCK of its heads: of Q in the first q_tiles programs, then of K and V.
 
     The branches share no name: Triton wants those that do to have one type.
     """
+    await_turn(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     row, column = token // tokens_per_row, token % tokens_per_row

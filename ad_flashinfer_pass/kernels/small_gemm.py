@@ -7,7 +7,7 @@ outside. Both kernels give each program whole rows of the weight, so that its re
 
 - ``_gemv``: one token. Products are summed in float32 registers, no tensor cores; the norm costs no pass of
   its own, since its scale can be applied to the sums.
-- ``_skinny``: up to 64 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
+- ``_skinny``: up to 128 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
   The inner dimension can be split among programs; the last to finish adds the parts, always in one order.
 """
 
@@ -21,7 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_TOKENS = 64
+from ad_flashinfer_pass.kernels import overlap
+from ad_flashinfer_pass.kernels.overlap import await_turn
+
+MAX_TOKENS = 128
 _PARTIALS, _COUNTERS = 2**24, 2**14
 """Elements of the workspace."""
 _SHARED_BYTES = 220 * 1024
@@ -60,9 +63,39 @@ class Config(NamedTuple):
 # the best or next to it for some shape.
 _CANDIDATES = {
     1: [(1, 2048, 1, 8, 1), (1, 2048, 1, 4, 1), (2, 2048, 1, 8, 1), (1, 4096, 1, 8, 1)],
-    16: [(32, 512, 1, 2, 4), (16, 512, 1, 2, 3), (32, 256, 1, 2, 4), (64, 128, 1, 4, 4), (64, 128, 4, 4, 4)],
-    32: [(64, 128, 1, 4, 4), (128, 128, 1, 4, 4), (64, 128, 2, 4, 4), (64, 256, 2, 4, 4), (32, 256, 1, 2, 3)],
-    64: [(128, 128, 1, 4, 4), (128, 128, 1, 8, 4), (64, 128, 1, 4, 3), (64, 128, 2, 4, 6)],
+    16: [
+        (32, 512, 1, 2, 4),
+        (32, 512, 1, 2, 3),
+        (16, 512, 1, 2, 3),
+        (32, 256, 1, 2, 4),
+        (64, 128, 1, 4, 4),
+        (64, 128, 1, 4, 3),
+        (64, 128, 4, 4, 4),
+    ],
+    32: [
+        (64, 128, 1, 4, 4),
+        (128, 128, 1, 4, 4),
+        (64, 128, 2, 4, 4),
+        (64, 128, 2, 4, 6),
+        (64, 256, 2, 4, 4),
+        (32, 256, 1, 2, 3),
+    ],
+    64: [
+        (128, 128, 1, 4, 4),
+        (128, 128, 1, 8, 4),
+        (64, 64, 1, 4, 6),
+        (64, 128, 1, 4, 3),
+        (64, 128, 1, 8, 4),
+        (64, 128, 2, 4, 6),
+        (64, 128, 2, 8, 4),
+    ],
+    128: [
+        (128, 64, 1, 8, 4),
+        (64, 64, 1, 4, 3),
+        (64, 128, 1, 4, 4),
+        (64, 128, 2, 4, 4),
+        (64, 128, 2, 8, 4),
+    ],
 }
 
 
@@ -139,6 +172,7 @@ def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
         GATED=around.gated,
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlap.options(x.device, num_tokens),
     )
     return out
 
@@ -154,7 +188,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     depth = x.shape[1]
     _rms_norm[(x.shape[0],)](
-        x, weight, out, eps, DEPTH=depth, BLOCK=triton.next_power_of_2(depth), num_warps=8
+        x,
+        weight,
+        out,
+        eps,
+        DEPTH=depth,
+        BLOCK=triton.next_power_of_2(depth),
+        num_warps=8,
+        **overlap.options(x.device, x.shape[0]),
     )
     return out
 
@@ -182,7 +223,9 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     eps,
     DEPTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    await_turn(OVERLAPS)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < DEPTH
     row = tl.program_id(0).to(tl.int64) * DEPTH
@@ -261,8 +304,10 @@ def _skinny(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """ROWS rows of the result for all tokens, over a part of the depth; gated ones are not split."""
+    await_turn(OVERLAPS)
     tile, part = tl.program_id(0), tl.program_id(1)
     rows = tile * ROWS + tl.arange(0, ROWS)
     tokens = tl.arange(0, TOKENS)

@@ -109,6 +109,7 @@ def decode(
     """
     import triton
 
+    from ad_flashinfer_pass.kernels import overlap
     from ad_flashinfer_pass.kernels.split_decode_kernel import split_decode
 
     batch, num_heads, head_dim = query.shape
@@ -156,5 +157,6 @@ def decode(
         ONE_BYTE=kv_cache.dtype.itemsize == 1,
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlap.options(query.device, batch),
     )
     return out

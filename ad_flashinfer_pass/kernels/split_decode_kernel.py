@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ad_flashinfer_pass.kernels.overlap import await_turn
+
 
 @triton.jit(
     do_not_specialize=["scale", "v_scale", "table_row", "splits"],
@@ -48,9 +50,11 @@ def split_decode(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     CAP: tl.constexpr,
     ONE_BYTE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Attention of one new token a sequence; the arguments are those of ``kernels.split_decode.decode``."""
     LOG2E: tl.constexpr = 1.4426950408889634
+    await_turn(OVERLAPS)
     head, part, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + seq)
     first_key = 0

@@ -148,9 +148,10 @@ def analysed(events: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     gaps = [_idle(device, _end(before), float(after[0]["ts"])) for before, after in pairwise(launches)]
     periods = [float(after[0]["ts"]) - float(before[0]["ts"]) for before, after in pairwise(model)]
     in_model = {id(kernel) for kernels in model for kernel in kernels}
-    is_ours = [e for e in device if id(e) not in in_model or e["name"].startswith("_prepare")]
+    is_models = [e for e in device if id(e) in in_model and not e["name"].startswith("_prepare")]
     first, last = float(model[0][0]["ts"]), _end(model[-1])
-    outside = sum(float(e["dur"]) for e in is_ours if first <= float(e["ts"]) <= last)
+    # Kernels overlap, so it is the time in which something runs, less that in which the model's kernels do.
+    outside = _busy(device, first, last) - _busy(is_models, first, last)
     waits = Counter(e["name"] for e in runtime if e["name"] in _WAITS)
     host = [float(e["dur"]) for e in runtime if "GraphLaunch" in e["name"]]
     step = statistics.median(periods)

@@ -58,10 +58,23 @@ def used() -> int:
     return total - free
 
 
-def measure(config: AutoDeployConfig) -> tuple[dict[str, int], list[tuple[str, int]]]:
+class Phases(dict[str, int]):
+    """Bytes in use after each phase, by its name, and those that torch's tensors had of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[str, int] = {}
+
+    def __setitem__(self, name: str, size: int) -> None:
+        super().__setitem__(name, size)
+        self.tensors[name] = torch.cuda.memory_allocated()
+
+
+def measure(config: AutoDeployConfig) -> tuple[Phases, list[tuple[str, int]]]:
     """Bytes in use after each phase, and what each captured graph took."""
     torch.zeros(1, device="cuda")
-    phases = {"context": used()}
+    phases = Phases()
+    phases["context"] = used()
     say("weights")
     loaded = load_model(config)
     phases["weights"] = used()
@@ -111,16 +124,16 @@ def main() -> None:
         args.json.write_text(json.dumps(record(planned, phases, graphs), indent=1) + "\n")
 
 
-def show(planned: MemoryPlan, phases: dict[str, int], graphs: list[tuple[str, int]]) -> None:
+def show(planned: MemoryPlan, phases: Phases, graphs: list[tuple[str, int]]) -> None:
     """Tables on stdout."""
     console = Console(width=160)
     rows = Table("planned", "bytes", "how")
     for row in planned.rows:
         rows.add_row(row.name, f"{row.bytes:,}", row.arithmetic)
-    measured = Table("after", "bytes in use", "more than before")
+    measured = Table("after", "bytes in use", "more than before", "of tensors")
     before = 0
     for name, size in phases.items():
-        measured.add_row(name, f"{size:,}", f"{size - before:,}")
+        measured.add_row(name, f"{size:,}", f"{size - before:,}", f"{phases.tensors[name]:,}")
         before = size
     captured = Table("graph", "bytes")
     for bucket, size in graphs:
@@ -129,7 +142,7 @@ def show(planned: MemoryPlan, phases: dict[str, int], graphs: list[tuple[str, in
         console.print(table)
 
 
-def record(planned: MemoryPlan, phases: dict[str, int], graphs: list[tuple[str, int]]) -> dict[str, Any]:
+def record(planned: MemoryPlan, phases: Phases, graphs: list[tuple[str, int]]) -> dict[str, Any]:
     """The numbers with machine, versions, date and command."""
     return {
         "command": " ".join(["python", "benchmarks/memory_plan.py", *sys.argv[1:]]),
@@ -138,6 +151,7 @@ def record(planned: MemoryPlan, phases: dict[str, int], graphs: list[tuple[str, 
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "planned": {row.name: row.bytes for row in planned.rows},
         "in_use": phases,
+        "tensors": phases.tensors,
         "graphs": dict(graphs),
     }
 

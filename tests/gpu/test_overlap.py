@@ -51,7 +51,7 @@ class Layers:
             cache = self.caches[i % 2]
             q = rope_append.rope_append(q, k, v, cache, slots, self.cos, self.sin).view(n, HEADS, DIM)
             spec = AttentionSpec(DIM**-0.5)
-            o = split_decode.decode(q, cache, self.lengths, self.table, DIM, spec, None, None, splits=4)
+            o = split_decode.decode(q, cache, self.lengths, self.table, spec, splits=4)
             h = small_gemm.run(o.view(n, -1), self.out[i], Around(residual=h), split)
             m = small_gemm.run(h, self.gate_up[i], normed._replace(gated=True), wide)
             h = small_gemm.run(m, self.down[i], Around(residual=h), split)

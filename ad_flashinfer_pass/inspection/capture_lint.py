@@ -6,6 +6,7 @@ a CPU has no second device, so the rules about copies between host and device fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def _host_sync(node: fx.Node, graph: _Graph) -> str | None:
         return f"{node.target}() waits for the device"
     if node.target in (torch.cuda.synchronize,):
         return "waits for the device"
-    is_known = getattr(node.target, "overloadpacket", None) in _SYNCS or _reads_a_bound(node)
+    is_known = getattr(node.target, "overloadpacket", None) in _SYNCS or _waits_for_some(node)
     if node.op != "call_function" or not (is_known or _tagged(node, torch.Tag.data_dependent_output)):
         return None
     if not any(graph.on_device(source) for source in node.all_input_nodes):
@@ -210,13 +211,20 @@ def _host_sync(node: fx.Node, graph: _Graph) -> str | None:
     return f"{_name(node)} waits for the device, to read a value of a tensor"
 
 
-def _reads_a_bound(node: fx.Node) -> bool:
-    """Ops that wait for the device for some arguments alone."""
+def _waits_for_some(node: fx.Node) -> bool:
+    """Ops that wait for the device for some arguments alone.
+
+    Source: lu_factor in BatchLinearAlgebra.cpp of torch 2.11, for the shapes that it gives to MAGMA.
+    """
     if g.is_op(node, aten.linspace, aten.logspace):
         return any(g.is_tensor(source) for source in node.all_input_nodes)
     if g.is_op(node, aten.histc):  # without bounds it looks for them
         args = g.op_args(node)
         return bool(args["min"] == args["max"])
+    if g.is_op(node, aten.linalg_lu_factor_ex, aten.linalg_lu) and g.is_tensor(node.all_input_nodes[0]):
+        *batch, rows, columns = g.shape(node.all_input_nodes[0])
+        count = math.prod(batch)
+        return not (rows == columns and (count == 1 or rows <= 16 or (rows <= 128 and count <= 16)))
     return False
 
 

@@ -172,6 +172,7 @@ EXAMPLES: dict[str, Example] = {
     "matrix_exp": _breaks(lambda x: torch.linalg.matrix_exp(x * 0.1), "x", "host-sync"),
     "spectral_norm": _breaks(lambda x: torch.linalg.matrix_norm(x, 2), "x", "host-sync"),
     "lu_with_check": _breaks(lambda x: torch.linalg.lu_factor(_positive(x))[0], "x", "host-sync"),
+    "lu_of_a_rectangle": _breaks(lambda x: torch.linalg.lu_factor_ex(x[:4])[0], "x", "host-sync"),
     "histogram_of_all": _breaks(lambda x: torch.histc(x, 4), "x", "host-sync"),
     "tolist": _breaks(lambda x, i: x + sum(i.tolist()), "xi", "host-sync", "python-scalar"),
     "unique_consecutive": _breaks(lambda i: torch.unique_consecutive(i), "i", "dynamic-shape"),

@@ -9,10 +9,11 @@ given in units in the last place of the best logit (``ulps``), and as a share of
 largest error against float32 (``rounding``). Each step of the captured model is also run eagerly, and must
 give the same bits.
 
-Three controls say what the uncached model itself does: the tokens that it gives when it sees each prefix
-alone (``prefixes``: the same weights and kernels, other matrix shapes) and with another of torch's attention
-kernels (``sdpa``), each against the same logits as ours; and how far its logits are from float32, as against
-how far ours are at the same tokens (``error_ratio``, of root mean squares).
+Controls say what the uncached model itself does: the tokens that it gives when it sees each prefix alone
+(``prefixes``: the same weights and kernels, other matrix shapes) and with another of torch's attention
+kernels (``sdpa``), each against the same logits as ours; and how far its logits and tokens are from those of
+float32, as against how far ours are at the same tokens (``error_ratio``, ``num_unlike_float32``). Some models
+also run without the transforms that join roundings: what is left comes from attention and matrix shapes.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ VOCAB, NEW_TOKENS = 512, 48
 PROMPTS = architectures.random_prompts((1, 2, 5, 9, 31, 32, 33, 60), vocab_size=VOCAB)
 # Heads of 64, which the kernels have, in place of the tests' 16.
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+_FUSIONS = ("fuse_gemms", "fuse_rope_append", "fuse_small_batch")
 # The second of each is for what the first cannot do.
 _SDPA = ([SDPBackend.MATH], [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -83,6 +85,8 @@ class Result:
     """None if the model does not call torch's attention."""
     error_ratio: float
     """Of root mean squares: the cached model's error against float32 over the uncached one's."""
+    num_unlike_float32: tuple[int, int]
+    """Best tokens other than float32's, given the same tokens: of the cached model, of the uncached one."""
     num_equal_steps: int
     """Steps whose captured logits had the bits of the eager ones."""
     num_unequal_steps: int
@@ -98,7 +102,7 @@ def config_of(name: str) -> PretrainedConfig:
     return type(config)(**{**keys, **sizes, "initializer_range": 0.15})
 
 
-def measure(name: str, kv_dtype: str = "auto") -> Result:
+def measure(name: str, kv_dtype: str = "auto", *, is_fused: bool = True) -> Result:
     """Generate with one architecture and compare."""
     attention = "eager" if name == "gemma2" else "sdpa"  # transformers has no sdpa for its logit cap
     model: nn.Module = architectures.random_model(config_of(name), attention)
@@ -113,6 +117,7 @@ def measure(name: str, kv_dtype: str = "auto") -> Result:
         cuda_graph_batch_sizes=[1, 3, 8],
         cuda_graph_token_buckets=[64, 128],
         kv_cache_config={"dtype": kv_dtype},
+        transforms={} if is_fused else {fusion: {"enabled": False} for fusion in _FUSIONS},
     )
     cached, reports = transform_module(model, config)
     module = cached.module
@@ -132,9 +137,10 @@ def measure(name: str, kv_dtype: str = "auto") -> Result:
     module.forward = both  # type: ignore[method-assign]
     generated = architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS)
     module.forward = replay  # type: ignore[method-assign]
+    kind = f", {kv_dtype} cache" if kv_dtype != "auto" else "" if is_fused else ", not fused"
     notes = [note.split(",")[0].split(": ") for r in reports for note in r.notes if "sites: " in note]
     return Result(
-        name=name if kv_dtype == "auto" else f"{name}, {kv_dtype} cache",
+        name=f"{name}{kind}",
         kernels={p: "+".join(sorted({k for q, k, *_ in notes if p == q})) for p in ("prefill", "decode")},
         num_equal_steps=equal[1],
         num_unequal_steps=equal[0],
@@ -169,9 +175,10 @@ def controls(model: nn.Module, cached: CachedModel, generated: list[list[int]]) 
     exact = copy.deepcopy(model).float()
     calls_sdpa = model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     ours = _cached(cached, generated)
-    prefixes, sdpa, errors = [], [], torch.zeros(2, dtype=torch.float64)
+    prefixes, sdpa, errors, unlike = [], [], torch.zeros(2, dtype=torch.float64), torch.zeros(2).int()
     for prompt, tokens, our_logits in zip(PROMPTS, generated, ours, strict=True):
         logits, wide = _uncached(model, prompt, tokens), _uncached(exact, prompt, tokens)
+        unlike += torch.stack([(x.argmax(-1) != wide.argmax(-1)).sum() for x in (our_logits, logits)]).cpu()
         errors += torch.stack([(x - wide).double().square().sum() for x in (our_logits, logits)]).cpu()
         alone = [_uncached(model, [*prompt, *tokens[:n]], tokens[n : n + 1]) for n in range(len(tokens))]
         prefixes += _margins(logits, torch.cat(alone).argmax(-1))[1]
@@ -184,6 +191,7 @@ def controls(model: nn.Module, cached: CachedModel, generated: list[list[int]]) 
         "prefixes": Control(num_different=len(prefixes), largest_ulps=max(prefixes, default=0.0)),
         "sdpa": Control(num_different=max(count), largest_ulps=max(most)) if calls_sdpa else None,
         "error_ratio": (errors[0] / errors[1]).sqrt().item(),
+        "num_unlike_float32": tuple(unlike.tolist()),
     }
 
 
@@ -220,9 +228,10 @@ def _margins(logits: Tensor, tokens: Tensor) -> tuple[list[float], list[float]]:
     return margin[margin > 0].tolist(), ulps[margin > 0].tolist()
 
 
-def _measured(case: tuple[str, str]) -> dict[str, Any]:
+def _measured(case: tuple[str, str, bool]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    return asdict(measure(*case))
+    name, kv_dtype, is_fused = case
+    return asdict(measure(name, kv_dtype, is_fused=is_fused))
 
 
 def main() -> int:
@@ -232,10 +241,14 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", default=list(architectures.CONFIGS))
     parser.add_argument("--fp8", nargs="*", default=["llama_gqa4", "qwen3"], help="also with an fp8 cache")
+    unfused = ["llama_gqa4", "smollm3", "mixtral"]
+    parser.add_argument("--unfused", nargs="*", default=unfused, help="also without fusions")
     parser.add_argument("--jobs", type=int, default=4, help="processes at once, on the one GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cases = [*((name, "auto") for name in args.names), *((name, "fp8") for name in args.fp8)]
+    cases = [(name, "auto", True) for name in args.names]
+    cases += [(name, "auto", False) for name in args.unfused]
+    cases += [(name, "fp8", True) for name in args.fp8]
     rows: list[dict[str, Any]] = []
     results = {
         "machine": torch.cuda.get_device_name(),

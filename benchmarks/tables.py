@@ -25,16 +25,29 @@ def attention(data: dict[str, Any]) -> list[str]:
         "our nodes, us",
         "raw kernels",
         "nodes / raw",
+        "split_decode",
         "FA2 wrapper",
         "SDPA, dense",
         "KV at copy speed",
     )
     for row in data["microseconds"]:
-        times = [f"{row[key]:.4g}" if row[key] is not None else "" for key in ("fa2", "sdpa", "copy")]
+        times = [
+            f"{row[key]:.4g}" if row[key] is not None else "" for key in ("split", "fa2", "sdpa", "copy")
+        ]
         ours = f"{row['nodes']:.4g} | {row['raw']:.4g} | {row['nodes/raw']:.3f}"
         lines.append(f"| {row['kv']} | {row['batch']} | {row['context']} | {ours} | {' | '.join(times)} |")
     speed = data["copy_bytes_per_microsecond"] / 1e6
     return [*lines, "", f"A large copy: {speed:.2f} TB/s, read and write together. {_source(data)}"]
+
+
+def prefill(data: dict[str, Any]) -> list[str]:
+    """Of ``attention.json``."""
+    columns = ["fmha_v2", "fa3", "fa2", "sdpa", "fa3 plan", "fa2 plan"]
+    lines = _heading("batch", "tokens each", *columns)
+    for row in data["prefill_microseconds"]:
+        times = " | ".join(f"{row[column]:.4g}" for column in columns)
+        lines.append(f"| {row['batch']} | {row['length']} | {times} |")
+    return lines
 
 
 def end_to_end(data: dict[str, Any]) -> list[str]:
@@ -47,13 +60,21 @@ def end_to_end(data: dict[str, Any]) -> list[str]:
         "different",
         "largest margin, ulps",
         "as a share of rounding",
+        "prefixes alone",
+        "another SDPA",
+        "error / uncached's",
         "steps with equal bits",
     )
     for row in data["results"]:
         kernels = f"{row['kernels']['prefill']} | {row['kernels']['decode']}"
         margins = f"{row['num_different']} | {row['largest_ulps']:.0f} | {row['largest_share']:.0%}"
+        own = " | ".join(
+            f"{c['num_different']}, {c['largest_ulps']:.0f} ulps" if c else ""
+            for c in (row["prefixes"], row["sdpa"])
+        )
         equal = f"{row['num_equal_steps']} of {row['num_equal_steps'] + row['num_unequal_steps']}"
-        lines.append(f"| {row['name']} | {kernels} | {row['num_tokens']} | {margins} | {equal} |")
+        cells = [row["name"], kernels, row["num_tokens"], margins, own, f"{row['error_ratio']:.2f}", equal]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", _source(data)]
 
 

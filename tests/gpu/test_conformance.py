@@ -255,7 +255,13 @@ def test_others_prefill_every_shape(shape: Shape, provider: Any) -> None:
     """Fresh sequences and chunks with a past, over caches of 8 bits and under logit caps too."""
     skip_unless_it_runs(provider, shape, "prefill")
     # A step of one length, of few sequences, of more query tiles than multiprocessors, and of a long past.
-    for lengths in (MIXED_LENGTHS, [(0, 200)], [(0, 64)] * 3, [(0, 3000), (4000, 700)] * 2, [(16000, 3)]):
+    for lengths in (
+        MIXED_LENGTHS,
+        [(0, 200)],
+        [(0, 64)] * 3,
+        [(0, 3000)] * 2 + [(4000, 700)] * 2,
+        [(16000, 3)],
+    ):
         batch = PagedBatch(lengths, shape, seed=len(lengths))
         assert_within_bound(batch, prefilled(provider, batch))
 

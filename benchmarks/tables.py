@@ -37,14 +37,30 @@ def attention(data: dict[str, Any]) -> list[str]:
         ours = f"{row['nodes']:.4g} | {row['raw']:.4g} | {row['nodes/raw']:.3f}"
         lines.append(f"| {row['kv']} | {row['batch']} | {row['context']} | {ours} | {' | '.join(times)} |")
     speed = data["copy_bytes_per_microsecond"] / 1e6
+    if rows := data.get("prefill_microseconds"):
+        lines += [
+            "",
+            "Prompts without a past, causal, in bfloat16; a plan is made on the host, once a step:",
+            "",
+        ]
+        lines += _prefill(rows)
     return [*lines, "", f"A large copy: {speed:.2f} TB/s, read and write together. {_source(data)}"]
 
 
-def prefill(data: dict[str, Any]) -> list[str]:
-    """Of ``attention.json``."""
+def _prefill(rows: list[dict[str, Any]]) -> list[str]:
     columns = ["fmha_v2", "fa3", "fa2", "sdpa", "fa3 plan", "fa2 plan"]
-    lines = _heading("batch", "tokens each", *columns)
-    for row in data["prefill_microseconds"]:
+    heading = [
+        "batch",
+        "tokens each",
+        "fmha_v2, us",
+        "fa3",
+        "fa2",
+        "SDPA, dense",
+        "plan of fa3",
+        "plan of fa2",
+    ]
+    lines = _heading(*heading)
+    for row in rows:
         times = " | ".join(f"{row[column]:.4g}" for column in columns)
         lines.append(f"| {row['batch']} | {row['length']} | {times} |")
     return lines

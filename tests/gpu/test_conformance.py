@@ -40,7 +40,7 @@ DECODE_FP8 = [
 ]
 PREFILL = [
     *(replace(PLAIN, page_size=page) for page in (16, 32, 64, 128)),
-    *(replace(PLAIN, group=group) for group in (1, 2, 5, 8, 16)),
+    *(replace(PLAIN, group=group) for group in (1, 2, 5, 8, 16, 32)),
     *(replace(PLAIN, head_dim=dim, group=2) for dim in (64, 256)),
     replace(PLAIN, has_sinks=True),
     *(replace(PLAIN, sliding_window=window) for window in (1, 12, 100)),

@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import prebuild, registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
-from ad_flashinfer_pass.errors import TransformError
+from ad_flashinfer_pass.errors import ConfigError, TransformError
 from ad_flashinfer_pass.inspection.stages import StageWriter
 from ad_flashinfer_pass.metadata import SequenceInfo
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
@@ -59,8 +59,19 @@ def transform_module(
 
 
 def context(config: AutoDeployConfig) -> TransformContext:
-    """What the transforms of a new run share."""
-    device = torch.device(config.device)
+    """What the transforms of a new run share.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as err:
+        raise ConfigError(
+            f"device: torch knows no {config.device!r}; for example cpu, cuda, cuda:1."
+        ) from err
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {config.device}, but torch sees no CUDA GPU here; set device: cpu.")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and graphs are those of the current device
     if config.kernel_dir is not None and device.type == "cuda":

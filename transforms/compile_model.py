@@ -111,7 +111,7 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
     Runs on page 1, which no sequence owns yet, and clears it.
     """
     info = ctx.sequence_info
-    long, short = min(2, info.max_seq_len, info.max_num_tokens // 2), info.max_batch_size >= 2
+    long, short = max(1, min(2, info.max_seq_len, info.max_num_tokens // 2)), info.max_batch_size >= 2
     for lengths, gather in (([1], True), ([long], True), ([long], False), ([long] * (1 + short), True)):
         info.nest_sequences([SequenceStep([0] * n, 0, [1], gather) for n in lengths])
         with torch.inference_mode():

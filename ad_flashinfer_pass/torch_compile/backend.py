@@ -106,9 +106,14 @@ def _checked(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
         session.config(compile_backend=backend, **changes)
     elif changes:
         raise ConfigError(f"the option {next(iter(changes))} is for backends that capture CUDA graphs.")
-    modes = ("default", *torch._inductor.list_mode_options())
+    modes = list(dict.fromkeys(("default", *torch._inductor.list_mode_options())))
     if inductor_mode not in modes:
-        raise ConfigError(f"unknown mode {inductor_mode!r}; {nearest(str(inductor_mode), list(modes))}")
+        raise ConfigError(f"unknown mode {inductor_mode!r}; {nearest(str(inductor_mode), modes)}")
+    if inductor_mode == "reduce-overhead":
+        raise ConfigError(
+            "the mode reduce-overhead is Inductor's CUDA graphs, which do not see that lengths change from "
+            'step to step. Set "compile_backend": "torch-opt", which captures.'
+        )
     return {"session": session, "backend": backend, "mode": inductor_mode, "changes": changes}
 
 
@@ -166,7 +171,9 @@ class _Compiled:
         key = (*(id(args[i]) for i in self.attributes), *(args[i].item() for i in self._numbers))
         transformed = self._transformed.get(key)
         if transformed is None:
-            transformed = _Transformed(self, args, batch)
+            # Caches and weights made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                transformed = _Transformed(self, args, batch)
             self._transformed[key] = transformed
         return transformed(batch, args)
 
@@ -195,7 +202,8 @@ class _Transformed:
                 weights = list(self._weights.values())
                 self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]), weights)
         except TransformError as err:
-            raise type(err)(f"{err}{self._hint()}") from err
+            err.args = (f"{err}{self._hint()}",)
+            raise
         seconds = time.perf_counter() - start
         session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
         caches = self._group.caches if self._group is not None else []

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
-from ad_flashinfer_pass.errors import ConfigError, SessionError
+from ad_flashinfer_pass.errors import ConfigError, SessionError, UnsupportedError
 from ad_flashinfer_pass.metadata import METADATA_ARGS
 from ad_flashinfer_pass.registry import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -121,7 +122,10 @@ class _Inductor:
     def __init__(self, gm: fx.GraphModule, session: CacheSession, mode: str) -> None:
         self._gm = gm
         self._session = session
-        self._config = {} if mode == "default" else torch._inductor.list_mode_options(mode)
+        options = {} if mode == "default" else torch._inductor.list_mode_options(mode)
+        # Our ops read lengths on the host, which a graph of Inductor's would keep as they were.
+        self._config = {**options, "triton.cudagraphs": False}
+        self._mode = mode
         self._compiled: list[tuple[Callable[[int], bool], Callable[..., Any]]] = []
         self._by_tokens: dict[int, Callable[..., Any]] = {}
 
@@ -148,8 +152,14 @@ class _Inductor:
             for node, arg in zip(placeholders, args, strict=True)
         ]
         gm = fx.GraphModule(self._gm, self._gm.graph.__deepcopy__({}))  # Inductor edits it
-        with tracing(TracingContext(mode)):
-            call: Callable[..., Any] = compile_fx(gm, fakes, config_patches=self._config)  # type: ignore[assignment]
+        try:
+            with tracing(TracingContext(mode)):
+                call: Callable[..., Any] = compile_fx(gm, fakes, config_patches=self._config)  # type: ignore[assignment]
+        except TorchDynamoException as err:
+            raise UnsupportedError(
+                f"Inductor cannot compile the graph in mode {self._mode!r} "
+                f"({str(err).strip().splitlines()[0]}). Set another mode, or compile_backend torch-simple."
+            ) from err
         size = fakes[0].shape[1]
         symbol = size.node.expr if isinstance(size, torch.SymInt) else None
         guards = [guard.expr for guard in env.guards]

@@ -127,7 +127,8 @@ class CacheSession:
             )
         config = self.config()
         self.on_event = on_event
-        ctx = pipeline.context(config)
+        with torch.inference_mode(False):  # else nothing could be written to outside of it
+            ctx = pipeline.context(config)
         self.device, self.sequence_info = ctx.device, ctx.sequence_info
         self.compiles: list[CompileRecord] = []
         """Every compilation for this session, in order."""

@@ -28,6 +28,7 @@ from ad_flashinfer_pass.errors import (
     SessionError,
 )
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
+from ad_flashinfer_pass.transforms import compile_model
 from tests import architectures
 from tests.torch_compile.small_models import Net, break_graph, compiled, expected, generate, session
 
@@ -271,11 +272,24 @@ def test_training_and_gradients_are_refused(llama: PreTrainedModel) -> None:
         compiled(Net(dropout=0.1).train(), of)(*batch.inputs.values())
 
 
-def test_inference_mode_is_no_harm() -> None:
-    model, of = Net(1), session()
+@pytest.mark.parametrize("backend", ["torch-simple", "torch-opt"])
+def test_inference_mode_may_be_on_and_off(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made while it is on can be written to when it is off."""
+    monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+    model = Net(1)
     with torch.inference_mode():
-        found = generate(of, compiled(model, of))
-    assert found == expected(model)
+        of = session()
+        call = compiled(model, of, compile_backend=backend)
+        assert generate(of, call) == expected(model)
+    assert generate(of, call) == expected(model)
+
+
+def test_the_smallest_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+    model, of = Net(1), session(max_batch_size=1, max_seq_len=1)
+    with of.prefill([[5]]) as batch:
+        logits = batch.last_logits(compiled(model, of, compile_backend="torch-opt")(*batch.inputs.values()))
+    assert [[int(logits.argmax())]] == expected(model, [[5]], 1)
 
 
 def test_a_call_must_be_within_a_batch_and_with_its_inputs() -> None:
@@ -325,6 +339,7 @@ def test_a_model_that_missed_a_step_is_refused() -> None:
         ),
         pytest.param({"compile_backend": "fast"}, None, "compile_backend: input should be", id="backend"),
         pytest.param({"mode": "fast"}, None, "unknown mode 'fast'; known: default", id="inductor_mode"),
+        pytest.param({"mode": "reduce-overhead"}, None, "lengths change from step to step", id="graphs"),
         pytest.param(
             {"mode": "default", "compile_backend": "torch-simple"}, None, "mode is Inductor's", id="both"
         ),

@@ -245,6 +245,10 @@ def test_settings_are_those_of_the_config() -> None:
         ConfigError, match="max_batch_size: input should be greater than or equal to 1, got 0"
     ):
         CacheSession(max_batch_size=0)
+    with pytest.raises(ConfigError, match="device: torch knows no 'gpu'; for example cpu, cuda"):
+        CacheSession(device="gpu")
+    with pytest.raises(ConfigError, match="transforms: unknown transform 'tune'"):
+        CacheSession(transforms={"tune": {}})
     assert CacheSession(max_batch_size=2, max_seq_len=100).sequence_info.max_num_tokens == 200
     assert CacheSession(max_batch_size=8, max_seq_len=5000).sequence_info.max_num_tokens == 8192
     assert CacheSession(max_batch_size=8, max_seq_len=9000).sequence_info.max_num_tokens == 9000

@@ -13,7 +13,7 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import SessionError
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.torch_compile.sequences import Entries
+from ad_flashinfer_pass.torch_compile.sequences import Entries, kind
 
 if TYPE_CHECKING:
     from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession
@@ -124,8 +124,8 @@ class Batch:
         entries = session.sequences.checked(self.entries, sort=self._sort)
         self.sequences, steps, self._new_pages = session.sequences.plan(entries)
         packed = list(zip(self.sequences, steps, strict=True))
-        if self._sort:  # all are prompts; those of one token decode
-            packed.sort(key=lambda item: len(item[1].token_ids) == 1)
+        if self._sort:
+            packed.sort(key=lambda item: kind(item[1].input_pos, item[1].token_ids))
         self.packed = dict(packed)
         try:
             self._inputs = self._written()

@@ -62,12 +62,9 @@ class Sequences:
             raise SessionError("a step takes one sequence or more, each once and with one token or more.")
         self._check_size(entries)
         pasts = [0 if sequence is None else self.known(sequence).length for sequence, _ in entries]
-        kinds = [
-            2 if len(tokens) == 1 else 1 if past else 0
-            for past, (_, tokens) in zip(pasts, entries, strict=True)
-        ]
+        kinds = [kind(past, tokens) for past, (_, tokens) in zip(pasts, entries, strict=True)]
         if not sort and kinds != sorted(kinds):
-            given = ", ".join(_KINDS[kind] for kind in kinds)
+            given = ", ".join(_KINDS[found] for found in kinds)
             raise SessionError(f"a step must be ordered prefill, extend, decode, got {given}.")
         needed = 0
         for past, (_, tokens) in zip(pasts, entries, strict=True):
@@ -144,6 +141,11 @@ class Sequences:
 
     def _num_pages(self, length: int) -> int:
         return -(-length // self._info.tokens_per_block)
+
+
+def kind(past: int, tokens: Sequence[int]) -> int:
+    """0 prefill, 1 extend, 2 decode, the order of a step; a prompt of one token is a decode."""
+    return 2 if len(tokens) == 1 else int(past > 0)
 
 
 def _integers(tokens: Sequence[int]) -> list[int]:

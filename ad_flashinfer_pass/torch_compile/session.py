@@ -324,10 +324,6 @@ class CacheSession:
             self._groups[group_key] = CacheGroup(group_key, caches, where, weights)
         return self._groups[group_key]
 
-    def _batch(self, schedule: Schedule, *, sort: bool = False, sampled: Tensor | None = None) -> Batch:
-        self.refuse_if_open()
-        return Batch(self, self.sequences.checked(schedule, sort=sort), sort=sort, sampled=sampled)
-
     def note_split(self, message: str) -> None:
         """Warn once that a model was split."""
         if not self._is_split_noted:
@@ -352,6 +348,10 @@ class CacheSession:
             for cache in self._caches.values():
                 cache[index] = 0
         self._pages.free(pages)
+
+    def _batch(self, schedule: Schedule, *, sort: bool = False, sampled: Tensor | None = None) -> Batch:
+        self.refuse_if_open()
+        return Batch(self, self.sequences.checked(schedule, sort=sort), sort=sort, sampled=sampled)
 
 
 def _prompts(input_ids: TokenIds) -> list[Sequence[int]]:

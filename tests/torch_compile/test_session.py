@@ -55,6 +55,17 @@ def test_prompts_chunks_and_single_tokens_in_one_step(loop: Loop) -> None:
     assert list(loop.session.lengths.values()) == [4, 5, 2]
 
 
+def test_a_step_may_be_given_in_any_order(loop: Loop) -> None:
+    """Results are in the order given."""
+    loop.run([(None, [1, 2, 3]), (None, [4, 5])])
+    first, second = loop.session.lengths
+    schedule = [(first, [6]), (second, [9, 10]), (None, [8]), (None, [7, 8])]
+    with loop.session.step(schedule, sort=True) as batch:
+        found = batch.last_logits(loop._model(*batch.inputs.values()))
+    loop.assert_last(found, [1, 2, 3, 6], [4, 5, 9, 10], [8], [7, 8])
+    assert batch.sequences == [first, second, second + 1, second + 2]
+
+
 def test_prefill_takes_prompts_in_any_form_and_order(loop: Loop) -> None:
     """One token, which is a decode, among longer ones: results and ids are in the order given."""
     prompts = [[9], [1, 2, 3], [8], [4, 5]]

@@ -224,7 +224,7 @@ def _module_checks() -> list[Check]:
         lacks = _refusals(name, "prefill", "bfloat16", torch.device("cuda"))
         state: Literal["ok", "note"] = "note" if lacks else "ok"
         found = f"{', '.join(lacks)}; {what} goes to the next provider" if lacks else "built"
-        remedy = f"{_PREBUILD}; tens of processor minutes" if lacks else None
+        remedy = f"{_PREBUILD}; ten and more processor minutes" if lacks else None
         checks.append(Check(name=name, state=state, found=found, remedy=remedy))
     if 10 in majors and _version("flashinfer-cubin") is None:
         found = "flashinfer-cubin is not installed: binaries of trtllm_gen are fetched at the first call"

@@ -79,7 +79,7 @@ def prebuild(
 
     Takes a config, nvcc and flashinfer-python, no GPU and no weights. The folder serves machines with the
     same version of flashinfer-python; the key kernel_dir names it there. XQA takes about 20 s a module, FA2
-    one to three minutes, FA3 and FMHA v2 tens of minutes of one processor.
+    one to three minutes, FA3 about twelve, FMHA v2 forty.
     """
     keys = {
         "model": model,

@@ -1,6 +1,6 @@
 """FlashInfer's FA3 kernel: prefill that FMHA v2 cannot do, on compute capability 9.x.
 
-Logit caps, float16 and other page sizes. It is planned on the host; see ``fa``. Its module takes tens of
+Logit caps, float16 and other page sizes. It is planned on the host; see ``fa``. A module takes about twelve
 processor minutes, so it is chosen only where that is built. It does not decode: it neither splits the keys
 of a sequence among thread blocks nor shares them among the query heads of a group, so that FA2 is faster.
 

@@ -49,7 +49,9 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     report.notes += tune.tune_linears(
         linears,
         sorted({*sizes, *buckets}),
-        on_progress=lambda done, total: ctx.on_event(f"fuse_small_batch: {done} of {total} linears"),
+        on_progress=lambda done, total: ctx.on_event(
+            f"fuse_small_batch: {done} of {total} numbers of tokens"
+        ),
     )
     return model, report
 

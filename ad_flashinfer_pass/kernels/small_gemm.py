@@ -101,10 +101,15 @@ _CANDIDATES = {
 
 def candidates(num_tokens: int, rows: int, depth: int, gated: bool = False) -> list[Config]:
     """The configurations worth timing for a result of so many rows; none beyond ``MAX_TOKENS`` tokens."""
+    configs = all_candidates(num_tokens)
+    return [config for config in configs if num_tokens == 1 or _fits(config, num_tokens, rows, depth, gated)]
+
+
+def all_candidates(num_tokens: int) -> list[Config]:
+    """Those of ``candidates`` for any result."""
     if num_tokens > MAX_TOKENS:
         return []
-    configs = [Config(*values) for values in _CANDIDATES[1 if num_tokens == 1 else _token_block(num_tokens)]]
-    return [config for config in configs if num_tokens == 1 or _fits(config, num_tokens, rows, depth, gated)]
+    return [Config(*values) for values in _CANDIDATES[1 if num_tokens == 1 else _token_block(num_tokens)]]
 
 
 def _fits(config: Config, num_tokens: int, rows: int, depth: int, gated: bool) -> bool:

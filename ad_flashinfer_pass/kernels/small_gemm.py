@@ -7,7 +7,7 @@ outside. Both kernels give each program whole rows of the weight, so that its re
 
 - ``_gemv``: one token. Products are summed in float32 registers, no tensor cores; the norm costs no pass of
   its own, since its scale can be applied to the sums.
-- ``_skinny``: up to 128 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
+- ``_skinny``: up to 64 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
   The inner dimension can be split among programs; the last to finish adds the parts, always in one order.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import overlap
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
-MAX_TOKENS = 128
+MAX_TOKENS = 64
 _PARTIALS, _COUNTERS = 2**24, 2**14
 """Elements of the workspace."""
 _SHARED_BYTES = 220 * 1024
@@ -87,13 +87,6 @@ _CANDIDATES = {
         (64, 128, 1, 4, 3),
         (64, 128, 1, 8, 4),
         (64, 128, 2, 4, 6),
-        (64, 128, 2, 8, 4),
-    ],
-    128: [
-        (128, 64, 1, 8, 4),
-        (64, 64, 1, 4, 3),
-        (64, 128, 1, 4, 4),
-        (64, 128, 2, 4, 4),
         (64, 128, 2, 8, 4),
     ],
 }

@@ -4,66 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.errors import SessionError, UnsupportedError
-from ad_flashinfer_pass.registry import TransformContext, TransformReport
-from ad_flashinfer_pass.transforms import compile_model, fuse_rope_append, fuse_small_batch
 from tests.torch_compile import scenarios, small_models
-
-Result = tuple[nn.Module, TransformReport]
+from tests.torch_compile.capture_on_cpu import capturing
 
 
 @pytest.fixture(autouse=True)
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets torch-opt be captured here, and lists the transforms that need a GPU as they run."""
+def _forget_graphs() -> None:
     torch._dynamo.reset()
-    names: list[str] = []
-    transforms = {name: registry.get(name) for name in ("tune_attention", "compile_model")}
-
-    def tune_attention(model: nn.Module, ctx: TransformContext) -> Result:
-        op = torch.ops.ad_flashinfer.cached_attention.default
-        assert isinstance(model, torch.fx.GraphModule)
-        num_sites = len(model.graph.find_nodes(op="call_function", target=op))
-        assert num_sites == len(ctx.sites) == len(ctx.caches) > 0
-        names.append("tune_attention")
-        return transforms["tune_attention"](model, ctx)
-
-    def fuse_rotations(model: nn.Module, ctx: TransformContext) -> Result:
-        assert isinstance(model, torch.fx.GraphModule)
-        num_matches, skipped = fuse_rope_append.fuse(model)
-        names.append(f"fuse_rope_append: {num_matches} of {num_matches + len(skipped)}")
-        return model, TransformReport("fuse_rope_append", num_matches, skipped)
-
-    def fuse_linears(model: nn.Module, ctx: TransformContext) -> Result:
-        assert isinstance(model, torch.fx.GraphModule)
-        ctx.small_batch_model, num_matches, _ = fuse_small_batch.with_fused_linears(model)
-        names.append("fuse_small_batch")
-        return model, TransformReport("fuse_small_batch", num_matches)
-
-    def capture(model: nn.Module, ctx: TransformContext) -> Result:
-        compiled, report = transforms["compile_model"](model, ctx)
-        names.append("compile_model")
-        return compile_model._captured(compiled, ctx, report), report
-
-    for name, transform in (
-        ("fuse_rope_append", fuse_rotations),
-        ("tune_attention", tune_attention),
-        ("fuse_small_batch", fuse_linears),
-        ("compile_model", capture),
-    ):
-        monkeypatch.setitem(registry._TRANSFORMS, name, transform)
-    return names
 
 
 @pytest.fixture
 def _op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Inductor, which takes seconds."""
-    monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+    capturing(monkeypatch, by_inductor=False)
 
 
-def test_decode_steps_of_a_llama_are_replays(seen: list[str]) -> None:
+def test_decode_steps_of_a_llama_are_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the graph was fused and tuned as that of the standalone path is."""
+    seen = capturing(monkeypatch, by_inductor=True)
     scenarios.check_llama("torch-opt", "cpu")
     assert seen == ["fuse_rope_append: 1 of 1", "tune_attention", "fuse_small_batch", "compile_model"]
 

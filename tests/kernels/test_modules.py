@@ -23,6 +23,7 @@ def test_flashinfers_kernels_serve_one_device(monkeypatch: pytest.MonkeyPatch) -
 def test_the_device_of_a_config_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams, events and graphs are made there; without an index the current one is meant."""
     chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(pipeline, "SequenceInfo", lambda **options: None)
     for device in ("cpu", "cuda", "cuda:1"):

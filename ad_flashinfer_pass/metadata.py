@@ -276,17 +276,19 @@ class SequenceInfo:
         cache_loc = views["cache_loc"]
         cache_loc[first_page] = cache_loc[first_page] * goes_on
 
-    def sample_and_advance(self, scores: Tensor) -> None:
-        """Choose tokens as ``row_params`` say, and ``advance``: one Triton kernel.
+    def sample_and_advance(self, scores: Tensor, *, is_greedy: bool = False) -> None:
+        """Choose tokens as ``row_params`` say, and ``advance``, by Triton kernels.
 
         Args:
             scores: floating [n, vocab_size], the first n rows of logits, penalised if they are to be.
+            is_greedy: no temperature is above 0, so that the filters need not be looked at.
         """
         from ad_flashinfer_pass.kernels import advance  # needs triton
 
         views, is_decode = self._buffer.views, self._shape[1] == 1
         with torch.cuda.device_of(scores):
-            advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, advances=is_decode)
+            kinds = {"advances": is_decode, "is_greedy": is_greedy}
+        advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, **kinds)
 
     def _fill_in_tokens(self, num_tokens: int) -> None:
         ids = self._buffer.views["input_ids"][:num_tokens]

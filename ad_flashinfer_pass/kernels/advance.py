@@ -11,8 +11,9 @@ reads what those before it left of all parts, and leaves something of its own:
 4. ``_choose``, one program a row: the part in which the cumulative mass passes the row's uniform number, and
    the token there, as ``runtime.sampling`` draws; then the metadata.
 
-A row that takes its most likely token leaves the launches between the first and the last at once. No sum
-depends on the order in which programs run: equal inputs give equal tokens.
+A row that takes its most likely token leaves the launches between the first and the last at once; a step of
+such rows alone does without them. No sum depends on the order in which programs run: equal inputs give equal
+tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ _SIGNIFICANT_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 
 
 def sample_and_advance(
-    scores: Tensor, tokens: Tensor, views: Mapping[str, Tensor], *, idle: int, advances: bool
+    scores: Tensor,
+    tokens: Tensor,
+    views: Mapping[str, Tensor],
+    *,
+    idle: int,
+    advances: bool,
+    is_greedy: bool = False,
 ) -> None:
     """See ``SequenceInfo.sample_and_advance``.
 
@@ -42,6 +49,7 @@ def sample_and_advance(
         views: the metadata by name; those of the first n rows are written.
         idle: written in place of the token of a sequence that had stopped.
         advances: whether the rows are those of a decode step, whose metadata become those of the next.
+        is_greedy: no row draws.
     """
     num_rows, vocab_size = scores.shape
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
@@ -59,10 +67,11 @@ def sample_and_advance(
     filters = (views["temperature"], views["top_k"], views["tail_mass"], views["is_stopped"])
     row = (scores, scores.stride(0), vocab_size, best)
     _look[grid](*row, places, PART=part)
-    for by_mass in (False, True):
-        for step in range(steps):
-            _count[grid](*row, *filters, sums, borders, step, STEPS=steps, BY_MASS=by_mass, **sizes)
-    _weigh[grid](*row, *filters, views["min_p"], sums, borders, masses, lowest, STEPS=steps, **sizes)
+    if not is_greedy:
+        for by_mass in (False, True):
+            for step in range(steps):
+                _count[grid](*row, *filters, sums, borders, step, STEPS=steps, BY_MASS=by_mass, **sizes)
+        _weigh[grid](*row, *filters, views["min_p"], sums, borders, masses, lowest, STEPS=steps, **sizes)
     _choose[(num_rows,)](
         *row,
         *filters,
@@ -82,6 +91,7 @@ def sample_and_advance(
         views["cache_loc"],
         num_parts,
         IDLE=idle,
+        DRAWS=not is_greedy,
         ADVANCES=advances,
         NUM_STOPS=views["stop_token_ids"].shape[1],
         **sizes,
@@ -258,6 +268,7 @@ def _choose(  # type: ignore[no-untyped-def]
     cache_loc,
     num_parts,
     IDLE: tl.constexpr,
+    DRAWS: tl.constexpr,
     ADVANCES: tl.constexpr,
     NUM_STOPS: tl.constexpr,
     PART: tl.constexpr,
@@ -273,22 +284,25 @@ def _choose(  # type: ignore[no-untyped-def]
     token = tl.min(tl.where(scores_of_parts == largest, firsts, vocab_size), 0)
     token = tl.where(tl.abs(largest) == float("inf"), -1, token)
 
-    heat = tl.load(temperature + row)
     is_idle = tl.load(is_stopped + row) > 0
-    if (heat > 0) & (token >= 0) & (is_idle == 0):
-        of_parts = tl.load(masses + row * num_parts + parts, mask=is_part, other=0.0)
-        passed = tl.cumsum(of_parts, 0)
-        target = _uniform(tl.load(seed + row), tl.load(num_generated + row)) * tl.max(passed, 0)
-        part = tl.min(tl.where(passed > target, parts, num_parts - 1), 0)
-        before = tl.sum(tl.where(parts == part, passed - of_parts, 0.0), 0)
-        index = part * PART + tl.arange(0, PART)
-        least = tl.load(lowest + row).to(tl.uint32)
-        mass = _mass(scores, row, row_stride, index, vocab_size, largest, heat, least, tl.load(min_p + row))
-        is_beyond = (before + tl.cumsum(mass, 0) > target) & (mass > 0)
-        found = tl.min(tl.where(is_beyond, index, vocab_size), 0)
-        # Both sums of the part are rounded, each in its order: none may be beyond. Then it is the last.
-        last = tl.max(tl.where(mass > 0, index, token), 0)
-        token = tl.where(found < vocab_size, found, last)
+    if DRAWS:
+        heat = tl.load(temperature + row)
+        if (heat > 0) & (token >= 0) & (is_idle == 0):
+            of_parts = tl.load(masses + row * num_parts + parts, mask=is_part, other=0.0)
+            passed = tl.cumsum(of_parts, 0)
+            target = _uniform(tl.load(seed + row), tl.load(num_generated + row)) * tl.max(passed, 0)
+            part = tl.min(tl.where(passed > target, parts, num_parts - 1), 0)
+            before = tl.sum(tl.where(parts == part, passed - of_parts, 0.0), 0)
+            index = part * PART + tl.arange(0, PART)
+            least = tl.load(lowest + row).to(tl.uint32)
+            mass = _mass(
+                scores, row, row_stride, index, vocab_size, largest, heat, least, tl.load(min_p + row)
+            )
+            is_beyond = (before + tl.cumsum(mass, 0) > target) & (mass > 0)
+            found = tl.min(tl.where(is_beyond, index, vocab_size), 0)
+            # Both sums of the part are rounded, each in its order: none may be beyond. Then it is the last.
+            last = tl.max(tl.where(mass > 0, index, token), 0)
+            token = tl.where(found < vocab_size, found, last)
     tl.store(num_generated + row, tl.load(num_generated + row) + 1)
 
     token = tl.where(is_idle, IDLE, token.to(tl.int64))

@@ -8,7 +8,7 @@ addresses of all inputs, and the generation of the kernels' workspaces. All othe
 counted by its reason.
 
 The choice of tokens and ``SequenceInfo.advance`` are a second graph of each bucket, because a batch with a
-repetition penalty goes another way between the two.
+repetition penalty goes another way between the two. There is one more for steps in which all are greedy.
 
 On a CPU there are no graphs: a replay runs the module again, with the same padding, checks and counts.
 """
@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,8 +33,6 @@ from ad_flashinfer_pass.runtime.sampling import most_likely
 
 logger = logging.getLogger(__name__)
 
-_WARM_UPS = 2
-
 
 class _Graph(Protocol):
     def replay(self) -> None: ...
@@ -44,8 +43,8 @@ class _Captured(NamedTuple):
     graph: _Graph
     logits: Tensor
     """Where each replay puts its result."""
-    tail: _Graph
-    """Chooses tokens from ``logits``, and advances."""
+    tails: dict[bool, _Graph]
+    """Choose tokens from ``logits``, and advance; by whether all rows are greedy."""
     shape: torch.Size
     """Of the tokens."""
     addresses: list[int]
@@ -136,8 +135,8 @@ class CudaGraphModule(nn.Module):
                 on_progress(f"warm-up {index + 1} of {len(buckets)}: {bucket}")
                 inputs = self._padding_step(bucket, sequence_info, caches)
                 with recorder.warming(), fa.planning(plans[index]):
-                    for _ in range(_WARM_UPS):
-                        _sample_and_advance(sequence_info, self.eager(**inputs)[0])
+                    for is_greedy in (True, False):
+                        _sample_and_advance(sequence_info, self.eager(**inputs)[0], is_greedy)
             recorder.release_warm_up()
             for index, bucket in enumerate(buckets):
                 on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
@@ -173,7 +172,7 @@ class CudaGraphModule(nn.Module):
         """
         if self._last is None or not (is_greedy or self._last.logits.device.type == "cuda"):
             return False
-        self._last.tail.replay()
+        self._last.tails[is_greedy].replay()
         return True
 
     @staticmethod
@@ -196,17 +195,17 @@ class CudaGraphModule(nn.Module):
         with fa.planning(plans):
             graph, logits = recorder.record(lambda: self.eager(**inputs))
 
-        def choose() -> Tensor:
-            _sample_and_advance(sequence_info, logits[0])
+        def choose(is_greedy: bool) -> Tensor:
+            _sample_and_advance(sequence_info, logits[0], is_greedy)
             return sequence_info.tokens
 
-        tail, _ = recorder.record(choose)
+        tails = {kind: recorder.record(partial(choose, kind))[0] for kind in (True, False)}
         self.costs.append(CaptureCost(bucket, time.perf_counter() - start, free - recorder.free_bytes()))
         self._captured[tuple(inputs["batch_info_host"].tolist())] = _Captured(
             bucket,
             graph,
             logits,
-            tail,
+            tails,
             inputs["input_ids"].shape,
             _addresses(inputs),
             workspaces.generation(),
@@ -244,9 +243,9 @@ class CudaGraphModule(nn.Module):
         return f"no graph for {info.num_decode} sequences"
 
 
-def _sample_and_advance(sequence_info: SequenceInfo, logits: Tensor) -> None:
+def _sample_and_advance(sequence_info: SequenceInfo, logits: Tensor, is_greedy: bool) -> None:
     if logits.device.type == "cuda":
-        sequence_info.sample_and_advance(logits)
+        sequence_info.sample_and_advance(logits, is_greedy=is_greedy)
     else:
         sequence_info.advance(most_likely(logits))
 

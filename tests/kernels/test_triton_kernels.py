@@ -182,7 +182,7 @@ def test_advance_is_argmax_and_the_advance_of_the_metadata(dtype: torch.dtype, v
             logits[2, 3], logits[3, vocab_size - 1] = torch.nan, torch.inf
             logits[4, 5] = -torch.inf
         infos[0].advance(most_likely(logits))
-        infos[1].sample_and_advance(logits)
+        infos[1].sample_and_advance(logits, is_greedy=step % 2 == 0)
         expected, actual = (info.named_args() for info in infos)
         assert torch.equal(infos[1].tokens, infos[0].tokens)
         for name in ("input_ids", "position_ids", "input_pos", "seq_len_with_cache", "cache_loc"):

@@ -21,10 +21,12 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass import ops, pipeline, registry
+from ad_flashinfer_pass import ops, pipeline
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, ExportError
-from ad_flashinfer_pass.registry import KvCacheResource
+from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.kernels.select import Choice
+from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, SiteNotes
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.transforms.export_model import plain_module
 
@@ -129,10 +131,42 @@ def restore(program: ExportedProgram, config: AutoDeployConfig | None = None, **
             resource = KvCacheResource(name, int(heads), int(head_dim), int(page_size), g.value(node).dtype)
             ctx.resources.append(resource)
     ctx.vocab_size = int(g.shape(g.args(output)[0])[-1])
-    module: nn.Module = gm
-    for name in ("initialize_cache", "compile_model"):
-        module, _ = registry.get(name)(module, ctx)
-    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size)
+    ctx.sites = _sites(gm)
+    wanted = [
+        name
+        for name, transform in ctx.config.transforms.items()
+        if name == "initialize_cache" or transform.stage == "compile"
+    ]
+    module, _ = pipeline.run(gm, ctx, skip=set(ctx.config.transforms) - set(wanted))
+    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
+
+
+def _sites(gm: fx.GraphModule) -> list[CachedSite]:
+    """The attention sites of a graph after insertion, in order, with the kernels that it names."""
+    sites: list[CachedSite] = []
+    target = torch.ops.ad_flashinfer.cached_attention.default
+    for node in gm.graph.find_nodes(op="call_function", target=target):
+        args = g.op_args(node)
+        _, _, heads, page_size, _ = g.shape(args["kv_cache"])
+        query = g.value(args["query"])
+        names = ("scale", "v_head_dim", "sliding_window", "logit_cap", "chunk", "k_scale", "v_scale")
+        site = Site(
+            dtype=query.dtype,
+            kv_dtype=g.value(args["kv_cache"]).dtype,
+            num_heads=int(query.shape[2]),
+            num_kv_heads=int(heads),
+            head_dim=int(query.shape[3]),
+            page_size=int(page_size),
+            has_sinks=args["sinks"] is not None,
+            has_alibi=args["alibi_slopes"] is not None,
+            shares_kv=args["kv_cache"].name in {other.cache for other in sites},
+            **{name: args[name] for name in names},
+        )
+        prefill, decode = (Choice(args[f"{phase}_kernel"], "as saved") for phase in ("prefill", "decode"))
+        notes = SiteNotes("ad_flashinfer.cached_attention, as saved")
+        where, cache = g.where(node), args["kv_cache"].name
+        sites.append(CachedSite(where, g.module_path(node), notes, site, prefill, decode, cache))
+    return sites
 
 
 def _config(config: AutoDeployConfig | None, settings: dict[str, Any]) -> AutoDeployConfig:

@@ -18,6 +18,7 @@ from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from tests import architectures
+from tests.torch_compile.capture_on_cpu import capturing
 
 ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {
@@ -78,6 +79,17 @@ def test_a_saved_program_is_loaded_and_generates_the_same(tmp_path: Path) -> Non
         with torch.no_grad():
             found = loaded.module(check_guards=False)(**args, **caches)
             assert torch.equal(found, again.module(**args, **again.caches))
+
+
+def test_a_loaded_program_is_captured_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tuned, and what kernels read on the host is not captured."""
+    loaded = to_program(cached())
+    seen = capturing(monkeypatch, by_inductor=False)
+    again = restore(loaded, **SETTINGS, compile_backend="torch-opt")
+    assert seen == ["tune_attention", "fuse_small_batch", "compile_model"]
+    assert architectures.generated_by_engine(again, PROMPTS, 12) == expected()
+    assert again.num_replays > 10
+    assert all(reason.startswith("prefill by reference") for reason in again.eager_steps)
 
 
 def test_a_saved_program_is_loaded_in_another_process(tmp_path: Path) -> None:

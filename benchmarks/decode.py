@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
@@ -38,8 +39,8 @@ from ad_flashinfer_pass.runtime.llm import LLM
 DEVICE = torch.device("cuda", 0)
 # The first that a kernel's name contains says what the kernel is for.
 PURPOSES = {
+    "attention": ("kernel_mha", "split_decode", "_decode", "fmha", "BatchDecode", "PrefillWith", "flash"),
     "linears": ("_gemv", "_skinny", "nvjet", "cutlass", "gemm", "splitK"),
-    "attention": ("kernel_mha", "split_decode", "_decode", "fmha", "BatchDecode"),
     "RoPE and append": ("_rope_append", "_append"),
     "metadata": ("_prepare",),
     "sampling": ("_look", "_count", "_weigh", "_choose", "_sample"),
@@ -88,14 +89,29 @@ def build_ours(args: argparse.Namespace) -> tuple[LLM, float]:
         return llm, time.perf_counter() - start
 
 
-def where_the_time_goes(model: CachedModel, batch: int, context: int) -> dict[str, float]:
-    """Microseconds of one greedy decode step by purpose.
+def time_by_purpose(step: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Microseconds of the kernels of a step.
 
     Kernels overlap: each counts from the end of those before it, or from its own start if that is later.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(rounds):
+            step()
+        torch.cuda.synchronize()
+    kernels = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
+    found, reached = dict.fromkeys(PURPOSES, 0.0), 0.0
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        purpose = next(p for p, words in PURPOSES.items() if any(word in event.name for word in words))
+        found[purpose] += max(0.0, event.time_range.end - max(reached, event.time_range.start)) / rounds
+        reached = max(reached, event.time_range.end)
+    return {purpose: time for purpose, time in found.items() if time}
+
+
+def where_the_time_goes(model: CachedModel, batch: int, context: int) -> dict[str, float]:
+    """Microseconds of one greedy decode step by purpose."""
     rounds, warm_ups = 5, 25
     page_size = model.sequence_info.tokens_per_block
     pages = (context + rounds + warm_ups) // page_size + 1
@@ -114,26 +130,17 @@ def where_the_time_goes(model: CachedModel, batch: int, context: int) -> dict[st
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(rounds):
-            step()
-        torch.cuda.synchronize()
-    kernels = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
-    found, reached = dict.fromkeys(PURPOSES, 0.0), 0.0
-    for event in sorted(kernels, key=lambda event: event.time_range.start):
-        purpose = next(p for p, words in PURPOSES.items() if any(word in event.name for word in words))
-        found[purpose] += max(0.0, event.time_range.end - max(reached, event.time_range.start)) / rounds
-        reached = max(reached, event.time_range.end)
+    found = time_by_purpose(step, rounds)
     whole = statistics.median(times[5:])
     return {
         "step": whole,
-        **{purpose: time for purpose, time in found.items() if time},
+        **found,
         "between": whole - sum(found.values()),
     }
 
 
-def prefill_steps_ms(model: CachedModel, context: int, num_steps: int = 8) -> list[float]:
-    """Times of steps of as many prompts as one step holds, enqueued one behind the other."""
+def prefill_steps(model: CachedModel, context: int, num_steps: int = 8) -> dict[str, Any]:
+    """Steps of as many prompts as one step holds, one enqueued behind the other: times, and where they go."""
     page_size, num_prompts = (
         model.sequence_info.tokens_per_block,
         model.sequence_info.max_num_tokens // context,
@@ -149,7 +156,11 @@ def prefill_steps_ms(model: CachedModel, context: int, num_steps: int = 8) -> li
         mark.record()
         model.forward()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in pairwise(marks)]
+    return {
+        "prompts": num_prompts,
+        "ms": [before.elapsed_time(after) for before, after in pairwise(marks)],
+        "where_us": time_by_purpose(model.forward, 3),
+    }
 
 
 def transformers_step_ms(layers: int, batch: int, context: int) -> float:
@@ -188,8 +199,9 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     prefill = bench(llm, input_len=args.context, output_len=1, concurrencies=[most]).rows[0]
     print(f"prefill of {most} prompts: {prefill.prompt_tokens_per_s:,.0f} tokens/s", flush=True)
     assert isinstance(llm.model, CachedModel)
-    prefill_steps = prefill_steps_ms(llm.model, args.context)
-    print("prefill steps: " + ", ".join(f"{ms:.1f}" for ms in prefill_steps) + " ms", flush=True)
+    prompts = prefill_steps(llm.model, args.context)
+    print("prefill steps: " + ", ".join(f"{ms:.1f}" for ms in prompts["ms"]) + " ms", flush=True)
+    print("prefill: " + ", ".join(f"{name} {us:.0f} us" for name, us in prompts["where_us"].items()))
     where = {
         batch: where_the_time_goes(llm.model, batch, args.context + args.new // 2) for batch in args.profile
     }
@@ -199,7 +211,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **steps.as_dict(),
         "prefill": asdict(prefill),
-        "prefill_steps_ms": prefill_steps,
+        "prefill_steps": prompts,
         "where_us": where,
         "build_seconds": seconds,
         "notes": [note for note in notes if "capture" in note or "small_gemm" in note or "decode" in note],
@@ -219,7 +231,7 @@ def main() -> int:
     parser.add_argument("--compile-backend", default="torch-opt")
     parser.add_argument("--max-num-tokens", type=int, default=8192)
     parser.add_argument("--without", nargs="*", default=[], help="transforms to switch off")
-    parser.add_argument("--profile", type=int, nargs="*", default=[1, 32])
+    parser.add_argument("--profile", type=int, nargs="*", default=[1, 8, 32, 128])
     parser.add_argument(
         "--transformers", type=int, nargs="*", default=None, help="at these batches; 1 and 32"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,17 @@ def where_table() -> str:
     }
     parts = []
     for batch in found["all"]["where_us"]:
-        where = {title: result["where_us"][batch] for title, result in found.items()}
+        where = {
+            title: result["where_us"][batch] for title, result in found.items() if batch in result["where_us"]
+        }
         purposes = dict.fromkeys(purpose for times in where.values() for purpose in times)
         rows = [[p, *(f"{times.get(p, 0):,.0f}" for times in where.values())] for p in purposes]
         parts.append(table([f"B{batch}, us", *where], rows))
+    steps = found["all"].get("prefill_steps")
+    if steps is not None:
+        times = ", ".join(f"{name} {us / 1e3:,.1f}" for name, us in steps["where_us"].items())
+        each = statistics.median(steps["ms"])
+        parts.append(f"A step of {steps['prompts']} prompts, {each:.1f} ms: {times}.")
     return "\n\n".join(parts)
 
 

@@ -46,9 +46,6 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
         if len(linears) > 1:
             _fuse(model, linears)
             report.num_matches += 1
-            if ctx.device.type == "cuda":
-                # Else the next one would lie in a part of the memory that is free now, and keep all of it.
-                torch.cuda.empty_cache()
     if report.num_matches:
         g.finish(model)
         _delete_unread(model)

@@ -134,7 +134,7 @@ def explain(
     """
     check_target(config, sm)
     try:
-        run = run_stages(config, graph, None if stage is None else [stage], on_event)
+        run = run_stages(config, graph, None if stage is None else [stage], on_event, sm=sm)
     except TransformError as err:
         return Explanation(sites=[], transforms=_notes(err.reports), not_captured=[], refusal=_refusal(err))
     return explain_run(run, config, sm)

@@ -98,10 +98,16 @@ def inspection(data: dict[str, Any]) -> list[str]:
     """Of ``inspection.json``: a row a command, its seconds and memory for each model."""
     rows = data["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    cells = {(row["command"], row["model"]): f"{row['seconds']:.0f} s, {row['gib']:.1f} GiB" for row in rows}
+    cells = {
+        (
+            row["command"],
+            row["model"],
+        ): f"{row['seconds']:.0f} s ({row['processor_seconds']:.0f}), {row['gib']:.1f} GiB"
+        for row in rows
+    }
     lines = _heading("command", *models)
     for command in dict.fromkeys(row["command"] for row in rows):
-        lines.append(f"| `{command}` | {' | '.join(cells[command, model] for model in models)} |")
+        lines.append(f"| `{command}` | {' | '.join(cells.get((command, model), '') for model in models)} |")
     return [*lines, "", _source(data)]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
 
 from ad_flashinfer_pass import __version__, build, cli
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, LoadError, TransformError
@@ -503,3 +504,11 @@ def test_full_disk_on_stdout() -> None:
         process = start("one", "-q", stdout=full)
         assert process.communicate(timeout=30)[1] == "error: stdout: No space left on device.\n"
     assert process.returncode == 1
+
+
+def test_no_value_is_named_as_its_option() -> None:
+    """typer 0.27 takes an option's name from its metavar then: --DEVICE in place of --device."""
+    for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            names = {name[2:].casefold() for name in parameter.opts if name.startswith("--")}
+            assert str(parameter.metavar or "").casefold().replace("_", "-") not in names, parameter.opts

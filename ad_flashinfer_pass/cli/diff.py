@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import LIMITS, PROG, option
+from ad_flashinfer_pass.cli.options import LIMITS, PROG, SmOption, option
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -33,6 +33,7 @@ def diff(
     after: Annotated[
         str | None, typer.Argument(metavar="B", help="Likewise. Default: the last transform.")
     ] = None,
+    sm: SmOption = None,
     batch: Annotated[int, option(LIMITS, "N", "Sequences for which bytes are counted.")] = 1,
     seq: Annotated[int, option(LIMITS, "N", "Tokens of each of them.")] = 2048,
 ) -> Answer:
@@ -44,6 +45,6 @@ def diff(
     from ad_flashinfer_pass.inspection import graph_diff
 
     found = graph_diff.diff(
-        given.config, before, after, graph=given.graph, batch=batch, seq=seq, on_event=given.on_event
+        given.config, before, after, graph=given.graph, sm=sm, batch=batch, seq=seq, on_event=given.on_event
     )
     return Answer(found, lambda: graph_diff.as_tables(found), failed=not found.is_empty)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, option
+from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, SmOption, option
 from ad_flashinfer_pass.errors import ConfigError
 
 EXAMPLES = f"""
@@ -38,6 +38,7 @@ _BY_SUFFIX = {".txt": "text", ".json": "json", ".graphml": "graphml", ".dot": "d
 @inspecting("device")
 def dump(
     given: Given,
+    sm: SmOption = None,
     layer: Annotated[int | None, option(LIMITS, "N", "Only this layer, and what it reads.")] = None,
     around: Annotated[
         str | None,
@@ -48,7 +49,7 @@ def dump(
         str | None,
         option(
             OUTPUT,
-            "FORMAT",
+            "KIND",
             "text, json, graphml, dot, svg or model-explorer. Default: by the ending of --output, else text.",
             "--format",
         ),
@@ -74,6 +75,7 @@ def dump(
         given.config,
         graph=given.graph,
         stage=given.stage,
+        sm=sm,
         layer=layer,
         around=around,
         hops=hops,

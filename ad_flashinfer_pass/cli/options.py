@@ -113,8 +113,8 @@ SmOption = Annotated[
     option(
         MODEL,
         "N",
-        "Choose kernels for a GPU of this compute capability: 90 (H100, H200), 100 (B200), 120. "
-        "Default: that of --device.",
+        "For a GPU of this compute capability, which need not be here: 90 (H100, H200), 100 (B200), 120. "
+        "Default: for the device of the config.",
     ),
 ]
 JsonOption = Annotated[bool, option(OUTPUT, None, "One JSON object.", "--json")]

@@ -147,7 +147,7 @@ def lint(
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
-    run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    run = run_stages(config, graph, None if stage is None else [stage], on_event, sm=sm)
     return lint_run(run, config, sm, suppress)
 
 

@@ -105,6 +105,7 @@ def diff(
     after: str | None = None,
     *,
     graph: Path | None = None,
+    sm: int | None = None,
     batch: int = 1,
     seq: int = 2048,
     on_event: Callable[[str], None] | None = None,
@@ -117,6 +118,7 @@ def diff(
             or of a saved ExportedProgram.
         after: likewise. Default: the last transform.
         graph: a saved ExportedProgram in place of the model.
+        sm: compute capability of the GPU that will run it, 90 for 9.0. Default: that of ``config.device``.
         batch: sequences for which bytes are counted.
         seq: tokens of each.
         on_event: called with the name of each phase as it begins.
@@ -130,7 +132,7 @@ def diff(
     sides = {name: read_graph(Path(name)) for name in names if is_file_name(name)}
     wanted = {name: resolve(name, config) for name in names if name not in sides}
     if wanted:
-        graphs = run_stages(config, graph, list(wanted.values()), on_event).graphs
+        graphs = run_stages(config, graph, list(wanted.values()), on_event, sm=sm).graphs
         sides |= {name: graphs[stage] for name, stage in wanted.items()}
     return diff_graphs(*(sides[name] for name in names), batch=batch, seq=seq)
 

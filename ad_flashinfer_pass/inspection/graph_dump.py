@@ -15,6 +15,7 @@ def dump(
     *,
     graph: Path | None = None,
     stage: str | None = None,
+    sm: int | None = None,
     layer: int | None = None,
     around: str | None = None,
     hops: int = 2,
@@ -26,6 +27,7 @@ def dump(
         config: the model and the settings of the pass. No weights are read.
         graph: a saved ExportedProgram in place of the model.
         stage: a transform, or a stage, which stands for its last transform. Default: the last.
+        sm: compute capability of the GPU that will run it, 90 for 9.0. Default: that of ``config.device``.
         layer: only this layer, and what it reads.
         around: only what is near this node; see ``GraphData.find`` for the names that it may have.
         hops: edges that are near.
@@ -36,7 +38,7 @@ def dump(
         LoadError: the model or the file cannot be read.
         TransformError: the pass refuses the model before the stage is reached.
     """
-    run = run_stages(config, graph, [stage or transform_order(config)[-1]], on_event)
+    run = run_stages(config, graph, [stage or transform_order(config)[-1]], on_event, sm=sm)
     (found,) = run.graphs.values()
     if layer is not None:
         found = found.layer(layer)

@@ -88,7 +88,7 @@ def report(
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
-    run = run_stages(config, graph, None if stage is None else ["export", stage], on_event)
+    run = run_stages(config, graph, None if stage is None else ["export", stage], on_event, sm=sm)
     before, after = (list(run.graphs.values())[end] for end in (0, -1))
     explanation = explain_run(run, config, sm)
     difference = diff_graphs(before, after, batch=1, seq=config.token_budget)

@@ -133,7 +133,7 @@ def plan(
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
-    run = run_stages(config, graph, None if stage is None else [stage], on_event)
+    run = run_stages(config, graph, None if stage is None else [stage], on_event, sm=sm)
     return plan_run(run, config, memory, sm)
 
 

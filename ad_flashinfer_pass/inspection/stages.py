@@ -86,15 +86,18 @@ def run_stages(
     graph: Path | None = None,
     stages: Collection[str] | None = None,
     on_event: Callable[[str], None] | None = None,
+    *,
+    sm: int | None = None,
 ) -> Stages:
     """Run the pass without weights and keep the graphs that are asked for.
 
     Args:
-        config: the model and the settings of the pass; its device is not used.
+        config: the model and the settings of the pass; its device needs not be here.
         graph: a file that torch.export.save wrote, in place of the model.
         stages: names of transforms, or of stages, which stand for their last transform; the run ends with
             the last of them. Default: all.
         on_event: called with the name of each phase as it begins.
+        sm: compute capability of the GPU for which the graph is made, whose fusions are then shown too.
 
     Raises:
         ConfigError: an unknown stage, or the model cannot be found.
@@ -108,10 +111,12 @@ def run_stages(
     last = max(order.index(name) for name in wanted)
     if on_event is not None:
         on_event("load_model")
+    made_for = "cuda" if sm is not None or config.device.startswith("cuda") else None
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
     module = load_program(graph) if graph is not None else _load_model(config)
     run, names = Stages(pipeline.context(config)), NodeNames()
+    run.ctx.made_for = made_for
 
     def keep(model: nn.Module, report: TransformReport) -> None:
         if isinstance(model, fx.GraphModule):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import io
 import json
+import shutil
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import fx
 
 from ad_flashinfer_pass import CacheSession, pipeline
@@ -154,9 +160,34 @@ def test_model_explorer_has_namespaces_edges_and_colours(last: GraphData) -> Non
     assert attention["style"] != nodes["model.layers.1.add"]["style"]
 
 
+def test_model_explorers_own_classes_take_it(last: GraphData) -> None:
+    """Those of the package ai-edge-model-explorer, of which one file is loaded; its viewer shows it, too."""
+    spec = importlib.util.find_spec("model_explorer")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("needs ai-edge-model-explorer")
+    file = Path(spec.submodule_search_locations[0], "graph_builder.py")
+    own = importlib.util.spec_from_file_location("model_explorer_graph_builder", file)
+    assert own is not None
+    assert own.loader is not None
+    module = importlib.util.module_from_spec(own)
+    sys.modules[own.name] = module
+    own.loader.exec_module(module)
+    data = json.loads(formats.to_model_explorer(last))
+    assert set(data) <= {field.name for field in dataclasses.fields(module.GraphCollection)}
+    for graph in data["graphs"]:
+        made = TypeAdapter(module.Graph).validate_python(graph)
+        assert len(made.nodes) == len(last.nodes)
+        known = {field.name for field in dataclasses.fields(module.GraphNode)}
+        assert all(set(node) <= known for node in graph["nodes"])
+
+
 def test_svg_is_drawn_or_says_what_is_missing(last: GraphData, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Graphviz's program the error names its package."""
     assert 'label="layer 1"' in formats.to_dot(last.layer(1))
+    if shutil.which("dot") is not None:
+        drawn = ElementTree.fromstring(formats.to_svg(last.layer(1)))
+        titles = {each.text for each in drawn.iter("{http://www.w3.org/2000/svg}title")}
+        assert {node.name for node in last.layer(1).nodes} <= titles
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(AdFlashinferError, match="apt-get install graphviz"):
         formats.to_svg(last.layer(1))

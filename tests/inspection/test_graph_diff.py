@@ -6,14 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from pydantic_core import to_json
+from torch import fx
 
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import inspection
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, TensorType
-from ad_flashinfer_pass.inspection.graph_diff import diff_graphs
+from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, NodeNames, TensorType
+from ad_flashinfer_pass.inspection.graph_diff import diff, diff_graphs
 from ad_flashinfer_pass.inspection.sizes import activation_bytes, size
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.text_format import to_text
+from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
 from tests import architectures
 
 
@@ -134,3 +140,54 @@ def test_dump_and_diff_work_from_a_config_alone(tmp_path: Path, capsys: pytest.C
     assert run("diff", old, "pattern_matcher", "-m", str(model)) == 0
     assert run("dump", "-m", str(model), "--format", "png") == 2
     assert "must be one of text, json, graphml, dot, svg, model-explorer" in capsys.readouterr().err
+
+
+def test_what_a_gpu_would_run_is_seen_without_one(tmp_path: Path) -> None:
+    """Its fusion of rotation and append, of which the diff lists exactly what the transform reported."""
+    config = architectures.CONFIGS["llama_gqa4"]()
+    config.head_dim, config.dtype, config.num_hidden_layers = 64, "bfloat16", 2
+    config.save_pretrained(tmp_path)
+    deploy = AutoDeployConfig(model=str(tmp_path), max_seq_len=256)
+    stages = run_stages(deploy, None, ["insert_cached_attention", "fuse_rope_append"], sm=90)
+    report = next(report for report in stages.reports if report.name == "fuse_rope_append")
+    found = diff_graphs(*stages.graphs.values())
+    names = {node.name: node.fx_name for graph in stages.graphs.values() for node in graph.nodes}
+    assert report.num_matches == 2
+    for kind in ("removed", "added", "rewired"):
+        assert sorted(names[name] for name in getattr(found, kind)) == sorted(getattr(report, kind)), kind
+    assert diff(deploy, "insert_cached_attention", "fuse_rope_append").is_empty
+    assert not diff(deploy, "insert_cached_attention", "fuse_rope_append", sm=90).is_empty
+
+
+def test_the_graph_of_few_tokens_is_a_diff_away(gemma: Stages) -> None:
+    """fuse_small_batch makes a second graph: linears take in what stood around them, all else stays."""
+    gm = gemma.module
+    assert isinstance(gm, fx.GraphModule)
+    names = NodeNames()
+    names.see(gm, None)
+    small, count, skipped = with_fused_linears(gm)
+    names.see(small, "fuse_small_batch")
+    found = diff_graphs(names.data(gm, "all"), names.data(small, "few tokens"))
+    calls = {op.op: (op.before, op.after) for op in found.ops}
+    assert count + len(skipped) == sum(g.is_op(n, torch.ops.aten.linear) for n in gm.graph.nodes)
+    assert calls.get("ad_flashinfer.linear", (0, 0)) == (0, count)
+
+
+def test_each_command_has_a_function_of_its_name_that_returns_its_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typed data; what --json prints is the same."""
+    config = architectures.CONFIGS["llama_mha"]()
+    config.num_hidden_layers = 1
+    config.save_pretrained(tmp_path)
+    deploy = AutoDeployConfig(model=str(tmp_path), max_seq_len=64)
+    stage = {"stage": "insert_cached_attention"}
+    for name, options in {"dump": stage, "diff": {}, "explain": stage, "lint": stage, "plan": stage}.items():
+        found = getattr(inspection, name)(deploy, **options)
+        given = [part for key, value in options.items() for part in (f"--{key}", value)]
+        run(name, "-m", str(tmp_path), "--max-seq-len", "64", "--json", "-q", *given)
+        assert json.loads(capsys.readouterr().out) == json.loads(to_json(found)), name
+    found = inspection.report(deploy, stage="match_attention")
+    assert found.captures == []
+    assert [site.prefill for site in found.explanation.sites] == [""]
+    assert not found.memory.pools

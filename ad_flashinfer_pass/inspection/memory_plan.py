@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, fx
 
@@ -29,7 +30,7 @@ from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_t
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ad_flashinfer_pass.registry import KvCacheResource, TransformContext
+    from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, TransformContext
     from ad_flashinfer_pass.transforms.initialize_cache import Pages
 
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 # anything is allocated, and what each graph takes beside the memory that all of them share.
 _CONTEXT_BYTES = 620 * 2**20
 _GRAPH_BYTES = 4 * 2**20
+# cuBLAS keeps 32 MiB for each stream on which it has run (torch's choice on Hopper): that of eager steps, of
+# the timing of kernels, of captures. ``kernels.small_gemm`` has 64 MiB for the parts of split sums.
+_LINEAR_BYTES = (3 * 32 + 64) * 2**20
 
 
 class _Data(BaseModel):
@@ -144,6 +148,7 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
     weights = _weights(run.module)
     metadata = _metadata(run.ctx)
     on_gpu = sm is not None or config.device.startswith("cuda")
+    is_captured = on_gpu and config.compile_backend != "torch-simple"
     before = [*weights, metadata]
     if on_gpu:
         how = "CUDA's context, as measured on an H200"
@@ -153,9 +158,9 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
     rows = [
         *before,
         *(_pool_row(group, pages.allocated) for group in _pools(run.ctx.resources)),
-        *_workspaces(run.ctx, config, sm),
+        *_workspaces(run.ctx, config, sm, is_captured),
         *_activations(final, config),
-        *(_graphs(config) if on_gpu and config.compile_backend != "torch-simple" else []),
+        *(_graphs(config) if is_captured else []),
     ]
     info = run.ctx.sequence_info
     return MemoryPlan(
@@ -291,14 +296,35 @@ def _pool_row(group: PoolGroup, pages: int) -> PlanRow:
     )
 
 
-def _workspaces(ctx: TransformContext, config: AutoDeployConfig, sm: int | None) -> list[PlanRow]:
+def _workspaces(
+    ctx: TransformContext, config: AutoDeployConfig, sm: int | None, is_captured: bool
+) -> list[PlanRow]:
     choices = [choice for site in ctx.sites for choice in site_choices(site, config, sm)]
     kernels = dict.fromkeys(choice.kernel for choice in choices)
-    return [
+    if is_captured and config.transforms["tune_attention"].enabled:
+        # Those that are timed at warm-up are made, whichever is the fastest.
+        kernels |= dict.fromkeys(name for site in ctx.sites for name in _decoders(site, config, sm))
+    rows = [
         PlanRow(name=f"workspace of {kernel}", bytes=size, arithmetic="fixed, shared by all layers")
         for kernel in kernels
         if (size := select.provider(kernel).CAPABILITY.workspace_bytes)
     ]
+    if is_captured:
+        how = "cuBLAS: 3 streams x 32 MiB; small_gemm: 64 MiB"
+        rows.append(PlanRow(name="workspaces of linears", bytes=_LINEAR_BYTES, arithmetic=how))
+    return rows
+
+
+def _decoders(site: CachedSite, config: AutoDeployConfig, sm: int | None) -> list[str]:
+    """The providers among which ``tune_attention`` chooses."""
+    device, found = torch.device(config.device), []
+    for name, module in select.PROVIDERS.items():
+        capability = module.CAPABILITY
+        if "decode" not in capability.host_phases and not capability.refusals(
+            site.site, "decode", device, sm
+        ):
+            found.append(name)
+    return found
 
 
 def _activations(graph: GraphData, config: AutoDeployConfig) -> list[PlanRow]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Phase, Site
+from ad_flashinfer_pass.kernels.modules import target
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class _Shape(NamedTuple):
 
 
 @cache
-def _module(shape: _Shape) -> JitSpecNvcc:
+def _module(shape: _Shape, target: str | None) -> JitSpecNvcc:
     # FlashInfer's wrapper loads the first for fa2, though its name is private, and the second for fa3.
     from flashinfer.jit.attention.modules import _gen_batch_prefill_primary_module, gen_batch_prefill_module
 
@@ -82,7 +83,7 @@ def modules(backend: Backend, site: Site, compute_major: int) -> list[JitSpecNvc
         site.sliding_window,
         site.logit_cap,
     )
-    return [_module(shape)]
+    return [_module(shape, target())]
 
 
 class _Eager:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Capability, Site
-from ad_flashinfer_pass.kernels.modules import claim
+from ad_flashinfer_pass.kernels.modules import claim, target
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _WORKSPACE_BYTES = 2**27
 
 
 @cache
-def _module(dtype: torch.dtype) -> JitSpecNvcc:
+def _module(dtype: torch.dtype, target: str | None) -> JitSpecNvcc:
     from flashinfer.jit.attention.modules import gen_fmha_v2_module
 
     return gen_fmha_v2_module(_LAYOUT, dtype)
@@ -44,7 +44,7 @@ def _module(dtype: torch.dtype) -> JitSpecNvcc:
 
 def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     """The FlashInfer modules that run a site."""
-    return [_module(site.dtype)]
+    return [_module(site.dtype, target())]
 
 
 CAPABILITY = Capability(

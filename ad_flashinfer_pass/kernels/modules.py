@@ -35,6 +35,11 @@ def problem() -> str | None:
     return None
 
 
+def target() -> str | None:
+    """What FlashInfer is told to compile for; None: for the GPUs that are here. Its modules hold it."""
+    return os.environ.get("FLASHINFER_CUDA_ARCH_LIST")
+
+
 _device: torch.device | None = None
 
 

@@ -24,6 +24,7 @@ from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import STAGES, nearest
 from ad_flashinfer_pass.errors import (
     ConfigError,
+    ExportError,
     NoAttentionError,
     PackingError,
     SessionError,
@@ -32,7 +33,7 @@ from ad_flashinfer_pass.errors import (
 from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.batch import Batch
-from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, exported, sources
+from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, branch_on_tokens, exported, sources
 from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession, CompileRecord
 from ad_flashinfer_pass.transforms.insert_cached_attention import cache_pair
 
@@ -137,6 +138,7 @@ class _Compiled:
         self.attributes = [i for i, source in enumerate(inputs) if source.is_attribute]
         self._numbers = [i for i, source in enumerate(inputs) if source.is_number]
         self._changes = changes
+        self.branch = branch_on_tokens(session.sequence_info.max_num_tokens)
         self._transformed: dict[tuple[float, ...], _Transformed] = {}
         session.compiles.append(CompileRecord("dynamo", f"{len(gm.graph.nodes)} nodes", 0.0))
 
@@ -194,6 +196,13 @@ class _Transformed:
         ctx = owner.context()
         self._group: CacheGroup | None = None
         try:
+            if owner.branch is not None:
+                raise ExportError(
+                    f"the graph is right only for {owner.branch}. A step has any number of tokens, whatever "
+                    "the length of its sequences: let the code not branch on it, or lower max_num_tokens of "
+                    "the session if that is the bound. Models of transformers may do with "
+                    'attn_implementation="eager".'
+                )
             ctx.on_event("export_model")
             gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
             _refuse_training(gm)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext
 from torch.fx.traceback import preserve_node_meta
 
 from ad_flashinfer_pass.errors import ExportError, SessionError
@@ -69,6 +70,28 @@ def sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
                 "session cannot have: pass tensors."
             )
     return found
+
+
+def branch_on_tokens(max_num_tokens: int) -> str | None:
+    """Where the graph that Dynamo just made is for some numbers of tokens only, and which; None if for all.
+
+    Such a graph is not that of a step: transformers leaves out a window's mask where there are fewer tokens
+    than the window, but a step of few tokens may be that of a long sequence.
+
+    Args:
+        max_num_tokens: of a step.
+    """
+    context = TracingContext.try_get()
+    env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    for guard in [] if env is None else env.guards:
+        symbols = guard.expr.free_symbols
+        if not all(symbol.is_integer for symbol in symbols):
+            continue
+        near = {int(c) + d for c in guard.expr.atoms() if c.is_Integer for d in (-1, 0, 1)}
+        for n in sorted({*_OTHER_TOKENS, max_num_tokens, *near}):
+            if 2 <= n <= max_num_tokens and not bool(guard.expr.subs(dict.fromkeys(symbols, n))):
+                return f"{guard.expr}, which {n} tokens are not, by {guard.sloc}"
+    return None
 
 
 class _Number(NamedTuple):

@@ -108,11 +108,12 @@ def generate(
     prefill: Callable[..., Tensor],
     decode: Callable[..., Tensor] | None = None,
     num_new_tokens: int = 6,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
 ) -> list[list[int]]:
-    """Greedy continuations of PROMPTS; the session is empty afterwards."""
+    """Greedy continuations; the session is empty afterwards."""
     decode = prefill if decode is None else decode
     steps = []
-    with of.prefill(PROMPTS) as batch:
+    with of.prefill(prompts) as batch:
         steps.append(batch.last_logits(prefill(*batch.inputs.values())).argmax(-1))
     while len(steps) < num_new_tokens:
         with of.decode(steps[-1]) as batch:

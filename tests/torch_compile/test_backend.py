@@ -24,6 +24,7 @@ from ad_flashinfer_pass import CacheSession
 from ad_flashinfer_pass.errors import (
     AdFlashinferError,
     CapacityError,
+    ExportError,
     PackingError,
     SessionError,
 )
@@ -373,24 +374,52 @@ def test_no_pool_is_allocated_that_does_not_fit() -> None:
 
 
 class Counting(Net):
-    """Its code asks how many tokens there are."""
+    """Its code asks how many tokens there are.
+
+    Args:
+        count: the result is twice as large for so many.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(1)
+        self.count = count
 
     def forward(self, idx: Tensor, pos: Tensor) -> Tensor:
-        """As before, and twice that for one number of them."""
-        return super().forward(idx, pos) * (2 if idx.shape[1] == 3 else 1)
+        """As before, and twice that for one number of tokens."""
+        return super().forward(idx, pos) * (2 if idx.shape[1] == self.count else 1)
 
 
-def test_a_branch_on_the_number_of_tokens_is_another_graph() -> None:
-    """Dynamo guards it; both graphs read and write the same caches."""
-    model, of = Counting(1), session()
+@pytest.mark.parametrize("count", [3, 5, 200])
+def test_a_branch_on_the_number_of_tokens_is_refused(count: int) -> None:
+    """A step packs sequences, so it says nothing about any of them; also where no step has so many yet."""
+    of = session()
+    call = compiled(Counting(count), of)
+    with (
+        pytest.raises(
+            ExportError, match=rf"right only for .*\b{count}.* tokens are not, by .*idx\.shape\[1\]"
+        ),
+        of.prefill([[4, 5, 6]]) as batch,
+    ):
+        call(*batch.inputs.values())
+    assert (of.lengths, of.cache_bytes) == ({}, 0)
+
+
+def test_a_window_that_short_steps_leave_out_is_refused() -> None:
+    """transformers makes no mask where there are fewer tokens than the window; decode steps have few."""
+    config = architectures.small_config("afmoe")
+    of = session()
+    with (
+        pytest.raises(ExportError, match=r"right only for .* < 12, .*masking_utils\.py.*eager"),
+        of.prefill([[1, 2, 3]]) as batch,
+    ):
+        compiled(architectures.random_model(config), of)(**batch.inputs, use_cache=False)
+    model = architectures.random_model(config, "eager")
+    prompts = architectures.random_prompts((5, 17, 30), vocab_size=128)
+    torch._dynamo.reset()
     call = compiled(model, of)
-    text: list[int] = []
-    for tokens in ([4, 5, 6, 7], [1, 2, 3], [8, 9]):
-        with of.step([(next(iter(of.lengths), None), tokens)]) as batch:
-            found = batch.last_logits(call(*batch.inputs.values()))
-        text += tokens
-        with torch.no_grad():
-            whole = Net.forward(model, torch.tensor([text]), torch.arange(len(text))[None])[0, -1:]
-        torch.testing.assert_close(found, whole * (2 if len(tokens) == 3 else 1), rtol=1e-4, atol=1e-4)
-    assert [record.what for record in of.compiles] == ["dynamo", "pass"] * 2
-    assert len(of._groups) == 1
+    found = generate(
+        of,
+        lambda tokens, positions: call(input_ids=tokens, position_ids=positions, use_cache=False).logits,
+        prompts=prompts,
+    )
+    assert found == architectures.generated_by_transformers(model, prompts, 6)

@@ -109,9 +109,17 @@ def _rename(result: Migration, old: Path, new: Path) -> None:
         text = yaml.safe_dump(
             yaml.safe_load(yaml.serialize(value)), default_flow_style=True, width=10**6
         ).strip()
-    text = _VALUES.get(text, text)
-    result.after = _set(_remove(result.after, old), new, text)
+    comment = _comment_after(result.after, value)
+    result.after = _set(_remove(result.after, old), new, _VALUES.get(text, text), comment)
     result.notes.append(f"{_dotted(old)} -> {_dotted(new)}")
+
+
+def _comment_after(text: str, value: yaml.Node) -> str:
+    """The comment that ends the line of a value, with the blanks before it."""
+    if isinstance(value, yaml.CollectionNode) and not value.flow_style:  # it ends where the next token begins
+        return ""
+    rest = text[value.end_mark.index :].partition("\n")[0]
+    return rest.rstrip() if rest.lstrip().startswith("#") else ""
 
 
 def _root(text: str) -> yaml.MappingNode:
@@ -184,8 +192,11 @@ def _last_line(lines: list[str], key: yaml.Node, value: yaml.Node) -> int:
     return last
 
 
-def _set(text: str, path: Path, value: str) -> str:
-    """Replace a value, or add the key and the mappings above it that are missing."""
+def _set(text: str, path: Path, value: str, comment: str = "") -> str:
+    """Replace a value, or add the key and the mappings above it that are missing.
+
+    The comment goes to the end of the line, where there is none yet.
+    """
     found = _find(text, path)
     if found is not None:
         start, end = found[1].start_mark.index, found[1].end_mark.index
@@ -200,10 +211,12 @@ def _set(text: str, path: Path, value: str) -> str:
         for name in reversed(path[depth:]):
             inner = f"{name}: {inner}" if inner is value else f"{name}: {{{inner}}}"
         end = mapping.end_mark.index - 1
-        return f"{text[:end]}, {inner}{text[end:]}"
+        brace, newline, rest = text[end:].partition("\n")
+        comment = "" if brace.strip() != "}" else comment
+        return f"{text[:end]}, {inner}{brace.rstrip() if comment else brace}{comment}{newline}{rest}"
     if above is None and not mapping.value and mapping.start_mark:  # {} is all there is
         text = text[: mapping.start_mark.index] + text[mapping.end_mark.index :]
-    return _add_block(text, above, mapping, path[depth:], value)
+    return _add_block(text, above, mapping, path[depth:], value + comment)
 
 
 def _add_block(

@@ -70,6 +70,23 @@ def test_a_config_of_1_2_becomes_one_of_main() -> None:
     assert len(result.notes) == 9
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("free_mem_ratio: 0.8 # most\n", "  free_gpu_memory_fraction: 0.8 # most"),
+        ("free_mem_ratio: 0.8 # most\nkv_cache_config: {dtype: fp8}\n", None),
+        ("kv_cache_config: {dtype: fp8}  # one\nfree_mem_ratio: 0.8  # two\n", "one"),
+        ("{free_mem_ratio: 0.8}  # all\n", "# all"),
+    ],
+)
+def test_a_comment_goes_where_its_key_goes(text: str, line: str | None) -> None:
+    """Into a mapping of its own line, or behind the braces that took the key."""
+    after = migrate(text).after
+    assert yaml.safe_load(after)["kv_cache_config"]["free_gpu_memory_fraction"] == 0.8
+    expected = "kv_cache_config: {dtype: fp8, free_gpu_memory_fraction: 0.8} # most" if line is None else line
+    assert any(each.endswith(expected) or expected in each for each in after.splitlines())
+
+
 def test_comments_and_everything_else_stay() -> None:
     """Nothing but lines with migrated keys is touched."""
     after = migrate(OLD).after
@@ -78,6 +95,7 @@ def test_comments_and_everything_else_stay() -> None:
         "attn_backend: flashinfer  # the one that plans",
         "attn_page_size: 64   # tokens",
     ]
+    assert "  tokens_per_block: 64   # tokens\n" in after
     for line in OLD.splitlines():
         assert line in gone or line in after.splitlines()
     assert "attn_backend: flashinfer_trtllm  # the one that plans" in after

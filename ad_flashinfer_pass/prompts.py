@@ -78,8 +78,14 @@ def model_inputs(
         system: the system message of those chats.
 
     Raises:
-        ConfigError: there is a chat, and no chat template or one that refuses it.
+        ConfigError: there is a chat, and no chat template or one that refuses it; or there is no tokenizer,
+            and nothing but text.
     """
+    if tokenizer is None and not chat and all(isinstance(prompt.content, str) for prompt in prompts):
+        raise ConfigError(
+            "the model has no tokenizer; give token ids, by --prompt-file FILE.jsonl with lines such as "
+            '{"prompt_token_ids": [1, 2, 3]}.'
+        )
     inputs: list[str | list[int]] = []
     for prompt in prompts:
         content: Any = prompt.content

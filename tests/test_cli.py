@@ -158,6 +158,9 @@ def test_without_tokenizer_shows_token_ids(command: Command, tmp_path: Path) -> 
     assert command("generate", "-f", file, terminal=True).out == "3 4\n"
     assert command.build.llm is not None
     assert command.build.llm.inputs == [[1, 2]]
+    assert '--prompt-file FILE.jsonl with lines such as {"prompt_token_ids"' in command.error(
+        2, "generate", "text"
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,10 @@ def test_sampling_defaults_are_those_of_the_library() -> None:
         (["generate", "a", "-o", "/no/such/file"], "--output /no/such/file: No such file"),
         (["generate", "a", "-o", "/"], "--output /: is a directory"),
         (["generate", "a\udcff"], "prompt 0: must be UTF-8"),
-        (["generate", "a", "--top-k", "x"], "'--top-k'.*; see ad-flashinfer-pass --help"),
+        (["generate", "a", "--top-k", "x"], "'--top-k'.*; see ad-flashinfer-pass generate --help"),
+        (["bench", "--plot", "steps.pdf"], "--plot steps.pdf: must end in .png or .svg"),
+        (["bench", "--plot", "/no/such/steps.png"], "--plot .*: there is no folder /no/such"),
+        (["bench", "--input-len", "0"], "--input-len must be at least 1, got 0"),
         (["generate", "a", "--no-such"], "No such option: --no-such"),
         (["generat"], "No such command 'generat'"),
     ],

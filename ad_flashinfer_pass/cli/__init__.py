@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = command.main(args=args, prog_name=PROG, standalone_mode=False)
     except _UsageError as err:
-        print_error(f"{err.format_message().rstrip('.?')}; see {PROG} --help.")
+        where = err.ctx.command_path if err.ctx is not None else PROG
+        print_error(f"{err.format_message().rstrip('.?')}; see {where} --help.")
         code = 2
     sys.exit(code)
 

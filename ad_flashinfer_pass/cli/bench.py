@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,11 @@ def bench(
     """
     with error_border(debug):
         places = _numbers(concurrency)
+        for name, number in (("--input-len", input_len), ("--output-len", output_len)):
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, got {number}.")
+        if plot is not None:
+            _check_plot(plot)
         keys = {
             "model": model,
             "skip_loading_weights": random_weights or None,
@@ -127,6 +133,16 @@ def _show(result: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(result)
+
+
+def _check_plot(file: Path) -> None:
+    """Refuse a file that could not be drawn, before anything is measured."""
+    if file.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {file}: must end in .png or .svg.")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {file}: there is no folder {file.absolute().parent}.")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'ad-flashinfer-pass[plot]'.")
 
 
 def _numbers(text: str) -> list[int]:

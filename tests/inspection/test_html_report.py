@@ -83,10 +83,10 @@ def test_search_keeps_the_rows_with_all_words(page: Page, found: Report) -> None
     shown = "[...document.querySelectorAll('[data-row]')].filter(r => !r.hidden).map(r => r.textContent)"
     everything = len(page.evaluate(shown))
 
-    page.evaluate(search.format("APPEND_KV layers.1"))
+    page.evaluate(search.format("ROPE_APPEND layers.1"))
     texts = page.evaluate(shown)
     assert 0 < len(texts) < everything
-    assert all("append_kv" in text.lower() and "layers.1" in text for text in texts)
+    assert all("rope_append" in text.lower() and "layers.1" in text for text in texts)
     assert page.evaluate("document.querySelectorAll('details[open]').length") > 0
     assert (
         page.evaluate("document.getElementById('count').textContent") == f"{len(texts)} of {everything} rows"

@@ -278,7 +278,7 @@ def _compare_runs(program: MaskProgram, found: MaskClass, low: int, high: int) -
     large = [(1, size) for size in sorted({limit, *(c + d for c in breaks for d in (-1, 0, 1, 2))})]
     slopes = torch.tensor(found.alibi_slopes or (0.0,), dtype=torch.float64)[:, None, None]
     for rows, size in small + large:
-        if not low <= size <= limit:
+        if not low <= size <= limit or (rows > 1 and not program.has_rows):
             continue
         mask = program.run(rows, size, torch.arange(size).repeat(rows, 1))
         visible, bias = _seen(mask, size)
@@ -300,7 +300,8 @@ def _isolates_packed(program: MaskProgram, found: MaskClass, low: int, high: int
     size = sum(_PACKED[0])
     if not program.reads_positions or not low <= size <= high:
         return False
-    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _PACKED])
-    visible, _ = _seen(program.run(len(_PACKED), size, positions), size)
-    expected = torch.stack([torch.block_diag(*map(found.visible, lengths)).bool() for lengths in _PACKED])
+    packed = _PACKED if program.has_rows else _PACKED[:1]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in packed])
+    visible, _ = _seen(program.run(len(packed), size, positions), size)
+    expected = torch.stack([torch.block_diag(*map(found.visible, lengths)).bool() for lengths in packed])
     return bool((visible == expected[:, None]).all())

@@ -79,6 +79,11 @@ class MaskProgram:
         """Whether the values of the positions matter."""
         return any(node.op == "placeholder" for node in self.nodes)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there may be several rows; a graph from torch.compile has one, of packed sequences."""
+        return "rows" in self.symbols.values()
+
     def sizes(self) -> tuple[int, int]:
         """Fewest and most tokens for which the graph is valid, by the ranges that tracing recorded."""
         low, high = 1, 2**62

@@ -69,6 +69,8 @@ class Rule:
 
     why: str
     fix: str
+    example: str
+    """A small graph that breaks it, in Python: x and i are tensors of the device, h and s of the host."""
     find: Callable[[fx.Node, _Graph], str | None]
     """What is wrong with a node, None if nothing is."""
 
@@ -382,56 +384,67 @@ RULES: dict[str, Rule] = {
     "host-sync": Rule(
         "the host waits for the device, which a capture forbids",
         "keep the value in a tensor; use the _ex variant of a linalg op, which checks nothing",
+        "torch.linalg.inv(x)",
         _host_sync,
     ),
     "dynamic-shape": Rule(
         "the size of the result is known only on the device, so the host must wait for it",
         "use torch.where or masked_fill for a mask, nonzero_static, or repeat_interleave with output_size",
+        "x[x > 0]",
         _dynamic_shape,
     ),
     "data-allocation": Rule(
         "memory is allocated by a value, while a graph has its memory fixed",
         "allocate the upper bound and mask what is beyond the length",
+        "torch.zeros(i.max().item(), device=x.device)",
         _data_allocation,
     ),
     "device-to-host": Rule(
         "a copy to the host waits for the device",
         "keep the tensor on the device",
+        "x.cpu() + 1",
         _device_to_host,
     ),
     "pageable-copy": Rule(
         "a copy from memory that is not pinned cannot be captured",
         "make the tensor once on the device, as a buffer, or make it an input",
+        "x + h.to(x.device)",
         _pageable_copy,
     ),
     "host-value": Rule(
         "a value on the host is written into the graph when it is captured, and never read again",
         "give it as a tensor on the device",
+        "x * s",
         _host_value,
     ),
     "generator": Rule(
         "a generator that is not registered with the graph cannot be used in a capture",
         "use the device's default generator, or CUDAGraph.register_generator_state",
+        "torch.rand(8, generator=torch.Generator(x.device), device=x.device)",
         _generator,
     ),
     "host-plan": Rule(
         "the op decides on the host, in each call, what a replay would have to decide anew",
         "choose a kernel that reads lengths on the device; explain says why another was chosen",
+        'ad_flashinfer.cached_attention(..., prefill_kernel="fa2")',
         _host_plan,
     ),
     "input-mutation": Rule(
         "a replay writes to its own copy of the input, not to the caller's tensor",
         "return the new value, or pass the same tensor each time and name it a static input",
+        "x.add_(1) * 2",
         _input_mutation,
     ),
     "python-scalar": Rule(
         "a number that was read from a tensor is written into the graph when it is captured",
         "pass the tensor itself",
+        "x + x.sum().item()",
         _python_scalar,
     ),
     "missing-fake": Rule(
         "without shapes and dtypes the rest of the graph cannot be judged",
         "register a fake implementation with torch.library.register_fake",
+        "an op of torch.library without register_fake",
         _missing_fake,
     ),
 }
@@ -453,13 +466,13 @@ def as_tables(found: list[Finding]) -> list[RenderableType]:
 
 
 def rules_as_data() -> dict[str, dict[str, str]]:
-    """Why and fix of each rule, by its id."""
-    return {name: {"why": rule.why, "fix": rule.fix} for name, rule in RULES.items()}
+    """Why, fix and example of each rule, by its id."""
+    return {name: {"why": rule.why, "fix": rule.fix, "example": rule.example} for name, rule in RULES.items()}
 
 
 def rules_table() -> RenderableType:
     """All rules for a terminal."""
-    shown = table("rule", "why", "fix")
+    shown = table("rule", "why", "fix", "example")
     for name, rule in RULES.items():
-        shown.add_row(name, rule.why, rule.fix)
+        shown.add_row(name, rule.why, rule.fix, rule.example)
     return shown

@@ -18,12 +18,16 @@ from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.inspection.capture_lint import RULES, lint_graph, lint_run
 from ad_flashinfer_pass.inspection.stages import run_stages
 from tests import architectures
-from tests.inspection.capture_examples import EXAMPLES
+from tests.inspection.capture_examples import EXAMPLES, Example
 
 
 def traced(name: str) -> fx.GraphModule:
     """The graph of an example on a GPU that need not be there."""
-    example = EXAMPLES[name]
+    return graph_of(EXAMPLES[name])
+
+
+def graph_of(example: Example) -> fx.GraphModule:
+    """Likewise."""
     with FakeTensorMode(shape_env=ShapeEnv()):
         made = {
             "x": torch.empty(8, 8, device="cuda"),
@@ -49,10 +53,17 @@ def test_fires_where_a_rule_is_broken_and_nowhere_else(name: str) -> None:
 
 def test_every_rule_says_why_and_how_to_go_on() -> None:
     """And has an example; host-plan and missing-fake are tested by themselves."""
-    assert all(rule.why and rule.fix for rule in RULES.values())
+    assert all(rule.why and rule.fix and rule.example for rule in RULES.values())
     shown = {rule for example in EXAMPLES.values() for rule in example.rules}
     assert set(RULES) - shown == {"host-plan", "missing-fake"}
     assert len(EXAMPLES) >= 40
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"host-plan", "missing-fake"}))
+def test_the_example_of_a_rule_breaks_it(name: str) -> None:
+    """What the table of rules shows is Python."""
+    run = eval(f"lambda x, i, h, s: {RULES[name].example}", {"torch": torch})
+    assert name in {finding.rule for finding in lint_graph(graph_of(Example(run, "xihs")))}
 
 
 def test_a_rule_can_be_left_out() -> None:

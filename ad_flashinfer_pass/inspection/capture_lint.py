@@ -33,7 +33,7 @@ aten = torch.ops.aten
 # They read a flag or a size on the host, which no tag of torch tells; found by capturing every op of torch's
 # own table of samples (tests/gpu/test_capture_ops.py).
 _SYNCS = {
-    getattr(aten, name)
+    f"aten.{name}"  # not every torch has all of them
     for name in (
         "item _local_scalar_dense is_nonzero equal allclose segment_reduce cholesky _linalg_check_errors "
         "linalg_inv linalg_cholesky linalg_solve linalg_eig linalg_eigvals _linalg_eigh linalg_eigvalsh "
@@ -205,7 +205,7 @@ def _host_sync(node: fx.Node, graph: _Graph) -> str | None:
         return f"{node.target}() waits for the device"
     if node.target in (torch.cuda.synchronize,):
         return "waits for the device"
-    is_known = getattr(node.target, "overloadpacket", None) in _SYNCS or _waits_for_some(node)
+    is_known = _name(node) in _SYNCS or _waits_for_some(node)
     if node.op != "call_function" or not (is_known or _tagged(node, torch.Tag.data_dependent_output)):
         return None
     if not any(graph.on_device(source) for source in node.all_input_nodes):
@@ -218,12 +218,12 @@ def _waits_for_some(node: fx.Node) -> bool:
 
     Source: lu_factor in BatchLinearAlgebra.cpp of torch 2.11, for the shapes that it gives to MAGMA.
     """
-    if g.is_op(node, aten.linspace, aten.logspace):
+    if _name(node) in ("aten.linspace", "aten.logspace"):
         return any(g.is_tensor(source) for source in node.all_input_nodes)
-    if g.is_op(node, aten.histc):  # without bounds it looks for them
+    if _name(node) == "aten.histc":  # without bounds it looks for them
         args = g.op_args(node)
         return bool(args["min"] == args["max"])
-    if g.is_op(node, aten.linalg_lu_factor_ex, aten.linalg_lu) and g.is_tensor(node.all_input_nodes[0]):
+    if _name(node) in ("aten.linalg_lu_factor_ex", "aten.linalg_lu") and g.is_tensor(node.all_input_nodes[0]):
         *batch, rows, columns = g.shape(node.all_input_nodes[0])
         count = math.prod(batch)
         return not (rows == columns and (count == 1 or rows <= 16 or (rows <= 128 and count <= 16)))
@@ -237,7 +237,7 @@ def _dynamic_shape(node: fx.Node, graph: _Graph) -> str | None:
         if not any(_is_mask(index) for index in g.args(node)[1]) or _is_masked_fill(node, graph):
             return None
         return f"{_name(node)} by a mask: how many elements are taken is known only on the device"
-    if g.is_op(node, aten._to_sparse):
+    if _name(node) == "aten._to_sparse":
         return f"how many elements {_name(node)} keeps is known only on the device"
     if _tagged(node, torch.Tag.dynamic_output_shape):
         # With a given size, repeat_interleave asks for nothing.

@@ -31,13 +31,6 @@ def _breaks(run: Run, inputs: str, *rules: str) -> Example:
     return Example(run, inputs, frozenset(rules))
 
 
-def _put_a_number(x: Tensor, i: Tensor) -> Tensor:
-    """The number becomes a tensor on the host."""
-    y = x.clone()
-    y[i] = 1.0
-    return y
-
-
 def _put_by_mask(x: Tensor) -> Tensor:
     return torch.index_put(x, [x > 0], torch.zeros((), device=x.device))
 
@@ -150,7 +143,7 @@ EXAMPLES: dict[str, Example] = {
     "nonzero": _breaks(lambda x: x.nonzero(), "x", "dynamic-shape"),
     "masked_select": _breaks(lambda x: x.masked_select(x > 0), "x", "dynamic-shape"),
     "index_by_mask": _breaks(lambda x: x[x > 0], "x", "dynamic-shape"),
-    "index_put_number": _breaks(_put_a_number, "xi", "pageable-copy"),
+    "index_put_number": _breaks(lambda x, i: x.index_put([i], torch.tensor(1.0)), "xi", "pageable-copy"),
     "index_put_number_of_an_input": _breaks(lambda x, i, s: x.index_put([i], s), "xis", "pageable-copy"),
     "index_by_places_on_the_host": _breaks(lambda x, j: x[j], "xj", "pageable-copy"),
     "index_by_numbers_on_the_host": _breaks(lambda x: x[torch.arange(4)], "x", "pageable-copy"),

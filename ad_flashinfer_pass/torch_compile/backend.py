@@ -25,6 +25,7 @@ from ad_flashinfer_pass.config import STAGES, nearest
 from ad_flashinfer_pass.errors import (
     ConfigError,
     ExportError,
+    MaskError,
     NoAttentionError,
     PackingError,
     SessionError,
@@ -33,7 +34,15 @@ from ad_flashinfer_pass.errors import (
 from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.batch import Batch
-from ad_flashinfer_pass.torch_compile.pieces import Piece, Source, branch_on_tokens, exported, sources
+from ad_flashinfer_pass.torch_compile.pieces import (
+    Piece,
+    Source,
+    branch_on_tokens,
+    cache_of_its_own,
+    exported,
+    has_own_cache,
+    sources,
+)
 from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession, CompileRecord
 from ad_flashinfer_pass.transforms.insert_cached_attention import cache_pair
 
@@ -47,6 +56,7 @@ _NOT_HERE = (
     "initialize_cache",
 )
 
+_RECURRENT = "The state of a recurrent layer is no KV cache and cannot be served."
 _SPLIT = (
     "A graph break split the model into pieces, and what runs between them is not checked: "
     "torch.compile(..., fullgraph=True) says where."
@@ -139,6 +149,7 @@ class _Compiled:
         self._numbers = [i for i, source in enumerate(inputs) if source.is_number]
         self._changes = changes
         self.branch = branch_on_tokens(session.sequence_info.max_num_tokens)
+        self.own_cache = cache_of_its_own()
         self._transformed: dict[tuple[float, ...], _Transformed] = {}
         session.compiles.append(CompileRecord("dynamo", f"{len(gm.graph.nodes)} nodes", 0.0))
 
@@ -164,11 +175,13 @@ class _Compiled:
             SessionError: gradients are on, no batch is open, or the batch does not fit the state.
             TransformError: the pass refuses the graph.
         """
+        batch = self.session.batch
         if torch.is_grad_enabled():
             raise SessionError(
                 "the compiled model is for inference: the KV cache has no gradient. Use torch.no_grad."
             )
-        batch = self.session.batch
+        if self.own_cache is not None:
+            raise has_own_cache(self.own_cache)
         # Pieces of one code, such as the layers of a model, share a graph and differ in their weights.
         key = (*(id(args[i]) for i in self.attributes), *(args[i].item() for i in self._numbers))
         transformed = self._transformed.get(key)
@@ -197,21 +210,23 @@ class _Transformed:
         self._group: CacheGroup | None = None
         try:
             if owner.branch is not None:
+                is_mask = "masking_utils" in owner.branch
                 raise ExportError(
                     f"the graph is right only for {owner.branch}. A step has any number of tokens, whatever "
                     "the length of its sequences: let the code not branch on it, or lower max_num_tokens of "
-                    "the session if that is the bound. Models of transformers may do with "
-                    'attn_implementation="eager".'
+                    "the session if that is the bound. "
+                    + ('Load the model with attn_implementation="eager".' if is_mask else _RECURRENT)
                 )
             ctx.on_event("export_model")
             gm = exported(self._piece, session.device, session.sequence_info.max_num_tokens)
             _refuse_training(gm)
             keys = _transform(gm, ctx)
+            self._vocab_size = _vocab_size(gm)
             if keys:
                 weights = list(self._weights.values())
                 self._group = session.group(keys, ctx.resources, _name(ctx.sites[0]), weights)
         except TransformError as err:
-            err.args = (f"{err}{self._hint()}",)
+            err.args = (f"{err}{self._hint(err)}",)
             raise
         seconds = time.perf_counter() - start
         session.compiles.append(CompileRecord("pass", f"{len(ctx.sites)} attentions", seconds))
@@ -219,11 +234,11 @@ class _Transformed:
         ctx.caches.update(zip((resource.name for resource in ctx.resources), caches, strict=True))
         self._runner = runners.runner(gm, ctx, caches, session, owner.backend, owner.mode, self._weights)
 
-    def _hint(self) -> str:
+    def _hint(self, err: TransformError) -> str:
         """What may be behind a refusal."""
         if self._piece.extra:
             return f" {_SPLIT}"
-        if "position_ids" not in self._piece.where:
+        if "position_ids" not in self._piece.where and isinstance(err, (MaskError, PackingError)):
             return " The model was called without position_ids: give it those of batch.inputs."
         return ""
 
@@ -231,6 +246,11 @@ class _Transformed:
         for name, index in self._piece.where.items():
             if args[index] is not batch.inputs[name]:
                 raise SessionError(f"{name} is not that of the open batch: call the model with batch.inputs.")
+        largest = max(max(tokens) for _, tokens in batch.entries)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise SessionError(
+                f"token {largest} is none of the model's, whose table has {self._vocab_size} rows."
+            )
         if self._group is not None:
             self._group.check(batch)
         outputs = self._runner(batch, [args[i] for i in self._piece.extra])
@@ -261,6 +281,17 @@ def _transform(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
     keys = _layer_keys(gm, ctx)  # while each layer has weights of its own
     pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *early, *last))
     return keys
+
+
+def _vocab_size(gm: fx.GraphModule) -> int | None:
+    """Rows of the smallest table that is looked up by token; None if none is."""
+    tokens = gm.graph.find_nodes(op="placeholder")[0]
+    tables = [
+        g.args(node)[0]
+        for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        if g.args(node)[1] is tokens
+    ]
+    return min((int(g.shape(table)[0]) for table in tables), default=None)
 
 
 def _refuse_training(gm: fx.GraphModule) -> None:

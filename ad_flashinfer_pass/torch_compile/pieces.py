@@ -57,7 +57,7 @@ def sources(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Source]:
         )
     found = []
     for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        name = _source_name(node)
+        name = _name_of(node.meta["grapharg"].source)
         if isinstance(example, Tensor):
             is_attribute = isinstance(example, nn.Parameter) or "_buffers[" in name
             shape = tuple(node.meta["example_value"].shape)
@@ -94,6 +94,16 @@ def branch_on_tokens(max_num_tokens: int) -> str | None:
     return None
 
 
+def cache_of_its_own() -> str | None:
+    """The cache object that the model was called with, in the graph that Dynamo just made; None if none."""
+    context = TracingContext.try_get()
+    for guard in [] if context is None else context.guards_context.dynamo_guards:
+        # Even an empty one, whose tensors are none of the inputs, is asked for its layers.
+        if found := re.match(r"L\[.*past_key_values'\](?=\.)", _name_of(guard)):
+            return _readable(found[0])
+    return None
+
+
 class _Number(NamedTuple):
     """In place of a tensor of which a graph reads nothing but its value."""
 
@@ -102,6 +112,14 @@ class _Number(NamedTuple):
     def item(self) -> float:
         """As of the tensor."""
         return self.value
+
+
+def has_own_cache(name: str) -> SessionError:
+    """The refusal of a call with a cache."""
+    return SessionError(
+        f"the model was called with a cache of its own ({name}); the session holds K and V. Call it without "
+        "past_key_values."
+    )
 
 
 class Piece(nn.Module):
@@ -140,10 +158,7 @@ class Piece(nn.Module):
         self._dtypes: list[torch.dtype] = []
         for index, (source, arg) in enumerate(zip(inputs, args, strict=True)):
             if re.search(r"past_key_values|\.key_cache|\.value_cache", source.name):
-                raise SessionError(
-                    f"the model was called with a cache of its own ({source.name}); the session holds K "
-                    "and V. Call it without past_key_values."
-                )
+                raise has_own_cache(source.name)
             if source.shape is None:
                 if arg != input_ids.shape[1]:
                     raise ExportError(
@@ -267,8 +282,8 @@ def _is_number(node: fx.Node) -> bool:
     )
 
 
-def _source_name(node: fx.Node) -> str:
-    source = node.meta["grapharg"].source
+def _name_of(source: Any) -> str:
+    """Of a source or guard of Dynamo's; a method in some versions of torch."""
     return str(source.name if isinstance(source.name, str) else source.name())
 
 

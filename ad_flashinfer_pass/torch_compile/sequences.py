@@ -56,7 +56,11 @@ class Sequences:
                 or tokens are no integers.
             CapacityError: the session is too small.
         """
-        entries = [(sequence, _integers(tokens)) for sequence, tokens in schedule]
+        try:
+            pairs = [(sequence, tokens) for sequence, tokens in schedule]
+        except (TypeError, ValueError) as err:
+            raise SessionError(f"a schedule is a list of (sequence, tokens), got {schedule!r}.") from err
+        entries = [(sequence, _integers(tokens)) for sequence, tokens in pairs]
         named = [sequence for sequence, _ in entries if sequence is not None]
         if not entries or not all(tokens for _, tokens in entries) or len(set(named)) < len(named):
             raise SessionError("a step takes one sequence or more, each once and with one token or more.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ad_flashinfer_pass import CacheSession
@@ -230,6 +230,8 @@ def test_a_cache_of_the_models_own_is_refused(llama: PreTrainedModel) -> None:
         r"cache of its own \(.*past_key_values.*without past_key_values",
         past_key_values=cache,
     )
+    for empty in (DynamicCache(), DynamicCache(config=llama.config)):
+        refused(llama, SessionError, r"cache of its own \(.*past_key_values\)", past_key_values=empty)
     static = StaticCache(config=llama.config, max_cache_len=32)
     refused(llama, SessionError, "cache of its own", past_key_values=static, use_cache=True)
 
@@ -298,10 +300,9 @@ def test_a_call_must_be_within_a_batch_and_with_its_inputs() -> None:
     model = compiled(Net(1), of)
     tokens = torch.zeros((1, 3), dtype=torch.int64)
     with (
-        torch.no_grad(),
         pytest.raises(SessionError, match=r"called outside a batch: use `with session.prefill"),
     ):
-        model(tokens, tokens)
+        model(tokens, tokens)  # gradients are on, too
     torch._dynamo.reset()
     with of.prefill([[1, 2, 3]]) as batch:
         old = tuple(batch.inputs.values())

@@ -145,6 +145,8 @@ def test_an_error_within_a_batch_undoes_it(loop: Loop) -> None:
         ),
         (lambda s: s.step([(0, [1]), (0, [2])]), SessionError, "each once and with one token or more"),
         (lambda s: s.step([]), SessionError, "one sequence or more"),
+        (lambda s: s.step("abc"), SessionError, r"list of \(sequence, tokens\), got 'abc'"),
+        (lambda s: s.step([(0, 5)]), SessionError, "tokens are integers, got 5"),
         (lambda s: s.prefill([[1], []]), SessionError, "with one token or more"),
         (lambda s: s.prefill([]), SessionError, "one sequence or more"),
         (lambda s: s.prefill(torch.empty((0, 3), dtype=torch.int64)), SessionError, "one sequence or more"),
@@ -208,6 +210,11 @@ def by_a_model_that_missed_a_step(loop: Loop) -> None:
         other(*batch.inputs.values())
 
 
+def with_a_token_beyond_the_table(loop: Loop) -> None:
+    with loop.session.decode([61]) as batch:
+        loop._model(*batch.inputs.values())
+
+
 def in_training(loop: Loop) -> None:
     other = compiled(Net(1, dropout=0.5).train(), loop.session)
     with loop.session.decode([6]) as batch:
@@ -221,6 +228,7 @@ def in_training(loop: Loop) -> None:
         (with_old_inputs, "input_ids is not that of the open batch"),
         (after_its_batch, "called outside a batch"),
         (by_a_model_that_missed_a_step, "has 3 tokens and the caches of layers.0 hold 0"),
+        (with_a_token_beyond_the_table, "token 61 is none of the model's, whose table has 61 rows"),
         (in_training, "training mode"),
     ],
 )

@@ -35,7 +35,7 @@ aten = torch.ops.aten
 _SYNCS = {
     f"aten.{name}"  # not every torch has all of them
     for name in (
-        "item _local_scalar_dense is_nonzero equal allclose segment_reduce cholesky _linalg_check_errors "
+        "item _local_scalar_dense is_nonzero equal allclose cholesky _linalg_check_errors "
         "linalg_inv linalg_cholesky linalg_solve linalg_eig linalg_eigvals _linalg_eigh linalg_eigvalsh "
         "_linalg_svd linalg_pinv linalg_lstsq linalg_matrix_rank linalg_matrix_exp linalg_ldl_factor_ex "
         "linalg_ldl_solve"
@@ -220,6 +220,13 @@ def _waits_for_some(node: fx.Node) -> bool:
     """
     if _name(node) in ("aten.linspace", "aten.logspace"):
         return any(g.is_tensor(source) for source in node.all_input_nodes)
+    if _name(node) == "aten.segment_reduce":
+        return g.op_args(node)["lengths"] is not None
+    if _name(node) in ("aten.masked_fill", "aten.masked_fill_", "aten.index_fill", "aten.index_fill_"):
+        value = g.op_args(node)["value"]
+        return g.is_tensor(value) and g.value(value).device.type != "cpu"
+    if _name(node) == "aten.normal":  # looks whether a deviation is negative
+        return g.is_tensor(g.op_args(node).get("std"))
     if _name(node) == "aten.histc":  # without bounds it looks for them
         args = g.op_args(node)
         return bool(args["min"] == args["max"])
@@ -265,7 +272,8 @@ def _data_allocation(node: fx.Node, graph: _Graph) -> str | None:
 def _device_to_host(node: fx.Node, graph: _Graph) -> str | None:
     if node.op != "call_function" or not graph.on_host(node):
         return None
-    if node.kwargs.get("non_blocking"):
+    is_copy = getattr(node.target, "overloadpacket", None) in _COPIES
+    if not is_copy or node.kwargs.get("non_blocking"):
         return None
     if any(graph.on_device(source) for source in node.all_input_nodes):
         return f"{_name(node)} copies to the host and waits for it"

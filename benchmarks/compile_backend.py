@@ -12,7 +12,7 @@ alternating rounds. Both loops keep their tokens on the device, so a step's time
 host's, whichever is longer. ``host`` is the part that the host needs to issue a step.
 
 --architectures compares the tokens of the architectures of tests/architectures.py with transformers' own
-generate, through torch.compile.
+generate, through torch.compile; --families those of docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from importlib import metadata
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ad_flashinfer_pass import CacheSession
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import AdFlashinferError
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -281,6 +283,33 @@ def _print_compiles(session: CacheSession, console: Console) -> None:
     console.print(table)
 
 
+def families(backend: str, console: Console) -> bool:
+    """Whether all families that transform standalone generate the tokens of transformers, or are refused."""
+    from tests import architectures as models
+    from tests.torch_compile.test_generate import NUM_NEW_TOKENS, PROMPTS, generate, logits_of
+
+    rows = json.loads((Path(__file__).parents[1] / "docs" / "architectures.json").read_text())["rows"]
+    outcomes: Counter[str] = Counter()
+    for row in rows:
+        if row["outcome"] != "same":
+            continue
+        torch._dynamo.reset()
+        model = models.random_model(models.small_config(row["family"]), row["attention"])
+        session = CacheSession(max_batch_size=8, max_seq_len=128, max_num_tokens=256)
+        expected = models.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+        try:
+            found = generate(logits_of(model, session, backend), session, PROMPTS, NUM_NEW_TOKENS)
+            outcome, detail = "same" if found == expected else "OTHER TOKENS", ""
+        except AdFlashinferError as err:
+            outcome, detail = "refused", f"{type(err).__name__}: {err}"
+        num_graphs = sum(record.what == "dynamo" for record in session.compiles)
+        outcomes[outcome] += 1
+        line = f"{row['family']}: {outcome}, {num_graphs} graphs of Dynamo's {detail}"
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(dict(outcomes))
+    return not outcomes["OTHER TOKENS"]
+
+
 def architectures(backend: str, console: Console) -> bool:
     """Whether all architectures generate the tokens of transformers."""
     from tests import architectures as models
@@ -317,9 +346,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=32, help="timed decode steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--architectures", action="store_true", help="compare tokens, for each architecture")
+    parser.add_argument("--families", action="store_true", help="the same for each of docs/architectures.md")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     console = Console(width=140)
+    if args.families:
+        return int(not all([families(backend, console) for backend in args.compile_backends]))
     if args.architectures:
         return int(not all([architectures(backend, console) for backend in args.compile_backends]))
     model = llama(args.shape, args.num_layers, torch.device(args.device))

@@ -134,6 +134,11 @@ def compile_backend(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
+def compile_backend_cudagraph(data: dict[str, Any]) -> list[str]:
+    """Of ``compile_backend_cudagraph.json``, another run of the same."""
+    return compile_backend(data)
+
+
 def _heading(*columns: str) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
@@ -147,7 +152,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "torch_compile.md": (compile_backend,),
+    "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 
 

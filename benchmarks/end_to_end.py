@@ -12,7 +12,7 @@ give the same bits.
 Controls say what the uncached model itself does: the tokens that it gives when it sees each prefix alone
 (``prefixes``: the same weights and kernels, other matrix shapes) and with another of torch's attention
 kernels (``sdpa``), each against the same logits as ours; and how far its logits and tokens are from those of
-float32, as against how far ours are at the same tokens (``error_ratio``, ``num_unlike_float32``). Some models
+float32, as against how far ours are at the same tokens (``error_ratio``, ``num_unlike_float32``). All models
 also run without the transforms that join roundings: what is left comes from attention and matrix shapes.
 """
 
@@ -241,8 +241,9 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", default=list(architectures.CONFIGS))
     parser.add_argument("--fp8", nargs="*", default=["llama_gqa4", "qwen3"], help="also with an fp8 cache")
-    unfused = ["llama_gqa4", "smollm3", "mixtral"]
-    parser.add_argument("--unfused", nargs="*", default=unfused, help="also without fusions")
+    parser.add_argument(
+        "--unfused", nargs="*", default=list(architectures.CONFIGS), help="also without fusions"
+    )
     parser.add_argument("--jobs", type=int, default=4, help="processes at once, on the one GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -37,13 +37,8 @@ def attention(data: dict[str, Any]) -> list[str]:
         ours = f"{row['nodes']:.4g} | {row['raw']:.4g} | {row['nodes/raw']:.3f}"
         lines.append(f"| {row['kv']} | {row['batch']} | {row['context']} | {ours} | {' | '.join(times)} |")
     speed = data["copy_bytes_per_microsecond"] / 1e6
-    if rows := data.get("prefill_microseconds"):
-        lines += [
-            "",
-            "Prompts without a past, causal, in bfloat16; a plan is made on the host, once a step:",
-            "",
-        ]
-        lines += _prefill(rows)
+    prompts = "Prompts without a past, causal, in bfloat16; a plan is made on the host, once a step:"
+    lines += ["", prompts, "", *_prefill(data["prefill_microseconds"])]
     return [*lines, "", f"A large copy: {speed:.2f} TB/s, read and write together. {_source(data)}"]
 
 
@@ -79,6 +74,7 @@ def end_to_end(data: dict[str, Any]) -> list[str]:
         "prefixes alone",
         "another SDPA",
         "error / uncached's",
+        "unlike float32: ours, uncached",
         "steps with equal bits",
     )
     for row in data["results"]:
@@ -89,7 +85,8 @@ def end_to_end(data: dict[str, Any]) -> list[str]:
             for c in (row["prefixes"], row["sdpa"])
         )
         equal = f"{row['num_equal_steps']} of {row['num_equal_steps'] + row['num_unequal_steps']}"
-        cells = [row["name"], kernels, row["num_tokens"], margins, own, f"{row['error_ratio']:.2f}", equal]
+        cells = [row["name"], kernels, row["num_tokens"], margins, own, f"{row['error_ratio']:.2f}"]
+        cells += [", ".join(map(str, row["num_unlike_float32"])), equal]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", _source(data)]
 

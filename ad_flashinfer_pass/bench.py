@@ -43,9 +43,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Percentiles:
-        """Percentiles of times in seconds; NaN if there are none."""
-        if not seconds:
-            return cls(*[float("nan")] * 3)
+        """Percentiles of times in seconds, at least one."""
         ordered = sorted(seconds)
         return cls(*(1e3 * ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.5, 0.9, 0.99)))
 
@@ -59,12 +57,13 @@ class Row:
     output_tokens_per_s: float
     prompt_tokens_per_s: float
     """Prompt tokens over the time to the last first token; of use where output_len is 1."""
-    step_ms: float
-    """Median time between two tokens of a request: a decode step of ``concurrency`` sequences."""
+    step_ms: float | None
+    """Median time between two tokens of a request: a decode step of ``concurrency`` sequences. None where
+    ``output_len`` is 1."""
     floor_ms: float
     """Weights, and K and V at the middle of the output, over the bandwidth of a copy."""
     first_token: Percentiles
-    between_tokens: Percentiles
+    between_tokens: Percentiles | None
     request: Percentiles
 
 
@@ -196,10 +195,10 @@ def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeli
         num_requests=len(timelines),
         output_tokens_per_s=sum(len(line.tokens) for line in timelines) / (end - start),
         prompt_tokens_per_s=len(timelines) * input_len / (last_first - start),
-        step_ms=1e3 * statistics.median(gaps) if gaps else float("nan"),
+        step_ms=1e3 * statistics.median(gaps) if gaps else None,
         floor_ms=1e3 * floor,
         first_token=Percentiles.of([line.tokens[0] - line.start for line in timelines]),
-        between_tokens=Percentiles.of(gaps),
+        between_tokens=Percentiles.of(gaps) if gaps else None,
         request=Percentiles.of([line.tokens[-1] - line.start for line in timelines]),
     )
 
@@ -250,12 +249,12 @@ def as_table(result: Result) -> Table:
         times = (row.first_token, row.between_tokens, row.request)
         table.add_row(
             str(row.concurrency),
-            f"{row.step_ms:.2f}",
+            "-" if row.step_ms is None else f"{row.step_ms:.2f}",
             f"{row.floor_ms:.2f}",
-            f"{row.floor_ms / row.step_ms:.0%}" if row.step_ms == row.step_ms else "-",
+            "-" if row.step_ms is None else f"{row.floor_ms / row.step_ms:.0%}",
             f"{row.output_tokens_per_s:,.0f}",
             f"{row.prompt_tokens_per_s:,.0f}",
-            *(f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
+            *("-" if p is None else f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
         )
     return table
 
@@ -267,7 +266,8 @@ def draw(result: Result, file: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     numbers = [row.concurrency for row in result.rows]
-    axes.plot(numbers, [row.step_ms for row in result.rows], marker="o", label="decode step")
+    steps = [float("nan") if row.step_ms is None else row.step_ms for row in result.rows]
+    axes.plot(numbers, steps, marker="o", label="decode step")
     axes.plot(
         numbers, [row.floor_ms for row in result.rows], linestyle="--", color="gray", label="floor: memory"
     )

@@ -30,6 +30,17 @@ STAGES = (
     "cache_init",
     "compile",
 )
+# Transforms without which there is no model to run: each takes what the one before it made.
+_NEEDED = (
+    "export_model",
+    "eliminate_noops",
+    "match_attention",
+    "classify_mask",
+    "insert_cached_attention",
+    "gather_logits_before_lm_head",
+    "initialize_cache",
+    "compile_model",
+)
 Stage = Literal[
     "factory",
     "export",
@@ -180,6 +191,23 @@ class AutoDeployConfig(_Strict):
                 f"cuda_graph_token_buckets must lie within 2..max_num_tokens={self.token_budget}, "
                 f"got {buckets}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_transforms(self) -> AutoDeployConfig:
+        for name in _NEEDED:
+            if not self.transforms[name].enabled:
+                raise ValueError(
+                    f"transforms.{name}: cannot be left out, got enabled: false; others take what it makes. "
+                    f"What can be: {', '.join(sorted(set(self.transforms) - {*_NEEDED}))}"
+                )
+        in_order = sorted(_NEEDED, key=lambda name: STAGES.index(self.transforms[name].stage))
+        for name, before in zip(in_order, _NEEDED, strict=True):
+            if name != before:
+                raise ValueError(
+                    f"transforms.{name}.stage: {self.transforms[name].stage} comes before the stage of "
+                    f"{before}, whose result it takes; leave the stage as it is"
+                )
         return self
 
     @property

@@ -40,7 +40,7 @@ def test_every_request_is_counted_once(result: bench.Result) -> None:
     assert [(row.concurrency, row.num_requests) for row in result.rows] == [(1, 2), (3, 6)]
     for row in result.rows:
         times = (row.first_token, row.between_tokens, row.request)
-        assert all(0 < p.p50 <= p.p90 <= p.p99 for p in times)
+        assert all(p is not None and 0 < p.p50 <= p.p90 <= p.p99 for p in times)
         assert row.first_token.p50 < row.request.p50
         # The last request ends no earlier than the slowest takes.
         assert row.num_requests * 5 / row.output_tokens_per_s >= row.request.p99 / 1e3
@@ -75,6 +75,14 @@ def test_picture(result: bench.Result, tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"steps.{ending}"
     bench.draw(result, file)
     assert file.stat().st_size > 5000
+
+
+def test_one_new_token_has_no_step(llm: LLM) -> None:
+    """What was not measured is null in JSON and a dash in the table."""
+    found = bench.bench(llm, input_len=4, output_len=1, concurrencies=[1])
+    assert (found.rows[0].step_ms, found.rows[0].between_tokens) == (None, None)
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert list(bench.as_table(found).columns[3].cells) == ["-"]
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

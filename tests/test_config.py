@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,20 @@ def test_unknown_stage_lists_the_known() -> None:
     assert message.startswith("transforms.match_attention.stage: ")
     assert all(repr(stage) in message for stage in STAGES)
     assert message.endswith("got 'later'.")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("export_model", {"enabled": False}, "cannot be left out.* fuse_gemms"),
+        ("gather_logits_before_lm_head", {"enabled": False}, "cannot be left out"),
+        ("compile_model", {"stage": "export"}, "stage: export comes before the stage of eliminate_noops"),
+        ("classify_mask", {"stage": "compile"}, "comes before the stage of classify_mask"),
+    ],
+)
+def test_what_others_need_stays_in_its_place(name: str, change: dict[str, Any], says: str) -> None:
+    """Each transform that makes what the next one takes must run, and before it."""
+    assert re.search(says, message_of(transforms={name: change}))
 
 
 def test_transforms_change_only_what_they_name() -> None:

@@ -128,7 +128,7 @@ def bench(
 
 def _show(result: Any) -> None:
     if isinstance(result, dict):
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2, allow_nan=False))
         return
     from rich.console import Console
 

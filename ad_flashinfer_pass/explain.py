@@ -206,8 +206,10 @@ def check_target(config: AutoDeployConfig, sm: int | None) -> None:
     """Refuse to choose kernels for a GPU of which nothing is known.
 
     Raises:
-        ConfigError: the device is a GPU that is not here and ``sm`` is not given.
+        ConfigError: the device is a GPU that is not here and ``sm`` is not given, or that is none.
     """
+    if sm is not None:
+        select.check_sm(sm)
     if config.device.startswith("cuda") and sm is None and not torch.cuda.is_available():
         raise ConfigError(
             f"device {config.device} is not here, so give its compute capability, as in --sm 90."
@@ -313,7 +315,7 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
         (
             site.module,
             source_line(site.where),
-            f"{site.form}; {', '.join(site.folded)}",
+            "; ".join([site.form, *([", ".join(site.folded)] if site.folded else [])]),
             site.mask.partition(":")[0],
             site.prefill.partition(":")[0],
             site.decode.partition(":")[0],

@@ -96,8 +96,7 @@ def needed_modules(
     unknown = sorted(set(skip) - set(select.PROVIDERS))
     if unknown:
         raise ConfigError(f"no kernel provider {unknown[0]!r}; there are {', '.join(select.PROVIDERS)}.")
-    if not 70 <= sm < 130:
-        raise ConfigError(f"--sm is a compute capability without its point, 90 for 9.0, got {sm}.")
+    select.check_sm(sm)
     problem = modules.problem()
     if problem is not None:
         raise ConfigError(f"{problem}: pip install 'flashinfer-python>={modules.OLDEST_FLASHINFER}'.")

@@ -355,13 +355,17 @@ def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformCont
     for what, run_ids, run_positions, rows in runs:
         if not _nearly_equal(_run_local(gm, run_ids, run_positions)[-len(rows) :], expected[rows]):
             raise PackingError(
-                f"{g.where(nodes[0])}: with {_name(nodes[0])} and {len(nodes) - 1} more such ops, a token's "
+                f"{g.where(nodes[0])}: with {_name(nodes[0])}{_more(len(nodes) - 1)}, a token's "
                 f"logits depend on {what}, so sequences cannot share a batch."
             )
     if takes_rows:
         _probe_rows(gm, ids.view(2, half), positions[:, :half].repeat(2, 1), nodes[0])
     shapes = "2 orders and 2 shapes" if takes_rows else "2 orders"
     return f"{len(nodes)} dispatch ops run on {tokens} tokens in {shapes}, and among {budget}: same logits"
+
+
+def _more(count: int) -> str:
+    return f" and {count} more such op{'s' if count > 1 else ''}" if count else ""
 
 
 def _probe_rows(gm: fx.GraphModule, ids: Tensor, positions: Tensor, first: fx.Node) -> None:

@@ -166,7 +166,10 @@ def _show(answer: Answer, as_json: bool) -> None:
     else:
         text = answer.text
     if text is not None and answer.file is not None:
-        answer.file.write_text(text, encoding="utf-8")
+        try:
+            answer.file.write_text(text, encoding="utf-8")
+        except OSError as err:
+            raise ConfigError(f"--output {answer.file}: {err.strerror}.") from None
     elif text is not None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:

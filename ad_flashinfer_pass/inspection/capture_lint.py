@@ -109,8 +109,7 @@ def lint_graph(
     Raises:
         ConfigError: an unknown rule is suppressed.
     """
-    for unknown in set(suppress) - set(RULES):
-        raise ConfigError(f"no rule {unknown!r}; {nearest(unknown, list(RULES))}")
+    _check_rules(suppress)
     if static_inputs is None:
         names = (node.name for node in gm.graph.find_nodes(op="placeholder"))
         static_inputs = {name for name in names if name.startswith("kv_cache_")}
@@ -122,6 +121,11 @@ def lint_graph(
             if message is not None:
                 found.append(_finding(name, node, message))
     return found
+
+
+def _check_rules(names: Collection[str]) -> None:
+    for unknown in set(names) - set(RULES):
+        raise ConfigError(f"no rule {unknown!r}; {nearest(unknown, list(RULES))}")
 
 
 def lint(
@@ -149,6 +153,7 @@ def lint(
         TransformError: the pass refuses the model.
     """
     check_target(config, sm)
+    _check_rules(suppress)
     run = run_stages(config, graph, None if stage is None else [stage], on_event, sm=sm)
     return lint_run(run, config, sm, suppress)
 

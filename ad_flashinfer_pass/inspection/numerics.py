@@ -530,7 +530,7 @@ def as_tables(found: CheckReport) -> list[RenderableType]:
             f"{each.mean_kl:.1e}",
             f"{each.max_kl:.1e}",
             "-" if each.tolerance is None else f"{each.tolerance:.0e}",
-            "ok" if each.is_ok else "WRONG",
+            "WRONG" if not each.is_ok else "not judged" if each.tolerance is None else "ok",
         )
     if found.sites:
         parts.append(sites)
@@ -538,6 +538,7 @@ def as_tables(found: CheckReport) -> list[RenderableType]:
     if found.replayed or found.eager:
         reasons = "".join(f"; {count} not: {why}" for why, count in found.eager.items())
         parts.append(f"{found.replayed} of the captured steps were replays{reasons}")
-    verdict = "all agrees" if found.first is None else f"first departure: {found.first}"
+    judged = "all" if all(each.tolerance is not None for each in found.logits) else "every attention"
+    verdict = f"{judged} agrees" if found.first is None else f"first departure: {found.first}"
     parts.append(verdict)
     return parts if found.reproducer is None else [*parts, f"run it alone: python {found.reproducer}"]

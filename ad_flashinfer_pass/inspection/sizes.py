@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeData, Size, TensorType
+from ad_flashinfer_pass.inspection.graph_data import NodeData, Size, TensorType
 
 _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -59,11 +59,6 @@ def allocated_bytes(node: NodeData, symbols: Mapping[str, int]) -> int:
     if node.op != "call_function" or node.is_view:
         return 0
     return sum(tensor_bytes(tensor, symbols) or 0 for tensor in node.tensors)
-
-
-def activation_bytes(graph: GraphData, symbols: Mapping[str, int]) -> int:
-    """Bytes of all intermediate results together, each counted once."""
-    return sum(allocated_bytes(node, symbols) for node in graph.nodes)
 
 
 def _evaluate(node: ast.expr, symbols: Mapping[str, int]) -> Any:

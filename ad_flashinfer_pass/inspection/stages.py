@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +62,8 @@ class StageWriter:
         directory = os.environ.get("AD_DUMP_GRAPHS_DIR")
         if not directory or (torch.distributed.is_initialized() and torch.distributed.get_rank() != 0):
             return None
+        if Path(directory).exists() and not Path(directory).is_dir():
+            raise ConfigError(f"AD_DUMP_GRAPHS_DIR={directory} is no directory.")
         if directory not in _writers:
             _writers[directory] = StageWriter(Path(directory))
         return _writers[directory]
@@ -192,6 +196,18 @@ def _load_model(config: AutoDeployConfig) -> nn.Module:
     return load_weightless(config)
 
 
+@contextmanager
+def _export_quiet() -> Iterator[None]:
+    """torch.export.load logs the traceback of what it then raises."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_program(file: Path, device: str = "cpu") -> fx.GraphModule:
     """The module of a saved ExportedProgram, on a device.
 
@@ -202,16 +218,20 @@ def load_program(file: Path, device: str = "cpu") -> fx.GraphModule:
 
     assert ops.__name__  # importing it registers torch.ops.ad_flashinfer, which the file may call
     if not file.is_file():
-        raise LoadError(f"{file}: no such file; give one that torch.export.save wrote.")
+        what = "is a directory" if file.is_dir() else "no such file"
+        raise LoadError(f"{file}: {what}; give one that torch.export.save wrote.")
     if not zipfile.is_zipfile(file):
         raise LoadError(
             f"{file} is no zip file, as a saved ExportedProgram is; give one of torch.export.save."
         )
     try:
-        module = move_to_device_pass(torch.export.load(file), device).module()
+        with _export_quiet():
+            program = torch.export.load(file)
+        module = move_to_device_pass(program, device).module()
     except Exception as err:  # zip, pickle and schema errors of every kind
+        cause = str(err).replace(" Please check the warnings above for possible errors. ", "")[:200]
         raise LoadError(
-            f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {str(err)[:200]}). "
+            f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {cause}). "
             "Save one with torch.export.save, with the torch that is used here."
         ) from err
     assert isinstance(module, fx.GraphModule)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.errors import UnsupportedError
+from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.kernels import fa2, fa3, fmha_v2, reference, split_decode, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 
@@ -41,6 +41,16 @@ class Choice(NamedTuple):
     kernel: str
     reason: str
     """Why it, and why not those before it."""
+
+
+def check_sm(sm: int) -> None:
+    """Refuse what is no compute capability without its point, 90 for 9.0.
+
+    Raises:
+        ConfigError: says what one is.
+    """
+    if not 70 <= sm < 130:
+        raise ConfigError(f"--sm is a compute capability without its point, 90 for 9.0, got {sm}.")
 
 
 def provider(name: str) -> Any:

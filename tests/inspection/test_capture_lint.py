@@ -112,7 +112,17 @@ def test_the_command_lists_rules_and_findings(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as stop:
         main(["lint", "--rules", "-q"])
     assert not stop.value.code
-    assert all(rule in capsys.readouterr().out for rule in ["data-allocation"])
+    out = capsys.readouterr().out
+    assert all(rule in out for rule in RULES)
+    for args, message in (
+        (["--suppress", "data-alocation"], "did you mean 'data-allocation'"),
+        (["--sm", "-3"], "--sm is a compute capability without its point, 90 for 9.0, got -3"),
+        (["--graph", str(tmp_path)], "is a directory; give one"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["lint", "-q", *args])
+        assert stop.value.code
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["lint", "--json", "-q", "-m", _small(tmp_path)])
     assert stop.value.code == 1

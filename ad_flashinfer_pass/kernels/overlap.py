@@ -25,11 +25,17 @@ _TOKENS = range(2, 129)
 """Of a step whose kernels overlap."""
 
 
-def options(device: torch.device, num_tokens: int) -> dict[str, bool]:
-    """Arguments of a launch, for a kernel that has the parameter OVERLAPS and calls ``await_turn``."""
+def options(device: torch.device, num_tokens: int, *, is_early: bool = True) -> dict[str, bool]:
+    """Arguments of a launch, for a kernel that has the parameter OVERLAPS and calls ``await_turn``.
+
+    Args:
+        device: where it runs.
+        num_tokens: of the step.
+        is_early: whether it is set up early itself, or only lets the kernel after it be.
+    """
     if device.type != "cuda" or num_tokens not in _TOKENS or torch.cuda.get_device_capability(device)[0] < 9:
         return {"OVERLAPS": False}
-    return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": True, "launch_pdl": is_early}
 
 
 @triton.jit

@@ -157,6 +157,7 @@ def decode(
         ONE_BYTE=kv_cache.dtype.itemsize == 1,
         num_warps=config.warps,
         num_stages=config.stages,
-        **overlap.options(query.device, batch),
+        # Set up while SMs are still taken, its programs would crowd on those that are not.
+        **overlap.options(query.device, batch, is_early=False),
     )
     return out

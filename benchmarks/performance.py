@@ -201,7 +201,8 @@ def memory_table() -> str:
         ["all", f"{expected / 2**20:,.1f}", f"{size / 2**20:,.1f}", f"{abs(size - expected) / size:.1%}"]
     )
     machine = f"{found['device']}, torch {found['versions']['torch']}, {found['date']}: `{found['command']}`"
-    return f"{table(['MiB', 'planned', 'in use', 'apart'], rows)}\n\n{machine}."
+    note = f" {found['note']}" if "note" in found else ""
+    return f"{table(['MiB', 'planned', 'in use', 'apart'], rows)}\n\n{machine}.{note}"
 
 
 TABLES = {

@@ -25,12 +25,13 @@ from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.inspection.text_format import value_text
 from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels.tune_attention import timed_providers
 from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, TransformContext
+    from ad_flashinfer_pass.registry import KvCacheResource, TransformContext
     from ad_flashinfer_pass.transforms.initialize_cache import Pages
 
 
@@ -303,7 +304,10 @@ def _workspaces(
     kernels = dict.fromkeys(choice.kernel for choice in choices)
     if is_captured and config.transforms["tune_attention"].enabled:
         # Those that are timed at warm-up are made, whichever is the fastest.
-        kernels |= dict.fromkeys(name for site in ctx.sites for name in _decoders(site, config, sm))
+        device = torch.device(config.device)
+        kernels |= dict.fromkeys(
+            name for site in ctx.sites for name in timed_providers(site.site, device, sm)
+        )
     rows = [
         PlanRow(name=f"workspace of {kernel}", bytes=size, arithmetic="fixed, shared by all layers")
         for kernel in kernels
@@ -313,18 +317,6 @@ def _workspaces(
         how = "cuBLAS: 3 streams x 32 MiB; small_gemm: 64 MiB"
         rows.append(PlanRow(name="workspaces of linears", bytes=_LINEAR_BYTES, arithmetic=how))
     return rows
-
-
-def _decoders(site: CachedSite, config: AutoDeployConfig, sm: int | None) -> list[str]:
-    """The providers among which ``tune_attention`` chooses."""
-    device, found = torch.device(config.device), []
-    for name, module in select.PROVIDERS.items():
-        capability = module.CAPABILITY
-        if "decode" not in capability.host_phases and not capability.refusals(
-            site.site, "decode", device, sm
-        ):
-            found.append(name)
-    return found
 
 
 def _activations(graph: GraphData, config: AutoDeployConfig) -> list[PlanRow]:

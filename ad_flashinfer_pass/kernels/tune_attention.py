@@ -91,15 +91,23 @@ def fastest(times: Mapping[str, Sequence[float]], default: str) -> str:
     return default if default in score and score[best] > _MIN_GAIN * score[default] else best
 
 
+def timed_providers(site: Site, device: torch.device, sm: int | None = None) -> list[str]:
+    """The providers that are timed for a site, in their order; ``sm`` as in ``select.choose``."""
+    capabilities = {name: module.CAPABILITY for name, module in select.PROVIDERS.items()}
+    return [
+        name
+        for name, capability in capabilities.items()
+        if name not in _UNTIMED
+        and "decode" not in capability.host_phases
+        and not capability.refusals(site, "decode", device, sm)
+    ]
+
+
 def _candidates(site: Site, batch: int, device: torch.device) -> list[str]:
     """The kernels worth timing, in the order of the providers."""
     found = []
-    for name, module in select.PROVIDERS.items():
-        capability = module.CAPABILITY
-        if name in _UNTIMED or "decode" in capability.host_phases:
-            continue
-        if capability.refusals(site, "decode", device):
-            continue
+    for name in timed_providers(site, device):
+        module = select.provider(name)
         found.append(name)
         if hasattr(module, "decode_options"):
             found += [f"{name}/{option}" for option in module.decode_options(site, batch, device)]

@@ -26,6 +26,9 @@ from ad_flashinfer_pass.runtime.cuda_graph import (
     default_token_buckets,
 )
 
+_MANY = 128
+"""Tokens of the largest step of the warm-up."""
+
 
 @register("compile_model")
 def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
@@ -106,18 +109,23 @@ def _listed(sizes: list[int]) -> str:
 
 
 def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
-    """Compile what steps need: one token, many, and no, one or many rows of logits.
+    """Compile what steps need: one token, few, many, and no, one or many rows of logits.
 
-    Runs on page 1, which no sequence owns yet, and clears it.
+    Many is beyond ``_BySize.limit``, if that can be. Runs on the first pages, which no sequence owns yet, and
+    clears them.
     """
     info = ctx.sequence_info
-    long, short = max(1, min(2, info.max_seq_len, info.max_num_tokens // 2)), info.max_batch_size >= 2
-    for lengths, gather in (([1], True), ([long], True), ([long], False), ([long] * (1 + short), True)):
-        info.nest_sequences([SequenceStep([0] * n, 0, [1], gather) for n in lengths])
+    few, short = max(1, min(2, info.max_seq_len, info.max_num_tokens // 2)), info.max_batch_size >= 2
+    num_pages = min(len(cache) for cache in ctx.caches.values()) - 1
+    many = min(_MANY, info.max_seq_len, info.max_num_tokens, num_pages * info.tokens_per_block)
+    pages = list(range(1, 1 + -(-many // info.tokens_per_block)))
+    steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), ([many], True))
+    for lengths, gather in steps:
+        info.nest_sequences([SequenceStep([0] * n, 0, pages if n == many else [1], gather) for n in lengths])
         with torch.inference_mode():
             model(**info.named_args(), **ctx.caches)
     for cache in ctx.caches.values():
-        cache[1] = 0
+        cache[pages] = 0
 
 
 def _weight_bytes(model: fx.GraphModule) -> int:

@@ -22,8 +22,7 @@ from ad_flashinfer_pass.pieces import compile_pieces
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 from ad_flashinfer_pass.runtime.cuda_graph import (
     CudaGraphModule,
-    default_batch_sizes,
-    default_token_buckets,
+    bucket_sizes,
 )
 
 _MANY = 128
@@ -72,14 +71,7 @@ def _compiled(model: fx.GraphModule, ctx: TransformContext, report: TransformRep
 
 
 def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) -> CudaGraphModule:
-    config = ctx.config
-    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
-    captured = CudaGraphModule(
-        model,
-        default_batch_sizes(config.max_batch_size) if sizes is None else sizes,
-        default_token_buckets(config.token_budget) if buckets is None else buckets,
-        host_kernels(ctx),
-    )
+    captured = CudaGraphModule(model, *bucket_sizes(ctx.config), host_kernels(ctx))
     captured.capture(
         ctx.sequence_info, ctx.caches, lambda text: ctx.on_event(f"compile_model: CUDA graphs, {text}")
     )

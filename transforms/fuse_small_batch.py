@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
-from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 aten = torch.ops.aten
 _LINEAR = torch.ops.ad_flashinfer.linear.default
@@ -37,10 +37,7 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     ctx.small_batch_model = small
     from ad_flashinfer_pass.kernels import tune  # needs triton
 
-    config = ctx.config
-    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
-    sizes = default_batch_sizes(config.max_batch_size) if sizes is None else sizes
-    buckets = default_token_buckets(config.token_budget) if buckets is None else buckets
+    sizes, buckets = bucket_sizes(ctx.config)
     linears = []
     for node in small.graph.find_nodes(op="call_function", target=_LINEAR):
         args = g.op_args(node)

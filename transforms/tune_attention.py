@@ -21,7 +21,7 @@ from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.kernels.select import Choice
 from ad_flashinfer_pass.kernels.tune_attention import kind_of, tune_decode
 from ad_flashinfer_pass.registry import CachedSite, TransformContext, TransformReport, register
-from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 _Place = tuple[fx.Node, CachedSite]
 
@@ -87,13 +87,13 @@ def _by_kind(places: list[_Place]) -> dict[Site, list[_Place]]:
 
 
 def _tune(kind: Site, places: list[_Place], ctx: TransformContext, report: TransformReport) -> None:
-    config = ctx.config
-    sizes = config.cuda_graph_batch_sizes
-    sizes = default_batch_sizes(config.max_batch_size) if sizes is None else sizes
+    sizes, _ = bucket_sizes(ctx.config)
     choice, notes = tune_decode(
         kind,
         list({site.cache: ctx.caches[site.cache] for _, site in places}.values()),
-        sorted({*sizes, config.max_batch_size}),  # steps with prefill are padded to max_batch_size decodes
+        sorted(
+            {*sizes, ctx.config.max_batch_size}
+        ),  # steps with prefill are padded to max_batch_size decodes
         ctx.sequence_info.max_blocks_per_seq,
         on_progress=lambda done, total: ctx.on_event(f"tune_attention: {done} of {total} batch sizes"),
     )

@@ -22,7 +22,7 @@ from ad_flashinfer_pass.inspection.stages import run_stages
 from ad_flashinfer_pass.inspection.tables import ranges, short
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.registry import TransformReport
-from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +143,7 @@ def _captures(config: AutoDeployConfig, explanation: Explanation) -> list[Captur
     )
     # A step with prefill can hold decode sequences too.
     prefill = prefill or decode
-    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
-    if sizes is None:
-        sizes = default_batch_sizes(config.max_batch_size)
-    if buckets is None:
-        buckets = default_token_buckets(config.token_budget)
+    sizes, buckets = bucket_sizes(config)
     return [
         Capture(steps="decode, by batch size", sizes=[] if decode else sizes, reason=decode),
         Capture(steps="prefill and mixed, by tokens", sizes=[] if prefill else buckets, reason=prefill),

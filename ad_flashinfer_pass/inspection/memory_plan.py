@@ -26,7 +26,7 @@ from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.inspection.text_format import value_text
 from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.tune_attention import timed_providers
-from ad_flashinfer_pass.runtime.cuda_graph import default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -341,9 +341,7 @@ def _activations(graph: GraphData, config: AutoDeployConfig) -> list[PlanRow]:
 
 def _graphs(config: AutoDeployConfig) -> list[PlanRow]:
     """What captured graphs take beside the intermediate results of the largest, which all share."""
-    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
-    count = len(default_batch_sizes(config.max_batch_size) if sizes is None else sizes)
-    count += len(default_token_buckets(config.token_budget) if buckets is None else buckets)
+    count = sum(map(len, bucket_sizes(config)))
     how = f"{count} graphs x {_GRAPH_BYTES:,}, as measured on an H200; their memory is one pool"
     return [PlanRow(name="CUDA graphs", bytes=count * _GRAPH_BYTES, arithmetic=how)]
 

@@ -7,9 +7,9 @@ without overlap; only then may the kernel after it be set up, too. So nothing bu
 two kernels at a time. Other kernels need not know: one of them starts when the one before it has ended, and
 lets the next start when it has ended itself.
 
-Worth it between kernels of few large programs: 2 to 4 % of a step of Llama-3.1-8B with 8 or 32 sequences on
-an H200. With one sequence, whose kernels have thousands of small programs, it costs 8 %. To let the next
-kernel start before one's own turn, or to ask for its weights before its turn, costs, too.
+Worth it between kernels of few large programs. Not with one sequence, whose kernels have thousands of small
+programs, nor is it to let the next kernel start before one's own turn, or to ask for its weights before its
+turn. Each was tried on an H200; no benchmark of this repository shows it alone.
 
 Source: "Programmatic Dependent Launch and Synchronization", CUDA C++ Programming Guide 13.0.
 """

@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels import fa, workspaces
 from ad_flashinfer_pass.kernels.capability import Phase
 from ad_flashinfer_pass.metadata import BatchInfo, Bucket, SequenceInfo, SequenceStep
@@ -306,6 +307,15 @@ class _Rerunner:
 
 def _recorder(device: torch.device) -> _CudaRecorder | _Rerunner:
     return _CudaRecorder(device) if device.type == "cuda" else _Rerunner()
+
+
+def bucket_sizes(config: AutoDeployConfig) -> tuple[list[int], list[int]]:
+    """Batch sizes of decode, and token counts of steps with prefill, for which a config captures graphs."""
+    sizes, buckets = config.cuda_graph_batch_sizes, config.cuda_graph_token_buckets
+    return (
+        default_batch_sizes(config.max_batch_size) if sizes is None else sizes,
+        default_token_buckets(config.token_budget) if buckets is None else buckets,
+    )
 
 
 def default_batch_sizes(max_batch_size: int) -> list[int]:

@@ -23,6 +23,7 @@ from ad_flashinfer_pass.cli.options import (
     RandomWeightsOption,
     TokensPerBlockOption,
     TrustOption,
+    check_folder,
     error_border,
     option,
     settings,
@@ -139,8 +140,7 @@ def _check_plot(file: Path) -> None:
     """Refuse a file that could not be drawn, before anything is measured."""
     if file.suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {file}: must end in .png or .svg.")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {file}: there is no folder {file.absolute().parent}.")
+    check_folder("--plot", file)
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'ad-flashinfer-pass[plot]'.")
 

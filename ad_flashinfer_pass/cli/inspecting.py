@@ -29,6 +29,7 @@ from ad_flashinfer_pass.cli.options import (
     StageOption,
     TokensPerBlockOption,
     TrustOption,
+    check_folder,
     error_border,
     settings,
 )
@@ -120,7 +121,7 @@ def inspecting(*without: str) -> Callable[[Callable[..., Answer]], Callable[...,
             keys = {name: options[name] for name in (*_KEYS, *_MORE_KEYS) if name in options}
             mine = {name: value for name, value in options.items() if name in names and name not in keys}
             with error_border(debug):
-                _check_folder(options.get("output"))
+                check_folder("--output", options.get("output"))
                 from ad_flashinfer_pass.generation import libraries_quiet
 
                 deploy = settings(
@@ -145,12 +146,6 @@ def inspecting(*without: str) -> Callable[[Callable[..., Answer]], Callable[...,
         return run
 
     return make
-
-
-def _check_folder(file: Path | None) -> None:
-    """Before the work and not after it."""
-    if file is not None and not file.parent.is_dir():
-        raise ConfigError(f"--output {file}: there is no folder {file.parent}.")
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

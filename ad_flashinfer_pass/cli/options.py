@@ -174,6 +174,12 @@ def settings(file: Path | None, keys: dict[str, Any], tokens_per_block: int | No
     return AutoDeployConfig(**data)
 
 
+def check_folder(option_name: str, file: Path | None) -> None:
+    """Refuse a file whose folder is not there, before the work and not after it."""
+    if file is not None and not file.parent.is_dir():
+        raise ConfigError(f"{option_name} {file}: there is no folder {file.parent}.")
+
+
 def memory_bytes(text: str | None) -> int | None:
     """The value of --memory in bytes."""
     from pydantic import ByteSize, TypeAdapter, ValidationError

@@ -190,7 +190,7 @@ def before(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
     found: Dims | None = None
     if g.is_op(node, *VIEWS):
         found = regrouped(dims, old)
-    elif (order := _order(node)) is not None:
+    elif (order := order_of(node)) is not None:
         found = tuple(dims[order.index(dim)] for dim in range(len(order)))
     elif g.is_op(node, *EXPANSIONS):
         tail = dims[len(dims) - len(old) :]
@@ -208,7 +208,7 @@ def after(node: fx.Node, dims: Dims) -> Dims | None:
         return None
     if g.is_op(node, *VIEWS):
         return regrouped(dims, g.shape(node))
-    order = _order(node)
+    order = order_of(node)
     if order is not None:
         return tuple(whole(dims)[dim] for dim in order)
     if g.is_op(node, *EXPANSIONS) and g.same_shape(g.shape(node), g.shape(g.args(node)[0])):
@@ -221,7 +221,7 @@ def _is_view(node: fx.Node, source: Any) -> bool:
     return g.is_tensor(node) and g.is_tensor(source) and g.value(node).dtype == g.value(source).dtype
 
 
-def _order(node: fx.Node) -> list[int] | None:
+def order_of(node: fx.Node) -> list[int] | None:
     """For each dimension of a permutation, that of its source; None for another op."""
     if not g.is_op(node, *PERMUTATIONS):
         return None

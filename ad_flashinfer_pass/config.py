@@ -33,6 +33,7 @@ STAGES = (
 # Transforms without which there is no model to run: each takes what the one before it made.
 _NEEDED = (
     "export_model",
+    "functionalize",
     "eliminate_noops",
     "match_attention",
     "classify_mask",

@@ -82,8 +82,6 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
 def finish(gm: fx.GraphModule) -> None:
     """Remove dead nodes, check the graph and generate its code; after every change."""
     gm.graph.eliminate_dead_code()
-    while _erase_dead_writes(gm.graph):
-        gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
 
@@ -135,13 +133,13 @@ def attribute(node: fx.Node) -> Any:
 
 
 def op_args(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an op node by their schema names, defaults filled in."""
+    """Arguments of an op node by their schema names, in their order, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
     schema = node.target._schema.arguments
     found = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
     found.update(zip((arg.name for arg in schema), node.args, strict=False))
     found.update(node.kwargs)
-    return found
+    return {arg.name: found[arg.name] for arg in schema if arg.name in found}
 
 
 def is_op(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
@@ -201,37 +199,6 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Nod
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
-
-
-def _erase_dead_writes(graph: fx.Graph) -> bool:
-    """Erase in-place ops on tensors that nothing else reads; they count as impure, so they would stay.
-
-    Returns:
-        Whether there were any.
-    """
-    found = False
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and mutates_input(node):
-            args = op_args(node)
-            written = [args[a.name] for a in node.target._schema.arguments if a.alias_info is not None]
-            if all(_is_fresh_and_unread(tensor, node) for tensor in written):
-                graph.erase_node(node)
-                found = True
-    return found
-
-
-def _is_fresh_and_unread(tensor: Any, write: fx.Node) -> bool:
-    """Whether this is a call's own memory, no view of another's, that is read for this write alone."""
-    if not isinstance(tensor, fx.Node) or tensor.op != "call_function" or not _only_feeds(tensor, write):
-        return False
-    schema = getattr(tensor.target, "_schema", None)
-    return schema is not None and not any(result.alias_info for result in schema.returns)
-
-
-def _only_feeds(node: fx.Node, write: fx.Node) -> bool:
-    """Whether all that is computed from a node goes into one write."""
-    users = [user for user in node.users if user is not write]
-    return all(not mutates_input(user) and user.users and _only_feeds(user, write) for user in users)
 
 
 def _mode(node: fx.Node) -> FakeTensorMode | None:

@@ -230,13 +230,13 @@ def repeat_for_tile(patch: Patch) -> None:
 
 
 def inverse_permutation(patch: Patch) -> None:
-    order = axes._order
+    order = axes.order_of
 
     def broken(node: fx.Node) -> list[int] | None:
         found = order(node)
         return None if found is None else [found.index(dim) for dim in range(len(found))]
 
-    patch.setattr(axes, "_order", broken)
+    patch.setattr(axes, "order_of", broken)
 
 
 def group_first(patch: Patch) -> None:
@@ -258,7 +258,7 @@ def any_floor(patch: Patch) -> None:
 
 
 def no_packing_rule(patch: Patch) -> None:
-    patch.setattr(check_packing._Checker, "refuse", lambda self, node: None)
+    patch.setattr(check_packing._Reader, "read", lambda self, node: False)
 
 
 def casts_dropped(patch: Patch) -> None:
@@ -270,7 +270,7 @@ def casts_dropped(patch: Patch) -> None:
 
 def ignored_readers(patch: Patch) -> None:
     patch.setattr(logits.LogitsReader, "check_readers", lambda self, softmax: None)
-    patch.setattr(check_packing._Checker, "refuse", lambda self, node: None)
+    patch.setattr(check_packing._Reader, "read", lambda self, node: False)
 
 
 def caches(choose: Callable[[list[fx.Node]], fx.Node]) -> Callable[[Patch], None]:

@@ -1,31 +1,37 @@
 """Proves that sequences may share one batch: that [b, s] may become [1, total_tokens].
 
-That is right only if everything outside attention works token by token. Each node that handles tokens is
-checked by a rule for its op: a dimension that counts tokens may be kept, moved, split off or merged, never
-reduced, shifted, indexed or contracted; and no tensor may hold a pair of tokens.
+That is right only if everything outside attention works token by token. So the two axes of the tokens, batch
+and place, are followed from the inputs through every node: each op has a rule that says which axes its result
+has, given those of its operands, and refuses to reduce, shift, sort, index, contract or pair up an axis of
+tokens, to make one of a ramp or a table, or to bring two different ones together. At each attention the axes
+of query, key and value must be batch, tokens, heads and head size. An op without a rule is refused, unless
+its contract is that it works token by token (``ops.TOKEN_BY_TOKEN``).
 
-Mixture-of-experts layers sort tokens by expert and put them back, which no such rule can follow, nor can
-one follow a reshape that merges tokens with heads or experts, or look into an op that is not torch's. If the
-graph has such ops, it is run, with
-attention replaced by something that is token by token, on tokens in two orders and two shapes, and among
-as many others as a step may hold, and must give each token the same logits each time.
+Nothing is run: what holds here holds for every number of tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx, nn
+from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 
+from ad_flashinfer_pass import axes as ax
 from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.axes import Axis, Dims, Size
 from ad_flashinfer_pass.errors import PackingError
+from ad_flashinfer_pass.ops import TOKEN_BY_TOKEN
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 aten = torch.ops.aten
-_BATCH, _SEQ = "batch", "seq"
+_BY_PLACE = "numbers the tokens by their place in the batch; the model must take positions from position_ids"
+
+
+class _Mixes(Exception):
+    """What an op does to tokens, as the end of a sentence that begins with its name."""
 
 
 @register("check_packing")
@@ -37,414 +43,607 @@ def check_packing(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("check_packing")
-    checker = _Checker(model)
-    dispatch = []
+    reader = _Reader(model)
     for node in model.graph.nodes:
-        if node.op != "call_function" or not checker.handles_tokens(node):
-            continue
-        report.num_matches += 1
-        reason = checker.refuse(node)
-        is_seen_by_running = _name(node) in _DISPATCH or checker.hides_order(node)
-        if reason is not None and (is_seen_by_running or (_is_foreign(node) and g.has_weights(model))):
-            dispatch.append(node)
-        elif reason is not None:
-            raise PackingError(f"{g.where(node)}: {_name(node)} {reason}, {_way_out(node)}", node=node)
-    if dispatch:
-        report.notes.append(_probe_dispatch(model, dispatch, ctx))
+        try:
+            report.num_matches += reader.read(node)
+        except _Mixes as reason:
+            raise PackingError(
+                f"{g.where(node)}: {_name(node)} {reason}, {_way_out(node)}", node=node
+            ) from None
     return model, report
 
 
 def _way_out(node: fx.Node) -> str:
     """What a refusal means for the user."""
     refusal = "so sequences cannot share a batch. "
-    if _name(node) in _CONVOLUTIONS:
+    if g.is_op(node, *_CONVOLUTIONS):
         return refusal + (
             "A convolution reads a token's neighbours: its state would have to be kept beside the KV cache, "
             "as that of every recurrent layer, which is not supported. Serve it where such states are."
         )
-    if _is_foreign(node):
+    if _namespace(node) not in _KNOWN:
         return refusal + (
-            "Without weights it cannot be run to see: give the model its weights; if the op works token by "
-            "token, the run shows it."
+            "If the op works token by token, say so: ad_flashinfer_pass.ops.TOKEN_BY_TOKEN.add("
+            f"torch.ops.{_namespace(node)}.{_name(node).rpartition('.')[2]})."
+        )
+    if _name(node) in _DISPATCH:
+        return refusal + (
+            "If this sends tokens to experts, let transformers call them through one op: "
+            'model.set_experts_implementation("ad_flashinfer").'
         )
     return refusal + (
         "Only models that work token by token outside attention can be served from a packed batch."
     )
 
 
-def _is_foreign(node: fx.Node) -> bool:
-    """Whether this is an op that neither torch nor this package brought."""
-    target = node.target
-    known = ("aten", "prims", "higher_order", "ad_flashinfer", "_c10d_functional")
-    return isinstance(target, torch._ops.OpOverload) and target.namespace not in known
+_KNOWN = ("aten", "prims", "higher_order", "ad_flashinfer", "")
 
 
-class _Checker:
-    """The rules, with the symbols of this graph."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        sizes = g.shape(_tokens(gm))[:2]
-        self._axes = {str(size): axis for size, axis in zip(sizes, (_BATCH, _SEQ), strict=True)}
-
-    def factors(self, size: int | SymInt) -> tuple[int, tuple[str, ...]]:
-        """A size as (constant, token axes in it); an unknown symbol counts as a token axis."""
-        if isinstance(size, int):
-            return size, ()
-        expr = size.node.expr
-        constant, axes = 1, []
-        for factor in expr.args if expr.is_Mul else (expr,):
-            if factor.is_Integer:
-                constant *= int(factor)
-            else:
-                axes.append(self._axes.get(str(factor), str(factor)))
-        return constant, tuple(sorted(axes))
-
-    def token_dims(self, tensor: Any) -> dict[int, tuple[str, ...]]:
-        """The dimensions of a tensor that count tokens, with their axes."""
-        if not isinstance(tensor, Tensor):
-            return {}
-        found = {dim: self.factors(size)[1] for dim, size in enumerate(tensor.shape)}
-        return {dim: axes for dim, axes in found.items() if axes}
-
-    def handles_tokens(self, node: fx.Node) -> bool:
-        """Whether the node reads or makes a tensor with a token dimension, or one made of their number."""
-        tensors = [*_tensors(g.value(node))]
-        for source in node.all_input_nodes:
-            tensors += _tensors(g.value(source))
-        return any(self.token_dims(tensor) for tensor in tensors) or _counts_tokens(node)
-
-    def refuse(self, node: fx.Node) -> str | None:
-        """Why the node mixes tokens, None if it does not."""
-        if g.is_op(node, torch.ops.ad_flashinfer.attention) or "getitem" in _name(node):
-            return None
-        if _counts_tokens(node):
-            return "computes with the number of tokens"
-        for tensor in _tensors(g.value(node)):
-            counts = Counter(axis for axes in self.token_dims(tensor).values() for axis in axes)
-            if any(count > 1 for count in counts.values()):
-                return f"makes a tensor over pairs of tokens {tuple(tensor.shape)}"
-        # Before the rules: min and max of two tensors have the name of the reductions.
-        if g.is_pointwise(node) or _name(node) in _SAFE:
-            return None
-        rule = _RULES.get(_name(node))
-        if rule is not None:
-            return rule(self, node)
-        return "is not known to work token by token"
-
-    # Each rule below returns why the node mixes tokens, or None.
-
-    def reshape(self, node: fx.Node) -> str | None:
-        """Every token axis must keep its place in memory order: the product of what is inside it."""
-        if self._places(g.value(g.args(node)[0])) == self._places(g.value(node)):
-            return None
-        return f"moves tokens: {tuple(g.shape(g.args(node)[0]))} is read as {tuple(g.shape(node))}"
-
-    def hides_order(self, node: fx.Node) -> bool:
-        """Whether a reshape merges or splits dimensions whose order is not in their product."""
-        if _RULES.get(_name(node)) is not _Checker.reshape:
-            return False
-        sizes = [*g.shape(g.args(node)[0]), *g.shape(node)]
-        return any(axes and (constant != 1 or len(axes) > 1) for constant, axes in map(self.factors, sizes))
-
-    def _places(self, tensor: Tensor) -> Counter[tuple[str, int, tuple[str, ...]]]:
-        inside: int = 1
-        axes_inside: tuple[str, ...] = ()
-        places: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
-        for size in reversed(tensor.shape):
-            constant, axes = self.factors(size)
-            inside_dim = (1, inside, axes_inside)
-            # A merged dimension counts batch outside and seq inside, as [b, s] lies in memory.
-            for axis in sorted(axes, reverse=True):
-                places[(axis, *inside_dim[1:])] += 1
-                inside_dim = (1, inside_dim[1], tuple(sorted((*inside_dim[2], axis))))
-            inside, axes_inside = inside * constant, inside_dim[2]
-        return places
-
-    def over_dims(self, node: fx.Node) -> str | None:
-        """Reductions, softmax, sorting, slicing, concatenation: not along a token dimension."""
-        args = g.op_args(node)
-        sources = [n for n in node.all_input_nodes if g.is_tensor(n)]
-        rank = g.value(sources[0]).dim()
-        dims = args.get("dim", args.get("dims"))
-        if dims is None or dims == []:
-            dims = list(range(rank))
-        chosen = {d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
-        for source in sources:
-            tokens = self.token_dims(g.value(source))
-            if chosen & set(tokens):
-                return f"works along the tokens (dimension {min(chosen & set(tokens))})"
-        # A constant table that is cut to the number of tokens is read by their place.
-        if self._token_axes(node) - {axis for source in sources for axis in self._token_axes(source)}:
-            return self.made_of_positions(node)
-        return None
-
-    def _token_axes(self, node: fx.Node) -> set[str]:
-        tensors = _tensors(g.value(node))
-        return {axis for tensor in tensors for axes in self.token_dims(tensor).values() for axis in axes}
-
-    def stack(self, node: fx.Node) -> str | None:
-        """A new dimension is made: none of the old ones is touched."""
-        return None
-
-    def repeat(self, node: fx.Node) -> str | None:
-        """Copies side by side, counted from the last dimension: one of each token."""
-        source, repeats = g.args(node)[:2]
-        offset = len(repeats) - g.value(source).dim()
-        if any(repeats[offset + dim] != 1 for dim in self.token_dims(g.value(source))):
-            return "repeats the tokens"
-        return None
-
-    def last_dims(self, node: fx.Node) -> str | None:
-        """Normalisation over the last dimensions."""
-        count = len(g.op_args(node)["normalized_shape"])
-        tensor = g.value(g.args(node)[0])
-        if set(range(tensor.dim() - count, tensor.dim())) & set(self.token_dims(tensor)):
-            return "normalises over tokens"
-        return None
-
-    def contraction(self, node: fx.Node) -> str | None:
-        """Matrix products: the summed dimension must not count tokens."""
-        args = g.op_args(node)
-        left: Any = args.get("batch1", args.get("mat1", args.get("input", args.get("self"))))
-        value = g.value(left)
-        if value.dim() - 1 in self.token_dims(value):
-            return "sums over tokens"
-        return None
-
-    def einsum(self, node: fx.Node) -> str | None:
-        """The summed letters must not count tokens."""
-        inputs, _, output = g.args(node)[0].replace(" ", "").partition("->")
-        if not output or "." in inputs:
-            return "has an equation that is not written out"
-        for letters, operand in zip(inputs.split(","), g.args(node)[1], strict=True):
-            for dim in self.token_dims(g.value(operand)):
-                if letters[dim] not in output:
-                    return "sums over tokens"
-        return None
-
-    def lookup(self, node: fx.Node) -> str | None:
-        """A table is read at the tokens' values: the table itself must not be made of tokens."""
-        table = g.args(node)[0]
-        return "looks tokens up by index" if self.token_dims(g.value(table)) else None
-
-    def padding(self, node: fx.Node) -> str | None:
-        """Constant padding, given from the last dimension on."""
-        pad = g.args(node)[1]
-        rank = g.value(node).dim()
-        padded = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount != 0}
-        if padded & set(self.token_dims(g.value(g.args(node)[0]))):
-            return "pads along the tokens"
-        return None
-
-    def index(self, node: fx.Node) -> str | None:
-        """Indexing: a dimension that counts tokens must be taken whole."""
-        indexed = {d for d, index in enumerate(g.args(node)[1]) if index is not None}
-        if indexed & set(self.token_dims(g.value(g.args(node)[0]))):
-            return "looks tokens up by index"
-        return None
-
-    def made_of_positions(self, node: fx.Node) -> str | None:
-        """A ramp over the tokens takes the place of position_ids."""
-        return (
-            "numbers the tokens by their place in the batch; the model must take positions from position_ids"
-        )
+def _namespace(node: fx.Node) -> str:
+    return node.target.namespace if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def _name(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", None)
-    if packet is None:
-        return str(getattr(node.target, "__name__", node.target))
-    name = str(packet).removeprefix("aten.")
-    # In-place variants follow the same rules.
-    return name.removesuffix("_") if not name.startswith("_") and name.endswith("_") else name
+    return str(packet or getattr(node.target, "__name__", node.target)).removeprefix("aten.")
 
 
-def _tensors(val: Any) -> list[Tensor]:
-    if isinstance(val, Tensor):
-        return [val]
-    return [t for t in val if isinstance(t, Tensor)] if isinstance(val, (list, tuple)) else []
-
-
-def _counts_tokens(node: fx.Node) -> bool:
-    """Whether a value, not a size, is computed from the number of tokens."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not _tensors(g.value(node)):
-        return False
-    if not g.is_pointwise(node) and _name(node) not in _FILLS:
-        return False
-    scalars = [arg for name, arg in g.op_args(node).items() if name not in ("size", "dtype")]
-    return any(isinstance(arg, fx.Node) and not _tensors(g.value(arg)) for arg in scalars)
-
-
-_Rule = Callable[[_Checker, fx.Node], "str | None"]
-
-
-def _table(rule: _Rule, names: str) -> dict[str, _Rule]:
-    return dict.fromkeys(names.split(), rule)
-
-
-_RULES: dict[str, _Rule] = {
-    **_table(_Checker.reshape, "view view_as reshape _unsafe_view flatten unflatten"),
-    **_table(
-        _Checker.over_dims,
-        "mean sum amax amin max min prod var std var_mean softmax _softmax log_softmax logsumexp "
-        "cumsum cumprod topk sort argsort argmax argmin any all norm linalg_vector_norm slice "
-        "select chunk split split_with_sizes unbind cat concat gather scatter index_select "
-        "take_along_dim repeat_interleave narrow flip roll diff glu squeeze",
-    ),
-    **_table(_Checker.stack, "stack"),
-    **_table(_Checker.repeat, "repeat"),
-    **_table(_Checker.last_dims, "layer_norm native_layer_norm rms_norm"),
-    **_table(_Checker.contraction, "linear matmul mm bmm addmm baddbmm"),
-    **_table(_Checker.einsum, "einsum"),
-    **_table(_Checker.lookup, "embedding"),
-    **_table(_Checker.padding, "constant_pad_nd pad"),
-    **_table(_Checker.index, "index"),
-    **_table(_Checker.made_of_positions, "arange linspace tril triu eye"),
-}
-# Make a tensor of one value.
-_FILLS = frozenset("full new_full full_like scalar_tensor fill".split())
-# Keep each token where it is, whatever the shape.
-_SAFE = frozenset(
-    "transpose permute t numpy_T mT adjoint swapdims moveaxis "
-    "unsqueeze expand expand_as contiguous clone to _to_copy "
-    "type_as detach alias lift_fresh_copy empty zeros ones full new_zeros new_ones new_full "
-    "new_empty empty_like zeros_like ones_like full_like empty_permuted sym_size sym_numel "
-    "view_as_complex view_as_real complex polar real imag "
-    "one_hot dropout copy where masked_fill movedim swapaxes".split()
-)
-_CONVOLUTIONS = frozenset("conv1d conv2d convolution conv_transpose1d unfold im2col".split())
-# How mixture-of-experts layers send tokens to experts and back.
-_DISPATCH = frozenset(
-    "index_put index_add index_copy scatter_add scatter gather histc bincount _grouped_mm "
-    "transformers.grouped_mm_fallback sort argsort index index_select arange repeat".split()
-)
-
-
-def _probe_dispatch(gm: fx.GraphModule, nodes: list[fx.Node], ctx: TransformContext) -> str:
-    """Evidence that dispatch gives each token its own result.
-
-    Raises:
-        PackingError: the logits of a token depend on its place or on other tokens.
-    """
-    if not g.has_weights(gm):
-        return f"{len(nodes)} dispatch ops not run: the model has no weights"
-    if len(gm.graph.find_nodes(op="placeholder")) > 2:
-        raise PackingError(
-            f"{g.where(nodes[0])}: {_name(nodes[0])} and others can be checked in a graph of the whole "
-            "model only, and this is a piece of one. torch.compile(..., fullgraph=True) says where it was "
-            "broken."
-        )
-    tokens, generator = 24, torch.Generator().manual_seed(0)
-    half, budget = tokens // 2, max(tokens, ctx.sequence_info.max_num_tokens)
-    ids = torch.randint(0, _vocab_size(gm), (1, tokens), generator=generator).to(ctx.device)
-    positions = torch.arange(tokens, device=ctx.device)[None]
-    order = torch.randperm(tokens, generator=generator).to(ctx.device)
-    first = positions[0, :half]
-    # As many tokens as a step may hold, all alike and then mixed: a limit to what an expert takes shows.
-    among = torch.cat((positions.new_zeros(1, budget - half), first[None]), 1)
-    alike, mixed = ids[:, :1].repeat(1, budget), ids.repeat(1, -(-budget // tokens))[:, :budget]
-    takes_rows = isinstance(g.shape(_tokens(gm))[0], SymInt)  # else it is only called with one row
-    in_rows = [("the shape of the batch", ids.view(2, half), positions.view(2, half), positions[0])]
-    runs = [
-        ("the order of the tokens", ids[:, order], positions[:, order], order),
-        *(in_rows if takes_rows else []),
-        ("the other tokens", torch.cat((alike[:, half:], ids[:, :half]), 1), among, first),
-        ("the other tokens", torch.cat((mixed[:, half:], ids[:, :half]), 1), among, first),
-    ]
-    expected = _run_local(gm, ids, positions)
-    for what, run_ids, run_positions, rows in runs:
-        if not _nearly_equal(_run_local(gm, run_ids, run_positions)[-len(rows) :], expected[rows]):
-            raise PackingError(
-                f"{g.where(nodes[0])}: with {_name(nodes[0])}{_more(len(nodes) - 1)}, a token's "
-                f"logits depend on {what}, so sequences cannot share a batch."
-            )
-    if takes_rows:
-        _probe_rows(gm, ids.view(2, half), positions[:, :half].repeat(2, 1), nodes[0])
-    shapes = "2 orders and 2 shapes" if takes_rows else "2 orders"
-    return f"{len(nodes)} dispatch ops run on {tokens} tokens in {shapes}, and among {budget}: same logits"
-
-
-def _more(count: int) -> str:
-    return f" and {count} more such op{'s' if count > 1 else ''}" if count else ""
-
-
-def _probe_rows(gm: fx.GraphModule, ids: Tensor, positions: Tensor, first: fx.Node) -> None:
-    """Check that the rows of query, key and value are the sequences of the batch, in order.
-
-    Raises:
-        PackingError: a sequence's query, key or value changes with another sequence's tokens.
-    """
-    others = torch.cat((ids[:1].flip(1), ids[1:]))
-    runs = []
-    with torch.no_grad():
-        for tokens in (ids, others):
-            recorder = _SecondRow(gm)
-            recorder.run(*_inputs(gm, tokens, positions))
-            runs.append(recorder.rows)
-    for one, other in zip(*runs, strict=True):
-        if not _nearly_equal(one, other):
-            raise PackingError(
-                f"{g.where(first)}: with {_name(first)} and others, the rows of query, key and value are not "
-                "the sequences of the batch, so a sequence would read the cache of another."
-            )
-
-
-def _nearly_equal(found: Tensor, wanted: Tensor) -> bool:
-    """Equal but for rounding, which differs with the number of tokens that an expert has."""
-    tolerance = 1e-4 if wanted.dtype == torch.float32 else 3e-2
-    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
-
-
-def _tokens(gm: fx.GraphModule) -> fx.Node:
-    node = g.token_input(gm)
-    assert node is not None
-    return node
-
-
-def _vocab_size(gm: fx.GraphModule) -> int:
-    tables = [g.args(n)[0] for n in _tokens(gm).users if g.is_op(n, aten.embedding)]
-    return int(g.shape(tables[0])[0]) if tables else 16
-
-
-def _inputs(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The two inputs of the graph; for inputs_embeds, a random vector for each token."""
-    tokens = _tokens(gm)
-    (position_ids,) = [n for n in gm.graph.find_nodes(op="placeholder") if n is not tokens]
-    rows = g.shape(position_ids)[:-2]
-    positions = positions.expand(*rows, *positions.shape)
-    if tokens.name == "input_ids":
-        return ids, positions
-    width, dtype = int(g.shape(tokens)[-1]), g.value(tokens).dtype
-    table = torch.randn(int(ids.max()) + 1, width, generator=torch.Generator().manual_seed(1))
-    return table.to(ids.device, dtype)[ids], positions
-
-
-def _run_local(gm: fx.GraphModule, ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits [tokens, vocab] with each attention replaced by its own query and value."""
-    with torch.no_grad():
-        outputs = _LocalAttention(gm).run(*_inputs(gm, ids, positions))
-        logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-        return logits.flatten(0, 1)
-
-
-class _SecondRow(fx.Interpreter):
-    """Runs a graph and keeps the second sequence's query, key and value of each attention."""
+class _Reader:
+    """The axes of every tensor of a graph."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.rows: list[Tensor] = []
+        tokens = g.token_input(gm)
+        assert tokens is not None
+        sizes = [size for size in g.shape(tokens)[:2] if isinstance(size, SymInt)]
+        self.tokens = {str(size): Axis(Size.of(size)) for size in sizes}
+        """Batch and place by the symbols of their sizes; a graph of one row has no batch."""
+        self.batch, self.place = (self.sized(size) for size in g.shape(tokens)[:2])
+        self._same: set[Axis] = set()
+        """Axes along which all elements are equal: what was expanded or filled."""
+        self._dims: dict[fx.Node, Dims | list[Dims]] = {}
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.ad_flashinfer.attention.default:
-            self.rows += [tensor[1].clone() for tensor in args[:3]]
-        return super().call_function(target, args, kwargs)
+    def read(self, node: fx.Node) -> bool:
+        """Find the axes of a node; says whether it has to do with tokens.
+
+        Raises:
+            _Mixes: the node does something else than work token by token.
+        """
+        if node.op == "placeholder" and g.is_tensor(node):
+            self._dims[node] = tuple(self.sized(size) for size in g.shape(node))
+        elif node.op == "output":
+            self._check_logits(node)
+        elif node.op == "call_function" and self._has_tokens(node):
+            if not _tensors(node):
+                return _check_scalar(node)
+            found = self._result(node)
+            self._dims[node] = found
+            for dims, tensor in zip(
+                found if isinstance(found, list) else [found], _tensors(node), strict=True
+            ):
+                self._check(dims, tensor, node)
+            _check_numbers(node)
+            return True
+        return False
+
+    def of(self, node: fx.Node) -> Dims:
+        """Axes of a tensor; new ones for a constant."""
+        if node not in self._dims:
+            self._dims[node] = ax.of_shape(g.shape(node))
+        found = self._dims[node]
+        assert isinstance(found, tuple), node.format_node()
+        return ax.whole(found)
+
+    def sized(self, size: int | SymInt) -> tuple[Axis, ...]:
+        """A dimension of an input, or of a tensor that is made of one value."""
+        known = self.tokens.get(str(size))
+        return (known,) if known is not None else ax.of_shape((size,))[0]
+
+    def is_of_tokens(self, dim: Iterable[Axis]) -> bool:
+        """Whether the length of a dimension depends on the number of tokens."""
+        return any(axis.is_dynamic for axis in dim)
+
+    def uniform(self, size: int | SymInt) -> tuple[Axis, ...]:
+        """A new dimension along which all elements are equal."""
+        (dim,) = ax.of_shape((size,))
+        self._same.update(dim)
+        return dim
+
+    def joined(self, operands: Sequence[Dims]) -> Dims:
+        """Axes of what is broadcast together.
+
+        Raises:
+            _Mixes: tokens would meet others.
+        """
+        rank = max(map(len, operands), default=0)
+        padded = [((),) * (rank - len(dims)) + dims for dims in operands]
+        return tuple(self.one_of([dims[at] for dims in padded]) for at in range(rank))
+
+    def one_of(self, dims: Iterable[tuple[Axis, ...]]) -> tuple[Axis, ...]:
+        """The axes of a dimension that several tensors have.
+
+        Raises:
+            _Mixes: they are not the same tokens.
+        """
+        dims = [dim for dim in dims if dim]
+        vary = [dim for dim in dims if not self._same.issuperset(dim)]
+        if len({self._signature(dim) for dim in vary}) > 1:
+            raise _Mixes("brings different tokens together")
+        return (vary or dims or [()])[0]
+
+    def _signature(self, dim: tuple[Axis, ...]) -> tuple[object, ...]:
+        """Equal for dimensions with the same tokens at the same places; other axes count by their size."""
+        parts: list[object] = []
+        between = Size.of(1)
+        for axis in dim:
+            if axis.is_dynamic:
+                parts += [str(between), axis]
+                between = Size.of(1)
+            else:
+                between = between.times(axis.size)
+        return (*parts, str(between)) if parts else ()
+
+    def refuse_tokens(self, dims: Iterable[tuple[Axis, ...]], what: str) -> None:
+        """Raise _Mixes if one of these dimensions has tokens."""
+        if any(map(self.is_of_tokens, dims)):
+            raise _Mixes(what)
+
+    def _has_tokens(self, node: fx.Node) -> bool:
+        tensors = _tensors(node) + [t for source in node.all_input_nodes for t in _tensors(source)]
+        return any(isinstance(size, SymInt) for tensor in tensors for size in tensor.shape) or (
+            bool(_tensors(node)) and any(isinstance(g.value(n), SymInt) for n in node.all_input_nodes)
+        )
+
+    def _result(self, node: fx.Node) -> Dims | list[Dims]:
+        if node.target is operator.getitem:
+            pieces = self._dims[g.args(node)[0]]
+            return pieces[g.args(node)[1]] if isinstance(pieces, list) else pieces
+        packet = getattr(node.target, "overloadpacket", None)
+        # First, since min and max of two tensors have the name of the reductions.
+        rule = _pointwise if g.is_pointwise(node) else _RULES.get(packet)
+        if rule is None and packet in TOKEN_BY_TOKEN:
+            rule = _by_contract
+        if rule is None:
+            raise _Mixes("is not known to work token by token")
+        return rule(self, node, g.op_args(node))
+
+    def _check(self, dims: Dims, tensor: Tensor, node: fx.Node) -> None:
+        """That the axes found are those of a tensor whose tokens are still apart."""
+        for axis in self.tokens.values():
+            if axis.parts() != (axis,):
+                raise _Mixes("cuts the tokens into blocks")
+        for axis in list(self._same):
+            self._same.update(axis.parts())
+        found = ax.flat(dims)
+        if any(found.count(axis) > 1 for axis in found if axis.is_dynamic):
+            raise _Mixes(f"makes a tensor over pairs of tokens {tuple(tensor.shape)}")
+        unknown = [a for a in found if a.is_dynamic and a not in self._same and a not in self.tokens.values()]
+        if unknown:
+            sources = [source for source in node.all_input_nodes if g.is_tensor(source)]
+            of_tokens = any(self.is_of_tokens(ax.flat(self.of(source))) for source in sources)
+            raise _Mixes("works along the tokens" if of_tokens else _BY_PLACE)
+        sizes = [ax.size_of(dim) for dim in ax.whole(dims)]
+        if sizes != [Size.of(size) for size in tensor.shape]:
+            raise _Mixes(f"has a result of shape {tuple(tensor.shape)}, which its rule does not explain")
+
+    def _check_logits(self, output: fx.Node) -> None:
+        """The first output is by batch and token, so that its rows are those of the tokens."""
+        result: Any = g.args(output)[0]
+        result = result[0] if isinstance(result, (tuple, list)) and result else result
+        if self.batch and g.is_tensor(result) and g.value(result).dim() == 3:
+            self.check_layout(result, "the logits")
+
+    def check_layout(self, node: fx.Node, what: str) -> None:
+        """That a tensor is [batch, tokens, ...] with the tokens in no other dimension.
+
+        Raises:
+            _Mixes: it is not.
+        """
+        batch, place, *rest = self.of(node)
+        for found, wanted in ((batch, self.batch), (place, self.place)):
+            if found != wanted and not self._same.issuperset(found):
+                raise _Mixes(f"takes {what} of shape {tuple(g.shape(node))}, which is not by batch and token")
+        self.refuse_tokens(rest, f"takes {what} of shape {tuple(g.shape(node))} with tokens among the heads")
 
 
-class _LocalAttention(fx.Interpreter):
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is not torch.ops.ad_flashinfer.attention.default:
-            return super().call_function(target, args, kwargs)
-        query, key, value = args[:3]
-        group = query.shape[2] // value.shape[2]
-        local = value + key.mean(-1, keepdim=True)
-        return local.repeat_interleave(group, 2) + query.mean(-1, keepdim=True)
+def _tensors(node: fx.Node) -> list[Tensor]:
+    values = g.value(node)
+    return [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, Tensor)]
+
+
+def _check_scalar(node: fx.Node) -> bool:
+    """That a node without tensors reads nothing of them but their sizes.
+
+    Raises:
+        _Mixes: it reads what they hold.
+    """
+    if (
+        g.value(node) is not None
+        and not g.is_op(node, *_SIZE_OPS)
+        and any(map(_tensors, node.all_input_nodes))
+    ):
+        raise _Mixes("reads what tokens hold on the host")
+    return False
+
+
+_SIZE_OPS = (aten.sym_size, aten.sym_numel, aten.sym_stride, aten.sym_storage_offset)
+
+
+def _check_numbers(node: fx.Node) -> None:
+    """Numbers that a node takes beside tensors are no numbers of tokens, but where they are sizes.
+
+    Raises:
+        _Mixes: it computes with one, or makes one of what tokens hold.
+    """
+    if node.target is operator.getitem:
+        return
+    for name, arg in g.op_args(node).items():
+        parts = arg if isinstance(arg, (tuple, list)) else [arg]
+        numbers = [p for p in parts if isinstance(p, fx.Node) and not _tensors(p)]
+        counts = [p for p in numbers if isinstance(g.value(p), (SymInt, SymFloat, SymBool))]
+        if counts and name not in _SIZES and not _sizes_of_slice(node, name):
+            raise _Mixes("computes with the number of tokens")
+
+
+# Names of arguments that only say how large a result is.
+_SIZES = ("size", "shape", "sizes", "repeats", "output_size")
+
+
+def _sizes_of_slice(node: fx.Node, name: str) -> bool:
+    """Whether this is the end of a slice that takes a dimension to its end."""
+    is_whole = g.is_op(node, aten.slice, aten.slice_scatter) and name == "end"
+    return is_whole and g.same_shape(g.shape(node), g.shape(g.args(node)[0]))
+
+
+# A rule gives the axes of the result, one entry a tensor if there are several, or raises _Mixes.
+_Rule = Callable[[_Reader, fx.Node, dict[str, Any]], "Dims | list[Dims]"]
+
+
+def _first(args: dict[str, Any]) -> fx.Node:
+    """The tensor that an op is about."""
+    return next(arg for arg in args.values() if g.is_tensor(arg))
+
+
+def _operands(args: dict[str, Any]) -> list[fx.Node]:
+    parts = [p for arg in args.values() for p in (arg if isinstance(arg, (tuple, list)) else [arg])]
+    return [part for part in parts if g.is_tensor(part)]
+
+
+def _each(node: fx.Node, dims: Dims) -> Dims | list[Dims]:
+    """The same axes for each result of an op."""
+    return [dims] * len(_tensors(node)) if isinstance(g.value(node), (tuple, list)) else dims
+
+
+def _pointwise(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
+    return _each(node, reader.joined([reader.of(operand) for operand in _operands(args)]))
+
+
+def _kept(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    return reader.of(_first(args))
+
+
+def _view(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Every axis keeps its place in the order of the elements."""
+    source = _first(args)
+    if g.is_op(node, aten.squeeze):
+        _, chosen = _chosen(reader, args)  # which is dropped where there is one token, and not elsewhere
+        reader.refuse_tokens(chosen, "works along the tokens")
+    found = ax.regrouped(reader.of(source), g.shape(node))
+    if found is None:
+        raise _Mixes(f"moves tokens: {tuple(g.shape(source))} is read as {tuple(g.shape(node))}")
+    return found
+
+
+def _permutation(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    order, dims = ax.order_of(node), reader.of(_first(args))
+    assert order is not None
+    return tuple(dims[at] for at in order)
+
+
+def _expansion(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    source = _first(args)
+    old, new = g.shape(source), g.shape(node)
+    sizes = (*(1 for _ in new[len(old) :]), *old)
+    dims = ((),) * (len(new) - len(old)) + reader.of(source)
+    return tuple(
+        dim if g.same_size(before, size) else reader.uniform(size)
+        for dim, before, size in zip(dims, sizes, new, strict=True)
+    )
+
+
+def _fill(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    return tuple(reader.uniform(size) for size in g.shape(node))
+
+
+def _chosen(reader: _Reader, args: dict[str, Any]) -> tuple[list[int], list[tuple[Axis, ...]]]:
+    """The dimensions that an op works along, all if it names none, and their axes."""
+    dims = reader.of(_first(args))
+    given = args.get("dim", args.get("dims", args.get("axis")))
+    if given is None or given == []:
+        given = range(len(dims))
+    at = sorted({int(d) % max(len(dims), 1) for d in ([given] if isinstance(given, int) else given)})
+    return at, [dims[d] for d in at if dims]
+
+
+def _along(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
+    """Reductions, softmax, sorting, cutting, shifting: not along a dimension of tokens."""
+    at, chosen = _chosen(reader, args)
+    for where, dim in zip(at, chosen, strict=False):
+        reader.refuse_tokens([dim], f"works along the tokens (dimension {where})")
+    dims = reader.of(_first(args))
+
+    def result(tensor: Tensor) -> Dims:
+        if tensor.dim() == len(dims):
+            new = ax.of_shape(tensor.shape)
+            return tuple(new[d] if d in at else dim for d, dim in enumerate(dims))
+        return tuple(dim for d, dim in enumerate(dims) if d not in at)
+
+    found = [result(tensor) for tensor in _tensors(node)]
+    return found if isinstance(g.value(node), (tuple, list)) else found[0]
+
+
+def _cat(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    operands = [reader.of(operand) for operand in args["tensors"]]
+    operands = [dims for dims in operands if dims] if g.value(node).dim() > 1 else operands
+    dim = args["dim"] % g.value(node).dim()
+    reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
+    found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])
+    return (*found[:dim], *ax.of_shape(g.shape(node)[dim : dim + 1]), *found[dim + 1 :])
+
+
+def _stack(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    found = reader.joined([reader.of(operand) for operand in args["tensors"]])
+    dim = args["dim"] % g.value(node).dim()
+    return (*found[:dim], *ax.of_shape((len(args["tensors"]),)), *found[dim:])
+
+
+def _repeat(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Copies side by side, counted from the last dimension: one of each token."""
+    source, times, new = _first(args), args["repeats"], g.shape(node)
+    dims = ((),) * (len(times) - g.value(source).dim()) + reader.of(source)
+    found = []
+    for dim, n, size in zip(dims, times, new, strict=True):
+        if n != 1 and reader.is_of_tokens(dim):
+            raise _Mixes("repeats the tokens")
+        found.append(dim if n == 1 else ax.of_shape((size,))[0] if dim else reader.uniform(size))
+    return tuple(found)
+
+
+def _repeat_interleave(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    if not isinstance(args.get("repeats"), int):
+        raise _Mixes("makes as many copies as a tensor says")
+    found = _along(reader, node, args)
+    assert isinstance(found, tuple)
+    return found
+
+
+def _last_dims(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
+    """Normalisation over the last dimensions."""
+    count, dims = len(args["normalized_shape"]), reader.of(_first(args))
+    reader.refuse_tokens(dims[len(dims) - count :], "normalises over tokens")
+    if not isinstance(g.value(node), (tuple, list)):
+        return dims
+    moments = dims[: len(dims) - count] + ((),) * count  # mean and deviation
+    return [dims, *[moments] * (len(_tensors(node)) - 1)]
+
+
+def _batch_norm(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
+    """With the moments of training, it is a factor and a term for each channel."""
+    if args.get("training"):
+        raise _Mixes("normalises over tokens, as in training; call model.eval() before the export")
+    dims = reader.of(args["input"])
+    reader.refuse_tokens(dims[1:2], "takes tokens for channels")
+    if not isinstance(g.value(node), (tuple, list)):
+        return dims
+    return [dims, *(ax.of_shape(tensor.shape) for tensor in _tensors(node)[1:])]
+
+
+def _convolution(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """With a kernel of one token it is a linear layer over the channels."""
+    weight, dims = args["weight"], reader.of(args["input"])
+    kernel = g.shape(weight)[2:]
+    reader.refuse_tokens(ax.whole(reader.of(weight)), "has a kernel made of tokens")
+    reader.refuse_tokens(dims[1:2], "takes tokens for channels")
+    plain = not args.get("transposed") and args.get("padding") in ("valid", "same", [0] * len(kernel), [0])
+    if any(size != 1 for size in kernel) or not plain or any(step != 1 for step in args["stride"]):
+        size = "x".join(map(str, kernel))
+        raise _Mixes(f"reads a token's neighbours (a kernel of {size})")
+    return (dims[0], *ax.of_shape(g.shape(node)[1:2]), *dims[2:])
+
+
+def _product(reader: _Reader, left: Dims, right: Dims) -> Dims:
+    """Axes of a matrix product."""
+    reader.refuse_tokens([left[-1], right[-2 if len(right) > 1 else -1]], "sums over tokens")
+    rows = left[-2:-1]
+    columns = right[-1:] if len(right) > 1 else ()
+    return (*reader.joined([left[:-2], right[:-2]]), *rows, *columns)
+
+
+def _contraction(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Matrix products, with a tensor added or not."""
+    tensors = [reader.of(operand) for operand in _operands(args)]
+    if g.is_op(node, aten.linear):
+        weight = tensors[1]
+        found = _product(reader, tensors[0], weight[::-1])
+        return reader.joined([found, *tensors[2:]])
+    found = _product(reader, *tensors[-2:])
+    return reader.joined([*tensors[:-2], found])
+
+
+def _einsum(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """The summed letters must not count tokens."""
+    inputs, _, output = args["equation"].replace(" ", "").partition("->")
+    if not output or "." in inputs:
+        raise _Mixes("has an equation that is not written out")
+    letters: dict[str, list[tuple[Axis, ...]]] = {}
+    for names, operand in zip(inputs.split(","), args["tensors"], strict=True):
+        for name, dim in zip(names, reader.of(operand), strict=True):
+            letters.setdefault(name, []).append(dim)
+    for name, dims in letters.items():
+        if name not in output:
+            reader.refuse_tokens(dims, "sums over tokens")
+    return tuple(reader.one_of(letters[name]) for name in output)
+
+
+def _embedding(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """A table is read at the tokens' values: the table itself must not be made of tokens."""
+    table = reader.of(args["weight"])
+    reader.refuse_tokens(table, "looks tokens up by index")
+    return (*reader.of(args["indices"]), *table[1:])
+
+
+def _looked_up(reader: _Reader, args: dict[str, Any]) -> Dims:
+    """Axes of ``x[indices]``: those of the indices in place of those that they look up."""
+    dims, indices = reader.of(args["self"]), list(args["indices"])
+    at = [d for d, index in enumerate(indices) if index is not None]
+    if any(g.value(indices[d]).dtype in (torch.bool, torch.uint8) for d in at):
+        raise _Mixes("picks as many elements as a tensor says")
+    reader.refuse_tokens([dims[d] for d in at], "looks tokens up by index")
+    found = reader.joined([reader.of(indices[d]) for d in at])
+    rest = [dim for d, dim in enumerate(dims) if d not in at]
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    return (*rest[:first], *found, *rest[first:])
+
+
+def _index(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    return _looked_up(reader, args)
+
+
+def _index_put(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Elements of each token are replaced, at places that are the same for all tokens."""
+    for index in args["indices"]:
+        if index is not None:
+            reader.refuse_tokens(reader.of(index), "writes to places that tokens choose")
+    at = [d for d, index in enumerate(args["indices"]) if index is not None]
+    region = reader.joined([_looked_up(reader, args), reader.of(args["values"])])
+    own = reader.of(args["self"])
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    width = len(region) - (len(own) - len(at))
+    rest = [*region[:first], *region[first + width :]]
+    return tuple(dim if d in at else rest.pop(0) for d, dim in enumerate(own))
+
+
+def _index_select(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    at, chosen = _chosen(reader, args)
+    reader.refuse_tokens(chosen, "looks tokens up by index")
+    dims = list(reader.of(args["self"]))
+    dims[at[0]] = (reader.of(args["index"]) or ((),))[0]
+    return tuple(dims)
+
+
+def _gather(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Each token reads from, or writes to, its own row: all dimensions but one are those of all operands."""
+    tensors = [arg for name in ("self", "index", "indices", "src") if g.is_tensor(arg := args.get(name))]
+    operands = [reader.of(tensor) for tensor in tensors]
+    dim = args["dim"] % len(operands[0])
+    reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
+    found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])
+    return tuple(
+        new if reader.is_of_tokens(new) else own
+        for new, own in zip(found, ax.of_shape(g.shape(node)), strict=True)
+    )
+
+
+def _scattered(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """A part of a tensor is replaced: not of a dimension of tokens."""
+    own, part = reader.of(args["self"]), reader.of(args["src"])
+    dim = args["dim"] % len(own)
+    reader.refuse_tokens([own[dim]], f"works along the tokens (dimension {dim})")
+    part = (*part[:dim], (), *part[dim + (len(part) == len(own)) :])
+    found = reader.joined([(*own[:dim], (), *own[dim + 1 :]), part])
+    return (*found[:dim], own[dim], *found[dim + 1 :])
+
+
+def _padding(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Constant padding, given from the last dimension on."""
+    dims, new = reader.of(_first(args)), ax.of_shape(g.shape(node))
+    padded = {len(dims) - 1 - at // 2 for at, amount in enumerate(args["pad"]) if amount != 0}
+    reader.refuse_tokens([dims[d] for d in padded], "pads along the tokens")
+    return tuple(new[d] if d in padded else dim for d, dim in enumerate(dims))
+
+
+def _with_one_more(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """A new last dimension."""
+    return (*reader.of(_first(args)), *ax.of_shape(g.shape(node)[-1:]))
+
+
+def _with_one_less(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Without the last dimension, which has two numbers."""
+    *dims, last = reader.of(_first(args))
+    reader.refuse_tokens([last], "works along the tokens")
+    return tuple(dims)
+
+
+def _by_place(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """A ramp over the tokens takes the place of position_ids."""
+    raise _Mixes(_BY_PLACE)
+
+
+def _attention(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """The one place where tokens meet: [batch, tokens, heads, head size], each of them."""
+    for name in ("query", "key", "value"):
+        reader.check_layout(args[name], f"a {name}")
+    return (reader.batch, reader.place, *ax.of_shape(g.shape(node)[2:]))
+
+
+def _by_contract(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
+    """Along all dimensions but the last, an element of the result is computed from that of each operand."""
+    operands = [reader.of(operand) for operand in _operands(args)]
+    operands = [dims for dims in operands if reader.is_of_tokens(ax.flat(dims))]
+    reader.refuse_tokens([dims[-1] for dims in operands], "is given tokens in its last dimension")
+    rows = reader.joined([dims[:-1] for dims in operands])
+    found = [(*rows, *ax.of_shape(tensor.shape[-1:])) for tensor in _tensors(node)]
+    return found if isinstance(g.value(node), (tuple, list)) else found[0]
+
+
+def _table(rule: _Rule, names: str) -> dict[Any, _Rule]:
+    return {getattr(aten, name): rule for name in names.split() if hasattr(aten, name)}
+
+
+_RULES: dict[Any, _Rule] = {
+    **dict.fromkeys(ax.VIEWS, _view),
+    **dict.fromkeys(ax.PERMUTATIONS, _permutation),
+    **dict.fromkeys(ax.EXPANSIONS, _expansion),
+    **_table(
+        _kept,
+        "contiguous clone to _to_copy type_as detach alias lift_fresh_copy dropout real imag",
+    ),
+    **_table(
+        _fill,
+        "zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
+        "empty_like empty_permuted scalar_tensor fill zero",
+    ),
+    **_table(
+        _along,
+        "mean sum amax amin aminmax max min prod var std var_mean softmax _softmax log_softmax _log_softmax "
+        "logsumexp cumsum cumprod topk sort argsort argmax argmin any all norm linalg_vector_norm slice "
+        "select chunk split split_with_sizes unbind narrow flip roll diff glu unsafe_split",
+    ),
+    **_table(_pointwise, "where masked_fill complex polar"),
+    **_table(_cat, "cat concat"),
+    **_table(_stack, "stack"),
+    **_table(_repeat, "repeat"),
+    **_table(_repeat_interleave, "repeat_interleave"),
+    **_table(_last_dims, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
+    **_table(_batch_norm, "batch_norm _native_batch_norm_legit_no_training"),
+    **_table(_convolution, "conv1d conv2d convolution"),
+    **_table(_contraction, "linear matmul mm bmm addmm baddbmm"),
+    **_table(_einsum, "einsum"),
+    **_table(_embedding, "embedding"),
+    **_table(_index, "index"),
+    **_table(_index_put, "index_put"),
+    **_table(_index_select, "index_select"),
+    **_table(_gather, "gather take_along_dim scatter scatter_add scatter_reduce"),
+    **_table(_scattered, "slice_scatter select_scatter"),
+    **_table(_padding, "constant_pad_nd pad"),
+    **_table(_with_one_more, "one_hot view_as_real"),
+    **_table(_with_one_less, "view_as_complex"),
+    **_table(_by_place, "arange linspace tril triu eye"),
+    torch.ops.ad_flashinfer.attention: _attention,
+}
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution, aten.conv_transpose1d, aten.unfold, aten.im2col)
+# How tokens are sent to experts and back.
+_DISPATCH = frozenset(
+    "index_put index_add index_copy scatter scatter_add gather histc bincount nonzero _grouped_mm "
+    "transformers.grouped_mm_fallback sort argsort index index_select".split()
+)

@@ -1,7 +1,7 @@
 """Removes nodes that return their input: casts to the same dtype, full slices, eval dropout, ...
 
-Legal because each op in the table returns its input itself, or a view of all of it, when dtype, device
-and shape do not change: even an in-place write later on sees the same memory.
+Legal because each op in the table returns what its input holds when dtype, device and shape do not change,
+and nothing is written in place any more.
 """
 
 from __future__ import annotations

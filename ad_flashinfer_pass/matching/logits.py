@@ -96,8 +96,6 @@ class LogitsReader:
         if viewed is not None:
             source, self.dims = viewed
             return source
-        if g.mutates_input(node) and len(source_node(node, 0).users) > 1:
-            raise refuse(node, "changes logits in place that something else reads")
         for part in (self._cap, self._factor, self._sinks, self._row_maximum, self._floor, self._mask):
             inner = part(node)
             if inner is not None:
@@ -243,7 +241,7 @@ def _between(last: fx.Node, first: fx.Node) -> list[fx.Node]:
 
 def _hidden_keys(node: fx.Node, factor: float, dims: Dims) -> tuple[fx.Node, MaskTerm] | None:
     """(logits, term) if the node sets logits to what, times ``factor``, softmax takes to zero."""
-    if g.is_op(node, aten.masked_fill, aten.masked_fill_):
+    if g.is_op(node, aten.masked_fill):
         logits, mask, fill = g.args(node)
         return (logits, MaskTerm(mask, dims, is_bool=True, hides=True)) if _hides(fill, factor) else None
     if g.is_op(node, aten.where) and len(node.args) == 3:

@@ -27,7 +27,6 @@ _PASSED = (
     *COPIES,
     aten.where,
     aten.masked_fill,
-    aten.masked_fill_,
     aten.cat,
     aten.slice,
     aten.dropout,
@@ -137,8 +136,8 @@ def constant_fill(node: Any) -> float | None:
 
 def scalar_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
     """(x, c) if the node is x * c or x / c with a constant c."""
-    is_product = g.is_op(node, aten.mul, aten.mul_)
-    if not (is_product or g.is_op(node, aten.div, aten.div_)) or len(node.args) != 2 or node.kwargs:
+    is_product = g.is_op(node, aten.mul)
+    if not (is_product or g.is_op(node, aten.div)) or len(node.args) != 2 or node.kwargs:
         return None
     tensor, other = g.args(node)
     if not g.is_tensor(tensor):
@@ -170,7 +169,7 @@ def same(a: Any, b: Any) -> bool:
         return bool(a == b)
     if a is b:
         return True
-    same_call = a.op == b.op == "call_function" and a.target is b.target and not g.mutates_input(a)
+    same_call = a.op == b.op == "call_function" and a.target is b.target
     return (
         same_call
         and (a.kwargs, len(a.args)) == (b.kwargs, len(b.args))

@@ -76,7 +76,7 @@ def matched(
 
 
 def _batch_apart(axis: Axis) -> tuple[Axis, ...]:
-    """A merged axis of batch and heads as two; ``check_packing`` runs the graph and sees whether it is so."""
+    """A merged axis of batch and heads as two; ``check_packing`` follows both and sees whether they are."""
     if not axis.is_dynamic or axis.size.constant == 1:
         return (axis,)
     return axis.split(Size(1, axis.size.symbols), Size.of(axis.size.constant))

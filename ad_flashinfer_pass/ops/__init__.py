@@ -1,5 +1,7 @@
 """The custom ops of namespace ``ad_flashinfer``, one file each; importing this registers them."""
 
+import torch
+
 from ad_flashinfer_pass.ops.append_kv import append_kv
 from ad_flashinfer_pass.ops.attention import attention
 from ad_flashinfer_pass.ops.cached_attention import cached_attention
@@ -7,4 +9,17 @@ from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.rope_append import rope_append
 
-__all__ = ["append_kv", "attention", "cached_attention", "linear", "prepare_metadata", "rope_append"]
+TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = set()
+"""Ops whose contract is that they work token by token: along all dimensions but the last, an element of each
+result is computed from the same element of each operand that has tokens. ``check_packing`` takes their word;
+add yours: ``TOKEN_BY_TOKEN.add(torch.ops.my_kernels.rms_norm)``."""
+
+__all__ = [
+    "TOKEN_BY_TOKEN",
+    "append_kv",
+    "attention",
+    "cached_attention",
+    "linear",
+    "prepare_metadata",
+    "rope_append",
+]

@@ -175,8 +175,8 @@ def run(
 
 
 def exported(model: nn.Module, *names: str, ctx: TransformContext | None = None) -> fx.GraphModule:
-    """The graph of a model, cleaned of no-ops, after these further transforms."""
-    return run(model, ctx or context(), "export_model", "eliminate_noops", *names)[0]
+    """The graph of a model, without writes in place and no-ops, after these further transforms."""
+    return run(model, ctx or context(), "export_model", "functionalize", "eliminate_noops", *names)[0]
 
 
 def count(gm: fx.GraphModule, *targets: Any) -> int:

@@ -1,0 +1,137 @@
+"""``functionalize``: every write in place becomes a value, and the graph computes what the model does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import ExportError
+from tests.transforms.serving import assert_serves_like, cached
+from tests.transforms.small_models import (
+    HEAD_DIM,
+    HEADS,
+    Attend,
+    Layer,
+    Mix,
+    SmallModel,
+    assert_computes,
+    context,
+    run,
+    sdpa,
+)
+
+WIDTH = HEADS * HEAD_DIM
+
+
+def whole(x: Tensor) -> Tensor:
+    x = x.clone()
+    x *= 2
+    x.add_(1).relu_()
+    return x
+
+
+def part(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., :8] = x[..., :8] * 3
+    x[..., 3].mul_(0.5)
+    x[..., -4:].zero_()
+    return x
+
+
+def views_made_before(x: Tensor) -> Tensor:
+    """A view shows what was written through the whole, and the whole what was written through a view."""
+    x = x.clone()
+    heads, first = x.view(*x.shape[:2], HEADS, HEAD_DIM).transpose(1, 2), x[..., 0]
+    x.mul_(2)
+    heads[:, 1] += 1
+    return x + first[..., None] + heads.transpose(1, 2).flatten(2)
+
+
+def pieces(x: Tensor) -> Tensor:
+    left, right = x.clone().chunk(2, -1)
+    right.copy_(left)
+    left.fill_(2.0)
+    one, *_ = right.unbind(-1)
+    one.neg_()
+    return torch.cat((left, right), -1)
+
+
+def of_another_dtype(x: Tensor) -> Tensor:
+    half = x.half()
+    half += x
+    half[..., 0].copy_(x[..., 1])
+    return half.float()
+
+
+def row_from_another(x: Tensor) -> Tensor:
+    """What was copied from is not what was copied to."""
+    source = x + 1
+    target = torch.empty_like(x)
+    target.copy_(source)
+    target.mul_(3)
+    target[..., 1:2].copy_(torch.ones(()))
+    return target + source
+
+
+MIXES = [whole, part, views_made_before, pieces, of_another_dtype, row_from_another]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=[mix.__name__ for mix in MIXES])
+def test_writes_become_values(mix: object) -> None:
+    """No op that writes is left, and every shape of batch gives the logits of the model."""
+    model = SmallModel(mix=_mix(mix))
+    gm, reports = run(model, context(), "export_model", "functionalize")
+    assert reports["functionalize"].num_matches > 0
+    assert not [n for n in gm.graph.nodes if n.op == "call_function" and g.mutates_input(n)]
+    assert_computes(gm, model)
+
+
+def _mix(function: object) -> Mix:
+    assert callable(function)
+    return lambda model, x, p: function(x)
+
+
+def query_times_a_number(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    q *= 0.35
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+
+
+def query_turned_in_part(layer: Layer, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    q, k = q.contiguous(), k.contiguous()
+    for x in (q, k):
+        angle = p[:, None, :, None] * 0.3
+        x[..., :4] = x[..., :4] * angle.cos() + x[..., :4].flip(-1) * angle.sin()
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("attend", [query_times_a_number, query_turned_in_part])
+def test_operands_that_were_written_are_read_as_written(attend: Attend) -> None:
+    """A factor is applied once, and a rotation is not lost, when they are written into query and key."""
+    model = SmallModel(attend, attend).eval()
+    assert_serves_like(cached(model), model)
+
+
+def test_writes_that_outlive_a_step_are_refused() -> None:
+    """A buffer that forward changes would carry from one request to the next."""
+
+    def count(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+        model.parts["counter"].calls.add_(1)  # type: ignore[union-attr,operator]
+        return x * model.parts["counter"].calls  # type: ignore[operator]
+
+    counter = nn.Module()
+    counter.register_buffer("calls", torch.zeros(()))
+    with pytest.raises(ExportError, match=r"writes to the weight or buffer .*calls, which would carry over"):
+        run(SmallModel(sdpa, mix=count, counter=counter), context(), "export_model", "functionalize")
+
+
+def test_a_graph_without_writes_is_left_alone() -> None:
+    """Nothing is matched, and the module is the same."""
+    gm, _ = run(SmallModel(sdpa), context(), "export_model")
+    before = [node.name for node in gm.graph.nodes]
+    after, reports = run(gm, context(), "functionalize")
+    assert after is gm
+    assert [node.name for node in after.graph.nodes] == before
+    assert reports["functionalize"].num_matches == 0

@@ -1,0 +1,189 @@
+"""Writes in place -> values of their own.
+
+Before: part = aten.slice(x, -1, 0, r); aten.mul_(part, c); out = linear(x, weight)
+After:  part = aten.slice(x, -1, 0, r); new = aten.mul(part, c)
+        y = aten.slice_scatter(x, new, -1, 0, r); out = linear(y, weight)
+
+Every transform after this one takes a node for one value. That is right only if no node is written to after
+it was made, so each write becomes nodes of its own: the tensor that was written, the tensors it is a view
+of, and the other views of those are computed anew, and whatever came after the write reads them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import SymInt, fx, nn
+
+from ad_flashinfer_pass import axes as ax
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.errors import ExportError
+from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+
+aten = torch.ops.aten
+_ORIGIN = ("nn_module_stack", "stack_trace")
+
+
+@register("functionalize")
+def functionalize(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Replace every write in place.
+
+    Raises:
+        ExportError: names a write that has no counterpart, or that outlives the step.
+    """
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("functionalize")
+    writes = [node for node in model.graph.nodes if node.op == "call_function" and g.mutates_input(node)]
+    # Of the graph as it was traced: afterwards values that are computed anew lie elsewhere.
+    views = {node for node in model.graph.nodes if _is_view(node)} if writes else set()
+    for node in writes:
+        _replace(model, node, views)
+        report.num_matches += 1
+    if report.num_matches:
+        g.finish(model)
+    return model, report
+
+
+def _replace(gm: fx.GraphModule, write: fx.Node, views: set[fx.Node]) -> None:
+    nodes = list(gm.graph.nodes)
+    place = nodes.index(write)
+    written: fx.Node = g.args(write)[0]
+    with gm.graph.inserting_before(write):
+        values = {written: _value(gm.graph, write, written)}
+        base = written
+        while base in views:
+            source = _source(base)
+            if base.target is operator.getitem:  # of what split cut up
+                source = _source(source)
+            values[source] = _with_part(gm.graph, base, source, values[base])
+            base = source
+        if base.op == "get_attr":
+            raise _refusal(
+                write,
+                f"writes to the weight or buffer {base.target}, which would carry over to other requests",
+            )
+        for node in nodes[:place]:  # another view of what was written shows the new values
+            if node in views and node not in values and _source(node) in values:
+                values[node] = _again(gm.graph, node, values)
+                views.add(values[node])
+    later = set(nodes[place + 1 :])
+    for old, new in values.items():
+        old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
+    write.replace_all_uses_with(values[written])
+    gm.graph.erase_node(write)
+
+
+def _source(view: fx.Node) -> fx.Node:
+    source: fx.Node = view.all_input_nodes[0]
+    return source
+
+
+def _again(graph: fx.Graph, view: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A view of the new value of its source; its other arguments, sizes, are as they were."""
+    source, *rest = g.args(view)
+    # The new value may lie in memory in another order.
+    target: Any = aten.reshape.default if g.is_op(view, aten.view) else view.target
+    new = g.call_op(graph, target, values[source], *rest, **view.kwargs)
+    new.meta.update({key: view.meta[key] for key in _ORIGIN if key in view.meta})
+    return new
+
+
+def _value(graph: fx.Graph, write: fx.Node, written: fx.Node) -> fx.Node:
+    """What the written tensor holds after the write, as a new node.
+
+    Raises:
+        ExportError: the op writes to another argument than its first, or has no counterpart without a write.
+    """
+    target = write.target
+    assert isinstance(target, torch._ops.OpOverload)
+    if g.is_op(write, aten.detach_):
+        return written
+    arguments = [arg for arg in target._schema.arguments if arg.alias_info and arg.alias_info.is_write]
+    packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
+    if target.namespace != "aten" or arguments != [target._schema.arguments[0]] or packet is None:
+        raise _refusal(write, f"writes to a tensor in place by {target}, which has no form that does not")
+    if g.is_op(write, aten.copy_):
+        new = g.call_op(graph, aten.clone.default, g.args(write)[1])  # nobody writes to that one by this name
+        if not g.same_shape(g.shape(new), g.shape(written)):
+            new = g.call_op(graph, aten.expand_as.default, new, written)
+    else:
+        new = g.call_op(graph, getattr(packet, target._overloadname), *write.args, **write.kwargs)
+    if g.value(new).dtype != g.value(written).dtype:
+        new = g.call_op(graph, aten.to.dtype, new, g.value(written).dtype)
+    new.meta.update({key: write.meta[key] for key in _ORIGIN if key in write.meta})
+    return new
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node has the memory of its first argument."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return _is_view(g.args(node)[0])
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable or not any(arg.alias_info for arg in schema.arguments):
+        return False
+    # Whether reshape, contiguous and to are views depends on what they are given.
+    own, given = ({t.untyped_storage()._cdata for t in _tensors(n)} for n in (node, _source(node)))
+    return not own.isdisjoint(given)
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    value = g.value(node)
+    return [
+        v for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor)
+    ]
+
+
+def _with_part(graph: fx.Graph, view: fx.Node, source: fx.Node, new: fx.Node) -> fx.Node:
+    """The source of a view, with the view's elements replaced.
+
+    Raises:
+        ExportError: the elements of the view are not told apart in the source.
+    """
+    if view.target is operator.getitem:
+        return _with_piece(graph, view, new)
+    args = g.op_args(view)
+    if g.is_op(view, aten.slice):
+        return g.call_op(
+            graph,
+            aten.slice_scatter.default,
+            source,
+            new,
+            *(args[k] for k in ("dim", "start", "end", "step")),
+        )
+    if g.is_op(view, aten.select):
+        return g.call_op(graph, aten.select_scatter.default, source, new, args["dim"], args["index"])
+    if g.is_op(view, aten.narrow) and isinstance(args["start"], int) and isinstance(args["length"], int):
+        ends = args["start"], args["start"] + args["length"]
+        return g.call_op(graph, aten.slice_scatter.default, source, new, args["dim"], *ends)
+    order = ax.order_of(view)
+    if order is not None:
+        return g.call_op(graph, aten.permute.default, new, [order.index(dim) for dim in range(len(order))])
+    if g.value(view).dtype == g.value(source).dtype and g.same_size(
+        g.value(view).numel(), g.value(source).numel()
+    ):
+        if g.same_shape(g.shape(view), g.shape(source)):
+            return new
+        if g.is_op(view, *ax.VIEWS):
+            return g.call_op(graph, aten.reshape_as.default, new, source)
+    raise _refusal(view, f"is written to in place through {view.target}, which has no inverse")
+
+
+def _with_piece(graph: fx.Graph, piece: fx.Node, new: fx.Node) -> fx.Node:
+    """The tensor that unbind, split or chunk cut up, with one piece replaced."""
+    pieces, index = g.args(piece)
+    args = g.op_args(pieces)
+    whole, dim = args["self"], args["dim"]
+    if g.is_op(pieces, aten.unbind):
+        return g.call_op(graph, aten.select_scatter.default, whole, new, dim, index)
+    sizes: list[int | SymInt] = [part.shape[dim] for part in g.value(pieces)[: index + 1]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise _refusal(piece, f"is written to in place through {pieces.target} of tokens")
+    return g.call_op(graph, aten.slice_scatter.default, whole, new, dim, sum(sizes[:-1]), sum(sizes))
+
+
+def _refusal(node: fx.Node, what: str) -> ExportError:
+    return ExportError(f"{g.where(node)}: {node.name} {what}; compute a new tensor instead.", node=node)

@@ -29,6 +29,7 @@ from ad_flashinfer_pass.transforms import (
     classify_mask,
     eliminate_noops,
     expand_flex_attention,
+    functionalize,
     insert_cached_attention,
     match_repeat_kv,
 )
@@ -47,9 +48,11 @@ from tests.transforms.small_models import (
     sdpa,
     softmax_with_sinks,
 )
+from tests.transforms.test_check_packing import Transposed
 
 Patch = pytest.MonkeyPatch
 FORMS = hand_written.FORMS
+WRITES, PACKING, READER = "functionalize", "check_packing", check_packing._Reader
 
 
 # Oracles. Each is a model of a few layers and what must hold of it.
@@ -101,6 +104,15 @@ def averaged(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
     return x + x.mean(1, keepdim=True)
 
 
+def written_in_place(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    q, k = q.contiguous(), k.clone()
+    first = k[..., :2]
+    q *= 0.35
+    k.mul_(2)
+    first *= 3
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+
+
 def low_floor(logits: Tensor, p: Tensor) -> Tensor:
     return torch.clamp_min(logits, -0.5) + additive(causal(p))
 
@@ -127,6 +139,9 @@ ORACLES: dict[str, Callable[[], None]] = {
     "refused_floor": refuses(lambda: SmallModel(eager(mask=low_floor))),
     "refused_prefix": refuses(lambda: SmallModel(eager(mask=prefix))),
     "refused_mean_over_tokens": refuses(lambda: SmallModel(sdpa, mix=averaged)),
+    "written_in_place": serves(lambda: SmallModel(hand_written.form(written_in_place))),
+    "refused_number_of_tokens": refuses(lambda: SmallModel(sdpa, mix=lambda m, x, p: x / x.shape[1])),
+    "refused_logits_by_token_and_batch": refuses(Transposed),
     "refused_readers": refuses(lambda: SmallModel(hand_written.attend_with_weights)),
 }
 
@@ -257,8 +272,28 @@ def any_floor(patch: Patch) -> None:
     patch.setattr(logits, "_hides", lambda fill, factor: True)
 
 
-def no_packing_rule(patch: Patch) -> None:
-    patch.setattr(check_packing._Reader, "read", lambda self, node: False)
+def nothing(*args: Any) -> int:
+    return 0
+
+
+def same_view(graph: fx.Graph, view: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+    return view
+
+
+def same_source(graph: fx.Graph, view: fx.Node, source: fx.Node, new: fx.Node) -> fx.Node:
+    return source
+
+
+def replaced(owner: Any, name: str, by: Callable[..., Any]) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(owner, name, by)
+
+
+def writes_ignored(patch: Patch) -> None:
+    def broken(gm: fx.GraphModule, write: fx.Node, views: set[fx.Node]) -> None:
+        write.replace_all_uses_with(write.all_input_nodes[0])
+        gm.graph.erase_node(write)
+
+    patch.setattr(functionalize, "_replace", broken)
 
 
 def casts_dropped(patch: Patch) -> None:
@@ -270,7 +305,7 @@ def casts_dropped(patch: Patch) -> None:
 
 def ignored_readers(patch: Patch) -> None:
     patch.setattr(logits.LogitsReader, "check_readers", lambda self, softmax: None)
-    patch.setattr(check_packing._Reader, "read", lambda self, node: False)
+    patch.setattr(READER, "read", nothing)
 
 
 def caches(choose: Callable[[list[fx.Node]], fx.Node]) -> Callable[[Patch], None]:
@@ -372,7 +407,13 @@ MUTATIONS = [
     of(CLASSIFY, "ALiBi dropped", lambda p: classes_with(p, alibi_slopes=lambda s: None), "alibi"),
     of(CLASSIFY, "ALiBi heads reversed", lambda p: classes_with(p, alibi_slopes=lambda s: s[::-1]), "alibi"),
     of(CLASSIFY, "no proof", everything_is_causal, "refused_prefix"),
-    of("check_packing", "nothing checked", no_packing_rule, "refused_mean_over_tokens"),
+    of(WRITES, "writes ignored", writes_ignored, "written_in_place"),
+    of(WRITES, "views stay as they were", replaced(functionalize, "_again", same_view), "written_in_place"),
+    of(WRITES, "parts lost", replaced(functionalize, "_with_part", same_source), "written_in_place"),
+    of(PACKING, "nothing checked", replaced(READER, "read", nothing), "refused_mean_over_tokens"),
+    of(PACKING, "works along tokens", replaced(READER, "refuse_tokens", nothing), "refused_mean_over_tokens"),
+    of(PACKING, "any layout", replaced(READER, "check_layout", nothing), "refused_logits_by_token_and_batch"),
+    of(PACKING, "counts", replaced(check_packing, "_check_numbers", nothing), "refused_number_of_tokens"),
     of(INSERT, "every layer has the first cache", caches(lambda made: made[0]), "two_layers"),
     of(INSERT, "lengths without this step's tokens", stale_lengths, "two_layers"),
     of("gather_logits_before_lm_head", "the first row for all", first_row_for_all, "two_layers"),

@@ -352,12 +352,12 @@ def test_attention_over_another_axis_is_refused() -> None:
 
 def test_logits_by_token_and_batch_are_refused() -> None:
     """The rows of logits are the tokens; a model that returns them transposed is not served."""
-    gm = exported(_Transposed(), "match_attention")
+    gm = exported(Transposed(), "match_attention")
     with pytest.raises(PackingError, match=r"takes the logits of shape .* which is not by batch and token"):
         run(gm, context(), "check_packing")
 
 
-class _Transposed(nn.Module):
+class Transposed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = SmallModel(sdpa)

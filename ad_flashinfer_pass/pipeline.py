@@ -3,8 +3,10 @@
 Order, and why each stands where it does:
 
 1. ``export_model``: everything after works on one aten graph.
-2. ``functionalize``: everything after takes a node for one value; ``eliminate_noops``: casts, slices and assertions would stand between the nodes that matchers read.
-3. ``expand_flex_attention``, ``match_repeat_kv``: before attention, which is then written in fewer ways.
+2. ``expand_flex_attention``: its block masks die with it, before anything reads the graph.
+   ``functionalize``: everything after takes a node for one value. ``eliminate_noops``: casts, slices and
+   assertions would stand between the nodes that matchers read.
+3. ``match_repeat_kv``: before attention, which is then written in fewer ways.
 4. ``match_attention``: SDPA and eager forms become one op, with the mask still a subgraph.
 5. ``classify_mask``: the mask subgraph becomes attributes of that op, or the pass stops.
 6. ``check_packing``: after the masks are gone, since they are the part that mixes tokens rightly.

@@ -398,23 +398,27 @@ def _stack(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
 
 
 def _repeat(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
-    """Copies side by side, counted from the last dimension: one of each token."""
+    """Copies of the whole, counted from the last dimension: which copy it is stands outside of each axis."""
     source, times, new = _first(args), args["repeats"], g.shape(node)
     dims = ((),) * (len(times) - g.value(source).dim()) + reader.of(source)
     found = []
     for dim, n, size in zip(dims, times, new, strict=True):
-        if n != 1 and reader.is_of_tokens(dim):
-            raise _Mixes("repeats the tokens")
-        found.append(dim if n == 1 else ax.of_shape((size,))[0] if dim else reader.uniform(size))
+        if isinstance(n, int):
+            found.append((*ax.of_shape((n,))[0], *dim))
+        elif dim:
+            raise _Mixes("makes as many copies as there are tokens")
+        else:
+            found.append(reader.uniform(size))
     return tuple(found)
 
 
 def _repeat_interleave(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
-    if not isinstance(args.get("repeats"), int):
-        raise _Mixes("makes as many copies as a tensor says")
-    found = _along(reader, node, args)
-    assert isinstance(found, tuple)
-    return found
+    """Copies of each element: which copy it is stands inside of its axis."""
+    times, dim, dims = args.get("repeats"), args.get("dim"), reader.of(_first(args))
+    if not isinstance(times, int) or dim is None:
+        raise _Mixes("makes as many copies as a tensor says, or of all tokens in one dimension")
+    dim %= len(dims)
+    return (*dims[:dim], (*dims[dim], *ax.of_shape((times,))[0]), *dims[dim + 1 :])
 
 
 def _last_dims(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:

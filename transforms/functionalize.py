@@ -38,12 +38,31 @@ def functionalize(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     writes = [node for node in model.graph.nodes if node.op == "call_function" and g.mutates_input(node)]
     # Of the graph as it was traced: afterwards values that are computed anew lie elsewhere.
     views = {node for node in model.graph.nodes if _is_view(node)} if writes else set()
+    live = _live(model.graph, writes, views)
     for node in writes:
-        _replace(model, node, views)
+        if node in live:
+            _replace(model, node, views)
+        else:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            model.graph.erase_node(node)
         report.num_matches += 1
     if report.num_matches:
         g.finish(model)
     return model, report
+
+
+def _live(graph: fx.Graph, writes: list[fx.Node], views: set[fx.Node]) -> set[fx.Node]:
+    """What the results of a graph need: what they are computed from, and the writes to any of that."""
+
+    def base(node: fx.Node) -> fx.Node:
+        return base(_source(node)) if node in views else node
+
+    live, pending = set(g.ancestors(graph.output_node(), stop=lambda n: False)), list(writes)
+    while found := [w for w in pending if w in live or not {base(g.args(w)[0])}.isdisjoint(map(base, live))]:
+        for write in found:
+            live.update(g.ancestors(write, stop=lambda n: False))
+        pending = [write for write in pending if write not in found]
+    return live
 
 
 def _replace(gm: fx.GraphModule, write: fx.Node, views: set[fx.Node]) -> None:
@@ -126,7 +145,10 @@ def _is_view(node: fx.Node) -> bool:
     if schema is None or schema.is_mutable or not any(arg.alias_info for arg in schema.arguments):
         return False
     # Whether reshape, contiguous and to are views depends on what they are given.
-    own, given = ({t.untyped_storage()._cdata for t in _tensors(n)} for n in (node, _source(node)))
+    try:
+        own, given = ({t.untyped_storage()._cdata for t in _tensors(n)} for n in (node, _source(node)))
+    except NotImplementedError:  # under vmap, in flex_attention's mods
+        return True
     return not own.isdisjoint(given)
 
 

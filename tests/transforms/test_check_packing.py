@@ -314,6 +314,20 @@ def test_experts_as_a_dense_product_need_no_contract() -> None:
     checked(every_expert_on_every_token)
 
 
+def test_copies_of_tokens_pass_where_they_are_told_apart() -> None:
+    """As Llama-4 sends every token to every expert: [t, d] -> [e * t, d] -> [e, t, d]; and one by one."""
+
+    def copied(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        each = torch.bmm(rows.repeat(EXPERTS, 1).view(EXPERTS, -1, WIDTH), tables(model).experts)
+        twice = rows.repeat_interleave(2, 0).view(-1, 2, WIDTH)
+        return x + (each.sum(0) + twice.sum(1)).view(x.shape)
+
+    checked(copied)
+    with pytest.raises(PackingError, match="moves tokens"):
+        checked(lambda m, x, p: x.repeat(1, 2, 1).view(x.shape[0], x.shape[1], 2, WIDTH).sum(2))
+
+
 def test_layers_over_channels_pass() -> None:
     """A convolution with a kernel of one token, and a normalisation by fixed moments."""
     moments = torch.linspace(0, 1, WIDTH), torch.linspace(1, 2, WIDTH)

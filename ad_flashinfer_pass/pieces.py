@@ -36,7 +36,7 @@ _TOKENS, _ROWS = 48, 24
 """Tokens and logits' rows of the example: not 0 or 1, which are constants to a ShapeEnv; not equal."""
 _CUTS = frozenset(
     getattr(torch.ops.ad_flashinfer, op.__name__).default
-    for op in (ops.prepare_metadata, ops.append_kv, ops.rope_append, ops.cached_attention)
+    for op in (ops.prepare_metadata, ops.append_kv, ops.rope_append, ops.cached_attention, ops.experts)
 )
 
 

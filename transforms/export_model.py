@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.errors import ExportError
+from ad_flashinfer_pass.errors import ExportError, UnsupportedError
+from ad_flashinfer_pass.experts import as_one_op
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 # Large enough that sizes are not confused with small constants, distinct, and not 0 or 1, which
@@ -52,13 +53,15 @@ def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
     example = wrapped.example((_EXAMPLE_BATCH, _EXAMPLE_SEQ), ctx.device)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_one_op(model):
             program = torch.export.export(
                 wrapped,
                 example,
                 dynamic_shapes=(dynamic, dynamic),
                 strict=False,
             )
+    except UnsupportedError:
+        raise
     except Exception as err:  # torch.export raises whatever the model's own code raises
         raise ExportError(
             f"{type(model).__name__} cannot be exported with dynamic batch and sequence: {reason_of(err)}"

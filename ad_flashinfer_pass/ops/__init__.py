@@ -5,6 +5,7 @@ import torch
 from ad_flashinfer_pass.ops.append_kv import append_kv
 from ad_flashinfer_pass.ops.attention import attention
 from ad_flashinfer_pass.ops.cached_attention import cached_attention
+from ad_flashinfer_pass.ops.experts import experts
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.rope_append import rope_append
@@ -19,6 +20,7 @@ __all__ = [
     "append_kv",
     "attention",
     "cached_attention",
+    "experts",
     "linear",
     "prepare_metadata",
     "rope_append",

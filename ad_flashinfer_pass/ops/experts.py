@@ -1,0 +1,194 @@
+"""``ad_flashinfer.experts``: the experts of a mixture-of-experts layer, and the sum of what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NAME = "ad_flashinfer::experts"
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: torch.square(F.relu(x)),
+}
+_COPIED_BYTES = 1 << 28
+"""Of weights at a time, where each row multiplies a copy of its expert's."""
+
+torch.library.define(
+    _NAME,
+    "(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
+    'Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation="silu", float alpha=1.0, '
+    "float beta=0.0, float? limit=None, bool in_float32=False, bool has_gate=True, "
+    "bool is_concatenated=True, bool is_transposed=False, bool weigh_input=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    limit: float | None = None,
+    in_float32: bool = False,
+    has_gate: bool = True,
+    is_concatenated: bool = True,
+    is_transposed: bool = False,
+    weigh_input: bool = False,
+) -> Tensor:
+    """The sum over j of ``weights[t, j] * down(gate(gate_up(hidden[t])))``, by expert ``index[t, j]``.
+
+    Token by token: a row of the result depends on the same row of the first three arguments and on no other,
+    but for rounding, which differs with the number of rows that an expert has. Products are in the dtype of
+    the experts, a weight and what it multiplies are promoted, the k results are summed in float32.
+
+    Args:
+        hidden_states: [t, hidden].
+        top_k_index: int [t, k], each in [0, num_experts).
+        top_k_weights: [t, k].
+        gate_up_proj: [num_experts, 2 * width, hidden]; without a gate [num_experts, width, hidden].
+        down_proj: [num_experts, hidden, width].
+        gate_up_bias: [num_experts, 2 * width]; without a gate [num_experts, width].
+        down_bias: [num_experts, hidden].
+        activation: of ``ACTIVATIONS``; of the gate, and without a gate of all.
+        alpha: if not 1, the gate becomes gate * sigmoid(alpha * gate), which is silu for 1.
+        beta: added to what the activated gate multiplies.
+        limit: first, gate is cut at limit and what it multiplies to [-limit, limit].
+        in_float32: the gate is computed in float32 and rounded once.
+        has_gate: half of the columns of gate_up are multiplied by the other half, activated.
+        is_concatenated: all of the gate stands before the rest; else the two alternate.
+        is_transposed: the last two dimensions of both projections are swapped.
+        weigh_input: weights multiply hidden_states in place of the results.
+
+    Returns:
+        [t, hidden], contiguous, in the dtype of hidden_states.
+    """
+    num_tokens, top_k = top_k_index.shape
+    up, down = (gate_up_proj, down_proj) if is_transposed else (gate_up_proj.mT, down_proj.mT)
+    # All that is sent to one expert lies together.
+    expert, order = top_k_index.reshape(-1).sort(stable=True)
+    product = _product(expert, up, down)
+    rows, weights = hidden_states[order // top_k], top_k_weights.reshape(-1)[order][:, None]
+    if weigh_input:
+        rows = rows * weights
+    middle = product(rows.to(up.dtype), up)
+    if gate_up_bias is not None:
+        middle = middle + gate_up_bias[expert]
+    middle = gated(middle, activation, alpha, beta, limit, in_float32, has_gate, is_concatenated)
+    results = product(middle.to(down.dtype), down)
+    if down_bias is not None:
+        results = results + down_bias[expert]
+    if not weigh_input:
+        results = results * weights
+    by_token = torch.empty_like(results)
+    by_token[order] = results
+    return by_token.view(num_tokens, top_k, down.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def gated(
+    x: Tensor,
+    activation: str = "silu",
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    limit: float | None = None,
+    in_float32: bool = False,
+    has_gate: bool = True,
+    is_concatenated: bool = True,
+) -> Tensor:
+    """What stands between the two projections, [..., width]; arguments as of ``experts``."""
+    activate = ACTIVATIONS[activation]
+    if not has_gate:
+        return activate(x)
+    gate, up = x.chunk(2, -1) if is_concatenated else (x[..., ::2], x[..., 1::2])
+    if in_float32:
+        gate, up = gate.float(), up.float()
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gate = activate(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)
+    return (gate * (up if beta == 0.0 else up + beta)).to(x.dtype)
+
+
+_Product = Callable[[Tensor, Tensor], Tensor]
+"""Of rows [n, in], sorted by expert, with [num_experts, in, out]: each row with its expert's."""
+
+
+def _product(expert: Tensor, *weights: Tensor) -> _Product:
+    """The product for rows of these experts."""
+    device = expert.device
+    if device.type == "cuda" and all(_fits_grouped_mm(weight) for weight in weights):
+        ends = torch.searchsorted(
+            expert, torch.arange(weights[0].shape[0], device=device, dtype=expert.dtype), right=True
+        )
+        return partial(_grouped_mm, offs=ends.int())
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return partial(_by_row, expert=expert)
+    return partial(_by_expert, counts=torch.bincount(expert, minlength=weights[0].shape[0]).tolist())
+
+
+def _fits_grouped_mm(weight: Tensor) -> bool:
+    """Whether torch has a kernel for it that does not wait: bfloat16, rows of 16 bytes, Hopper or later."""
+    has_kernel = torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
+    aligned = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
+    return has_kernel and aligned and weight.dtype == torch.bfloat16 and weight.data_ptr() % 16 == 0
+
+
+def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    result: Tensor = F.grouped_mm(rows, weight, offs=offs)
+    return result
+
+
+def _by_row(rows: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """Slow, but of a fixed number of launches: a CUDA graph can hold it."""
+    step = max(1, _COPIED_BYTES // (weight[0].numel() * weight.itemsize))
+    parts = [
+        torch.bmm(some[:, None], weight[chosen])[:, 0]
+        for some, chosen in zip(rows.split(step), expert.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _by_expert(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    result = rows.new_empty((rows.shape[0], weight.shape[-1]))
+    start = 0
+    for number, count in enumerate(counts):
+        if count:
+            torch.mm(rows[start : start + count], weight[number], out=result[start : start + count])
+            start += count
+    return result
+
+
+torch.library.impl(_NAME, "default", experts)
+
+
+@torch.library.register_fake(_NAME)
+def _(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    limit: float | None = None,
+    in_float32: bool = False,
+    has_gate: bool = True,
+    is_concatenated: bool = True,
+    is_transposed: bool = False,
+    weigh_input: bool = False,
+) -> Tensor:
+    return hidden_states.new_empty((hidden_states.shape[0], down_proj.shape[-1 if is_transposed else -2]))

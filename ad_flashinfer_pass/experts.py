@@ -12,15 +12,21 @@ stands between the two projections: that is traced, and has to be what the op co
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import io
 import sys
-from collections.abc import Callable, Iterator
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,6 +37,7 @@ from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.ops.experts import ACTIVATIONS, gated
 
 aten = torch.ops.aten
+_ANY_WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ def as_one_op(model: nn.Module) -> Iterator[None]:
     replaced = []
     try:
         for name, module in model.named_modules():
-            if "forward" not in vars(module) and _goes_through_the_interface(module):
-                module.forward = partial(_forward, module, gate_of(module, name))
+            forward = None if "forward" in vars(module) else _by_the_op(module, name)
+            if forward is not None:
+                module.forward = forward
                 replaced.append(module)
         yield
     finally:
@@ -65,18 +73,39 @@ def as_one_op(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
+def _by_the_op(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The forward of a known module by the op; None for all others."""
+    if _goes_through_the_interface(module):
+        return partial(_of_interface, module, gate_of(module, name))
+    written = _WRITTEN.get(type(module).__name__)
+    if written is None or not type(module).__module__.startswith("transformers."):
+        return None
+    parts = [module, *(module.get_submodule(part) for part in written.parts)]
+    if _digest(type(part).forward for part in parts) not in written.digests:
+        return None
+    weight = next(module.parameters())
+    example = (2 * _ANY_WIDTH, weight.dtype, weight.device)
+    activation = attrgetter(written.activation)(module)
+    return partial(written.forward, module, _gate(_multiplied(activation), _where(module, name), *example))
+
+
 def _goes_through_the_interface(module: nn.Module) -> bool:
-    """Whether transformers' own experts functions are what this module computes by."""
+    """Whether this module computes by one of the functions of transformers' experts interface."""
     moe = sys.modules.get("transformers.integrations.moe")
-    if moe is None or getattr(type(module).forward, "__globals__", None) is not vars(moe):
+    forward = type(module).forward
+    if moe is None or getattr(forward, "__globals__", None) is not vars(moe):
         return False
+    interface = inspect.getclosurevars(forward).nonlocals.get("experts_interface")
     name: Any = getattr(module.config, "_experts_implementation", None)
     function = moe.ALL_EXPERTS_FUNCTIONS.get(name)
-    return name in (None, "eager") or getattr(function, "__module__", "").startswith("transformers.")
+    is_known = getattr(function, "__module__", "").startswith(("transformers.", "ad_flashinfer_pass."))
+    return interface is moe.ALL_EXPERTS_FUNCTIONS and (name in (None, "eager") or is_known)
 
 
-def _forward(module: Any, gate: Gate, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-    """As ``forward`` of experts, whose arguments have other names in some modules, in this order."""
+def _of_interface(
+    module: Any, gate: Gate, hidden_states: Tensor, *routing: Tensor, **named: Tensor
+) -> Tensor:
+    """The arguments of the forward have other names in some modules, in this order."""
     index, weights = (*routing, *named.values())
     up = "gate_up_proj" if module.has_gate else "up_proj"
     out: Tensor = torch.ops.ad_flashinfer.experts(
@@ -93,6 +122,91 @@ def _forward(module: Any, gate: Gate, hidden_states: Tensor, *routing: Tensor, *
     return out
 
 
+def _dbrx(module: Any, gate: Gate, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    mlp = module.mlp
+    w1, v1, w2 = (w.view(-1, module.ffn_hidden_size, module.hidden_size) for w in (mlp.w1, mlp.v1, mlp.w2))
+    tokens = hidden_states.reshape(-1, module.hidden_size)
+    out = torch.ops.ad_flashinfer.experts(tokens, index, weights, w1, w2.mT, up_proj=v1, **asdict(gate))
+    return out.view(hidden_states.shape[0], -1, module.hidden_size)
+
+
+def _llama4(module: Any, gate: Gate, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """All experts on all tokens there, with weights of 0 for most, which multiply what an expert reads."""
+    experts = module.experts
+    tokens = hidden_states.reshape(-1, module.hidden_dim)
+    logits = F.linear(tokens, module.router.weight)
+    best, index = torch.topk(logits, module.router.top_k, dim=1)
+    routed = torch.ops.ad_flashinfer.experts(
+        tokens,
+        index,
+        torch.sigmoid(best.float()).to(best.dtype),
+        experts.gate_up_proj,
+        experts.down_proj,
+        **asdict(gate),
+        is_transposed=True,
+        weigh_input=True,
+    )
+    return module.shared_expert(tokens) + routed, logits
+
+
+def _longcat(module: Any, gate: Gate, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Experts beyond those with weights give a token back as it is."""
+    number = module.num_routed_experts
+    gives_back = index >= number
+    routed = torch.ops.ad_flashinfer.experts(
+        hidden_states,
+        index.masked_fill(gives_back, 0),
+        weights.masked_fill(gives_back, 0.0),
+        module.gate_up_proj[:number],
+        module.down_proj,
+        **asdict(gate),
+    )
+    kept = weights.masked_fill(~gives_back, 0.0).sum(-1, keepdim=True)
+    return routed + (hidden_states * kept).to(hidden_states.dtype)
+
+
+class _Written(NamedTuple):
+    """A module of transformers that has its own code for experts."""
+
+    forward: Callable[..., Any]
+    """Of the module, the gate, and what its own forward takes: the same by the op."""
+    activation: str
+    """Where it has the activation of its gate."""
+    parts: tuple[str, ...]
+    """Modules in it whose code counts, too."""
+    digests: tuple[str, ...]
+    """Of the code that was read, 5.17 to 5.24: other code is another module."""
+
+
+_WRITTEN = {
+    "DbrxExperts": _Written(_dbrx, "mlp.activation_fn", ("mlp",), ("a219cffa9b69b320", "134a34410ecccc5d")),
+    "Llama4TextMoe": _Written(_llama4, "experts.act_fn", ("experts", "router"), ("9d7df63b0a7af6de",)),
+    "LongcatFlashExperts": _Written(_longcat, "act_fn", (), ("b89842d1183acf1c",)),
+}
+
+
+def _digest(functions: Iterable[Callable[..., Any]]) -> str:
+    """Of the code of functions, without comments and layout."""
+    found = hashlib.sha256()
+    for function in functions:
+        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):
+            if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+                found.update(f"{token.string} ".encode())
+    return found.hexdigest()[:16]
+
+
+def _multiplied(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return activation(gate) * up
+
+    return function
+
+
+def _where(module: nn.Module, name: str) -> str:
+    return f"{name} ({type(module).__name__})"
+
+
 def gate_of(module: Any, name: str) -> Gate:
     """What a module of transformers' experts interface computes between its projections.
 
@@ -103,7 +217,7 @@ def gate_of(module: Any, name: str) -> Gate:
     Raises:
         UnsupportedError: the op has no arguments that compute the same.
     """
-    where = f"{name} ({type(module).__name__})"
+    where = _where(module, name)
     for attribute, what in (
         ("_is_expert_parallel", "holds some of the experts only"),
         ("has_post_expert_norm", "normalises what each expert gives"),
@@ -111,14 +225,30 @@ def gate_of(module: Any, name: str) -> Gate:
         if getattr(module, attribute, False):
             raise UnsupportedError(f"{where} {what}, which ad_flashinfer.experts does not compute.")
     down = module.down_proj
-    width = down.shape[-2 if module.is_transposed else -1] * (2 if module.has_gate else 1)
-    example = (width, down.dtype, down.device)
-    traced = _trace(module._apply_gate if module.has_gate else module.act_fn, *example)
+    width = down.shape[-2 if module.is_transposed else -1]
+    if not module.has_gate:
+        return _gate(module.act_fn, where, width, down.dtype, down.device, has_gate=False)
+    layout = {"is_concatenated": module.is_concatenated}
+    return _gate(module._apply_gate, where, 2 * width, down.dtype, down.device, **layout)
+
+
+def _gate(function: Callable[[Tensor], Tensor], where: str, *example: Any, **given: bool) -> Gate:
+    """The gate that computes as a function does.
+
+    Args:
+        function: to be traced.
+        where: for the message.
+        example: number of columns, dtype and device of what it gets.
+        given: fields of the gate that are known.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    traced = _trace(function, *example)
     numbers = {argument: _number(traced.graph, *place) for argument, place in _NUMBERS.items()}
-    gate = Gate(has_gate=module.has_gate, is_concatenated=module.is_concatenated)
-    gate = replace(gate, **{argument: number for argument, number in numbers.items() if number is not None})
+    found = {argument: number for argument, number in numbers.items() if number is not None}
     for in_float32, activation in product((False, True), ACTIVATIONS):
-        candidate = replace(gate, activation=activation, in_float32=in_float32)
+        candidate = Gate(activation=activation, in_float32=in_float32, **found, **given)
         if _trace_of_gate(candidate, *example).text == traced.text:
             return candidate
     names = [node.target._schema.name for node in traced.graph.nodes if _is_aten(node)]

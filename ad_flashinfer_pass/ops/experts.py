@@ -23,7 +23,8 @@ _COPIED_BYTES = 1 << 28
 torch.library.define(
     _NAME,
     "(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
-    'Tensor? gate_up_bias=None, Tensor? down_bias=None, str activation="silu", float alpha=1.0, '
+    "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? up_proj=None, "
+    'str activation="silu", float alpha=1.0, '
     "float beta=0.0, float? limit=None, bool in_float32=False, bool has_gate=True, "
     "bool is_concatenated=True, bool is_transposed=False, bool weigh_input=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -38,6 +39,7 @@ def experts(
     down_proj: Tensor,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    up_proj: Tensor | None = None,
     activation: str = "silu",
     alpha: float = 1.0,
     beta: float = 0.0,
@@ -62,6 +64,7 @@ def experts(
         down_proj: [num_experts, hidden, width].
         gate_up_bias: [num_experts, 2 * width]; without a gate [num_experts, width].
         down_bias: [num_experts, hidden].
+        up_proj: [num_experts, width, hidden]; gate_up_proj is the gate alone then, of the same shape.
         activation: of ``ACTIVATIONS``; of the gate, and without a gate of all.
         alpha: if not 1, the gate becomes gate * sigmoid(alpha * gate), which is silu for 1.
         beta: added to what the activated gate multiplies.
@@ -69,21 +72,22 @@ def experts(
         in_float32: the gate is computed in float32 and rounded once.
         has_gate: half of the columns of gate_up are multiplied by the other half, activated.
         is_concatenated: all of the gate stands before the rest; else the two alternate.
-        is_transposed: the last two dimensions of both projections are swapped.
+        is_transposed: the last two dimensions of all projections are swapped.
         weigh_input: weights multiply hidden_states in place of the results.
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.
     """
     num_tokens, top_k = top_k_index.shape
-    up, down = (gate_up_proj, down_proj) if is_transposed else (gate_up_proj.mT, down_proj.mT)
+    ups = [gate_up_proj] if up_proj is None else [gate_up_proj, up_proj]
+    *ups, down = [weight if is_transposed else weight.mT for weight in (*ups, down_proj)]
     # All that is sent to one expert lies together.
     expert, order = top_k_index.reshape(-1).sort(stable=True)
-    product = _product(expert, up, down)
+    product = _product(expert, *ups, down)
     rows, weights = hidden_states[order // top_k], top_k_weights.reshape(-1)[order][:, None]
     if weigh_input:
         rows = rows * weights
-    middle = product(rows.to(up.dtype), up)
+    middle = torch.cat([product(rows.to(up.dtype), up) for up in ups], -1)
     if gate_up_bias is not None:
         middle = middle + gate_up_bias[expert]
     middle = gated(middle, activation, alpha, beta, limit, in_float32, has_gate, is_concatenated)
@@ -181,6 +185,7 @@ def _(
     down_proj: Tensor,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    up_proj: Tensor | None = None,
     activation: str = "silu",
     alpha: float = 1.0,
     beta: float = 0.0,

@@ -183,7 +183,7 @@ def test_experts_with_more_to_them_are_refused_by_name(attribute: str, said: str
 
 
 def test_nothing_stays_replaced() -> None:
-    """An error within the block, or a module that is refused after others, leaves the modules as they were."""
+    """An error within the block, or a module that is refused after others, leaves them as they were."""
     good, bad = experts_of("plain"), experts_of("plain")
     bad.act_fn = Gated(lambda self, x: x)
     with pytest.raises(UnsupportedError):
@@ -249,7 +249,7 @@ def test_opcheck_and_fake(kind: str) -> None:
     module = experts_of(kind)
     up = module.gate_up_proj if module.has_gate else module.up_proj
     biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
-    args = (*routed(), up, module.down_proj, *biases)
+    args = (*routed(), up, module.down_proj, *biases, None)
     options = {**asdict(KINDS[kind][2]), "is_transposed": module.is_transposed}
     overload = torch.ops.ad_flashinfer.experts.default
     torch.library.opcheck(overload, args, options)

@@ -383,9 +383,10 @@ def _along(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[
 
 
 def _cat(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    rank = g.value(node).dim()
     operands = [reader.of(operand) for operand in args["tensors"]]
-    operands = [dims for dims in operands if dims] if g.value(node).dim() > 1 else operands
-    dim = args["dim"] % g.value(node).dim()
+    operands = [dims for dims in operands if len(dims) == rank]  # one of no elements may have fewer
+    dim = args["dim"] % rank
     reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
     found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])
     return (*found[:dim], *ax.of_shape(g.shape(node)[dim : dim + 1]), *found[dim + 1 :])

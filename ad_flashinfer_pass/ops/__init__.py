@@ -10,7 +10,7 @@ from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.rope_append import rope_append
 
-TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = set()
+TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {torch.ops.ad_flashinfer.experts}
 """Ops whose contract is that they work token by token: along all dimensions but the last, an element of each
 result is computed from the same element of each operand that has tokens. ``check_packing`` takes their word;
 add yours: ``TOKEN_BY_TOKEN.add(torch.ops.my_kernels.rms_norm)``."""

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, LoadError
 from ad_flashinfer_pass.models.checkpoint import load_weights
+from ad_flashinfer_pass.models.generation_file import (
+    GENERATION_FILE,
+    named_eos_token_ids,
+    read_generation_config,
+)
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
     Source,
@@ -23,6 +28,7 @@ from ad_flashinfer_pass.models.source import (
     fetch,
     find_source,
     first_line,
+    raw_config,
     read_config,
 )
 
@@ -47,7 +53,9 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     """None where the checkpoint has none: prompts are then token ids."""
     eos_token_ids: tuple[int, ...]
-    """Tokens that end a text, from generation_config.json, else from config.json."""
+    """Tokens that end a text: of generation_config.json, else of config.json, and the tokenizer's."""
+    generation_config: GenerationConfig | None
+    """generation_config.json; None where the checkpoint has none."""
     name: str
     """``model`` as the configuration gives it."""
 
@@ -71,12 +79,15 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         check_architecture(hf_config, config)
         check_max_seq_len(hf_config, config)
         tokenizer = _load_tokenizer(source, config)
+        generation_config = read_generation_config(source.directory)
+        eos_token_ids = _eos_token_ids(source, config, hf_config, generation_config, tokenizer)
         module = _build(source, hf_config, config, device, reports)
     return LoadedModel(
         module=module,
         config=hf_config,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(module, hf_config),
+        eos_token_ids=eos_token_ids,
+        generation_config=generation_config,
         name=config.model,
     )
 
@@ -182,11 +193,24 @@ def _load_tokenizer(source: Source, config: AutoDeployConfig) -> PreTrainedToken
         raise LoadError(f"{directory}: the tokenizer cannot be read: {first_line(err)}") from None
 
 
-def _eos_token_ids(module: nn.Module, hf_config: PretrainedConfig) -> tuple[int, ...]:
-    generation = getattr(module, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(hf_config.get_text_config(decoder=True), "eos_token_id", None)
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+def _eos_token_ids(
+    source: Source,
+    config: AutoDeployConfig,
+    hf_config: PretrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[int, ...]:
+    """What the files name: a class of transformers has a default of its own, which fits no checkpoint."""
+    raw = raw_config(source, config)
+    text = hf_config.get_text_config(decoder=True)
+    parts = [
+        raw[key] for key in hf_config.sub_configs if getattr(hf_config, key, None) is text and raw.get(key)
+    ]
+    places = [(source.config_file, part) for part in (raw, *parts)]
+    if generation_config is not None:
+        places.insert(
+            0, (source.directory / GENERATION_FILE, {"eos_token_id": generation_config.eos_token_id})
+        )
+    ids = next((ids for file, part in places if (ids := named_eos_token_ids(file, part))), ())
+    own = getattr(tokenizer, "eos_token_id", None)
+    return ids if own is None else tuple(dict.fromkeys((*ids, own)))

@@ -118,14 +118,7 @@ def read_config(source: Source, config: AutoDeployConfig) -> PretrainedConfig:
         LoadError: config.json cannot be read, or its model is unknown to transformers.
     """
     file = source.config_file
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise LoadError(f"{file}: {err.strerror}.") from None
-    except ValueError as err:
-        raise LoadError(f"{file}: not valid JSON ({err}); fetch the file again.") from None
-    if not isinstance(raw, dict):
-        raise LoadError(f"{file}: must hold an object, got {type(raw).__name__}.")
+    raw = read_json(file)
     # Remote code is found beside config.json, so the directory is what transformers must be given.
     where = source.directory if file.name == "config.json" else file
     try:
@@ -141,6 +134,28 @@ def read_config(source: Source, config: AutoDeployConfig) -> PretrainedConfig:
         return type(hf_config).from_dict(_overridden(raw, config.model_kwargs))
     except (ValueError, TypeError, StrictDataclassError) as err:
         raise ConfigError(f"model_kwargs: {' '.join(str(err).split())}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        LoadError: it cannot be read, or holds no object.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise LoadError(f"{file}: {err.strerror}.") from None
+    except (ValueError, RecursionError) as err:
+        raise LoadError(f"{file}: not valid JSON ({first_line(err)}); fetch the file again.") from None
+    if not isinstance(raw, dict):
+        raise LoadError(f"{file}: must hold an object, got {type(raw).__name__}.")
+    return raw
+
+
+def raw_config(source: Source, config: AutoDeployConfig) -> dict[str, Any]:
+    """config.json as it is written, ``model_kwargs`` applied: without what classes add by default."""
+    return _overridden(read_json(source.config_file), config.model_kwargs)
 
 
 def check_architecture(hf_config: PretrainedConfig, config: AutoDeployConfig) -> None:

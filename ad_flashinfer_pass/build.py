@@ -26,5 +26,5 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
     if on_event is not None:
         on_event("load_model")
     loaded = load_model(config)
-    model, reports = transform_module(loaded.module, config, on_event=on_event)
+    model, reports = transform_module(loaded.module, loaded.resolved, on_event=on_event)
     return LLM(model, loaded.tokenizer, loaded.eos_token_ids, reports, steps_ahead=config.steps_ahead)

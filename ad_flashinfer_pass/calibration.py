@@ -56,7 +56,7 @@ def calibrate(
     cache = config.kv_cache_config.model_copy(update={"dtype": "auto", "k_scale": 1.0, "v_scale": 1.0})
     plain = {"kv_cache_config": cache, "compile_backend": "torch-simple", "cuda_graph_batch_sizes": None}
     llm = build_model(AutoDeployConfig(**{**keys, **plain}), on_event=on_event)
-    token_ids = [_token_ids(llm, prompt)[: config.max_seq_len] for prompt in prompts]
+    token_ids = [_token_ids(llm, prompt)[: llm.model.sequence_info.max_seq_len] for prompt in prompts]
     if not token_ids or not all(token_ids):
         raise RequestError("calibration needs prompts, each of at least one token.")
     if on_event is not None:

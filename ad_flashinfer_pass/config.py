@@ -147,8 +147,9 @@ class AutoDeployConfig(_Strict):
     true on a CPU, where nothing runs beside the host."""
     max_batch_size: int = Field(default=8, ge=1, le=8192)
     """Sequences in one step."""
-    max_seq_len: int = Field(default=2048, ge=1)
-    """Tokens of one sequence, prompt and continuation together."""
+    max_seq_len: int | None = Field(default=None, ge=1, le=2**24)
+    """Tokens of one sequence, prompt and continuation together; default: the positions of the model, at most
+    4,096."""
     max_num_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one step, the chunked-prefill budget; default: max(512, max_batch_size)."""
     kernel_dir: str | None = None
@@ -216,6 +217,11 @@ class AutoDeployConfig(_Strict):
         """Steps that are enqueued after a step before its tokens are read."""
         disabled = self.disable_overlap_scheduler
         return int(not (self.device == "cpu" if disabled is None else disabled))
+
+    @property
+    def sequence_limit(self) -> int:
+        """max_seq_len, resolved: 4,096 where neither the config nor a model that was loaded sets it."""
+        return self.max_seq_len or 4096
 
     @property
     def token_budget(self) -> int:

@@ -79,7 +79,7 @@ def context(config: AutoDeployConfig) -> TransformContext:
     if config.kernel_dir is not None and device.type == "cuda":
         prebuild.use(Path(config.kernel_dir), device)
     info = SequenceInfo(
-        max_seq_len=config.max_seq_len,
+        max_seq_len=config.sequence_limit,
         max_batch_size=config.max_batch_size,
         max_num_tokens=config.token_budget,
         tokens_per_block=config.kv_cache_config.tokens_per_block,

@@ -213,7 +213,8 @@ def _scales(
         if len(column) != len(pairs):
             raise ConfigError(
                 f"kv_cache_config.{name} must be one number, or one for each of the model's {len(pairs)} "
-                f"caches, got {len(column)}. `ad-flashinfer-pass calibrate` makes them."
+                f"caches, got {len(column)}; the checkpoint's are taken where the config has none. "
+                "`ad-flashinfer-pass calibrate` makes them."
             )
         columns.append(column)
     return dict(zip(pairs, zip(*columns, strict=True), strict=True))

@@ -170,10 +170,6 @@ def check(
     from ad_flashinfer_pass.models.loading import load_model
 
     tell = on_event or (lambda text: None)
-    if config.max_seq_len < check_steps.SHORTEST:
-        raise ConfigError(
-            f"max_seq_len must be at least {check_steps.SHORTEST} for a check, got {config.max_seq_len}."
-        )
     if stage is not None:
         resolve(stage, config)
     tell("load_model")
@@ -186,7 +182,12 @@ def check(
         if layers is not None or config.skip_loading_weights:
             config, taken = first_layers(config, layers)
             tell(f"load_model, {taken}")
-        module = load_model(config).module
+        loaded = load_model(config)
+        module, config = loaded.module, loaded.resolved
+    if config.sequence_limit < check_steps.SHORTEST:
+        raise ConfigError(
+            f"max_seq_len must be at least {check_steps.SHORTEST} for a check, got {config.sequence_limit}."
+        )
     prepared = prepare(module, config, stage=stage, on_event=tell)
     if graph is not None:
         # The pass edits the graph that it is given: the source is the copy that was taken first.
@@ -225,7 +226,7 @@ def prepare(
     skip = ["initialize_cache", *late, *after]
     gm, _ = pipeline.run(module, ctx, on_event, skip=skip, after=keep)
     assert isinstance(gm, fx.GraphModule)
-    lengths = check_steps.lengths([site.site for site in ctx.sites], config.max_seq_len)
+    lengths = check_steps.lengths([site.site for site in ctx.sites], config.sequence_limit)
     dense = Prepared(module, kept["export_model"], kept[last_dense], None, None, lengths, last, ctx)
     if is_dense:
         return dense

@@ -118,7 +118,7 @@ def run_stages(
     made_for = "cuda" if sm is not None or config.device.startswith("cuda") else None
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
-    module = load_program(graph) if graph is not None else _load_model(config)
+    module, config = (load_program(graph), config) if graph is not None else _load_model(config)
     run, names = Stages(pipeline.context(config)), NodeNames()
     run.ctx.made_for = made_for
 
@@ -190,7 +190,7 @@ def read_graph(file: Path) -> GraphData:
         raise LoadError(f"{file}: {err}") from None
 
 
-def _load_model(config: AutoDeployConfig) -> nn.Module:
+def _load_model(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConfig]:
     from ad_flashinfer_pass.models.weightless import load_weightless
 
     return load_weightless(config)

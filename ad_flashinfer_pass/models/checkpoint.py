@@ -11,14 +11,19 @@ import json
 import logging
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ad_flashinfer_pass.errors import LoadError
+from ad_flashinfer_pass.models.cache_scales import is_cache_scale
+from ad_flashinfer_pass.models.quantization import Stored, find_quantized_tensor
+from ad_flashinfer_pass.models.source import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -26,35 +31,57 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _AGAIN = "the checkpoint is incomplete or damaged: fetch it again"
 _OTHER_CONFIG = "the checkpoint is incomplete or belongs to another config.json"
+_REAL = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int, ...]
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each with a whole header and a whole body.
+class Weights(NamedTuple):
+    """The safetensors files of a checkpoint, by their headers."""
+
+    directory: Path
+    files: list[Path]
+    tensors: dict[str, Stored]
+    """By name; of a tensor that several files hold, the one that the index names."""
+    is_plain: bool
+    """Whether transformers, which reads every tensor of every file, finds these and no other."""
+
+
+def read_headers(directory: Path) -> Weights:
+    """What the safetensors files of a checkpoint hold, each with a whole header and a whole body.
 
     Raises:
-        LoadError: there are none, one is missing, or one cannot be read to its end.
+        LoadError: there are none, one is missing or cannot be read to its end, or the index is wrong.
     """
+    weight_map: dict[str, str] = {}
+    is_plain = True
     if (directory / _SINGLE).is_file():
         files = [directory / _SINGLE]
     elif (directory / _INDEX).is_file():
-        files = _shards(directory / _INDEX)
+        weight_map, is_plain = _read_index(directory / _INDEX)
+        files = sorted({directory / name for name in weight_map.values()})
     else:
         raise LoadError(_no_weights(directory))
+    tensors: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as err:
-            raise LoadError(f"{file}: {str(err).rstrip('.')}; {_AGAIN}.") from None
-    return files
+        for name, stored in _header(file).items():
+            if name in weight_map and directory / weight_map[name] != file:
+                is_plain = False
+            else:
+                tensors[name] = stored
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise LoadError(
+            f"{directory / weight_map[absent[0]]}: holds no tensor {absent[0]!r}, which {_INDEX} says"
+            f"{_and_more(absent)}; {_AGAIN}."
+        )
+    return Weights(directory, files, tensors, is_plain)
 
 
 def load_weights(
     directory: Path, hf_config: PretrainedConfig, reports: list[str], **settings: Any
-) -> nn.Module:
-    """The causal language model with the weights of a checkpoint, on the CPU.
+) -> tuple[nn.Module, Weights]:
+    """The causal language model with the weights of a checkpoint, on the CPU, and what the files hold.
 
     Args:
         directory: of the checkpoint.
@@ -63,47 +90,94 @@ def load_weights(
         settings: passed on to transformers: dtype, attn_implementation, trust_remote_code.
 
     Raises:
-        LoadError: a tensor is missing or of another shape, or a file is missing or damaged.
+        LoadError: a tensor is missing, left over, quantized, of another shape or no real number, or a file
+            is missing or damaged.
     """
-    files = weight_files(directory)
+    weights = read_headers(directory)
+    quantized = find_quantized_tensor(weights.tensors)
+    if quantized is not None:
+        refuse_quantized(directory, quantized)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            config=hf_config,
-            use_safetensors=True,
+        loaded: Any = _from_pretrained(
+            weights,
+            hf_config,
+            settings,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported in info, and refused below with names
-            **settings,
         )
     except RuntimeError as err:
-        raise LoadError(f"{directory}: {_conversion_failure(files, reports, err)}") from err
+        if is_out_of_memory(err):
+            raise
+        raise LoadError(f"{directory}: {_conversion_failure(weights.tensors, reports, err)}") from err
     module, info = loaded
     _check_mismatched(directory, info["mismatched_keys"])
     _check_missing(directory, info["missing_keys"], module)
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected:
-        logger.warning(
-            "%s: tensors that the model does not have were left out: %s%s",
-            directory,
-            unexpected[0],
-            _and_more(unexpected),
+    _check_left_out(weights, info["unexpected_keys"], module)
+    _check_kinds(weights, info["unexpected_keys"], module)
+    _note_untied(directory, module)
+    return module, weights
+
+
+def refuse_quantized(directory: Path, quantized: object) -> None:
+    """Raise: these weights cannot be read.
+
+    Raises:
+        LoadError: always.
+    """
+    raise LoadError(
+        f"{directory}: the weights are {quantized}, which is not supported; give a checkpoint of float32, "
+        "bfloat16 or float16 weights, or set skip_loading_weights (--random-weights) to run without them."
+    )
+
+
+def _from_pretrained(
+    weights: Weights, hf_config: PretrainedConfig, settings: dict[str, Any], **options: Any
+) -> Any:
+    if weights.is_plain:
+        return AutoModelForCausalLM.from_pretrained(
+            str(weights.directory), config=hf_config, use_safetensors=True, **options, **settings
         )
-    return module
+    opened = {file: safe_open(file, framework="pt") for file in weights.files}
+    tensors = {name: opened[stored.file].get_tensor(name) for name, stored in weights.tensors.items()}
+    # transformers takes tensors in place of files only from who knows the class of the model.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, **{**settings, "dtype": torch.bfloat16})
+    return type(model).from_pretrained(None, config=hf_config, state_dict=tensors, **options, **settings)
 
 
-def _shards(index: Path) -> list[Path]:
+def _read_index(index: Path) -> tuple[dict[str, str], bool]:
+    """weight_map, and whether the index has the metadata without which transformers does not read it."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
+        names = set(weight_map.values())
+        files = sorted(index.parent / name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LoadError(f"{index}: must map tensors to files in weight_map; {_AGAIN}.") from None
-    files = sorted(index.parent / name for name in names)
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise LoadError(f"{index}: weight_map: must name files of its own folder, got {name!r}.")
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise LoadError(
             f"{missing[0]}: {_INDEX} names this file, but it is not there{_and_more(missing)}; {_AGAIN}."
         )
-    return files
+    return weight_map, isinstance(content.get("metadata"), dict)
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    found = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 -- not a mapping
+                part = opened.get_slice(name)
+                found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+    except (SafetensorError, OSError) as err:
+        if is_out_of_memory(err):
+            raise
+        raise LoadError(f"{file}: {str(err).rstrip('.')}; {_AGAIN}.") from None
+    return found
 
 
 def _no_weights(directory: Path) -> str:
@@ -141,24 +215,80 @@ def _check_missing(directory: Path, missing: set[str], module: nn.Module) -> Non
     )
 
 
-def _conversion_failure(files: list[Path], reports: list[str], err: RuntimeError) -> str:
+def _check_left_out(weights: Weights, unexpected: set[str], module: nn.Module) -> None:
+    """Refuse tensors of modules that the model has; those of whole modules that it lacks are a warning."""
+    modules = {name for name, _ in module.named_modules()}
+    computed = {name for name, _ in module.named_buffers()}
+    others = []
+    for name in sorted(unexpected):
+        if name in computed or is_cache_scale(name) or _is_constant(name, weights.tensors):
+            continue
+        parts = name.split(".")
+        known = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in modules)
+        # A number in the name of a module is that of a layer: what lies in one changes what it computes.
+        if known and (known == len(parts) - 1 or any(part.isdigit() for part in parts[:known])):
+            raise LoadError(
+                f"{weights.directory}: tensor {name!r} would be left out, though the model has "
+                f"{'.'.join(parts[:known])!r}; the checkpoint belongs to another config.json or another "
+                "version of transformers."
+            )
+        others.append(name)
+    if others:
+        logger.warning(
+            "%s: %d tensors that the model does not have were left out: %s%s",
+            weights.directory,
+            len(others),
+            others[0],
+            _and_more(others),
+        )
+
+
+def _is_constant(name: str, tensors: Mapping[str, Stored]) -> bool:
+    """Whether old versions of transformers stored this, and none reads it: masks and rotary frequencies."""
+    if re.search(r"(^|\.)(inv_freq|masked_bias|causal_mask|position_ids)$", name):
+        return True
+    same = [stored for key, stored in tensors.items() if key.endswith(name) or name.endswith(key)]
+    return re.search(r"attn\.bias$|attention\.bias$", name) is not None and len(same[0].shape) == 4
+
+
+def _check_kinds(weights: Weights, unexpected: set[str], module: nn.Module) -> None:
+    """Refuse what transformers casts to real numbers without a word: integers, booleans, complex numbers."""
+    state = module.state_dict()
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    for name, stored in weights.tensors.items():
+        if stored.dtype in _REAL:
+            continue
+        names = (name, prefix + name, name.removeprefix(prefix))
+        target = next((state[each] for each in names if each in state), None)
+        is_left_out = target is None and (not name.endswith(".weight") or not unexpected.isdisjoint(names))
+        if not is_left_out and (target is None or target.is_floating_point()):
+            raise LoadError(
+                f"{stored.file}: tensor {name!r} is {stored.dtype}, but a weight must be one of "
+                f"{', '.join(_REAL)}; {_OTHER_CONFIG}."
+            )
+
+
+def _note_untied(directory: Path, module: Any) -> None:
+    """transformers keeps two matrices that config.json ties, if they differ."""
+    head = module.get_output_embeddings()
+    is_tied = getattr(module.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    if is_tied and head is not None and head.weight is not module.get_input_embeddings().weight:
+        logger.warning(
+            "%s: config.json says tie_word_embeddings, but the checkpoint has a head of its own that differs "
+            "from the embeddings; it is used",
+            directory,
+        )
+
+
+def _conversion_failure(tensors: Mapping[str, Stored], reports: list[str], err: RuntimeError) -> str:
     """Which tensor kept transformers from assembling a fused one, such as stacked experts."""
-    found = _odd_tensor(_shapes(files))
+    found = _odd_tensor({name: stored.shape for name, stored in tensors.items()})
     if found:
         return f"{found}; {_OTHER_CONFIG}."
     fused = re.search(r"^(\S+)\s*\|\s*\S*CONVERSION", "\n".join(reports), re.MULTILINE)
     if fused:
         return f"tensor {fused[1]!r} cannot be assembled from the checkpoint; {_OTHER_CONFIG}."
     return f"{' '.join(str(err).split())}; {_OTHER_CONFIG}."
-
-
-def _shapes(files: list[Path]) -> dict[str, Shape]:
-    shapes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 -- not a mapping
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
-    return shapes
 
 
 def _odd_tensor(shapes: dict[str, Shape]) -> str | None:

@@ -52,7 +52,7 @@ def first_layers(config: AutoDeployConfig, wanted: int | None = None) -> tuple[A
         ConfigError: ``wanted`` is more than there are, or the model cannot be cut there.
         LoadError: the model cannot be read.
     """
-    whole: Any = load_weightless(config)
+    whole: Any = load_weightless(config)[0]
     kinds = kinds_of_layers(whole)
     count = len(kinds)
     if wanted is not None and not 1 <= wanted <= max(count, 1):
@@ -68,7 +68,7 @@ def first_layers(config: AutoDeployConfig, wanted: int | None = None) -> tuple[A
         update={"model_kwargs": _merged(config.model_kwargs, _num_layers(whole.config, taken))}
     )
     try:
-        found = kinds_of_layers(load_weightless(cut), whole)
+        found = kinds_of_layers(load_weightless(cut)[0], whole)
     except AdFlashinferError as err:
         found, reason = [], first_line(err)
     else:

@@ -6,23 +6,24 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import GenerationConfig
 
 from ad_flashinfer_pass.errors import LoadError
-from ad_flashinfer_pass.models.source import first_line, read_json
+from ad_flashinfer_pass.models.json_file import Fields, check_types, read_json
+from ad_flashinfer_pass.models.source import UNEXPECTED_VALUE, first_line
 
 logger = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation_config.json"
 
 
-class _Fields(BaseModel):
+class _EndTokens(Fields):
+    eos_token_id: int | list[int] | None = None
+
+
+class _Fields(_EndTokens):
     """What the file may say; transformers checks none of these types when it reads them."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    eos_token_id: int | list[int] | None = None
     bos_token_id: int | list[int] | None = None
     pad_token_id: int | list[int] | None = None
     do_sample: bool | None = None
@@ -54,10 +55,10 @@ def read_generation_config(directory: Path) -> GenerationConfig | None:
     if not file.exists():
         return None
     raw = read_json(file)
-    _check_types(file, raw)
+    check_types(file, raw, _Fields)
     try:
         return GenerationConfig.from_dict(raw)
-    except (ValueError, TypeError, AttributeError, KeyError) as err:
+    except UNEXPECTED_VALUE as err:
         raise LoadError(f"{file}: {first_line(err)}") from None
 
 
@@ -67,19 +68,9 @@ def named_eos_token_ids(file: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     Raises:
         LoadError: they are no integers.
     """
-    _check_types(file, {"eos_token_id": raw.get("eos_token_id")})
+    check_types(file, raw, _EndTokens)
     found = raw.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if any(token < 0 for token in ids):
         logger.warning("%s: eos_token_id %s: a negative number ends no text", file, found)
     return tuple(token for token in ids if token >= 0)
-
-
-def _check_types(file: Path, raw: dict[str, Any]) -> None:
-    try:
-        _Fields.model_validate(raw)
-    except ValidationError as err:
-        key = str(err.errors()[0]["loc"][0])
-        kind = str(_Fields.model_fields[key].annotation).replace(" | None", "")
-        kind = kind.removeprefix("<class '").removesuffix("'>")
-        raise LoadError(f"{file}: {key}: must be {kind} or null, got {raw[key]!r}.") from None

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import CapacityError, ConfigError, LoadError
-from ad_flashinfer_pass.models.checkpoint import load_weights
+from ad_flashinfer_pass.errors import AdFlashinferError, CapacityError, ConfigError, LoadError
+from ad_flashinfer_pass.models.cache_scales import with_cache_scales
+from ad_flashinfer_pass.models.checkpoint import load_weights, refuse_quantized
 from ad_flashinfer_pass.models.generation_file import (
     GENERATION_FILE,
     named_eos_token_ids,
     read_generation_config,
 )
+from ad_flashinfer_pass.models.json_file import Fields, check_types, read_json
+from ad_flashinfer_pass.models.quantization import find_quantized
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
+    UNEXPECTED_VALUE,
     Source,
     check_architecture,
-    check_max_seq_len,
     fetch,
     find_source,
     first_line,
+    is_out_of_memory,
     raw_config,
     read_config,
+    unfit_values,
+    with_max_seq_len,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +48,23 @@ logger = logging.getLogger(__name__)
 _SEED = 0
 # A tokenizer needs one of these; from tokenizer_config.json alone transformers makes an empty one.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
+
+
+class _TokenizerFields(Fields):
+    """Of tokenizer_config.json, what transformers uses unchecked, at times long after reading it."""
+
+    tokenizer_class: str | None = None
+    model_max_length: float | None = None
+    eos_token: str | dict[str, Any] | None = None
+    bos_token: str | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+    unk_token: str | dict[str, Any] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    clean_up_tokenization_spaces: bool | None = None
+    added_tokens_decoder: dict[str, Any] | None = None
+    chat_template: str | list[dict[str, Any]] | dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,9 @@ class LoadedModel:
     """generation_config.json; None where the checkpoint has none."""
     name: str
     """``model`` as the configuration gives it."""
+    resolved: AutoDeployConfig
+    """The configuration, where it says nothing as the files of the model decide: max_seq_len, and the scales
+    of an fp8 cache."""
 
 
 def load_model(config: AutoDeployConfig) -> LoadedModel:
@@ -69,7 +97,7 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
     Raises:
         ConfigError: the model cannot be found, or a key does not fit it.
         LoadError: the model is of a kind that has no KV cache to page, or its files are incomplete,
-            damaged or pickled.
+            damaged, pickled or quantized.
         CapacityError: the device cannot hold the weights.
     """
     device = _checked_device(config.device)
@@ -77,11 +105,19 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         source = find_source(config, stack)
         hf_config = read_config(source, config)
         check_architecture(hf_config, config)
-        check_max_seq_len(hf_config, config)
+        resolved = with_max_seq_len(hf_config, config)
+        quantized = find_quantized(source, raw_config(source, config))
+        if quantized is not None and not config.skip_loading_weights:
+            refuse_quantized(source.directory, quantized)
         tokenizer = _load_tokenizer(source, config)
         generation_config = read_generation_config(source.directory)
         eos_token_ids = _eos_token_ids(source, config, hf_config, generation_config, tokenizer)
-        module = _build(source, hf_config, config, device, reports)
+        with model_building(source, hf_config, f"{device}"):
+            module, resolved = _build(source, hf_config, resolved, device, reports)
+    if quantized is not None:
+        logger.warning(
+            "%s: the weights are %s; random ones are drawn, of the unquantized model", config.model, quantized
+        )
     return LoadedModel(
         module=module,
         config=hf_config,
@@ -89,7 +125,34 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         eos_token_ids=eos_token_ids,
         generation_config=generation_config,
         name=config.model,
+        resolved=resolved,
     )
+
+
+@contextmanager
+def model_building(source: Source, hf_config: PretrainedConfig, place: str) -> Iterator[None]:
+    """Turn what building a model of transformers raises into one line.
+
+    Args:
+        source: of the model.
+        hf_config: what it is built from.
+        place: the device that takes the weights.
+
+    Raises:
+        CapacityError: memory does not suffice.
+        LoadError: config.json has a value that the code of the model cannot use.
+    """
+    try:
+        yield
+    except AdFlashinferError:
+        raise
+    except (*UNEXPECTED_VALUE, MemoryError) as err:
+        if is_out_of_memory(err):
+            raise CapacityError(
+                f"{source.config_file}: {place} cannot hold the model ({first_line(err)}); free memory "
+                "there, or set another device or a smaller dtype."
+            ) from None
+        raise LoadError(f"{source.config_file}: {unfit_values(hf_config, err)}") from err
 
 
 def _checked_device(name: str) -> torch.device:
@@ -109,28 +172,22 @@ def _build(
     config: AutoDeployConfig,
     device: torch.device,
     reports: list[str],
-) -> nn.Module:
+) -> tuple[nn.Module, AutoDeployConfig]:
+    """The module, and the config with the scales that its checkpoint has."""
     settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.dtype != "auto":
         settings["dtype"] = getattr(torch, config.dtype)
     if config.attn_implementation is not None:
         settings["attn_implementation"] = config.attn_implementation
-    try:
-        if config.skip_loading_weights:
-            redrawn = "initializer_range" not in config.model_kwargs
-            module = _random_module(hf_config, device, redrawn, settings)
-        else:
-            check_not_quantized(hf_config)
-            settings.setdefault("dtype", "auto")
-            module = load_weights(source.directory, hf_config, reports, **settings)
-        return module.eval().requires_grad_(False).to(device)
-    except torch.OutOfMemoryError as err:
-        raise CapacityError(
-            f"{config.model}: {device} cannot hold the weights ({first_line(err)}); free memory "
-            "there, or set another device or a smaller dtype."
-        ) from None
-    except (OSError, ValueError, ImportError) as err:
-        raise LoadError(f"{config.model}: {' '.join(str(err).split())}") from err
+    if config.skip_loading_weights:
+        redrawn = "initializer_range" not in config.model_kwargs
+        module = _random_module(hf_config, device, redrawn, settings)
+    else:
+        settings.setdefault("dtype", "auto")
+        module, weights = load_weights(source.directory, hf_config, reports, **settings)
+        num_layers = hf_config.get_text_config(decoder=True).num_hidden_layers
+        config = with_cache_scales(config, source.directory, weights.tensors, num_layers)
+    return module.eval().requires_grad_(False).to(device), config
 
 
 def _random_module(
@@ -159,22 +216,6 @@ def _random_module(
     return module
 
 
-def check_not_quantized(hf_config: PretrainedConfig) -> None:
-    """Refuse checkpoints with quantized weights.
-
-    Raises:
-        LoadError: names the method.
-    """
-    quantization = getattr(hf_config, "quantization_config", None)
-    if not quantization:
-        return
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "?"
-    raise LoadError(
-        f"the checkpoint is quantized (quant_method {method!r}), which is not supported; give one "
-        "with float32, bfloat16 or float16 weights."
-    )
-
-
 def _load_tokenizer(source: Source, config: AutoDeployConfig) -> PreTrainedTokenizerBase | None:
     directory = source.directory
     if config.tokenizer is not None:
@@ -185,12 +226,33 @@ def _load_tokenizer(source: Source, config: AutoDeployConfig) -> PreTrainedToken
         if config.tokenizer is None:
             return None
         raise ConfigError(f"tokenizer {config.tokenizer!r}: no tokenizer.json is there.")
+    settings = directory / _TOKENIZER_SETTINGS
+    if settings.is_file():
+        check_types(settings, read_json(settings), _TokenizerFields)
     try:
         return AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=config.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, ImportError, KeyError) as err:
-        raise LoadError(f"{directory}: the tokenizer cannot be read: {first_line(err)}") from None
+    except BaseException as err:  # tokenizers raises Exception itself, and a panic of Rust is none
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+            raise
+        raise LoadError(f"the tokenizer cannot be read: {_tokenizer_fault(directory, err)}") from None
+
+
+def _tokenizer_fault(directory: Path, err: BaseException) -> str:
+    """The file that keeps a tokenizer from being read, if one is damaged by itself, and why."""
+    for file in sorted(directory.glob("*.json")):
+        if file.name.startswith(("tokenizer", "vocab", "special_tokens", "added_tokens")):
+            try:
+                read_json(file)
+            except LoadError as found:
+                return str(found)
+    try:
+        if (directory / "tokenizer.json").is_file():
+            Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except BaseException as found:  # as above
+        return f"{directory / 'tokenizer.json'}: {first_line(found)}"
+    return f"{directory}: {first_line(err)}"
 
 
 def _eos_token_ids(

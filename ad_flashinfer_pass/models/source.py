@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -27,11 +30,26 @@ from transformers.models.auto.modeling_auto import (
 
 from ad_flashinfer_pass.config import AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError, LoadError
+from ad_flashinfer_pass.models.json_file import read_json
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What the code of a model raises on a value that it does not expect: plain Python, for the most part.
+UNEXPECTED_VALUE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 _SUPPORTED = (
     "supported are decoder-only causal language models with attention, such as Llama, Qwen, Mistral or Gemma"
 )
@@ -119,38 +137,30 @@ def read_config(source: Source, config: AutoDeployConfig) -> PretrainedConfig:
     """
     file = source.config_file
     raw = read_json(file)
-    # Remote code is found beside config.json, so the directory is what transformers must be given.
-    where = source.directory if file.name == "config.json" else file
-    try:
-        hf_config = AutoConfig.from_pretrained(
-            str(where), trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, ImportError, StrictDataclassError) as err:
-        raise LoadError(f"{file}: {_unreadable(raw, err)}") from None
-    if not config.model_kwargs:
-        return hf_config
-    _check_keys(config.model_kwargs, hf_config, "model_kwargs")
-    try:
-        return type(hf_config).from_dict(_overridden(raw, config.model_kwargs))
-    except (ValueError, TypeError, StrictDataclassError) as err:
-        raise ConfigError(f"model_kwargs: {' '.join(str(err).split())}") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        LoadError: it cannot be read, or holds no object.
-    """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise LoadError(f"{file}: {err.strerror}.") from None
-    except (ValueError, RecursionError) as err:
-        raise LoadError(f"{file}: not valid JSON ({first_line(err)}); fetch the file again.") from None
-    if not isinstance(raw, dict):
-        raise LoadError(f"{file}: must hold an object, got {type(raw).__name__}.")
-    return raw
+    cleaned = _with_plain_dtypes(file, raw)
+    with tempfile.TemporaryDirectory() as folder:
+        # Remote code is found beside config.json, so the directory is what transformers must be given.
+        where = source.directory if file.name == "config.json" else file
+        if cleaned != raw:
+            where = Path(folder) / "config.json"
+            where.write_text(json.dumps(cleaned), encoding="utf-8")
+        try:
+            hf_config = AutoConfig.from_pretrained(
+                str(where), trust_remote_code=config.trust_remote_code, local_files_only=True
+            )
+        except UNEXPECTED_VALUE as err:
+            raise LoadError(f"{file}: {_unreadable(raw, err)}") from None
+    if config.model_kwargs:
+        _check_keys(config.model_kwargs, hf_config, "model_kwargs")
+        try:
+            hf_config = type(hf_config).from_dict(_overridden(cleaned, config.model_kwargs))
+        except UNEXPECTED_VALUE as err:
+            raise ConfigError(f"model_kwargs: {_reason(err)}") from None
+    # Who reads weights looks for it in the file: the model is built as the unquantized one.
+    for part in (hf_config, *(getattr(hf_config, key, None) for key in hf_config.sub_configs)):
+        if part is not None:
+            vars(part).pop("quantization_config", None)
+    return hf_config
 
 
 def raw_config(source: Source, config: AutoDeployConfig) -> dict[str, Any]:
@@ -193,8 +203,8 @@ def check_architecture(hf_config: PretrainedConfig, config: AutoDeployConfig) ->
         )
 
 
-def check_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> None:
-    """Compare max_seq_len with the positions that the model knows.
+def with_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> AutoDeployConfig:
+    """The config with max_seq_len resolved: what it gives, else the positions of the model, at most 4,096.
 
     Rotary positions are computed, so more of them work, if less well: a warning. Other models look
     positions up in a table of max_position_embeddings rows, and more would read past its end.
@@ -203,9 +213,14 @@ def check_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> 
         ConfigError: a table of positions is too short.
     """
     text = hf_config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1 or config.max_seq_len <= limit:
-        return
+    named = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    limit = next((value for value in named if isinstance(value, int) and value >= 1), None)
+    if config.max_seq_len is None:
+        return config.model_copy(
+            update={"max_seq_len": min(config.sequence_limit, limit or config.sequence_limit)}
+        )
+    if limit is None or config.max_seq_len <= limit:
+        return config
     if getattr(text, "rope_parameters", None):
         logger.warning(
             "max_seq_len %d is above the %d positions that the model was made for; text past those "
@@ -213,12 +228,17 @@ def check_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> 
             config.max_seq_len,
             limit,
         )
-        return
+        return config
     raise ConfigError(
         f"max_seq_len must be at most {limit}, the model's max_position_embeddings, since its "
         f"positions are a table, got {config.max_seq_len}; set max_seq_len: {limit} "
         f"(--max-seq-len {limit})."
     )
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether an error of torch, safetensors or Python says that memory does not suffice."""
+    return isinstance(err, MemoryError) or bool(re.search("(?i)out of memory|allocate memory", str(err)))
 
 
 def first_line(err: BaseException) -> str:
@@ -237,6 +257,46 @@ def _in_directory(directory: Path) -> Source:
     return Source(directory, file)
 
 
+def _with_plain_dtypes(file: Path, raw: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """config.json with each dtype as transformers takes it: bfloat16 for torch.bfloat16, none for auto."""
+    cleaned = dict(raw)
+    for key, value in raw.items():
+        if key.endswith("_config") and isinstance(value, dict) and key not in ("quantization_config",):
+            cleaned[key] = _with_plain_dtypes(file, value, f"{where}{key}.")
+        if key not in ("dtype", "torch_dtype") or value is None or isinstance(value, dict):
+            continue
+        name = value.strip().removeprefix("torch.") if isinstance(value, str) else ""
+        if name == "auto":
+            del cleaned[key]
+        elif getattr(torch, name or "?", None) in _PLAIN:
+            cleaned[key] = name
+        else:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PLAIN)
+            raise LoadError(f"{file}: {where}{key}: must be auto or one of {known}, got {value!r}.")
+    return cleaned
+
+
+def unfit_values(hf_config: PretrainedConfig, err: Exception) -> str:
+    """Why transformers cannot build a model from config.json: the value that it does not know, if any."""
+    for part in (hf_config, hf_config.get_text_config(decoder=True)):
+        rope = getattr(part, "rope_parameters", None) or {}
+        for key, found in (
+            ("rope_parameters", rope),
+            *((f"rope_parameters.{k}", v) for k, v in rope.items()),
+        ):
+            kind = found.get("rope_type") if isinstance(found, dict) else None
+            if kind is not None and kind not in ROPE_INIT_FUNCTIONS and kind != "default":
+                known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
+                return f"{key}.rope_type: {kind!r} is unknown to transformers; known: {known}."
+    return f"transformers cannot build the model: {_reason(err)}"
+
+
+def _reason(err: Exception) -> str:
+    """The text of an error on one line, with its kind where the text alone says little, as for a KeyError."""
+    text = " ".join(str(err).split())
+    return text if isinstance(err, (OSError, ValueError)) and text else f"{type(err).__name__}: {text}"
+
+
 def _unreadable(raw: dict[str, Any], err: Exception) -> str:
     """Why transformers could not make a config of ``raw``."""
     kind = raw.get("model_type")
@@ -252,7 +312,7 @@ def _unreadable(raw: dict[str, Any], err: Exception) -> str:
             f"model_type {kind!r} is unknown to transformers {transformers.__version__}; upgrade "
             "transformers or correct the key."
         )
-    return " ".join(str(err).split())
+    return _reason(err)
 
 
 def _check_keys(changes: dict[str, Any], current: PretrainedConfig, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,29 +13,37 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import LoadError
-from ad_flashinfer_pass.models.loading import check_not_quantized
+from ad_flashinfer_pass.models.loading import model_building
+from ad_flashinfer_pass.models.quantization import find_quantized
 from ad_flashinfer_pass.models.quiet import quiet_transformers
-from ad_flashinfer_pass.models.source import check_architecture, check_max_seq_len, find_source, read_config
+from ad_flashinfer_pass.models.source import (
+    check_architecture,
+    find_source,
+    raw_config,
+    read_config,
+    with_max_seq_len,
+)
+
+logger = logging.getLogger(__name__)
 
 
-def load_weightless(config: AutoDeployConfig) -> nn.Module:
+def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConfig]:
     """The causal language model of ``config.model`` with fake weights, which have shapes and no memory.
 
     Buffers, such as rotary frequencies, are real: masks and constants are computed from them. All of it
-    is on the CPU, whatever ``config.device`` says. Only config.json is read.
+    is on the CPU, whatever ``config.device`` says. Only config.json is read; of a quantized model, it is the
+    unquantized one. With it comes the config with max_seq_len resolved.
 
     Raises:
         ConfigError: the model cannot be found, or a key does not fit it.
         LoadError: the model is of a kind that has no KV cache to page.
     """
-    config = config.model_copy(update={"skip_loading_weights": True})
     with ExitStack() as stack, quiet_transformers():
-        source = find_source(config, stack)
+        source = find_source(config.model_copy(update={"skip_loading_weights": True}), stack)
         hf_config = read_config(source, config)
         check_architecture(hf_config, config)
-        check_max_seq_len(hf_config, config)
-        check_not_quantized(hf_config)
+        config = with_max_seq_len(hf_config, config)
+        quantized = find_quantized(source, raw_config(source, config))
         settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         if config.dtype != "auto":
             settings["dtype"] = getattr(torch, config.dtype)
@@ -43,12 +52,19 @@ def load_weightless(config: AutoDeployConfig) -> nn.Module:
         # On meta as soon as they are registered, so that no more than one is ever in memory, none is drawn.
         hook = register_module_parameter_registration_hook(_on_meta)
         try:
-            module = AutoModelForCausalLM.from_config(hf_config, **settings)
-        except (OSError, ValueError, ImportError) as err:
-            raise LoadError(f"{config.model}: {' '.join(str(err).split())}") from err
+            with model_building(source, hf_config, "memory"):
+                module = AutoModelForCausalLM.from_config(hf_config, **settings)
         finally:
             hook.remove()
-    return _with_fake_weights(module.eval())
+    if quantized is not None:
+        dtype = str(module.dtype).removeprefix("torch.")
+        logger.warning(
+            "%s: the weights are %s; what follows is of the unquantized model, whose weights count as %s",
+            config.model,
+            quantized,
+            dtype,
+        )
+    return _with_fake_weights(module.eval()), config
 
 
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:

@@ -44,7 +44,7 @@ def save(directory: Path, config: PretrainedConfig, edit: Edit | None = None) ->
 
 def load(directory: Path, config: PretrainedConfig) -> Any:
     with quiet_transformers() as reports:
-        return load_weights(directory, config, reports)
+        return load_weights(directory, config, reports)[0]
 
 
 def without(name: str) -> Edit:

@@ -22,10 +22,10 @@ def cut(config: transformers.PretrainedConfig, directory: Path, wanted: int | No
     config.save_pretrained(directory)
     deploy = AutoDeployConfig(model=str(directory), max_seq_len=64)
     less, layers = first_layers(deploy, wanted)
-    whole = load_weightless(deploy)
+    whole = load_weightless(deploy)[0]
     kinds = kinds_of_layers(whole)
     assert len(kinds) == layers.of
-    assert kinds_of_layers(load_weightless(less), whole) == kinds[: layers.taken]
+    assert kinds_of_layers(load_weightless(less)[0], whole) == kinds[: layers.taken]
     return layers
 
 

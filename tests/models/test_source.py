@@ -12,9 +12,9 @@ from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.models.source import (
     Source,
     check_architecture,
-    check_max_seq_len,
     find_source,
     read_config,
+    with_max_seq_len,
 )
 
 LLAMA = {
@@ -207,15 +207,15 @@ def test_takes_decoders(config: PretrainedConfig) -> None:
 def test_table_of_positions_bounds_max_seq_len() -> None:
     """Learned positions end where their table ends: more is an error with both numbers."""
     config = transformers.GPT2Config(n_positions=100)
-    check_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
+    with_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
     with pytest.raises(ConfigError, match=r"at most 100, .* got 101"):
-        check_max_seq_len(config, AutoDeployConfig(max_seq_len=101))
+        with_max_seq_len(config, AutoDeployConfig(max_seq_len=101))
 
 
 def test_warns_past_rotary_positions(caplog: pytest.LogCaptureFixture) -> None:
     """Rotary positions can be computed for any length: more than the model knows is a warning."""
     config = transformers.LlamaConfig(max_position_embeddings=100)
-    check_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
+    with_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
     assert not caplog.records
-    check_max_seq_len(config, AutoDeployConfig(max_seq_len=101))
+    with_max_seq_len(config, AutoDeployConfig(max_seq_len=101))
     assert "101 is above the 100 positions" in caplog.text

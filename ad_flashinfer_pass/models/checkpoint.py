@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -98,14 +99,16 @@ def load_weights(
     if quantized is not None:
         refuse_quantized(directory, quantized)
     try:
-        loaded: Any = _from_pretrained(
-            weights,
-            hf_config,
-            settings,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in info, and refused below with names
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of casts, which are refused below with names
+            loaded: Any = _from_pretrained(
+                weights,
+                hf_config,
+                settings,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # likewise, as info has them
+            )
     except RuntimeError as err:
         if is_out_of_memory(err):
             raise
@@ -152,13 +155,12 @@ def _read_index(index: Path) -> tuple[dict[str, str], bool]:
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]
         names = set(weight_map.values())
-        files = sorted(index.parent / name for name in names)
+        missing = sorted(index.parent / name for name in names if not (index.parent / name).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LoadError(f"{index}: must map tensors to files in weight_map; {_AGAIN}.") from None
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise LoadError(f"{index}: weight_map: must name files of its own folder, got {name!r}.")
-    missing = [file for file in files if not file.is_file()]
     if missing:
         raise LoadError(
             f"{missing[0]}: {_INDEX} names this file, but it is not there{_and_more(missing)}; {_AGAIN}."
@@ -230,7 +232,7 @@ def _check_left_out(weights: Weights, unexpected: set[str], module: nn.Module) -
             raise LoadError(
                 f"{weights.directory}: tensor {name!r} would be left out, though the model has "
                 f"{'.'.join(parts[:known])!r}; the checkpoint belongs to another config.json or another "
-                "version of transformers."
+                "version of transformers, or is quantized."
             )
         others.append(name)
     if others:

@@ -45,5 +45,9 @@ def check_types(file: Path, raw: dict[str, Any], fields: type[Fields]) -> None:
     except ValidationError as err:
         key = str(err.errors()[0]["loc"][0])
         kind = fields.model_fields[key].annotation
-        shown = (kind.__name__ if isinstance(kind, type) else str(kind)).replace(" | None", " | null")
+        shown = (
+            (kind.__name__ if isinstance(kind, type) else str(kind))
+            .replace("None", "null")
+            .replace("typing.", "")
+        )
         raise LoadError(f"{file}: {key}: must be {shown}, got {raw[key]!r:.100}.") from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -63,6 +63,9 @@ class _TokenizerFields(Fields):
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     clean_up_tokenization_spaces: bool | None = None
+    split_special_tokens: bool = False
+    padding_side: Literal["left", "right"] = "right"
+    model_input_names: list[str] = []
     added_tokens_decoder: dict[str, Any] | None = None
     chat_template: str | list[dict[str, Any]] | dict[str, str] | None = None
 
@@ -103,13 +106,13 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
     device = _checked_device(config.device)
     with ExitStack() as stack, quiet_transformers() as reports:
         source = find_source(config, stack)
-        hf_config = read_config(source, config)
-        check_architecture(hf_config, config)
-        resolved = with_max_seq_len(hf_config, config)
         quantized = find_quantized(source, raw_config(source, config))
         if quantized is not None and not config.skip_loading_weights:
             refuse_quantized(source.directory, quantized)
-        tokenizer = _load_tokenizer(source, config)
+        hf_config = read_config(source, config)
+        check_architecture(hf_config, config)
+        resolved = with_max_seq_len(hf_config, config)
+        tokenizer = _load_tokenizer(source, config, hf_config)
         generation_config = read_generation_config(source.directory)
         eos_token_ids = _eos_token_ids(source, config, hf_config, generation_config, tokenizer)
         with model_building(source, hf_config, f"{device}"):
@@ -216,7 +219,9 @@ def _random_module(
     return module
 
 
-def _load_tokenizer(source: Source, config: AutoDeployConfig) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(
+    source: Source, config: AutoDeployConfig, hf_config: PretrainedConfig
+) -> PreTrainedTokenizerBase | None:
     directory = source.directory
     if config.tokenizer is not None:
         directory = Path(config.tokenizer).expanduser()
@@ -231,7 +236,11 @@ def _load_tokenizer(source: Source, config: AutoDeployConfig) -> PreTrainedToken
         check_types(settings, read_json(settings), _TokenizerFields)
     try:
         return AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=config.trust_remote_code, local_files_only=True
+            str(directory),
+            # Of the model, where it is the model's own: config.json is not read again.
+            config=hf_config if config.tokenizer is None else None,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
         )
     except BaseException as err:  # tokenizers raises Exception itself, and a panic of Rust is none
         if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
@@ -252,7 +261,7 @@ def _tokenizer_fault(directory: Path, err: BaseException) -> str:
             Tokenizer.from_file(str(directory / "tokenizer.json"))
     except BaseException as found:  # as above
         return f"{directory / 'tokenizer.json'}: {first_line(found)}"
-    return f"{directory}: {first_line(err)}"
+    return f"{directory / _TOKENIZER_SETTINGS}, special_tokens_map.json or chat_template.jinja: {first_line(err)}"
 
 
 def _eos_token_ids(

@@ -69,7 +69,7 @@ _TENSORS = tuple(
         ("weight_scale_inv", ".*", "block fp8"),
         (r"\w+:(qdata|scale)", ".*", "torchao"),
         (".*", "F8_.*", "fp8"),
-        (".*", "F4.*|F6.*", "floating point of less than 8 bits"),
+        (".*", "F4|F6_.*", "floating point of less than 8 bits"),
         (r"(?!.*(bias|mask|ids)$).*", "[IU][48]", "integers of at most 8 bits"),
         (r"\w*(weight|input)_scale\w*|scale_weight", ".*", "an unknown format with scales"),
     )

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+# Above this, transformers would make modules without an end.
+_COUNT, _MOST = re.compile(r"(num|n)_\w*(layer|expert|head)s?"), 10_000
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What the code of a model raises on a value that it does not expect: plain Python, for the most part.
 UNEXPECTED_VALUE = (
@@ -137,7 +139,8 @@ def read_config(source: Source, config: AutoDeployConfig) -> PretrainedConfig:
     """
     file = source.config_file
     raw = read_json(file)
-    cleaned = _with_plain_dtypes(file, raw)
+    cleaned = _cleaned(file, raw)
+    _cleaned(Path("model_kwargs"), config.model_kwargs)
     with tempfile.TemporaryDirectory() as folder:
         # Remote code is found beside config.json, so the directory is what transformers must be given.
         where = source.directory if file.name == "config.json" else file
@@ -257,12 +260,20 @@ def _in_directory(directory: Path) -> Source:
     return Source(directory, file)
 
 
-def _with_plain_dtypes(file: Path, raw: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """config.json with each dtype as transformers takes it: bfloat16 for torch.bfloat16, none for auto."""
+def _cleaned(file: Path, raw: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """config.json with each dtype as transformers takes it: bfloat16 for torch.bfloat16, none for auto.
+
+    Raises:
+        LoadError: a dtype is none that weights have, or a count is beyond all models.
+    """
     cleaned = dict(raw)
     for key, value in raw.items():
-        if key.endswith("_config") and isinstance(value, dict) and key not in ("quantization_config",):
-            cleaned[key] = _with_plain_dtypes(file, value, f"{where}{key}.")
+        if key == "quantization_config" and not isinstance(value, dict):
+            del cleaned[key]  # transformers cannot read it, even where no weights are
+        elif key.endswith("_config") and isinstance(value, dict):
+            cleaned[key] = _cleaned(file, value, f"{where}{key}.")
+        if _COUNT.fullmatch(key) and isinstance(value, int) and value > _MOST:
+            raise LoadError(f"{file}: {where}{key}: must be at most {_MOST:,}, got {value}.")
         if key not in ("dtype", "torch_dtype") or value is None or isinstance(value, dict):
             continue
         name = value.strip().removeprefix("torch.") if isinstance(value, str) else ""
@@ -288,13 +299,21 @@ def unfit_values(hf_config: PretrainedConfig, err: Exception) -> str:
             if kind is not None and kind not in ROPE_INIT_FUNCTIONS and kind != "default":
                 known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
                 return f"{key}.rope_type: {kind!r} is unknown to transformers; known: {known}."
+    if isinstance(err, KeyError):  # an activation, for example
+        for key, value in hf_config.get_text_config(decoder=True).to_dict().items():
+            if value == err.args[0]:
+                return f"{key}: {value!r} is unknown to transformers."
     return f"transformers cannot build the model: {_reason(err)}"
 
 
 def _reason(err: Exception) -> str:
     """The text of an error on one line, with its kind where the text alone says little, as for a KeyError."""
     text = " ".join(str(err).split())
-    return text if isinstance(err, (OSError, ValueError)) and text else f"{type(err).__name__}: {text}"
+    return (
+        text
+        if isinstance(err, (OSError, ValueError, StrictDataclassError)) and text
+        else f"{type(err).__name__}: {text}"
+    )
 
 
 def _unreadable(raw: dict[str, Any], err: Exception) -> str:
@@ -305,6 +324,8 @@ def _unreadable(raw: dict[str, Any], err: Exception) -> str:
             f"{kind!r} needs the Python code of its checkpoint; read that code, then set "
             "trust_remote_code (--trust-remote-code)."
         )
+    if not isinstance(kind, (str, type(None))):
+        return f"model_type: must be a string, got {kind!r}."
     if kind is None:
         return "has no model_type; add the key, for example model_type: llama."
     if "does not recognize this architecture" in str(err):

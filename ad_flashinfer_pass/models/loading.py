@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -65,7 +66,7 @@ class _TokenizerFields(Fields):
     clean_up_tokenization_spaces: bool | None = None
     split_special_tokens: bool = False
     padding_side: Literal["left", "right"] = "right"
-    model_input_names: list[str] = []
+    model_input_names: list[str] = Field(default_factory=list)
     added_tokens_decoder: dict[str, Any] | None = None
     chat_template: str | list[dict[str, Any]] | dict[str, str] | None = None
 
@@ -261,7 +262,7 @@ def _tokenizer_fault(directory: Path, err: BaseException) -> str:
             Tokenizer.from_file(str(directory / "tokenizer.json"))
     except BaseException as found:  # as above
         return f"{directory / 'tokenizer.json'}: {first_line(found)}"
-    return f"{directory / _TOKENIZER_SETTINGS}, special_tokens_map.json or chat_template.jinja: {first_line(err)}"
+    return f"{directory / _TOKENIZER_SETTINGS} or special_tokens_map.json: {first_line(err)}"
 
 
 def _eos_token_ids(

@@ -7,6 +7,7 @@ can run any code.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -145,8 +146,11 @@ def _from_pretrained(
     tensors = {name: opened[stored.file].get_tensor(name) for name, stored in weights.tensors.items()}
     # transformers takes tensors in place of files only from who knows the class of the model.
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, **{**settings, "dtype": torch.bfloat16})
-    return type(model).from_pretrained(None, config=hf_config, state_dict=tensors, **options, **settings)
+        like = AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config), **{**settings, "dtype": torch.float32}
+        )
+    own = hf_config if type(hf_config) is type(like.config) else hf_config.get_text_config()
+    return type(like).from_pretrained(None, config=own, state_dict=tensors, **options, **settings)
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], bool]:

@@ -1,16 +1,25 @@
 import json
+import shutil
+from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import ConfigError, LoadError
+from ad_flashinfer_pass.errors import AdFlashinferError, CapacityError, ConfigError, LoadError
 from ad_flashinfer_pass.models.loading import LoadedModel, load_model
+from ad_flashinfer_pass.models.weightless import load_weightless
+
+DEMO = Path(str(resources.files("ad_flashinfer_pass.demo")))
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -25,6 +34,26 @@ IDS = torch.tensor([[5, 9, 2, 44, 17]])
 
 def load(directory: Path | str, **keys: Any) -> LoadedModel:
     return load_model(AutoDeployConfig(model=str(directory), **keys))
+
+
+def demo(directory: Path, name: str, keys: dict[str, Any], without: str | None = None) -> None:
+    """The demo's files in a directory, where one of them gets other keys and loses one."""
+    for file in DEMO.iterdir():
+        if file.suffix in (".json", ".jinja", ".safetensors") and not (directory / file.name).exists():
+            shutil.copy(file, directory)
+    raw = json.loads((DEMO / name).read_text())
+    raw.pop(without, None)
+    if name == "generation_config.json":
+        raw = {}
+    (directory / name).write_text(json.dumps({**raw, **keys}))
+
+
+def refusal(directory: Path, read: Callable[[AutoDeployConfig], object] = load_model) -> str:
+    """The one line with which a model is refused."""
+    with pytest.raises(LoadError) as caught:
+        read(AutoDeployConfig(model=str(directory)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def config_only(directory: Path, config: transformers.PretrainedConfig) -> Path:
@@ -158,6 +187,220 @@ def test_eos_of_generation_config_wins(
     if generation is not None:
         file.write_text(json.dumps(generation))
     assert load(tmp_path).eos_token_ids == found
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "found"),
+    [({}, {}, ()), ({"eos_token_id": None}, {}, ()), ({}, {"eos_token": "</s>"}, (1,))],
+    ids=["nowhere", "null", "tokenizer"],
+)
+def test_no_end_token_is_a_default(
+    tmp_path: Path, config: dict[str, Any], tokenizer: dict[str, Any], found: tuple[int, ...]
+) -> None:
+    """LlamaConfig has a default of 2, which no file of this model names."""
+    demo(tmp_path, "generation_config.json", {})
+    demo(tmp_path, "config.json", config, without="eos_token_id")
+    demo(tmp_path, "tokenizer_config.json", tokenizer, without="eos_token")
+    assert load(tmp_path).eos_token_ids == found
+
+
+def test_end_tokens_of_the_text_stack(tmp_path: Path) -> None:
+    """A vision-language model may name them for its text stack alone."""
+    text = {"model_type": "gemma3_text", **SIZES, "head_dim": 8, "eos_token_id": [7, 8]}
+    raw = {"model_type": "gemma3", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load(tmp_path, skip_loading_weights=True).eos_token_ids == (7, 8)
+
+
+def test_end_tokens_of_the_tokenizer_count_too(tmp_path: Path) -> None:
+    """What ends a text for the tokenizer ends it beside what generation_config.json names."""
+    demo(tmp_path, "generation_config.json", {"eos_token_id": [5, 6]})
+    assert load(tmp_path).eos_token_ids == (5, 6, 1)
+
+
+@pytest.mark.parametrize("value", ["1", [1, "2"], True, 1.0, {"a": 1}, [None]])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_refuses_end_token_that_never_matches(tmp_path: Path, name: str, value: Any) -> None:
+    """A token is a number: anything else would end no text, ever."""
+    demo(tmp_path, name, {"eos_token_id": value})
+    message = refusal(tmp_path)
+    assert str(tmp_path / name) in message
+    assert "eos_token_id" in message
+
+
+def test_generation_config_is_the_file(tmp_path: Path) -> None:
+    """generation_config.json as transformers reads it, and None without one."""
+    demo(tmp_path, "generation_config.json", {"repetition_penalty": 1.5, "do_sample": True, "top_k": 5})
+    found = load(tmp_path).generation_config
+    assert found is not None
+    expected = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert found.to_dict() == expected.to_dict()
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path).generation_config is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", "1"),
+        ("top_k", 0.5),
+        ("do_sample", 1),
+        ("suppress_tokens", 5),
+        ("watermarking_config", 3),
+    ],
+)
+def test_refuses_odd_generation_config(tmp_path: Path, key: str, value: Any) -> None:
+    """A value of another type is told with the file."""
+    demo(tmp_path, "generation_config.json", {key: value})
+    assert f"{tmp_path / 'generation_config.json'}: " in refusal(tmp_path)
+
+
+def test_fits_a_table_of_positions(tmp_path: Path) -> None:
+    """GPT-2 works by default, with the positions that it has."""
+    config_only(tmp_path, transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    assert load(tmp_path, skip_loading_weights=True).resolved.max_seq_len == 1024
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "rope_parameters",
+            {"rope_type": "foo"},
+            "rope_type: 'foo' is unknown to transformers; known: default, ",
+        ),
+        ("rope_parameters", "x", "rope_parameters"),
+        ("hidden_act", "foo", "hidden_act: 'foo' is unknown to transformers"),
+        ("num_key_value_heads", 0, "cannot build the model"),
+        ("head_dim", 0, "cannot build the model"),
+        ("vocab_size", 0, "cannot build the model"),
+        ("model_type", {}, "model_type: must be a string"),
+        ("model_type", ["llama"], "model_type"),
+        ("quantization_config", 5, "quantized as an unknown format"),
+    ],
+)
+@pytest.mark.parametrize("weightless", [False, True], ids=["weights", "weightless"])
+def test_config_names_what_is_odd(
+    tmp_path: Path, key: str, value: Any, message: str, weightless: bool
+) -> None:
+    """What transformers stumbles over is one line that names the file, and the key where it is known."""
+    demo(tmp_path, "config.json", {key: value})
+    if weightless and message.startswith("quantized"):
+        assert load_weightless(AutoDeployConfig(model=str(tmp_path)))[0] is not None
+        return
+    found = refusal(tmp_path, load_weightless if weightless else load_model)
+    assert message in found
+    assert str(tmp_path) in found
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+@pytest.mark.parametrize("read", [load_model, load_weightless])
+def test_out_of_memory_is_said_to_be_that(tmp_path: Path, key: str, read: Any) -> None:
+    """A model that is too large is no damaged checkpoint."""
+    demo(tmp_path, "config.json", {key: 10**13})
+    config = AutoDeployConfig(model=str(tmp_path), skip_loading_weights=True)
+    with pytest.raises(CapacityError, match="cannot hold the model") as caught:
+        read(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_out_of_memory_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one that does not fit while it is read."""
+    demo(tmp_path, "config.json", {})
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes.\nat"
+        )
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(CapacityError, match=r"cpu cannot hold the model .*DefaultCPUAllocator"):
+        load(tmp_path)
+
+
+TOKENIZER = json.loads((DEMO / "tokenizer.json").read_text())
+DAMAGED = [
+    ("tokenizer.json", "", "not valid JSON"),
+    ("tokenizer.json", "null", "must hold an object"),
+    ("tokenizer.json", "[" * 40000, "not valid JSON"),
+    ("tokenizer.json", json.dumps(TOKENIZER)[:2000], "not valid JSON"),
+    ("tokenizer.json", json.dumps({**TOKENIZER, "model": None}), "tokenizer.json: "),
+    ("tokenizer.json", json.dumps({**TOKENIZER, "added_tokens": 5}), "tokenizer.json: "),
+    ("tokenizer.json", json.dumps({**TOKENIZER, "model": {**TOKENIZER["model"], "merges": [["a"]]}}), ""),
+    ("tokenizer_config.json", "{", "not valid JSON"),
+    ("tokenizer_config.json", '{"eos_token": 5}', "eos_token: must be "),
+    ("tokenizer_config.json", '{"chat_template": 5}', "chat_template: must be "),
+    ("tokenizer_config.json", '{"model_max_length": "x"}', "model_max_length: must be "),
+    ("tokenizer_config.json", '{"padding_side": "up"}', "padding_side: must be "),
+    ("tokenizer_config.json", '{"auto_map": 5}', "the tokenizer cannot be read"),
+    ("tokenizer_config.json", '{"extra_special_tokens": 5}', "the tokenizer cannot be read"),
+    ("special_tokens_map.json", "[]", "special_tokens_map.json: must hold an object"),
+    ("added_tokens.json", "{", "added_tokens.json: not valid JSON"),
+    ("generation_config.json", "[]", "must hold an object"),
+    ("generation_config.json", "{", "not valid JSON"),
+    ("generation_config.json", "[" * 40000, "not valid JSON"),
+    ("config.json", "[" * 40000, "not valid JSON"),
+    ("hf_quant_config.json", "[]", "must hold an object"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"), DAMAGED, ids=[f"{name}-{text[:20]}" for name, text, _ in DAMAGED]
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    """Each failure of a library behind a file is one line, which names the file."""
+    demo(tmp_path, "config.json", {})
+    (tmp_path / name).write_text(text)
+    found = refusal(tmp_path)
+    assert message in found
+    assert name in found
+
+
+def test_chat_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """A template in another encoding is one line, too."""
+    demo(tmp_path, "config.json", {})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert "the tokenizer cannot be read" in refusal(tmp_path)
+
+
+def test_panic_of_the_tokenizer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panic of Rust is no Exception; an interrupt by the user stays one."""
+
+    class PanicException(BaseException):
+        """As pyo3 names it."""
+
+    for error, expected in [
+        (PanicException("range end"), LoadError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ]:
+
+        def fail(*args: Any, error: BaseException = error, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(expected):
+            load("demo")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_value_is_taken_or_refused(data: st.DataObject) -> None:
+    """Whatever stands under a key of a file, loading works or fails with one line of this package."""
+    name = data.draw(st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
+    raw = json.loads((DEMO / name).read_text())
+    key = data.draw(st.sampled_from(sorted(raw)))
+    leaf = st.none() | st.booleans() | st.integers(-2, 10**20) | st.floats() | st.text(max_size=4)
+    raw[key] = data.draw(
+        leaf | st.lists(leaf, max_size=2) | st.dictionaries(st.text(max_size=4), leaf, max_size=2)
+    )
+    message = ""
+    with TemporaryDirectory() as folder:
+        demo(Path(folder), name, raw)
+        try:
+            load(folder, skip_loading_weights=True, model_kwargs={"num_hidden_layers": 1})
+        except AdFlashinferError as err:
+            message = str(err)
+    assert "\n" not in message
 
 
 def test_tokenizer_may_be_missing(tmp_path: Path) -> None:

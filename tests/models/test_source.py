@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import PretrainedConfig
 
@@ -112,6 +113,40 @@ def test_refuses_unreadable_config(tmp_path: Path, text: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("torch.bfloat16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("float16 ", torch.float16),
+        ("half", torch.float16),
+        ("auto", None),
+        (None, None),
+    ],
+)
+def test_reads_dtype_as_it_is_meant(tmp_path: Path, key: str, value: Any, found: torch.dtype | None) -> None:
+    """The names that people write for a dtype are the dtype."""
+    assert read(written(tmp_path, {**LLAMA, key: value})).dtype == found
+
+
+@pytest.mark.parametrize("value", ["float8_e4m3fn", "int8", "x", "", 5, True, ["bfloat16"], "nn"])
+def test_refuses_dtype_of_no_weights(tmp_path: Path, value: Any) -> None:
+    """What is no dtype of weights is told with the file, the key and those that are."""
+    with pytest.raises(LoadError, match=r"config\.json: dtype: must be auto or one of float32") as caught:
+        read(written(tmp_path, {**LLAMA, "dtype": value}))
+    assert f"got {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "num_local_experts"])
+def test_refuses_endless_models(tmp_path: Path, key: str) -> None:
+    """A count that no model has is told at once, where transformers would make modules for ever."""
+    with pytest.raises(LoadError, match=f"{key}: must be at most 10,000, got 10000000000000"):
+        read(written(tmp_path, {**LLAMA, key: 10**13}))
+    with pytest.raises(LoadError, match="num_hidden_layers: must be at most 10,000"):
+        read(written(tmp_path, LLAMA), model_kwargs={"num_hidden_layers": 10**6})
+
+
 def test_reads_config_under_any_name(tmp_path: Path) -> None:
     """A JSON file need not be called config.json."""
     assert read(written(tmp_path, LLAMA, "llama_tiny.json")).hidden_size == 32
@@ -210,6 +245,25 @@ def test_table_of_positions_bounds_max_seq_len() -> None:
     with_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
     with pytest.raises(ConfigError, match=r"at most 100, .* got 101"):
         with_max_seq_len(config, AutoDeployConfig(max_seq_len=101))
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (transformers.GPT2Config(), 1024),
+        (transformers.LlamaConfig(max_position_embeddings=512), 512),
+        (transformers.LlamaConfig(max_position_embeddings=131072), 4096),
+        (transformers.BloomConfig(), 4096),
+        (transformers.MptConfig(max_seq_len=300), 300),
+    ],
+    ids=["table", "rotary", "long", "without", "alibi"],
+)
+def test_max_seq_len_defaults_to_what_the_model_allows(
+    config: PretrainedConfig, found: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No default refuses a model: its own positions, at most 4,096."""
+    assert with_max_seq_len(config, AutoDeployConfig()).max_seq_len == found
+    assert not caplog.records
 
 
 def test_warns_past_rotary_positions(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def classify_mask(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
         if mask not in proved:
             steps = _fingerprint(mask)
             if steps not in by_steps:
-                by_steps[steps] = _proved(mask, ctx.config.max_seq_len)
+                by_steps[steps] = _proved(mask, ctx.sequence_info.max_seq_len)
                 report.notes.append(f"{g.where(mask)}: {by_steps[steps]}")
             proved[mask] = by_steps[steps]
         _apply(model, node, proved[mask], slopes)

@@ -121,7 +121,7 @@ def _given(given: fx.GraphModule, ctx: TransformContext) -> fx.GraphModule:
     ):
         node.name = node.target = name
     gm, guards = _single_output(given)
-    for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
+    for shape in (*_OTHER_SHAPES, (1, ctx.sequence_info.max_seq_len)):
         examples = (g.value(node).new_empty((*_shape_of(node, shape),), device="meta") for node in inputs)
         failed = failed_guard(guards, tuple(examples))
         if failed is not None:
@@ -212,7 +212,7 @@ def _check_other_shapes(
     Not everything that export assumed matters: strides decide how a reshape is done, a branch on a length
     what is computed. So where an assumption does not hold, the graph is run beside the model.
     """
-    for shape in (*_OTHER_SHAPES, (1, ctx.config.max_seq_len)):
+    for shape in (*_OTHER_SHAPES, (1, ctx.sequence_info.max_seq_len)):
         failed = failed_guard(guards, wrapped.example(shape, "meta"))
         if failed is not None and not _computes_the_same(gm, wrapped, shape, ctx.device):
             name, example = type(wrapped.model).__name__, f"{_EXAMPLE_BATCH} x {_EXAMPLE_SEQ}"

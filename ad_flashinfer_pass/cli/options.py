@@ -73,7 +73,11 @@ TrustOption = Annotated[
 ]
 MaxSeqLenOption = Annotated[
     int | None,
-    option(LIMITS, "N", "Tokens of a prompt and its continuation. Default: 2048."),
+    option(
+        LIMITS,
+        "N",
+        "Tokens of a prompt and its continuation. Default: the positions of the model, at most 4096.",
+    ),
 ]
 TokensPerBlockOption = Annotated[
     int | None, option(LIMITS, "N", "Tokens of a page of the KV cache. Default: 32.")

@@ -118,14 +118,14 @@ def test_refuses_quantized_tensors(tmp_path: Path, edit: Edit, message: str) -> 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_refuses_quantized_config(tmp_path: Path, key: str, settings: Any, form: str) -> None:
     """The format is named with the file and the key that say so."""
-    message = refusal(demo(tmp_path, **{key: settings}))
+    message = refusal(demo(tmp_path, None, **{key: settings}))
     assert f"quantized as {form} ({tmp_path / 'config.json'}: {key}" in message
 
 
 def test_sees_quantization_of_the_text_stack(tmp_path: Path) -> None:
     """The part of a vision-language model may be quantized alone."""
-    keys = {"text_config": {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}}}
-    assert "AWQ int4" in refusal(demo(tmp_path, **keys))
+    text: Any = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}}
+    assert "AWQ int4" in refusal(demo(tmp_path, text_config=text))
     assert "config.json: text_config.quantization_config" in refusal(tmp_path)
 
 

@@ -153,7 +153,7 @@ def context(**config: Any) -> TransformContext:
     keys.setdefault("kv_cache_config", {"tokens_per_block": 5})
     settings = AutoDeployConfig(**keys)
     info = SequenceInfo(
-        settings.max_seq_len,
+        settings.sequence_limit,
         settings.max_batch_size,
         settings.token_budget,
         settings.kv_cache_config.tokens_per_block,

@@ -268,6 +268,8 @@ def _cleaned(file: Path, raw: dict[str, Any], where: str = "") -> dict[str, Any]
     """
     cleaned = dict(raw)
     for key, value in raw.items():
+        if key == "transformers_weights" and value is not None:
+            raise LoadError(f"{file}: {key}: only model.safetensors and its index are read, got {value!r}.")
         if key == "quantization_config" and not isinstance(value, dict):
             del cleaned[key]  # transformers cannot read it, even where no weights are
         elif key.endswith("_config") and isinstance(value, dict):

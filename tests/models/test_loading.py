@@ -382,7 +382,7 @@ def test_panic_of_the_tokenizer_is_an_error(tmp_path: Path, monkeypatch: pytest.
             load("demo")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_value_is_taken_or_refused(data: st.DataObject) -> None:
     """Whatever stands under a key of a file, loading works or fails with one line of this package."""

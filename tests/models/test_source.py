@@ -138,6 +138,14 @@ def test_refuses_dtype_of_no_weights(tmp_path: Path, value: Any) -> None:
     assert f"got {value!r}" in str(caught.value)
 
 
+def test_refuses_weights_of_another_name(tmp_path: Path) -> None:
+    """transformers would read a file whose tensors nobody has checked."""
+    with pytest.raises(
+        LoadError, match=r"transformers_weights: only model\.safetensors and its index are read"
+    ):
+        read(written(tmp_path, {**LLAMA, "transformers_weights": "other.safetensors"}))
+
+
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "num_local_experts"])
 def test_refuses_endless_models(tmp_path: Path, key: str) -> None:
     """A count that no model has is told at once, where transformers would make modules for ever."""

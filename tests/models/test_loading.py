@@ -207,7 +207,8 @@ def test_no_end_token_is_a_default(
 def test_end_tokens_of_the_text_stack(tmp_path: Path) -> None:
     """A vision-language model may name them for its text stack alone."""
     text = {"model_type": "gemma3_text", **SIZES, "head_dim": 8, "eos_token_id": [7, 8]}
-    raw = {"model_type": "gemma3", "text_config": text}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    raw = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert load(tmp_path, skip_loading_weights=True).eos_token_ids == (7, 8)
 

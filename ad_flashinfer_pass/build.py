@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.models.loading import load_model
 from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.generation_config import default_sampling
 from ad_flashinfer_pass.runtime.llm import LLM
 
 
@@ -19,12 +20,21 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
 
     Raises:
         ConfigError: a setting does not fit the model.
-        LoadError: the checkpoint cannot be read.
+        LoadError: the checkpoint cannot be read, or its generation_config.json asks for what is not
+            supported.
         TransformError: the pass refuses the model.
         CapacityError: the caches do not fit in memory.
     """
     if on_event is not None:
         on_event("load_model")
     loaded = load_model(config)
+    sampling = default_sampling(loaded.generation_config if config.generation_config == "auto" else None)
     model, reports = transform_module(loaded.module, loaded.resolved, on_event=on_event)
-    return LLM(model, loaded.tokenizer, loaded.eos_token_ids, reports, steps_ahead=config.steps_ahead)
+    return LLM(
+        model,
+        loaded.tokenizer,
+        loaded.eos_token_ids,
+        reports,
+        default_sampling=sampling,
+        steps_ahead=config.steps_ahead,
+    )

@@ -54,7 +54,12 @@ def calibrate(
 
     keys = {name: getattr(config, name) for name in AutoDeployConfig.model_fields}
     cache = config.kv_cache_config.model_copy(update={"dtype": "auto", "k_scale": 1.0, "v_scale": 1.0})
-    plain = {"kv_cache_config": cache, "compile_backend": "torch-simple", "cuda_graph_batch_sizes": None}
+    plain = {
+        "kv_cache_config": cache,
+        "compile_backend": "torch-simple",
+        "cuda_graph_batch_sizes": None,
+        "generation_config": "none",
+    }
     llm = build_model(AutoDeployConfig(**{**keys, **plain}), on_event=on_event)
     token_ids = [_token_ids(llm, prompt)[: llm.model.sequence_info.max_seq_len] for prompt in prompts]
     if not token_ids or not all(token_ids):

@@ -125,6 +125,9 @@ class AutoDeployConfig(_Strict):
     """Overrides of config.json, for example ``{num_hidden_layers: 2}``."""
     skip_loading_weights: bool = False
     """Draw random weights (seed 0) in place of reading a checkpoint."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """What requests without sampling parameters do: auto as the model's generation_config.json says, none the
+    most likely token each time. Its end tokens count either way."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

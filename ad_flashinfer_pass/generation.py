@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from ad_flashinfer_pass.errors import RequestError
 from ad_flashinfer_pass.output import OutputFile, Stdout, as_json, as_text
 from ad_flashinfer_pass.progress import Reporter
 from ad_flashinfer_pass.prompts import GivenPrompt, model_inputs
 
 if TYPE_CHECKING:
     from ad_flashinfer_pass.config import AutoDeployConfig
-    from ad_flashinfer_pass.runtime.llm import LLM
+    from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult
     from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
 
@@ -27,7 +28,8 @@ class Job:
     chat: bool
     """Put text prompts into the chat template."""
     system: str | None
-    sampling: SamplingParams
+    sampling: Mapping[str, Any]
+    """Fields of SamplingParams that were given; for the others what the model's file says."""
     json_lines: bool
 
 
@@ -50,20 +52,28 @@ def run(job: Job, config: AutoDeployConfig, out: Stdout | OutputFile, reporter: 
 
         llm = build.build_model(config, on_event=reporter.phase)
         inputs = model_inputs(job.prompts, llm.tokenizer, chat=job.chat, system=job.system)
+        sampling = replace(llm.default_sampling, **job.sampling)
         reporter.generating()
         is_shown_as_it_comes = len(inputs) == 1 and not job.json_lines and llm.tokenizer is not None
         if is_shown_as_it_comes and isinstance(out, Stdout) and sys.stdout.isatty():
-            _stream(job, llm, inputs[0], out, reporter)
+            _stream(llm, inputs[0], sampling, out, reporter)
             return 0
-        return _generate(job, llm, inputs, out, reporter)
+        return _generate(job, llm, inputs, sampling, out, reporter)
 
 
-def _stream(job: Job, llm: LLM, model_input: str | list[int], out: Stdout, reporter: Reporter) -> None:
+def _stream(
+    llm: LLM,
+    model_input: str | list[int] | RequestError,
+    sampling: SamplingParams,
+    out: Stdout,
+    reporter: Reporter,
+) -> None:
     """Write one continuation to the terminal as it comes, after the text that it continues."""
+    assert not isinstance(model_input, RequestError), "of one prompt that is refused nothing is left"
     if isinstance(model_input, str):
         out.write(model_input)
     try:
-        for piece in llm.stream(model_input, sampling=job.sampling):
+        for piece in llm.stream(model_input, sampling=sampling):
             out.write(piece)
     finally:
         out.write("\n")
@@ -73,7 +83,8 @@ def _stream(job: Job, llm: LLM, model_input: str | list[int], out: Stdout, repor
 def _generate(
     job: Job,
     llm: LLM,
-    inputs: list[str | list[int]],
+    inputs: Sequence[str | list[int] | RequestError],
+    sampling: SamplingParams,
     out: Stdout | OutputFile,
     reporter: Reporter,
 ) -> int:
@@ -81,10 +92,12 @@ def _generate(
     ascii_only = isinstance(out, Stdout) and encoding != "utf8"
     num_done = num_refused = 0
     try:
-        for result in llm.generate(inputs, sampling=job.sampling, on_progress=reporter.step):
+        for result in _results(llm, inputs, sampling, reporter):
             prompt = job.prompts[result.index]
             if job.json_lines:
-                out.write(as_json(result, prompt, ascii_only=ascii_only))
+                # Half a character, for which a prompt was refused, can be escaped and nothing else.
+                is_refused = result.error is not None
+                out.write(as_json(result, prompt, ascii_only=ascii_only or is_refused))
             else:
                 out.write(as_text(result, prompt, len(inputs)))
             num_done += 1
@@ -99,6 +112,33 @@ def _generate(
         out.keep()
     _report_end(llm, reporter)
     return num_refused
+
+
+def _results(
+    llm: LLM,
+    inputs: Sequence[str | list[int] | RequestError],
+    sampling: SamplingParams,
+    reporter: Reporter,
+) -> Iterator[GenerationResult]:
+    """A result for each input, in order; one that is refused already goes to no model."""
+    from ad_flashinfer_pass.runtime.llm import GenerationResult
+
+    taken = [given for given in inputs if not isinstance(given, RequestError)]
+    results = llm.generate(taken, sampling=sampling, on_progress=reporter.step)
+    for index, given in enumerate(inputs):
+        if not isinstance(given, RequestError):
+            yield replace(next(results), index=index)
+            continue
+        yield GenerationResult(
+            index=index,
+            prompt=None,
+            prompt_token_ids=[],
+            token_ids=[],
+            text=None,
+            finish_reason="error",
+            error=str(given),
+        )
+    next(results, None)  # at its end it says what there is to say of all
 
 
 def _report_end(llm: LLM, reporter: Reporter) -> None:

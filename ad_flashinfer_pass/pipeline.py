@@ -57,6 +57,7 @@ def transform_module(
     ctx = context(config)
     transformed, reports = run(module, ctx, on_event)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
+    model.generation_config = getattr(module, "generation_config", None)
     return model, reports
 
 

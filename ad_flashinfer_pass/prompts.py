@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ad_flashinfer_pass.config import nearest
-from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,10 +23,12 @@ Messages = list[dict[str, str]]
 class GivenPrompt:
     """One prompt as the user gave it."""
 
-    content: str | list[int] | Messages
-    """Text, token ids, or the messages of a chat."""
+    content: Any
+    """Text, token ids, or the messages of a chat; anything at all if it is refused."""
     where: str
     """For error messages: ``prompt 0`` or ``prompts.jsonl:3``."""
+    error: str | None = None
+    """Why it is refused; None if it is not."""
 
     @property
     def is_chat(self) -> bool:
@@ -37,14 +39,14 @@ class GivenPrompt:
 def read_prompts(
     arguments: Sequence[str], prompt_file: Path | None, stdin: TextIO | None
 ) -> list[GivenPrompt]:
-    """All prompts of one call, in order, none of them empty.
+    """All prompts of one call, in order. One that is empty or no text is refused, and the others are not.
 
     ``-`` among the arguments stands for the lines of stdin, which are also read if nothing is given
     and stdin is not a terminal. There and in a file each line that is not blank is a prompt; a
     .jsonl file has an object a line with ``prompt``, ``prompt_token_ids`` or ``messages``.
 
     Raises:
-        ConfigError: there is no prompt, an empty one, or the file cannot be read.
+        ConfigError: there is no prompt, or none that is not refused, or the file cannot be read.
     """
     if arguments and prompt_file is not None:
         raise ConfigError("give prompts as arguments or as --prompt-file, not both.")
@@ -57,8 +59,9 @@ def read_prompts(
     if not prompts:
         problem = f"{prompt_file} holds no prompt" if prompt_file is not None else "no prompt"
         raise ConfigError(f"{problem}; give text as an argument, --prompt-file FILE, or pipe it in.")
-    for prompt in prompts:
-        _check(prompt)
+    prompts = [replace(prompt, error=prompt.error or _problem(prompt)) for prompt in prompts]
+    if all(prompt.error is not None for prompt in prompts):
+        raise ConfigError(f"{prompts[0].where}: {prompts[0].error}")
     return prompts
 
 
@@ -68,7 +71,7 @@ def model_inputs(
     *,
     chat: bool,
     system: str | None,
-) -> list[str | list[int]]:
+) -> list[str | list[int] | RequestError]:
     """What the model is given: text as it is, chats as the token ids of the chat template.
 
     Args:
@@ -77,28 +80,42 @@ def model_inputs(
         chat: make a chat of each text prompt, as its user's message.
         system: the system message of those chats.
 
+    Returns:
+        One for each prompt; why, where it is refused: a chat needs a template that takes it.
+
     Raises:
-        ConfigError: there is a chat, and no chat template or one that refuses it; or there is no tokenizer,
-            and nothing but text.
+        ConfigError: all are refused; or there is no tokenizer, and nothing but text.
     """
     if tokenizer is None and not chat and all(isinstance(prompt.content, str) for prompt in prompts):
         raise ConfigError(
             "the model has no tokenizer; give token ids, by --prompt-file FILE.jsonl with lines such as "
             '{"prompt_token_ids": [1, 2, 3]}.'
         )
-    inputs: list[str | list[int]] = []
+    inputs: list[str | list[int] | RequestError] = []
     for prompt in prompts:
-        content: Any = prompt.content
-        if chat and isinstance(content, str):
-            content = [{"role": "user", "content": content}]
-            if system is not None:
-                content.insert(0, {"role": "system", "content": system})
-        elif chat and not prompt.is_chat:
-            raise ConfigError(f"{prompt.where}: --chat needs text, got token ids.")
-        if isinstance(content[0], dict):
-            content = _templated(content, tokenizer, prompt.where)
-        inputs.append(content)
+        try:
+            inputs.append(_model_input(prompt, tokenizer, chat, system))
+        except RequestError as err:
+            inputs.append(err)
+    if all(isinstance(given, RequestError) for given in inputs):
+        raise ConfigError(f"{prompts[0].where}: {inputs[0]}")
     return inputs
+
+
+def _model_input(
+    prompt: GivenPrompt, tokenizer: PreTrainedTokenizerBase | None, chat: bool, system: str | None
+) -> str | list[int]:
+    if prompt.error is not None:
+        raise RequestError(prompt.error)
+    content: Any = prompt.content
+    if chat and isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+        if system is not None:
+            content.insert(0, {"role": "system", "content": system})
+    elif chat and not prompt.is_chat:
+        raise RequestError("--chat needs text, got token ids.")
+    model_input: str | list[int] = content
+    return _templated(content, tokenizer) if isinstance(content[0], dict) else model_input
 
 
 def _from_arguments(arguments: Sequence[str], stdin: TextIO | None) -> Iterator[GivenPrompt]:
@@ -129,7 +146,7 @@ def _from_file(path: Path) -> Iterator[GivenPrompt]:
         ) from None
     for number, line in _lines(text):
         where = f"{path}:{number}"
-        yield GivenPrompt(_from_json(line, where) if path.suffix == ".jsonl" else line, where)
+        yield _from_json(line, where) if path.suffix == ".jsonl" else GivenPrompt(line, where)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -139,10 +156,15 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _from_json(line: str, where: str) -> str | list[int] | Messages:
+def _from_json(line: str, where: str) -> GivenPrompt:
+    """A line of a file. One that is no record says that the file is of another kind; a value is one prompt's.
+
+    Raises:
+        ConfigError: it is no record.
+    """
     try:
         record = json.loads(line)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{where}: not valid JSON ({err}).") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: must be an object, got {type(record).__name__}.")
@@ -152,9 +174,7 @@ def _from_json(line: str, where: str) -> str | list[int] | Messages:
     if len(record) != 1:
         raise ConfigError(f"{where}: must have one of {', '.join(_KEYS)}, got {len(record)} keys.")
     ((key, value),) = record.items()
-    if not _IS_VALID[key](value):
-        raise ConfigError(f"{where}: {key} must be {_MUST_BE[key]}.")
-    return value
+    return GivenPrompt(value, where, None if _IS_VALID[key](value) else f"{key} must be {_MUST_BE[key]}.")
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -186,29 +206,35 @@ _MUST_BE = {
 }
 
 
-def _check(prompt: GivenPrompt) -> None:
+def _problem(prompt: GivenPrompt) -> str | None:
+    """What is wrong with the text of a prompt."""
     content: Any = prompt.content
     texts = [content]
     if not isinstance(content, str):
         texts = [message["content"] for message in content] if prompt.is_chat else []
     if not all(text.strip() for text in texts):
-        raise ConfigError(f"{prompt.where}: the prompt is empty; give some text.")
+        return "the prompt is empty; give some text."
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{prompt.where}: must be UTF-8 text.") from None
+        return "must be UTF-8 text."
+    return None
 
 
-def _templated(messages: Messages, tokenizer: Any, where: str) -> list[int]:
+def _templated(messages: Messages, tokenizer: Any) -> list[int]:
     from jinja2 import TemplateError
 
+    from ad_flashinfer_pass.runtime.foreign import foreign_code
+
     if tokenizer is None or not tokenizer.chat_template:
-        raise ConfigError(f"{where}: the model has no chat template; give text as it stands, without --chat.")
-    try:
-        return list(
-            tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        raise RequestError("the model has no chat template; give text as it stands, without --chat.")
+    refusal = "the model's chat template refuses this chat"
+    with foreign_code(refusal):
+        try:
+            return list(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
             )
-        )
-    except TemplateError as err:
-        raise ConfigError(f"{where}: the model's chat template refuses this chat: {err}") from None
+        except TemplateError as err:  # what a template says itself needs no name of a class
+            raise RequestError(f"{refusal}: {err}") from None

@@ -74,6 +74,7 @@ def build_ours(args: argparse.Namespace) -> tuple[LLM, float]:
         config = AutoDeployConfig(
             model=directory,
             skip_loading_weights=True,
+            generation_config="none",
             dtype="bfloat16",
             device="cuda",
             compile_backend=args.compile_backend,

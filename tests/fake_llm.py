@@ -35,6 +35,7 @@ class FakeLLM:
         self.tokenizer = tokenizer
         self.inputs: list[Any] = []
         self.sampling: SamplingParams | None = None
+        self.default_sampling = SamplingParams()
         self.engine = SimpleNamespace(
             metrics=SimpleNamespace(
                 num_generated_tokens=7, num_pages=9, num_preemptions=1, eager_steps={"prefill": 2}

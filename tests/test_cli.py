@@ -286,11 +286,13 @@ def test_every_option_of_sampling_arrives(command: Command) -> None:
 
 
 def test_sampling_defaults_are_those_of_the_library() -> None:
-    """The help shows the defaults of SamplingParams."""
-    options = signature(cli.generate.generate).parameters
+    """The help shows the defaults of SamplingParams, which hold where the model's file says nothing."""
+    options = signature(cli.generate.generate, eval_str=True).parameters
     for name, field in signature(SamplingParams).parameters.items():
-        if name not in ("stop", "stop_token_ids"):
-            assert options[name].default == field.default, name
+        if name not in ("stop", "stop_token_ids", "suppress_tokens", "no_repeat_ngram_size"):
+            assert not options[name].default, name
+            (info,) = options[name].annotation.__metadata__
+            assert name in ("seed", "ignore_eos") or f"Default: the model's, or {field.default:g}." in info.help
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,7 @@ def test_sampling_defaults_are_those_of_the_library() -> None:
     [
         (["generate"], "no prompt"),
         (["generate", ""], "prompt 0: the prompt is empty"),
-        (["generate", "a", " "], "prompt 1: the prompt is empty"),
+        (["generate", "", " "], "prompt 0: the prompt is empty"),
         (["generate", "a", "-f", "b"], "not both"),
         (["generate", "-f", "/no/such"], "--prompt-file /no/such: No such file"),
         (["generate", "-f", "/"], "--prompt-file /: Is a directory"),
@@ -313,6 +315,7 @@ def test_sampling_defaults_are_those_of_the_library() -> None:
         (["generate", "a", "-o", "/no/such/file"], "--output /no/such/file: No such file"),
         (["generate", "a", "-o", "/"], "--output /: is a directory"),
         (["generate", "a\udcff"], "prompt 0: must be UTF-8"),
+        (["generate", "a", "--generation-config", "x"], "generation_config: .*'none'.* got 'x'"),
         (["generate", "a", "--top-k", "x"], "'--top-k'.*; see ad-flashinfer-pass generate --help"),
         (["bench", "--plot", "steps.pdf"], "--plot steps.pdf: must end in .png or .svg"),
         (["bench", "--plot", "/no/such/steps.png"], "--plot .*: there is no folder /no/such"),

@@ -102,6 +102,7 @@ def bench(
             "max_batch_size": max(places),
             "max_seq_len": input_len + output_len,
             "max_num_tokens": max_num_tokens,
+            "generation_config": "none",
         }
         deploy = settings(config, keys, tokens_per_block)
         from ad_flashinfer_pass.generation import libraries_quiet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -33,9 +33,6 @@ from ad_flashinfer_pass.generation import Job, run
 from ad_flashinfer_pass.output import OutputFile, Stdout
 from ad_flashinfer_pass.progress import Reporter
 from ad_flashinfer_pass.prompts import read_prompts
-
-if TYPE_CHECKING:
-    from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
 HELP = (
     "Continue texts, or answer chats.\n\n"
@@ -67,6 +64,9 @@ Try an architecture without its weights, from config.json alone:
 
 [green]{PROG} generate -m config.json --random-weights -f ids.jsonl --json[/green]
 """
+
+# Where an option is not given, generation_config.json of the model decides, and then:
+_DEFAULT = "Default: the model's, or"
 
 
 def generate(
@@ -101,25 +101,46 @@ def generate(
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     max_new_tokens: Annotated[
-        int,
-        option(SAMPLING, "N", "Tokens to generate for a prompt, at most.", "--max-new-tokens", "-n"),
-    ] = 256,
+        int | None,
+        option(
+            SAMPLING,
+            "N",
+            f"Tokens to generate for a prompt, at most. {_DEFAULT} 256.",
+            "--max-new-tokens",
+            "-n",
+        ),
+    ] = None,
     temperature: Annotated[
-        float,
-        option(SAMPLING, "T", "0 takes the most likely token, 1 samples as the model says."),
-    ] = 0.0,
-    top_k: Annotated[int, option(SAMPLING, "K", "Sample from the K most likely tokens; 0: from all.")] = 0,
+        float | None,
+        option(SAMPLING, "T", f"0 takes the most likely token, 1 samples as the model says. {_DEFAULT} 0."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        option(SAMPLING, "K", f"Sample from the K most likely tokens; 0: from all. {_DEFAULT} 0."),
+    ] = None,
     top_p: Annotated[
-        float,
-        option(SAMPLING, "P", "Sample from the fewest likely tokens with P of the probability."),
-    ] = 1.0,
+        float | None,
+        option(
+            SAMPLING, "P", f"Sample from the fewest likely tokens with P of the probability. {_DEFAULT} 1."
+        ),
+    ] = None,
     min_p: Annotated[
-        float,
-        option(SAMPLING, "P", "Sample from tokens at least P times as likely as the first."),
-    ] = 0.0,
+        float | None,
+        option(SAMPLING, "P", f"Sample from tokens at least P times as likely as the first. {_DEFAULT} 0."),
+    ] = None,
     repetition_penalty: Annotated[
-        float, option(SAMPLING, "X", "Above 1 makes tokens that already occurred less likely.")
-    ] = 1.0,
+        float | None,
+        option(SAMPLING, "X", f"Above 1 makes tokens that already occurred less likely. {_DEFAULT} 1."),
+    ] = None,
+    generation_config: Annotated[
+        str | None,
+        option(
+            SAMPLING,
+            "auto|none",
+            "none leaves generation_config.json aside, but for its end tokens. Default: auto.",
+            "--generation-config",
+        ),
+    ] = None,
     seed: Annotated[int | None, option(SAMPLING, "N", "The same seed gives the same text.")] = None,
     stop: Annotated[
         list[str] | None,
@@ -171,6 +192,18 @@ def generate(
         "max_batch_size": max_batch_size,
         "max_seq_len": max_seq_len,
         "max_num_tokens": max_num_tokens,
+        "generation_config": generation_config,
+    }
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or None,
+        "ignore_eos": ignore_eos or None,
     }
     with error_border(debug):
         if system is not None and not chat:
@@ -178,22 +211,13 @@ def generate(
         given = read_prompts(prompts or [], prompt_file, sys.stdin)
         deploy = settings(config, keys, tokens_per_block)
         with OutputFile(output) if output is not None else Stdout() as out:
-            params = _sampling_params(
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-                stop=tuple(stop or ()),
-                ignore_eos=ignore_eos,
-            )
+            given_sampling = {name: value for name, value in sampling.items() if value is not None}
+            _check_sampling(given_sampling)
             job = Job(
                 prompts=given,
                 chat=chat,
                 system=system,
-                sampling=params,
+                sampling=given_sampling,
                 json_lines=json_lines or (output is not None and output.suffix == ".jsonl"),
             )
             live = not isinstance(out, Stdout) or not sys.stdout.isatty()
@@ -203,10 +227,11 @@ def generate(
             raise typer.Exit(1)
 
 
-def _sampling_params(**values: Any) -> SamplingParams:
+def _check_sampling(values: dict[str, Any]) -> None:
+    """Refuse wrong values before the model is built."""
     from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
     try:
-        return SamplingParams(**values)
+        SamplingParams(**values)
     except RequestError as err:
         raise ConfigError(str(err)) from None

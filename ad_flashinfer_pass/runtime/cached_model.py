@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass.metadata import RowParams, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 class CachedModel:
@@ -38,6 +42,8 @@ class CachedModel:
         self.num_pages = next(iter(caches.values())).shape[0]
         self.vocab_size = vocab_size
         self.weight_bytes = weight_bytes
+        self.generation_config: GenerationConfig | None = None
+        """What transformers' ``generate`` would go by, of a model of theirs."""
         graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
         self._takes_vectors = any(n.name == "inputs_embeds" for n in graph.find_nodes(op="placeholder"))
 

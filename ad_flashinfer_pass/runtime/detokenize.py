@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ad_flashinfer_pass.runtime.foreign import foreign_code
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -18,20 +20,30 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextDecoder:
-    """What all requests share: the tokenizer, and which of its tokens cannot end a piece."""
+    """What all requests share: the tokenizer, and which of its tokens cannot end a piece.
+
+    Raises:
+        RequestError: the tokenizer fails.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._num_known = len(tokenizer)
         byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-        byte_ids: Any = tokenizer.convert_tokens_to_ids(byte_tokens)
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # A run of byte tokens is valid or invalid as a whole, also across special tokens inside it.
-        self._inconclusive = special | (set(byte_ids) - {tokenizer.unk_token_id})
+        with foreign_code("the tokenizer cannot tell its tokens"):
+            self._num_known = len(tokenizer)
+            byte_ids: Any = tokenizer.convert_tokens_to_ids(byte_tokens)
+            special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+            # A run of byte tokens is valid or invalid as a whole, also across special tokens inside it.
+            self._inconclusive = special | (set(byte_ids) - {tokenizer.unk_token_id})
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of these tokens, without special ones."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """The text of these tokens, without special ones.
+
+        Raises:
+            RequestError: the tokenizer fails.
+        """
+        with foreign_code("the tokenizer cannot decode the new tokens"):
+            return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def is_conclusive(self, token_id: int) -> bool:
         """Whether text that ends with this token and in a whole character is final."""

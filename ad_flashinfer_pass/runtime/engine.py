@@ -1,7 +1,7 @@
 """The step loop: requests in, tokens and text out.
 
 The engine ties the model to the scheduler, the sampler and the detokeniser, and owns every request
-from ``add_request`` to its ``Completion``. It is not thread-safe.
+from ``add_request`` to its ``Completion``. Threads take turns: each call is whole before the next begins.
 
 Steps may be enqueued before the tokens of those before them are known: the scheduler needs only their number.
 A request that turns out to have ended is left out of the next step that is scheduled; what the steps
@@ -12,7 +12,6 @@ owner writes is enqueued later. With ``steps_ahead=0`` each step is read before 
 from __future__ import annotations
 
 import logging
-import operator
 import secrets
 from collections import deque
 from collections.abc import Sequence
@@ -28,6 +27,8 @@ from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
 from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner
+from ad_flashinfer_pass.runtime.turns import Turns
+from ad_flashinfer_pass.runtime.values import as_int, as_ints, as_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,8 @@ class Engine:
             whatever it is.
 
     Raises:
-        ConfigError: prefill_chunk_tokens is not positive, or steps_ahead is negative.
+        ConfigError: prefill_chunk_tokens is not positive, steps_ahead is negative, or one of eos_token_ids is
+            no token id.
         CapacityError: the model has no page besides page 0.
     """
 
@@ -130,6 +132,13 @@ class Engine:
         prefill_chunk_tokens: int | None = None,
         steps_ahead: int = 0,
     ) -> None:
+        try:
+            eos = as_ints("eos_token_ids", eos_token_ids)
+            steps_ahead = as_int("steps_ahead", steps_ahead)
+            if prefill_chunk_tokens is not None:
+                prefill_chunk_tokens = as_int("prefill_chunk_tokens", prefill_chunk_tokens)
+        except RequestError as err:
+            raise ConfigError(str(err)) from None
         if prefill_chunk_tokens is not None and prefill_chunk_tokens < 1:
             raise ConfigError(
                 f"prefill_chunk_tokens must be at least 1, got {prefill_chunk_tokens}. Leave it "
@@ -138,10 +147,12 @@ class Engine:
         if steps_ahead < 0:
             raise ConfigError(f"steps_ahead must be at least 0, got {steps_ahead}.")
         info = model.sequence_info
+        self.turns = Turns()
+        """Held during each call; hold it for several calls that belong together."""
         self._model = model
         self._steps_ahead = steps_ahead
         self._tokenizer = tokenizer
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(token for token in eos if token < model.vocab_size)
         self._max_seq_len = info.max_seq_len
         self._tokens_per_page = info.tokens_per_block
         self._pool = PagePool(model.num_pages)
@@ -161,7 +172,8 @@ class Engine:
         self._continuable_epoch: int | None = None
         """The scheduler's epoch if the metadata on the device are those of the next step of these rows."""
         self._requests: dict[int, _Request] = {}
-        self._cancelled: list[StepOutput] = []
+        self._outputs: list[StepOutput] = []
+        """What ``step`` has not returned yet."""
         self._num_requests = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -170,7 +182,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything left to do or to report."""
-        return bool(self._requests or self._cancelled)
+        return bool(self._requests or self._outputs)
 
     @property
     def metrics(self) -> Metrics:
@@ -201,11 +213,18 @@ class Engine:
             The request's id.
 
         Raises:
-            RequestError: the prompt is empty, too long or holds an id outside the vocabulary, the
-                request needs more pages than there are, or it needs text and there is no tokenizer.
+            RequestError: the prompt is no sequence of token ids, empty, too long or holds an id outside the
+                vocabulary, or stop_token_ids does; the request needs more pages than there are, or it needs
+                text and there is no tokenizer.
         """
-        params = params or SamplingParams()
+        with self.turns:
+            return self._add_request(prompt, SamplingParams() if params is None else params, stream)
+
+    def _add_request(self, prompt: Sequence[int], params: SamplingParams, stream: bool) -> int:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, got {params!r:.80}.")
         token_ids = self._checked_prompt(prompt)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
         max_len = min(len(token_ids) + params.max_new_tokens, self._max_seq_len)
         self._check_pages(len(token_ids), max_len)
         text_stream = None
@@ -234,11 +253,16 @@ class Engine:
         Returns:
             False if there is no such request, or it has ended.
         """
-        request = self._requests.get(request_id)
-        if request is None:
-            return False
-        self._cancelled.append(self._end(request, "cancelled"))
-        return True
+        with self.turns:
+            request = self._requests.get(request_id) if isinstance(request_id, int) else None
+            if request is None:
+                return False
+            try:
+                self._outputs.append(self._end(request, "cancelled"))
+            except BaseException:
+                self._recover()
+                raise
+            return True
 
     def step(self) -> list[StepOutput]:
         """Enqueue steps until ``steps_ahead`` are ahead, and take the tokens of the oldest one.
@@ -251,16 +275,21 @@ class Engine:
             One output for each request that got a token or ended; empty if there is nothing to do, and after
             a step in which prompts were only begun.
         """
-        try:
-            return self._step()
-        except BaseException:
-            # It can have struck between any two instructions: keep nothing of the steps.
-            self._forget_steps()
-            self._scheduler.restart(self._requests.values())
-            raise
+        with self.turns:
+            try:
+                self._step()
+            except BaseException:
+                self._recover()
+                raise
+            outputs, self._outputs = self._outputs, []
+            return outputs
 
-    def _step(self) -> list[StepOutput]:
-        outputs: list[StepOutput] = []
+    def _recover(self) -> None:
+        """Make the state whole again. What was raised can have struck between any two instructions."""
+        self._forget_steps()
+        self._scheduler.restart(self._requests.values())
+
+    def _step(self) -> None:
         while self._in_flight and not self._is_awaited(self._in_flight[0]):
             self._in_flight.popleft()
         while len(self._in_flight) <= self._steps_ahead:
@@ -270,15 +299,13 @@ class Engine:
             error = self._enqueue(plan)
             if error is not None:
                 while self._in_flight:
-                    outputs += self._read_oldest()
-                outputs += self._fail_all([request for request, _ in plan], error)
+                    self._read_oldest()
+                self._fail_all([request for request, _ in plan], error)
                 self._forget_steps()
                 break
         if self._in_flight:
-            outputs += self._read_oldest()
+            self._read_oldest()
         self._scheduler.clear_released_pages()
-        outputs, self._cancelled = self._cancelled + outputs, []
-        return outputs
 
     def _enqueue(self, plan: list[tuple[_Request, int]]) -> Exception | None:
         """Start a step. Returns the model's error, if it failed."""
@@ -316,30 +343,30 @@ class Engine:
             steps.append(SequenceStep(new, request.num_cached, request.pages[:num_pages], gather=is_last))
         return steps
 
-    def _read_oldest(self) -> list[StepOutput]:
+    def _read_oldest(self) -> None:
         """Take the tokens of the oldest step in flight."""
         step = self._in_flight.popleft()
         if not self._is_awaited(step):
-            return []
+            return
         rows = step.rows
         try:
             tokens = step.tokens.read()
         except _STEP_ERRORS as err:
-            return self._fail_all(rows, err)
-        outputs = []
+            self._fail_all(rows, err)
+            return
         for request, token in zip(rows, tokens, strict=True):
             if request.request_id in self._requests:
                 request.num_pending -= 1
-                outputs.append(self._take(request, token))
-        return outputs
+                self._outputs.append(self._take(request, token))
 
     def _is_awaited(self, step: _InFlight) -> bool:
         """Whether a request that gets a token has not ended."""
         return any(request.request_id in self._requests for request in step.rows)
 
-    def _fail_all(self, requests: list[_Request], error: Exception) -> list[StepOutput]:
-        alive = [request for request in requests if request.request_id in self._requests]
-        return [self._fail(request, _first_line(error)) for request in alive]
+    def _fail_all(self, requests: list[_Request], error: Exception) -> None:
+        for request in requests:
+            if request.request_id in self._requests:
+                self._outputs.append(self._fail(request, _first_line(error)))
 
     def _forget_steps(self) -> None:
         """Drop what is in flight, and whatever the device knows of the next step."""
@@ -361,7 +388,10 @@ class Engine:
             return self._end(request, "stop", token)
         text = ""
         if request.stream is not None:
-            text = request.stream.add(token)
+            try:
+                text = request.stream.add(token)
+            except RequestError as err:
+                return self._fail(request, str(err))
             if request.stream.is_stopped:
                 return self._end(request, "stop", token, text)
         if len(request.token_ids) == request.max_len:
@@ -384,14 +414,17 @@ class Engine:
         self._scheduler.remove(request)
         generated = request.token_ids[request.num_prompt_tokens :]
         whole_text = None
-        if request.stream is not None:
-            text += request.stream.finish()
-            whole_text = request.stream.text
-            if request.stream.is_stopped and reason == "length":
-                reason = "stop"
-        elif self._tokenizer is not None:
-            is_stop_token = token in request.stop_token_ids
-            whole_text = self._text_decoder.decode(generated[:-1] if is_stop_token else generated)
+        try:
+            if request.stream is not None:
+                text += request.stream.finish()
+                whole_text = request.stream.text
+                if request.stream.is_stopped and reason == "length":
+                    reason = "stop"
+            elif self._tokenizer is not None:
+                is_stop_token = token in request.stop_token_ids
+                whole_text = self._text_decoder.decode(generated[:-1] if is_stop_token else generated)
+        except RequestError as err:
+            reason, error = "error", error or str(err)
         completion = Completion(generated, whole_text, reason, error)
         return StepOutput(request.request_id, token, text, completion)
 
@@ -405,22 +438,25 @@ class Engine:
         return TextDecoder(self._tokenizer)
 
     def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
-        token_ids = to_token_ids(prompt)
+        token_ids = as_token_ids(prompt)
         if not token_ids:
             raise RequestError("the prompt is empty. Give at least one token.")
-        vocab_size = self._model.vocab_size
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            bad = next(token for token in token_ids if not 0 <= token < vocab_size)
-            raise RequestError(
-                f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, got {bad} at "
-                f"position {token_ids.index(bad)}. Encode the prompt with the model's tokenizer."
-            )
+        self._check_ids("token ids", token_ids, ". Encode the prompt with the model's tokenizer.")
         if len(token_ids) >= self._max_seq_len:
             raise RequestError(
                 f"prompt and one new token must fit max_seq_len={self._max_seq_len}, got a prompt "
                 f"of {len(token_ids)} tokens. Shorten it or raise max_seq_len."
             )
         return token_ids
+
+    def _check_ids(self, name: str, token_ids: Sequence[int], way_out: str = ".") -> None:
+        vocab_size = self._model.vocab_size
+        if min(token_ids, default=0) < 0 or max(token_ids, default=0) >= vocab_size:
+            bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+            raise RequestError(
+                f"{name} must lie in 0..{vocab_size - 1}, the model's vocabulary, got {bad} at "
+                f"position {token_ids.index(bad)}{way_out}"
+            )
 
     def _check_pages(self, num_prompt_tokens: int, max_len: int) -> None:
         # The last token is not cached: nothing attends to it.
@@ -432,18 +468,6 @@ class Engine:
                 f"{self._pool.capacity}. Lower max_new_tokens, shorten the prompt, or raise "
                 "kv_cache_config.max_tokens."
             )
-
-
-def to_token_ids(prompt: Sequence[int]) -> list[int]:
-    """A prompt's ids as plain integers.
-
-    Raises:
-        RequestError: it is no sequence of integers.
-    """
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError:
-        raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.80}.") from None
 
 
 def _first_line(err: Exception) -> str:

@@ -1,25 +1,28 @@
 """From logits to tokens, on the device, for the whole batch at once.
 
-The filters have transformers' semantics and order: repetition penalty, temperature, top-k, top-p,
-min-p. A draw inverts the cumulative distribution at one uniform number, which is a hash of the
-request's seed and of how many tokens it has generated. There is no generator state, so neither the
-rest of the batch nor a preemption can disturb a request's tokens. Nothing here waits for the device.
+The filters have transformers' semantics and order: repetition penalty, repeated n-grams, suppressed tokens,
+temperature, top-k, top-p, min-p. A draw inverts the cumulative distribution at one uniform number, which is a
+hash of the request's seed and of how many tokens it has generated. There is no generator state, so neither
+the rest of the batch nor a preemption can disturb a request's tokens. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.runtime.values import as_bool, as_float, as_int, as_ints
 
-_MIN_TEMPERATURE = 1e-6
+# Beyond these a number vanishes in float32, or becomes infinite.
+_SMALLEST, _LARGEST = 1e-6, 1e6
+_MAX_SIZE = 2**31 - 1
 _GAMMA = -0x61C8864680B583EB
 
 
@@ -27,8 +30,10 @@ _GAMMA = -0x61C8864680B583EB
 class SamplingParams:
     """How one request is continued, and when it ends.
 
+    Every value is checked, and kept as a plain number, bool or tuple; numpy's numbers are numbers.
+
     Raises:
-        RequestError: a value is out of range.
+        RequestError: a value is of a wrong type or out of range.
     """
 
     max_new_tokens: int = 256
@@ -43,6 +48,10 @@ class SamplingParams:
     """Keep the tokens at least this likely relative to the most likely one."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the prompt and of the continuation less likely, below 1 more."""
+    no_repeat_ngram_size: int = 0
+    """No so many tokens in a row occur twice in prompt and continuation; 0 is off."""
+    suppress_tokens: Sequence[int] = ()
+    """Tokens that are never chosen."""
     seed: int | None = None
     """The same seed gives the same tokens; None draws a seed for each request."""
     stop: Sequence[str] = ()
@@ -55,33 +64,57 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the token is the most likely one of the logits as they are."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.temperature == 0 and not self.is_penalised
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether tokens that occurred, or some always, are made less likely, greedy or not."""
+        return bool(self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.suppress_tokens)
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size"):
+            self._keep(name, as_int(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self._keep(name, as_float(name, getattr(self, name)))
+        for name in ("suppress_tokens", "stop_token_ids"):
+            self._keep(name, as_ints(name, getattr(self, name)))
+        self._keep("seed", None if self.seed is None else as_int("seed", self.seed))
+        self._keep("ignore_eos", as_bool("ignore_eos", self.ignore_eos))
+        self._keep("stop", _stop_strings(self.stop))
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
         _require(
-            self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf,
-            f"temperature must be 0 (the most likely token) or at least {_MIN_TEMPERATURE}",
+            self.temperature == 0 or _SMALLEST <= self.temperature <= _LARGEST,
+            f"temperature must be 0 (the most likely token) or, up to {_LARGEST:g}, at least {_SMALLEST}",
             self.temperature,
         )
         _require(self.top_k >= 0, "top_k must be 0 (off) or positive", self.top_k)
         _require(0 <= self.top_p <= 1, "top_p must lie in 0..1, 1 being off", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p must lie in 0..1, 0 being off", self.min_p)
+        penalty = self.repetition_penalty
+        _require(0 < penalty < math.inf, "repetition_penalty must be positive, 1 being off", penalty)
         _require(
-            0 < self.repetition_penalty < math.inf,
-            "repetition_penalty must be positive, 1 being off",
-            self.repetition_penalty,
+            _SMALLEST <= penalty <= _LARGEST,
+            f"repetition_penalty must lie in {_SMALLEST}..{_LARGEST:g}, 1 being off",
+            penalty,
         )
-        _require(
-            not isinstance(self.stop, str) and all(self.stop),
-            "stop must be a sequence of strings, none of them empty",
-            self.stop,
-        )
+        size = self.no_repeat_ngram_size
+        _require(size >= 0, "no_repeat_ngram_size must be 0 (off) or positive", size)
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    is_some = isinstance(stop, Iterable) and not isinstance(stop, str | Mapping)
+    strings = tuple(stop) if is_some else (None,)
+    valid = all(isinstance(string, str) and string for string in strings)
+    _require(valid, "stop must be a sequence of strings, none of them empty", stop)
+    return strings
 
 
 def _require(condition: bool, what: str, value: object) -> None:
     if not condition:
-        raise RequestError(f"{what}, got {value!r}.")
+        raise RequestError(f"{what}, got {value!r:.80}.")
 
 
 class SampledSequence(Protocol):
@@ -95,6 +128,10 @@ class SampledSequence(Protocol):
     @property
     def num_generated(self) -> int:
         """Generated tokens, known or not."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens, known or not."""
 
 
 @dataclass
@@ -116,6 +153,15 @@ class BatchParams:
     penalty: Tensor | None = None
     seen: Tensor | None = None
     """bool [n, vocab_size]: tokens that occurred."""
+    suppressed: Tensor | None = None
+    """bool [n, vocab_size]: tokens that are never chosen."""
+    ngram_sizes: tuple[int, ...] = ()
+    """The sizes other than 0, each once."""
+    ngram_size: Tensor | None = None
+    """int64 [n]."""
+    history: Tensor | None = None
+    """int64 [n, longest]: all tokens, the newest last, with -1 before the first. As long as a row asks for
+    no_repeat_ngram_size; a step then reads it once for each token of each size, and copies it."""
 
     @classmethod
     def of(cls, rows: Sequence[SampledSequence], vocab_size: int, device: torch.device) -> BatchParams:
@@ -128,7 +174,17 @@ class BatchParams:
         batch = cls()
         if any(p.repetition_penalty != 1 for p in params):
             batch.penalty = column([p.repetition_penalty for p in params])
-            batch.seen = _on_device(_seen_tokens(rows, vocab_size), device)
+            batch.seen = _on_device(_marked([row.token_ids for row in rows], vocab_size), device)
+        if any(p.suppress_tokens for p in params):
+            batch.suppressed = _on_device(
+                _marked([[t for t in p.suppress_tokens if t < vocab_size] for p in params], vocab_size),
+                device,
+            )
+        sizes = [min(p.no_repeat_ngram_size, _MAX_SIZE) for p in params]
+        if any(sizes):
+            batch.ngram_sizes = tuple(sorted(set(sizes) - {0}))
+            batch.ngram_size = _on_device(torch.tensor(sizes), device)
+            batch.history = _on_device(_history(rows), device)
         is_drawn = [p.temperature > 0 for p in params]
         if not any(is_drawn):
             return batch
@@ -147,10 +203,15 @@ class BatchParams:
         return batch
 
     def penalise(self, scores: Tensor) -> Tensor:
-        """Apply the repetition penalty to scores, floating [n, vocab_size]."""
-        if self.penalty is None or self.seen is None:
-            return scores
-        return apply_repetition_penalty(scores.float(), self.seen, self.penalty)
+        """Apply what greedy rows ask for, too, to scores, floating [n, vocab_size]."""
+        if self.penalty is not None and self.seen is not None:
+            scores = apply_repetition_penalty(scores.float(), self.seen, self.penalty)
+        if self.history is not None and self.ngram_size is not None:
+            for size in self.ngram_sizes:
+                scores = ban_repeated(scores, self.history, self.ngram_size == size, size)
+        if self.suppressed is not None:
+            scores = scores.masked_fill(self.suppressed, -math.inf)
+        return scores
 
     def filter(self, scores: Tensor) -> Tensor:
         """Scores of the distribution from which tokens are drawn, float32 [n, vocab_size]."""
@@ -197,10 +258,11 @@ class Sampler:
         return tokens
 
     def penalise(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
-        """The first half of ``sample``: the logits with repetition penalties, if there are any."""
+        """The first half of ``sample``: the logits as ``BatchParams.penalise`` leaves them."""
         if rows != self._rows:
             batch = BatchParams.of(rows, logits.shape[1], logits.device)
             _carry_over(self._batch.seen, self._rows, batch.seen, rows)
+            _carry_over(self._batch.history, self._rows, batch.history, rows)
             self._batch, self._rows = batch, rows
         return self._batch.penalise(logits)
 
@@ -208,6 +270,8 @@ class Sampler:
         """The end of ``sample``: remember tokens, int64 [n], that were chosen; negative ones are none."""
         if self._batch.seen is not None:
             self._batch.seen.scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
+        if self._batch.history is not None:
+            self._batch.history = torch.cat([self._batch.history, tokens.unsqueeze(1)], 1)
 
 
 def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -220,6 +284,26 @@ def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> T
     """
     penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen, penalised, scores)
+
+
+def ban_repeated(scores: Tensor, history: Tensor, has_size: Tensor, size: int) -> Tensor:
+    """Set the scores of tokens that would end a run of ``size`` tokens that occurred before to -inf.
+
+    Args:
+        scores: floating [n, vocab_size].
+        history: int64 [n, longest]; see ``BatchParams.history``.
+        has_size: bool [n]: the other rows are left as they are.
+        size: at least 1.
+    """
+    if history.shape[1] < size:
+        return scores
+    runs = history.unfold(1, size, 1)
+    last = history[:, history.shape[1] - size + 1 :].unsqueeze(1)
+    repeats = (runs[..., :-1] == last).all(-1) & has_size.unsqueeze(1)
+    vocab_size = scores.shape[1]
+    ends = runs[..., -1].where(repeats & (runs[..., -1] >= 0), vocab_size)
+    banned = torch.zeros(len(scores), vocab_size + 1, dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(banned.scatter_(1, ends, True)[:, :-1], -math.inf)
 
 
 def keep_top_k(scores: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
@@ -315,12 +399,20 @@ def most_likely(scores: Tensor) -> Tensor:
     return tokens.where(best.abs() < math.inf, -1)
 
 
-def _seen_tokens(rows: Sequence[SampledSequence], vocab_size: int) -> Tensor:
-    """bool [n, vocab_size]: the tokens of each sequence."""
-    seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
+def _marked(token_ids: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """bool [n, vocab_size]: the tokens of each row."""
+    marked = torch.zeros(len(token_ids), vocab_size, dtype=torch.bool)
+    for index, row in enumerate(token_ids):
+        marked[index, list(row)] = True
+    return marked
+
+
+def _history(rows: Sequence[SampledSequence]) -> Tensor:
+    """``BatchParams.history`` of these rows, with room for tokens that are not known yet."""
+    history = torch.full((len(rows), max(row.num_tokens for row in rows)), -1)
     for index, row in enumerate(rows):
-        seen[index, row.token_ids] = True
-    return seen
+        history[index, history.shape[1] - len(row.token_ids) :] = torch.tensor(row.token_ids)
+    return history
 
 
 def _carry_over(
@@ -329,11 +421,15 @@ def _carry_over(
     new: Tensor | None,
     rows: Sequence[SampledSequence],
 ) -> None:
-    """Take the seen tokens of rows that stay from where those not known yet have been noted."""
+    """Take what is known of rows that stay from where tokens not known to the host have been noted.
+
+    Of histories the newest columns are those that both have.
+    """
     if old is None or new is None:
         return
     places = {id(row): index for index, row in enumerate(old_rows)}
     pairs = [(places[id(row)], index) for index, row in enumerate(rows) if id(row) in places]
     if pairs:
         sources, targets = (_on_device(torch.tensor(side), new.device) for side in zip(*pairs, strict=True))
-        new[targets] = old[sources]
+        width = min(old.shape[1], new.shape[1])
+        new[targets, new.shape[1] - width :] = old[sources, old.shape[1] - width :]

@@ -93,7 +93,7 @@ class StepRunner:
 
     def _sample_on_cuda(self, logits: Tensor, rows: Sequence[RunnerRow]) -> None:
         info = self._model.sequence_info
-        if any(row.params.repetition_penalty != 1 for row in rows):
+        if any(row.params.is_penalised for row in rows):
             is_greedy = all(row.params.temperature == 0 for row in rows)
             info.sample_and_advance(self._sampler.penalise(logits, rows), is_greedy=is_greedy)
             self._sampler.note(info.tokens[: len(rows)])

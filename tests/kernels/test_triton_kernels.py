@@ -201,6 +201,10 @@ class Drawing:
     token_ids: list[int] = field(default_factory=list)
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
     def row_params(self) -> RowParams:
         p = self.params
         tail = 1 - p.top_p if p.top_p < 1 else -1.0

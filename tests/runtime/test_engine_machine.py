@@ -34,6 +34,10 @@ class _Alone:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
     def run(self) -> tuple[list[int], str]:
         max_len = min(self.num_prompt_tokens + self.params.max_new_tokens, MAX_SEQ_LEN)
         while len(self.token_ids) < max_len:
@@ -54,6 +58,8 @@ params_of_requests = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 0.8, 1.5]),
     top_k=st.sampled_from([0, 5]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2]),
+    suppress_tokens=st.sampled_from([(), (), range(2, 40, 3)]),
     seed=st.integers(0, 3),
 )
 

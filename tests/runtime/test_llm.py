@@ -177,7 +177,7 @@ def test_progress_counts_finished_prompts_tokens_and_pages() -> None:
 
 def test_several_iterators_can_be_open_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
     """Advanced in turn, each gives what it gives alone."""
-    llm = LLM(ToyModel(), tokenizer)
+    llm = LLM(ToyModel(), tokenizer, eos_token_ids=[])
     alone = list(llm.stream("abc", max_new_tokens=30))
     pieces = []
     stream = llm.stream("abc", max_new_tokens=30)

@@ -39,6 +39,10 @@ class Row:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
 
 def sample(logits: Tensor, rows: list[Row], sampler: Sampler | None = None) -> list[int]:
     return (sampler or Sampler()).sample(logits, rows).tolist()

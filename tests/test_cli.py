@@ -292,7 +292,9 @@ def test_sampling_defaults_are_those_of_the_library() -> None:
         if name not in ("stop", "stop_token_ids", "suppress_tokens", "no_repeat_ngram_size"):
             assert not options[name].default, name
             (info,) = options[name].annotation.__metadata__
-            assert name in ("seed", "ignore_eos") or f"Default: the model's, or {field.default:g}." in info.help
+            assert (
+                name in ("seed", "ignore_eos") or f"Default: the model's, or {field.default:g}." in info.help
+            )
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.errors import ConfigError, RequestError
 from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult, Progress
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests.runtime import toy_tokenizers
@@ -240,3 +246,234 @@ def test_a_request_cancelled_elsewhere_is_a_result() -> None:
         "length",
     ]
     assert results[1].token_ids == greedy_alone(PROMPTS[1], 2)
+
+
+PANICS = "a" * 28 + "!"
+
+
+def panicking_tokenizer() -> PreTrainedTokenizerBase:
+    """Its pattern takes too long on PANICS, at which Rust panics."""
+    vocab = {"[UNK]": 0, **{char: i for i, char in enumerate("abcdefghijklmnopqrstuvwxyz!", start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@pytest.mark.parametrize("bad", ["\ud800", PANICS], ids=["half a character", "panic"])
+def test_a_prompt_that_cannot_be_encoded_is_refused_alone(bad: str) -> None:
+    """Whatever the tokenizer raises, a panic of Rust included; stream raises it."""
+    llm = LLM(ToyModel(), panicking_tokenizer())
+    first, refused, last = llm.generate(["abc", bad, "d"], max_new_tokens=4)
+    assert (first.token_ids, last.token_ids) == (greedy_alone([1, 2, 3], 4), greedy_alone([4], 4))
+    assert refused.finish_reason == "error"
+    assert (refused.error or "").startswith("the tokenizer cannot encode this prompt: ")
+    assert "\n" not in (refused.error or "")
+    with pytest.raises(RequestError, match="the tokenizer cannot encode this prompt"):
+        next(llm.stream(bad))
+    assert llm.engine.metrics.pages_in_use == 0
+
+
+class FailingTokenizer(LettersTokenizer):
+    """Cannot decode once the tokens hold ``bad``; encodes ``z`` as Ctrl-C."""
+
+    def __init__(self, bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        if "z" in text:
+            raise KeyboardInterrupt
+        return super().__call__(text)
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        if self.bad in token_ids:
+            raise LookupError("no such token")
+        return self._tokenizer.decode(token_ids, **options)
+
+
+@pytest.mark.parametrize("stop", [(), ("never there",)], ids=["at the end", "as it comes"])
+def test_a_text_that_cannot_be_decoded_fails_alone(stop: tuple[str, ...]) -> None:
+    """Its tokens are kept, its neighbours are right, and no page is lost."""
+    expected = [greedy_alone(prompt, 6) for prompt in PROMPTS]
+    bad = next(token for token in expected[1] if sum(token in tokens for tokens in expected) == 1)
+    llm = LLM(ToyModel(), FailingTokenizer(bad), eos_token_ids=[])  # type: ignore[arg-type]
+    results = list(llm.generate(PROMPTS, sampling=SamplingParams(max_new_tokens=6, stop=stop)))
+    assert [result.error is None for result in results] == [True, False, True, True]
+    assert "the tokenizer cannot decode the new tokens: LookupError: no such token" in str(results[1].error)
+    length = 6 if not stop else expected[1].index(bad) + 1
+    assert results[1].token_ids == expected[1][:length]
+    for i in (0, 2, 3):
+        assert results[i].token_ids == expected[i]
+    assert llm.engine.metrics.pages_in_use == 0
+    assert not llm.engine.has_work
+
+
+def test_ctrl_c_while_a_prompt_is_encoded_closes_the_others() -> None:
+    """It is no failure of the tokenizer: it passes through."""
+    llm = LLM(ToyModel(), FailingTokenizer(0))  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.generate(["a", "b", "z"]))
+    assert (llm.engine.metrics.num_running, llm.engine.metrics.num_waiting) == (0, 0)
+
+
+def test_closing_goes_on_where_one_request_cannot_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was raised comes out when all the others are closed."""
+    llm = LLM(ToyModel())
+    results = llm.generate(PROMPTS, sampling=[SamplingParams(max_new_tokens=n) for n in (2, 9, 9, 9)])
+    next(results)
+    cancel = llm.engine.cancel
+
+    def fail_once(request_id: int) -> bool:
+        monkeypatch.setattr(llm.engine, "cancel", cancel)
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr(llm.engine, "cancel", fail_once)
+    with pytest.raises(RuntimeError, match="cannot"):
+        results.close()  # type: ignore[attr-defined]
+    assert llm.engine.metrics.num_running == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "prompts must be texts or token ids, one or several, got None."),
+        (5, "prompts must be texts or token ids, one or several, got 5."),
+        ({"prompt": "abc"}, "prompts must be texts or token ids, one or several, got {'prompt'"),
+        (b"abc", "prompts must be texts or token ids, one or several, got b'abc'."),
+    ],
+    ids=str,
+)
+def test_what_holds_no_prompts_is_refused_at_once(prompts: Any, message: str) -> None:
+    """Before the iterator is advanced."""
+    with pytest.raises(RequestError) as caught:
+        LLM(ToyModel()).generate(prompts)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampling": 5},
+        {"sampling": {"max_new_tokens": 3}},
+        {"sampling": [None]},
+        {"sampling": "greedy"},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": "3"},
+        {"max_new_tokens": True},
+        {"on_progress": 3},
+    ],
+    ids=str,
+)
+def test_arguments_of_wrong_types_are_refused_at_once(options: dict[str, Any]) -> None:
+    """The error names the argument."""
+    with pytest.raises(RequestError, match=f"{next(iter(options))} must be"):
+        LLM(ToyModel()).generate([[1]], **options)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [None, {"a": 1}, {1: 2}, {1, 2}, b"ab", [1.5], [True], ["1"], [[1]], [None], [2**70], [-1], 7.5, "", []],
+    ids=str,
+)
+def test_a_prompt_of_a_wrong_type_is_refused_alone(bad: Any) -> None:
+    """Its neighbours are right; the engine refuses it too."""
+    llm = LLM(ToyModel())
+    first, refused, last = llm.generate([[1, 2, 3], bad, [4]], max_new_tokens=3)
+    assert (first.token_ids, last.token_ids) == (greedy_alone([1, 2, 3], 3), greedy_alone([4], 3))
+    assert refused.finish_reason == "error"
+    assert refused.error
+    assert "\n" not in refused.error
+    with pytest.raises(RequestError):
+        llm.engine.add_request(bad)
+    assert not llm.engine.has_work
+
+
+def test_arrays_and_tensors_are_prompts() -> None:
+    """One, several as rows, and their numbers in a list; max_new_tokens of numpy."""
+    llm = LLM(ToyModel())
+    expected = greedy_alone([1, 2, 3], 3)
+    forms: list[Any] = [np.array([1, 2, 3]), torch.tensor([[1, 2, 3]]), list(np.array([1, 2, 3])), (1, 2, 3)]
+    forms += [[np.array([1, 2, 3])], [torch.tensor([1, 2, 3])], range(1, 4)]
+    for prompts in forms:
+        (result,) = llm.generate(prompts, max_new_tokens=np.int64(3))  # type: ignore[arg-type]
+        assert result.token_ids == expected
+        assert all(type(token) is int for token in result.prompt_token_ids)
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused() -> None:
+    """It could never stop anything."""
+    (result,) = LLM(ToyModel()).generate([1], sampling=SamplingParams(stop_token_ids=[3, 48]))
+    assert result.error == "stop_token_ids must lie in 0..47, the model's vocabulary, got 48 at position 1."
+
+
+@pytest.mark.parametrize("eos", ["1", [None], 1, [-1]], ids=str)
+def test_end_tokens_must_be_token_ids(eos: Any) -> None:
+    """Refused when the model is made, not when a text does not end."""
+    with pytest.raises(ConfigError, match="eos_token_ids must be integers"):
+        LLM(ToyModel(), eos_token_ids=eos)
+
+
+def test_a_text_cut_by_max_seq_len_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """In its result, and in one line for all; one that has its max_new_tokens does not."""
+    llm = LLM(ToyModel(max_seq_len=10), toy_tokenizers.byte_level(), eos_token_ids=[])
+    short, long = llm.generate([[1], [1, 2, 3]], max_new_tokens=9)
+    assert [(r.finish_reason, r.is_cut) for r in (short, long)] == [("length", False), ("length", True)]
+    line = "1 of 2 texts ended at max_seq_len=10, short of max_new_tokens; raise max_seq_len"
+    assert [record.getMessage()[: len(line)] for record in caplog.records] == [line]
+    caplog.clear()
+    list(llm.stream([1, 2, 3], max_new_tokens=8))
+    assert "1 of 1 texts ended at max_seq_len=10" in caplog.text
+    caplog.clear()
+    list(llm.stream([1, 2, 3], max_new_tokens=7))
+    assert not caplog.records
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads change places as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_share_one_llm(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Each call gives what it gives alone: 20 rounds of 4 threads, with steps ahead and preemption."""
+    sampling = SamplingParams(max_new_tokens=10, temperature=1.5, repetition_penalty=1.2, seed=4)
+    for steps_ahead in (0, 1):
+        llm = LLM(ToyModel(num_pages=12), tokenizer, steps_ahead=steps_ahead)
+        expected = [list(llm.generate(PROMPTS[i:], sampling=sampling)) for i in range(3)]
+        text = list(llm.stream("abc", sampling=sampling))
+
+        def call(number: int, llm: LLM = llm) -> Any:
+            if number == 3:
+                return list(llm.stream("abc", sampling=sampling))
+            return list(llm.generate(PROMPTS[number:], sampling=sampling))
+
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(10):
+                assert list(pool.map(call, range(4), timeout=60)) == [*expected, text]
+        assert llm.engine.metrics.num_preemptions > 0
+        assert llm.engine.metrics.pages_in_use == 0
+
+
+def test_a_thread_that_waits_is_served_while_another_generates() -> None:
+    """A lock that a busy thread always gets back would keep the other out until the first has ended."""
+    llm = LLM(ToyModel(max_seq_len=2000, num_pages=600))
+    begun, served = Event(), Event()
+
+    def stop_once_served(progress: Progress) -> None:
+        begun.set()
+        if served.is_set():
+            raise InterruptedError
+
+    with ThreadPoolExecutor(1) as pool:
+        options: dict[str, Any] = {"max_new_tokens": 1900, "on_progress": stop_once_served}
+        long = pool.submit(lambda: list(llm.generate([1], **options)))
+        begun.wait()
+        (result,) = llm.generate([2], max_new_tokens=3)
+        served.set()
+        assert isinstance(long.exception(), InterruptedError)
+    assert result.token_ids == greedy_alone([2], 3)
+    assert llm.engine.metrics.pages_in_use == 0

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -205,10 +207,106 @@ def test_a_bad_row_is_marked_and_the_others_are_not(bad: str, temperature: float
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, 1 being off, got 0.0."),
         ({"stop": "text"}, "stop must be a sequence of strings, none of them empty, got 'text'."),
         ({"stop": ("a", "")}, "stop must be a sequence of strings"),
+        ({"stop": [1]}, r"stop must be a sequence of strings, none of them empty, got \[1\]"),
+        ({"stop": None}, "stop must be a sequence of strings"),
+        ({"stop": {"a": 1}}, "stop must be a sequence of strings"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5."),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer, got True."),
+        ({"max_new_tokens": "9"}, "max_new_tokens must be an integer, got '9'."),
+        ({"max_new_tokens": None}, "max_new_tokens must be an integer, got None."),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5."),
+        ({"seed": "1"}, "seed must be an integer, got '1'."),
+        ({"temperature": "1"}, "temperature must be a number, got '1'."),
+        ({"temperature": None}, "temperature must be a number, got None."),
+        ({"temperature": 1e300}, "temperature must be 0 .* got 1e\\+300."),
+        ({"temperature": 10**400}, "temperature must be a number, got 1000"),
+        ({"top_k": 1.0}, "top_k must be an integer, got 1.0."),
+        ({"top_p": [0.9]}, r"top_p must be a number, got \[0.9\]."),
+        ({"min_p": float("nan")}, "min_p must lie in 0..1, 0 being off, got nan."),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty must lie in 1e-06..1e\\+06, 1 being off, got"),
+        ({"repetition_penalty": True}, "repetition_penalty must be a number, got True."),
+        ({"no_repeat_ngram_size": -1}, r"no_repeat_ngram_size must be 0 \(off\) or positive, got -1."),
+        ({"suppress_tokens": [1.5]}, r"suppress_tokens must be integers, none below 0, got \[1.5\]."),
+        ({"suppress_tokens": "12"}, "suppress_tokens must be integers, none below 0, got '12'."),
+        ({"stop_token_ids": [-1]}, r"stop_token_ids must be integers, none below 0, got \[-1\]."),
+        ({"stop_token_ids": 3}, "stop_token_ids must be integers, none below 0, got 3."),
+        ({"stop_token_ids": [True]}, "stop_token_ids must be integers"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_refuses_parameters_out_of_range(values: dict[str, Any], message: str) -> None:
-    """The error names the parameter, its range and what was given."""
+def test_refuses_wrong_parameters(values: dict[str, Any], message: str) -> None:
+    """The error names the parameter, what it must be and what was given."""
     with pytest.raises(RequestError, match=message):
         SamplingParams(**values)
+
+
+def test_numbers_of_numpy_are_numbers_and_everything_is_kept_as_it_is_read() -> None:
+    """As plain numbers and tuples: what is given may be an array or an iterator, and may change later."""
+    stop_token_ids = [4]
+    given = SamplingParams(
+        max_new_tokens=np.int64(5),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        top_p=1,
+        seed=np.int64(-5),  # type: ignore[arg-type]
+        stop=(char for char in "ab"),  # type: ignore[arg-type]
+        stop_token_ids=stop_token_ids,
+        suppress_tokens=np.arange(2),  # type: ignore[arg-type]
+        ignore_eos=np.bool_(True),  # type: ignore[arg-type]
+    )
+    stop_token_ids.append(9)
+    assert given == SamplingParams(
+        max_new_tokens=5,
+        temperature=0.5,
+        seed=-5,
+        stop=("a", "b"),
+        stop_token_ids=(4,),
+        suppress_tokens=(0, 1),
+        ignore_eos=True,
+    )
+    assert [type(v) for v in (given.max_new_tokens, given.temperature, given.top_p, given.seed)] == [
+        int,
+        float,
+        float,
+        int,
+    ]
+    assert hash(given)
+
+
+def test_any_integer_is_a_seed_and_any_size_is_one() -> None:
+    """Numbers beyond 64 bits are taken too."""
+    huge = SamplingParams(
+        max_new_tokens=10**30,
+        temperature=1.0,
+        top_k=10**30,
+        seed=10**40,
+        no_repeat_ngram_size=10**30,
+        suppress_tokens=[10**30],
+    )
+    assert 0 <= sample(random_logits(1, seed=0), [Row(huge, seed=10**40)])[0] < VOCAB_SIZE
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_no_run_of_tokens_occurs_twice(size: int) -> None:
+    """Greedy against transformers over many tokens, rows of other sizes joining and leaving."""
+    params = SamplingParams(no_repeat_ngram_size=size)
+    rows = [
+        Row(params, [3, 4, 3]),
+        Row(SamplingParams(), [5]),
+        Row(SamplingParams(no_repeat_ngram_size=2), [6, 6, 6]),
+    ]
+    sampler = Sampler()
+    for step in range(24):
+        logits = random_logits(3, seed=step % 4)
+        chosen = [0, 1, 2] if step % 5 else [2, 0]
+        expected = []
+        for i in chosen:
+            scores = logits[i : i + 1]
+            if rows[i].params.no_repeat_ngram_size:
+                ban = NoRepeatNGramLogitsProcessor(rows[i].params.no_repeat_ngram_size)
+                scores = ban(torch.tensor([rows[i].token_ids]), scores)  # type: ignore[arg-type]
+            expected.append(int(scores.argmax()))
+        sampled = sample(logits[chosen], [rows[i] for i in chosen], sampler)
+        assert sampled == expected
+        for i, token in zip(chosen, sampled, strict=True):
+            rows[i].token_ids.append(token)

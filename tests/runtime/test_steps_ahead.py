@@ -20,6 +20,8 @@ PARAMS = {
     "sampled": SamplingParams(max_new_tokens=24, temperature=1.2, top_p=0.95, top_k=20, seed=11),
     "penalty": SamplingParams(max_new_tokens=24, temperature=1.2, repetition_penalty=1.4, seed=3),
     "greedy_penalty": SamplingParams(max_new_tokens=24, repetition_penalty=1.4),
+    "ngrams": SamplingParams(max_new_tokens=24, no_repeat_ngram_size=1, suppress_tokens=range(20)),
+    "drawn_ngrams": SamplingParams(max_new_tokens=24, temperature=0.3, no_repeat_ngram_size=2, seed=2),
 }
 
 
@@ -63,9 +65,10 @@ def test_tokens_are_those_of_the_synchronous_loop(
 ) -> None:
     """Greedy, sampled, with penalty, mixed; with arrivals, chunks, stop tokens, and preemption."""
     stops = greedy_alone(PROMPTS[2], 7)[-1:]
-    mixed = [*PARAMS.values(), SamplingParams(max_new_tokens=24, stop_token_ids=stops)]
+    values = list(PARAMS.values())
+    stopped = SamplingParams(max_new_tokens=24, stop_token_ids=stops)
     num_preemptions = [0, 0]
-    for params in [[p] * len(PROMPTS) for p in PARAMS.values()] + [mixed]:
+    for params in [[p] * len(PROMPTS) for p in values] + [[*values[:4], stopped], [stopped, *values[2:]]]:
         tokens = []
         for index, ahead in enumerate((0, steps_ahead)):
             model = ToyModel(num_pages=num_pages, with_graphs=with_graphs and ahead > 0)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass import AutoDeployConfig, build, cli
+from ad_flashinfer_pass.models.source import find_source
 from ad_flashinfer_pass.runtime.llm import LLM
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,111 @@ def test_chat_is_not_given_a_second_start_token(built: LLM, capsys: pytest.Captu
     ids = built.tokenizer(text, add_special_tokens=False)["input_ids"]
     (expected,) = built.generate([ids], max_new_tokens=4)
     assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
+
+
+TEMPLATES = {
+    "raise_exception": "{{ raise_exception('no questions') }}",
+    "1/0": "{{ 1 / 0 }}",
+    "undefined": "{{ messages[0].nothing.at_all }}",
+    "type": "{{ messages[0].content + 1 }}",
+    "syntax": "{% if %}",
+    "sandbox": "{{ range(10 ** 9) | list }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_that_its_template_refuses_is_refused_alone(
+    built: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """Whatever the template raises; the chats and texts around it have the tokens that they have alone."""
+    assert built.tokenizer is not None
+    good = "{{ messages[0].content }}"
+    template = f"{{% if '?' in messages[0].content %}}{TEMPLATES[name]}{{% else %}}{good}{{% endif %}}"
+    asked = [{"role": "user", "content": "why?"}]
+    told = [{"role": "user", "content": "Once"}]
+    if name == "syntax":  # which refuses every chat
+        template, told = TEMPLATES[name], asked
+    monkeypatch.setattr(built.tokenizer, "chat_template", template)
+    file = tmp_path / "prompts.jsonl"
+    records = [{"prompt": "Once upon"}, {"messages": asked}, {"messages": told}, {"prompt": "A cat"}]
+    file.write_text("\n".join(map(json.dumps, records)))
+    assert run("-f", file, "--json", "-q", "-n", "2") == 1
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    num_chats = 2 if name == "syntax" else 1
+    lines = err.splitlines()
+    assert [
+        line.startswith(f"error: {file}:{i}: the model's chat template") for i, line in enumerate(lines, 2)
+    ] == [True] * num_chats
+    assert [record["index"] for record in found] == [0, 1, 2, 3]
+    assert [bool(record["error"]) for record in found] == [False, True, name == "syntax", False]
+    alone = built.generate(["Once upon", "A cat"], max_new_tokens=2)
+    assert [found[0]["token_ids"], found[3]["token_ids"]] == [result.token_ids for result in alone]
+
+
+@pytest.mark.usefixtures("built")
+def test_prompts_that_are_no_prompts_refuse_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty, of wrong types, of half a character: the others go on, among arguments and in a file."""
+    assert run("Once", " ", "--json", "-q", "-n", "2") == 1
+    out, err = capsys.readouterr()
+    assert [len(json.loads(line)["token_ids"]) for line in out.splitlines()] == [2, 0]
+    assert err == "error: prompt 1: the prompt is empty; give some text.\n"
+
+    file, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    bad = ['{"prompt": 1}', '{"prompt": "\\ud800"}', '{"prompt_token_ids": [1.5]}', '{"messages": []}']
+    file.write_text("\n".join(['{"prompt": "Once"}', *bad]))
+    assert run("-f", file, "-o", results, "-q", "-n", "2") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"{file}:{number}" for number in (2, 3, 4, 5)]
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [record["finish_reason"] for record in records] == ["length"] + ["error"] * 4
+    assert records[2]["prompt"] == "\ud800"
+
+
+@pytest.mark.usefixtures("built")
+def test_a_text_cut_by_max_seq_len_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, with the option that raises it; not with --quiet, and not if it has all its tokens."""
+    assert run("so " * 60, "--ignore-eos") == 0
+    warning = "warning: 1 of 1 texts ended at max_seq_len=64, short of max_new_tokens; raise max_seq_len"
+    assert f"{warning} (--max-seq-len) for longer ones.\n" in capsys.readouterr().err
+    assert run("Once upon a time", "-n", "2") == 0
+    assert "max_seq_len" not in capsys.readouterr().err
+
+
+def test_generation_config_decides_where_no_option_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file beside the demo's weights, options over it, and --generation-config none."""
+    source = find_source(AutoDeployConfig(), ExitStack()).directory
+    for path in source.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 1, "repetition_penalty": 1.5, "max_new_tokens": 12}))
+
+    def tokens(*options: str) -> list[int]:
+        assert run("Once upon a time", "-m", tmp_path, "--max-seq-len", "64", "--json", "-q", *options) == 0
+        found: list[int] = json.loads(capsys.readouterr().out)["token_ids"]
+        return found
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    with_file = model.generate(ids)[0, ids.shape[1] :].tolist()
+    plain = model.generate(ids, repetition_penalty=1.0)[0, ids.shape[1] :].tolist()
+    assert tokens() == with_file != plain
+    assert tokens("--generation-config", "none", "-n", "12") == plain
+    file.write_text(json.dumps({"eos_token_id": 1, "num_beams": 4, "do_sample": True, "typical_p": 0.4}))
+    assert run("Once", "-m", tmp_path, "-q") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: generation_config.json: num_beams=4, typical_p=0.4: not supported")
+    assert "--generation-config none" in err
+    assert err.count("\n") == 1
 
 
 def missing_tensor(directory: Path) -> None:

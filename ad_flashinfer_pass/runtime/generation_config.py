@@ -71,14 +71,13 @@ def default_sampling(config: GenerationConfig | None) -> SamplingParams:
             f"generation_config.json: {', '.join(unsupported)}: not supported, and other tokens without. "
             + _WAY_OUT
         )
-    values = {name: getattr(config, name, None) for name in (*_ALWAYS, *(_WHEN_DRAWN if is_drawn else ()))}
-    values = {name: value for name, value in values.items() if value is not None}
+    values: dict[str, Any] = dict(_WHEN_DRAWN) if is_drawn else {}
+    for name in (*_ALWAYS, *values):
+        if getattr(config, name, None) is not None:
+            values[name] = getattr(config, name)
     stop = getattr(config, "stop_strings", None) or ()
     try:
-        return SamplingParams(
-            **{**(_WHEN_DRAWN if is_drawn else {}), **values},
-            stop=(stop,) if isinstance(stop, str) else stop,
-        )
+        return SamplingParams(**values, stop=(stop,) if isinstance(stop, str) else stop)
     except RequestError as err:
         raise LoadError(f"generation_config.json: {err} {_WAY_OUT}") from None
 

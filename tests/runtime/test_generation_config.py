@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from ad_flashinfer_pass import AutoDeployConfig, SamplingParams, build_model
 from ad_flashinfer_pass.errors import LoadError
@@ -28,7 +28,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 9, 10, 12, 13, 14, 15, 16, 17, 18, 9, 10]
 EOS = 63
 
 
-def small_model() -> PreTrainedModel:
+def small_model() -> Any:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -44,12 +44,12 @@ def small_model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def model() -> Any:
     return small_model()
 
 
 @pytest.fixture(scope="module")
-def served(model: PreTrainedModel) -> CachedModel:
+def served(model: Any) -> CachedModel:
     """With pages for little more than the longest sequence."""
     config = AutoDeployConfig(
         max_batch_size=4,
@@ -60,7 +60,7 @@ def served(model: PreTrainedModel) -> CachedModel:
     return transform_module(model, config)[0]
 
 
-def generated(model: PreTrainedModel, config: GenerationConfig, prompt: list[int]) -> list[int]:
+def generated(model: Any, config: GenerationConfig, prompt: list[int]) -> list[int]:
     """What transformers makes of a prompt, alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "generation_config", config)
@@ -85,7 +85,7 @@ def random_values(generator: random.Random) -> dict[str, Any]:
 
 
 def transformers_scores(
-    model: PreTrainedModel, config: GenerationConfig, ids: list[int], logits: torch.Tensor
+    model: Any, config: GenerationConfig, ids: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
     """The scores from which generate draws, or takes the largest of, with this config of the model."""
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +96,7 @@ def transformers_scores(
     return scores
 
 
-def test_the_processed_distribution_is_that_of_generate(model: PreTrainedModel) -> None:
+def test_the_processed_distribution_is_that_of_generate(model: Any) -> None:
     """Kept tokens and their scores, bit for bit, for 300 files, in batches of rows with different ones."""
     generator = random.Random(0)
     num_drawn = 0
@@ -131,7 +131,7 @@ def test_the_processed_distribution_is_that_of_generate(model: PreTrainedModel) 
     ],
     ids=lambda values: "-".join(values),
 )
-def test_same_tokens_as_generate(model: PreTrainedModel, served: CachedModel, values: dict[str, Any]) -> None:
+def test_same_tokens_as_generate(model: Any, served: CachedModel, values: dict[str, Any]) -> None:
     """In a ragged batch, with chunks of prompts, preemption, and steps ahead of the host."""
     config = GenerationConfig(eos_token_id=EOS, pad_token_id=EOS, **values)
     expected = [generated(model, config, prompt) for prompt in PROMPTS]
@@ -144,7 +144,7 @@ def test_same_tokens_as_generate(model: PreTrainedModel, served: CachedModel, va
         assert llm.engine.metrics.pages_in_use == 0
 
 
-def test_the_file_decides_and_what_is_given_wins(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_file_decides_and_what_is_given_wins(model: Any, tmp_path: Path) -> None:
     """Without parameters the file holds; parameters are taken whole; none leaves the file aside."""
     model.save_pretrained(tmp_path)
     values = {"eos_token_id": EOS, "pad_token_id": EOS, "repetition_penalty": 1.5, "max_new_tokens": 9}

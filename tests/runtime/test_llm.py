@@ -288,7 +288,7 @@ class FailingTokenizer(LettersTokenizer):
     def decode(self, token_ids: list[int], **options: Any) -> str:
         if self.bad in token_ids:
             raise LookupError("no such token")
-        return self._tokenizer.decode(token_ids, **options)
+        return str(self._tokenizer.decode(token_ids, **options))
 
 
 @pytest.mark.parametrize("stop", [(), ("never there",)], ids=["at the end", "as it comes"])

@@ -304,7 +304,7 @@ def test_no_run_of_tokens_occurs_twice(size: int) -> None:
             scores = logits[i : i + 1]
             if rows[i].params.no_repeat_ngram_size:
                 ban = NoRepeatNGramLogitsProcessor(rows[i].params.no_repeat_ngram_size)
-                scores = ban(torch.tensor([rows[i].token_ids]), scores)  # type: ignore[arg-type]
+                scores = ban(torch.tensor([rows[i].token_ids]), scores)
             expected.append(int(scores.argmax()))
         sampled = sample(logits[chosen], [rows[i] for i in chosen], sampler)
         assert sampled == expected

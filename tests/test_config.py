@@ -178,7 +178,7 @@ def test_unknown_stage_lists_the_known() -> None:
     [
         ("export_model", {"enabled": False}, "cannot be left out.* fuse_gemms"),
         ("gather_logits_before_lm_head", {"enabled": False}, "cannot be left out"),
-        ("compile_model", {"stage": "export"}, "stage: export comes before the stage of eliminate_noops"),
+        ("compile_model", {"stage": "export"}, "stage: export comes before the stage of functionalize"),
         ("classify_mask", {"stage": "compile"}, "comes before the stage of classify_mask"),
     ],
 )

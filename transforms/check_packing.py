@@ -538,8 +538,7 @@ def _index_select(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
 
 def _gather(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     """Each token reads from, or writes to, its own row: all dimensions but one are those of all operands."""
-    tensors = [arg for name in ("self", "index", "indices", "src") if g.is_tensor(arg := args.get(name))]
-    operands = [reader.of(tensor) for tensor in tensors]
+    operands = [reader.of(operand) for operand in _operands(args)]
     dim = args["dim"] % len(operands[0])
     reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
     found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])

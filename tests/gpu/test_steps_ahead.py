@@ -12,6 +12,7 @@ from tests.gpu.test_end_to_end import PROMPTS, model_of, transformed
 PARAMS = {
     "greedy": SamplingParams(),
     "sampled": SamplingParams(temperature=0.9, top_p=0.95, top_k=40, seed=7),
+    "without_ngrams": SamplingParams(no_repeat_ngram_size=2, suppress_tokens=[3, 5]),
     "penalty": SamplingParams(temperature=0.9, repetition_penalty=1.3, seed=7),
 }
 

@@ -377,7 +377,7 @@ class Transposed(nn.Module):
         self.model = SmallModel(sdpa)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.model(input_ids, position_ids).transpose(0, 1)  # type: ignore[no-any-return]
+        return self.model(input_ids, position_ids).transpose(0, 1)
 
 
 @torch.library.custom_op("ad_flashinfer_tests::doubled", mutates_args=())

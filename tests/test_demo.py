@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import pytest
@@ -61,7 +62,8 @@ def tell(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Tell:
 
     def run(prompt: str) -> Continuation:
         inputs = tokenizer(prompt, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)  # type: ignore[misc]
+        generate: Any = model.generate  # not callable to a type checker in some versions of transformers
+        ids = generate(**inputs, max_new_tokens=256, do_sample=False)
         new_ids = ids[0, inputs["input_ids"].shape[1] :].tolist()
         text = str(tokenizer.decode(new_ids, skip_special_tokens=True))
         return Continuation(text, len(new_ids), new_ids[-1] == tokenizer.eos_token_id)

@@ -31,6 +31,7 @@ SAME_TOKENS = {
     "gpt_bigcode": "multi-query with one head expanded",
     "gpt_neo": "no scale, window on some layers",
     "gpt_oss": "sinks, window on some layers, experts",
+    "granitemoe": "experts, and a forward that has a cache but no use_cache",
     "gptj": "parallel residual, no sdpa",
     "llama4_text": "chunked layers, layers without rotary, temperature by position",
     "minimax_m2": "qk-norm over all heads, partial rotary, experts",

@@ -4,7 +4,7 @@ After: logits: [b, s, vocab] = graph(input_ids: int64 [b, s], position_ids: int6
   or:  logits: [b, s, vocab] = graph(inputs_embeds: float [b, s, d], position_ids: int64 [b, s])
 
 The graph shares the module's parameters. A model of transformers is called without a cache; a module
-of one's own is called with input_ids and position_ids, and returns logits or an object with them; one whose
+of one's own is called with input_ids and position_ids, and returns logits or something with them; one whose
 forward has no input_ids but inputs_embeds, as the text stack of a vision model, is called with those. A
 graph that was made elsewhere, ``ExportedProgram.module()`` or from ``make_fx``, is taken as it is.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,16 +144,14 @@ class Logits(nn.Module):
         by_vector = "inputs_embeds" in parameters and "input_ids" not in parameters
         self.tokens = "inputs_embeds" if by_vector else "input_ids"
         self.extra: dict[str, Any] = {}
-        if "use_cache" in parameters or (takes_any and "past_key_values" in parameters):
+        takes_cache = not parameters.keys().isdisjoint(("past_key_values", "cache"))
+        if "use_cache" in parameters or (takes_any and takes_cache):
             self.extra = {"use_cache": False}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Logits [b, s, vocab]."""
         kwargs = {"position_ids": position_ids} if self.takes_positions else {}
-        out = self.model(**{self.tokens: input_ids}, **kwargs, **self.extra)
-        if isinstance(out, Tensor):
-            return out
-        return out.logits if hasattr(out, "logits") else out[0]
+        return _logits(self.model(**{self.tokens: input_ids}, **kwargs, **self.extra))
 
     def example(self, shape: tuple[int, int], device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Tokens of this shape and positions from 0; on meta, of no values.
@@ -175,6 +173,32 @@ class Logits(nn.Module):
             )
         weight = next(self.model.parameters())
         return (ids[..., None] + torch.linspace(0, 1, width, device=device)).to(weight.dtype), positions
+
+
+def _logits(out: Any) -> Tensor:
+    """What a model returned: the part called logits, or the first of a tuple, or the only tensor.
+
+    Raises:
+        ExportError: none of them is one.
+    """
+    parts: dict[Any, Any] = {}
+    if isinstance(out, Mapping):
+        parts = dict(out)
+    elif isinstance(out, (tuple, list)):
+        parts = dict(enumerate(out))
+    elif not isinstance(out, Tensor):
+        parts = getattr(out, "__dict__", parts)
+    named = getattr(out, "logits", parts.get("logits", parts.get(0)))
+    tensors = [part for part in parts.values() if isinstance(part, Tensor)]
+    found = out if isinstance(out, Tensor) else named if isinstance(named, Tensor) else None
+    if found is None and len(tensors) == 1:
+        found = tensors[0]
+    if found is None:
+        raise ExportError(
+            f"it returns a {type(out).__name__} of {', '.join(map(str, parts)) or 'nothing'}, and which of "
+            "them are the logits is not said: return the logits, or a dict or object with `logits`."
+        )
+    return found
 
 
 def plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:

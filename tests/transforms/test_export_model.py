@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,28 @@ class Cached(nn.Module):
         assert not use_cache
         assert position_ids is not None
         return SimpleNamespace(logits=self.model(input_ids, position_ids))
+
+
+@dataclass
+class OwnOutput:
+    """What a model of one's own may return."""
+
+    scores: Tensor
+    loss: Tensor | None = None
+
+
+class CachesByItself(nn.Module):
+    """Passes use_cache, which its signature does not have, to what asks its config where it is not given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = SmallModel(sdpa)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
+        """Logits, but only without a cache."""
+        assert not kwargs.get("use_cache", True)
+        out: Tensor = self.model(input_ids, position_ids)
+        return out
 
 
 class NoPositions(nn.Module):
@@ -93,12 +116,34 @@ def test_one_graph_serves_every_shape() -> None:
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda x: (x,), lambda x: (x, x.sum()), lambda x: SimpleNamespace(logits=x)],
-    ids=["tuple", "logits_first", "object"],
+    [
+        lambda x: (x,),
+        lambda x: (x, x.sum()),
+        lambda x: (None, x),
+        lambda x: SimpleNamespace(logits=x),
+        lambda x: {"loss": None, "hidden": x.exp(), "logits": x},
+        lambda x: {"scores": x, "loss": None},
+        lambda x: OwnOutput(x),
+    ],
+    ids=["tuple", "logits_first", "loss_first", "object", "dict", "dict_of_one_tensor", "dataclass"],
 )
 def test_logits_are_found_in_the_result(wrap: Any) -> None:
-    """The first of a tuple or the attribute ``logits`` is the graph's one result."""
+    """What is called logits, the first of a tuple, or the only tensor is the graph's one result."""
     model = Returns(wrap)
+    gm, _ = run(model, context(), "export_model")
+    assert_computes(gm, model.model)
+
+
+def test_a_result_without_logits_is_refused_with_what_it_has() -> None:
+    """Nothing is guessed among several tensors, whatever their order."""
+    model = Returns(lambda x: {"hidden": x.exp(), "scores": x})
+    with pytest.raises(ExportError, match="returns a dict of hidden, scores, and which of them"):
+        run(model, context(), "export_model")
+
+
+def test_a_model_that_caches_by_itself_is_told_not_to() -> None:
+    """Also where use_cache is among the other keywords, as in GraniteMoe of transformers 5.24."""
+    model = CachesByItself()
     gm, _ = run(model, context(), "export_model")
     assert_computes(gm, model.model)
 

@@ -33,6 +33,7 @@ from ad_flashinfer_pass.transforms.export_model import plain_module
 assert ops.__name__  # a loaded program calls the ops of torch.ops.ad_flashinfer
 
 _TOKENS = ("input_ids", "position_ids")
+_TOKENWISE = (*_TOKENS, "sequence_lengths")
 
 
 def transform(
@@ -74,7 +75,7 @@ def to_program(model: CachedModel) -> ExportedProgram:
     does not need: call ``program.module(check_guards=False)``, or ``restore`` it.
 
     Raises:
-        ConfigError: the model was compiled or captured.
+        ConfigError: the model was compiled or captured, or recomputes sequences at a length.
     """
     module = model.module
     if not isinstance(module, fx.GraphModule):
@@ -82,13 +83,18 @@ def to_program(model: CachedModel) -> ExportedProgram:
             f"only a model of compile_backend 'torch-simple' can be saved, got a {type(module).__name__}; "
             "choose the backend when it is restored."
         )
+    if (limit := model.sequence_info.recompute_at) is not None:
+        raise ConfigError(
+            f"a saved program cannot say that sequences are computed anew when they grow beyond {limit} "
+            f"tokens, which this model's longrope needs: set max_seq_len to {limit} at most."
+        )
     given = {**model.sequence_info.named_args(), **model.caches}
-    for name, shape in (("input_ids", (2, 13)), ("position_ids", (2, 13)), ("token_gather_indices", (5,))):
+    for name, shape in (*((name, (2, 13)) for name in _TOKENWISE), ("token_gather_indices", (5,))):
         given[name] = torch.zeros(shape, dtype=torch.int64, device=model.device)
     # torch.export wants them in the order of the graph's inputs.
     examples = {node.name: given[node.name] for node in module.graph.find_nodes(op="placeholder")}
     dynamic: dict[str, Any] = dict.fromkeys(examples)
-    dynamic.update({name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in _TOKENS})
+    dynamic.update({name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in _TOKENWISE if name in examples})
     dynamic["token_gather_indices"] = {0: Dim.DYNAMIC}
     dynamic.update({name: {0: Dim.DYNAMIC} for name in model.caches})
     # Else sizes of 1, a decode step's, would be taken for another program.
@@ -115,11 +121,12 @@ def restore(program: ExportedProgram, config: AutoDeployConfig | None = None, **
     output.args = (g.args(output)[0][0],)
     ctx = pipeline.context(_config(config, settings))
     inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    ctx.sequence_info.has_lengths = "sequence_lengths" in inputs
     for name, tensor in ctx.sequence_info.named_args().items():
         if name not in inputs:
             raise ConfigError(f"the program takes no {name}: it was not made by transform.")
         shape = tuple(g.shape(inputs[name]))
-        if name not in (*_TOKENS, "token_gather_indices") and shape != tuple(tensor.shape):
+        if name not in (*_TOKENWISE, "token_gather_indices") and shape != tuple(tensor.shape):
             raise ConfigError(
                 f"the program was transformed for other sizes: {name} has shape {list(shape)}, and "
                 f"{list(tensor.shape)} with these settings. Give max_batch_size, max_seq_len, "

@@ -17,6 +17,8 @@ seq_len_with_cache    int32 [R]     input_pos + new tokens
 cache_loc             int32 [*]     page ids of all sequences, concatenated
 cu_num_pages          int32 [R+1]   exclusive prefix sum of the pages of each sequence
 token_gather_indices  int64 [n]     rows of the flattened tokens whose logits are wanted
+sequence_lengths      int64         length of its sequence when a token is first computed, shaped as
+                                    input_ids; only for graphs that take it (``has_lengths``)
 ====================  ============  =======================================================================
 
 Source: TensorRT-LLM ``_torch/auto_deploy/custom_ops/attention_interface.py`` (the 12-int generation).
@@ -63,6 +65,10 @@ class SequenceStep(NamedTuple):
     """Page ids that hold positions 0 .. input_pos + len(token_ids) - 1 at least, none of them page 0."""
     gather: bool = True
     """Whether the logits of the last token are wanted."""
+    first_len: int = 0
+    """Tokens that the sequence began with, to which rotary frequencies may go, although a chunk or a second
+    computation of it has fewer or more; 0: those up to the end of this step. For a generated token its own
+    place decides."""
 
 
 class RowParams(NamedTuple):
@@ -152,6 +158,11 @@ class SequenceInfo:
         self.tokens_per_block = tokens_per_block
         self.max_extend_len = 0
         """If not 0, extends of more tokens are counted as prefill; see ``ops.cached_attention``."""
+        self.has_lengths = False
+        """Whether the graph takes ``sequence_lengths``."""
+        self.recompute_at: int | None = None
+        """If not None, a sequence that grows beyond so many tokens is to be computed anew, as one that began
+        with one token more."""
         self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
         self.device = device
         # Every prompt of a batch and the padding of a token bucket, which counts as prompts too.
@@ -162,6 +173,7 @@ class SequenceInfo:
             {
                 "input_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "sequence_lengths": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "token_gather_indices": (torch.int64, (max_batch_size,)),
                 "stop_token_ids": (torch.int64, (max_batch_size, _MAX_STOP_TOKENS)),
                 "seed": (torch.int64, (max_batch_size,)),
@@ -218,6 +230,12 @@ class SequenceInfo:
         write = self._buffer.next_stage()
         write("input_ids", ids)
         write("position_ids", [position for span in spans for position in range(*span)])
+        if self.has_lengths:
+            firsts = [seq.first_len or end for seq, (_, end) in zip(sequences, spans, strict=True)]
+            write(
+                "sequence_lengths",
+                [max(n, at + 1) for n, span in zip(firsts, spans, strict=True) for at in range(*span)],
+            )
         write("token_gather_indices", step.gather)
         write("is_stopped", [0] * step.num_real + [1] * (self._num_gather - step.num_real))
         if row_params:
@@ -244,6 +262,8 @@ class SequenceInfo:
         args["batch_info_host"] = self._batch_info_host
         args["input_ids"] = views["input_ids"][:total].view(self._shape)
         args["position_ids"] = views["position_ids"][:total].view(self._shape)
+        if self.has_lengths:
+            args["sequence_lengths"] = views["sequence_lengths"][:total].view(self._shape)
         args["token_gather_indices"] = views["token_gather_indices"][: self._num_gather]
         return args
 
@@ -271,6 +291,7 @@ class SequenceInfo:
         input_pos = (views["input_pos"][:n] + 1) * goes_on
         views["input_pos"][:n] = input_pos
         views["position_ids"][:n] = input_pos
+        views["sequence_lengths"][:n] = input_pos + 1
         torch.add(input_pos, 1, out=views["seq_len_with_cache"][:n])
         first_page = views["cu_num_pages"][:n].long()
         cache_loc = views["cache_loc"]

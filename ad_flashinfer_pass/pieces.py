@@ -31,7 +31,7 @@ from ad_flashinfer_pass.errors import UnsupportedError
 
 aten = torch.ops.aten
 
-_TOKENWISE = ("input_ids", "position_ids")
+_TOKENWISE = ("input_ids", "position_ids", "sequence_lengths")
 _TOKENS, _ROWS = 48, 24
 """Tokens and logits' rows of the example: not 0 or 1, which are constants to a ShapeEnv; not equal."""
 _CUTS = frozenset(

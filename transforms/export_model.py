@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ExportError, UnsupportedError
 from ad_flashinfer_pass.experts import as_one_op
+from ad_flashinfer_pass.models import ropes
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 # Large enough that sizes are not confused with small constants, distinct, and not 0 or 1, which
@@ -42,7 +43,12 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         ExportError: torch.export refused, in its own words; or a given graph has other inputs than tokens
             and positions, or is not dynamic in both sizes.
     """
-    gm = _given(model, ctx) if isinstance(model, fx.GraphModule) else _exported(model, ctx)
+    if isinstance(model, fx.GraphModule):
+        gm = _given(model, ctx)
+    else:
+        with ropes.by_own_length(model, ctx.config.max_seq_len):
+            gm = _exported(model, ctx)
+        ctx.sequence_info.recompute_at = ropes.recomputes_at(model, ctx.config.max_seq_len)
     report = TransformReport("export_model", num_matches=1)
     report.notes.append(f"{len(gm.graph.nodes)} nodes")
     return gm, report

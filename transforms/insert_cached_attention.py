@@ -9,6 +9,8 @@ Legal because the mask was proved to be the causal, windowed or chunked one that
 ledger found a kernel that honours every other item of the site. Sites that read the same k and v (layers
 that share a cache) share one pool and one append. New graph inputs: the metadata by name, then
 kv_cache_0, kv_cache_1, ...
+
+sequence_length(position_ids) becomes one more input, ``sequence_lengths``, where the graph has it.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def _insert_metadata(
 ) -> tuple[dict[str, fx.Node], fx.Node, fx.Node]:
     examples = ctx.sequence_info.named_args()
     inputs = {name: g.add_input(gm, name, examples[name]) for name in METADATA_ARGS}
+    _insert_lengths(gm, ctx)
     placeholders = gm.graph.find_nodes(op="placeholder")
     position_ids: fx.Node = next(node for node in placeholders if node.name == "position_ids")
     info = ctx.sequence_info
@@ -104,6 +107,20 @@ def _insert_metadata(
         slot_mapping = g.call_op(gm.graph, operator.getitem, prepared, 1)
         block_table = g.call_op(gm.graph, operator.getitem, prepared, 0)
     return inputs, block_table, slot_mapping
+
+
+def _insert_lengths(gm: fx.GraphModule, ctx: TransformContext) -> None:
+    """The input ``sequence_lengths`` in place of ``sequence_length``."""
+    op = torch.ops.ad_flashinfer.sequence_length.default
+    nodes = gm.graph.find_nodes(op="call_function", target=op)
+    if not nodes:
+        return
+    ctx.sequence_info.has_lengths = True
+    lengths = g.add_input(gm, "sequence_lengths", ctx.sequence_info.named_args()["sequence_lengths"])
+    lengths.meta["val"] = g.value(nodes[0])
+    for node in nodes:
+        node.replace_all_uses_with(lengths)
+        gm.graph.erase_node(node)
 
 
 def _insert_site(

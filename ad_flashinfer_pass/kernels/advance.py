@@ -85,6 +85,7 @@ def sample_and_advance(
         views["stop_token_ids"],
         views["input_ids"],
         views["position_ids"],
+        views["sequence_lengths"],
         views["input_pos"],
         views["seq_len_with_cache"],
         views["cu_num_pages"],
@@ -262,6 +263,7 @@ def _choose(  # type: ignore[no-untyped-def]
     stop_token_ids,
     input_ids,
     position_ids,
+    sequence_lengths,
     input_pos,
     seq_len_with_cache,
     cu_num_pages,
@@ -316,6 +318,7 @@ def _choose(  # type: ignore[no-untyped-def]
         position = (tl.load(input_pos + row) + 1) * goes_on
         tl.store(input_pos + row, position)
         tl.store(position_ids + row, position.to(tl.int64))
+        tl.store(sequence_lengths + row, (position + 1).to(tl.int64))
         tl.store(seq_len_with_cache + row, position + 1)
         first_page = cache_loc + tl.load(cu_num_pages + row)
         tl.store(first_page, tl.load(first_page) * goes_on, mask=stop)

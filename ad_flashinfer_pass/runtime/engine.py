@@ -163,6 +163,7 @@ class Engine:
             max_num_tokens=info.max_num_tokens,
             clear_pages=model.clear_pages,
             prefill_chunk_tokens=prefill_chunk_tokens,
+            recompute_at=info.recompute_at,
             tokens_ahead=_PAGES_AHEAD * info.tokens_per_block if steps_ahead else 0,
         )
         self._runner = StepRunner(model, runs_ahead=steps_ahead > 0)
@@ -236,6 +237,7 @@ class Engine:
             token_ids=token_ids,
             params=params,
             num_prompt_tokens=len(token_ids),
+            first_len=len(token_ids),
             max_len=max_len,
             stop_token_ids=eos.union(params.stop_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
@@ -340,7 +342,8 @@ class Engine:
             new = token_ids or [-1 - places[request.request_id]]
             is_last = end == request.num_tokens
             num_pages = len(request.pages) if is_last else self._scheduler.num_pages_for(end)
-            steps.append(SequenceStep(new, request.num_cached, request.pages[:num_pages], gather=is_last))
+            pages = request.pages[:num_pages]
+            steps.append(SequenceStep(new, request.num_cached, pages, is_last, request.first_len))
         return steps
 
     def _read_oldest(self) -> None:

@@ -34,6 +34,8 @@ class SequenceState:
     """Leading tokens whose K and V are in the pages once all steps so far have run."""
     max_len: int = sys.maxsize
     """Tokens at which the sequence ends: with so many it is in no further step."""
+    first_len: int = 0
+    """See ``metadata.SequenceStep``."""
     pages: list[int] = field(default_factory=list)
     """Pages of positions 0 .. num_tokens - 1 at least while running, empty while waiting."""
 
@@ -46,6 +48,11 @@ class SequenceState:
     def is_complete(self) -> bool:
         """Whether it waits only for its tokens to become known."""
         return self.num_tokens >= self.max_len
+
+    @property
+    def can_run(self) -> bool:
+        """Whether it can be in a step now; what is computed anew needs all its tokens."""
+        return not self.is_complete and not (self.num_pending and self.num_cached < len(self.token_ids))
 
 
 S = TypeVar("S", bound=SequenceState)
@@ -63,6 +70,7 @@ class Scheduler(Generic[S]):
             left in one would reach the sequence that owns it next.
         prefill_chunk_tokens: tokens of one sequence in one step, at most; default: the budget alone
             decides.
+        recompute_at: a sequence that grows beyond so many tokens is computed anew, once, in its pages.
         tokens_ahead: when a sequence needs a page, give all that run pages for so many tokens more, if
             there are plenty: as long as ``epoch`` stands still a step needs no new pages.
     """
@@ -76,6 +84,7 @@ class Scheduler(Generic[S]):
         max_num_tokens: int,
         clear_pages: Callable[[Sequence[int]], None],
         prefill_chunk_tokens: int | None = None,
+        recompute_at: int | None = None,
         tokens_ahead: int = 0,
     ) -> None:
         self._pool = pool
@@ -85,6 +94,7 @@ class Scheduler(Generic[S]):
         self._max_num_tokens = max_num_tokens
         self._clear_pages = clear_pages
         self._max_chunk = prefill_chunk_tokens or max_num_tokens
+        self._recompute_at = recompute_at
         self._tokens_ahead = tokens_ahead
         self._to_clear: list[int] = []
         self._running: list[S] = []
@@ -144,8 +154,9 @@ class Scheduler(Generic[S]):
         """
         self._grow()
         self._admit()
+        self._recompute()
         self.clear_released_pages()
-        active = [s for s in self._running if not s.is_complete]
+        active = [s for s in self._running if s.can_run]
         decodes = [(s, 1) for s in active if s.num_tokens - s.num_cached == 1]
         if len(decodes) == len(active):
             return decodes
@@ -164,7 +175,7 @@ class Scheduler(Generic[S]):
         for sequence in self._running:
             num_left = sequence.num_tokens - sequence.num_cached
             num_new = min(num_left, self._max_chunk, budget)
-            if sequence.is_complete or num_left == 1 or num_new == 0:
+            if not sequence.can_run or num_left == 1 or num_new == 0:
                 continue
             budget -= num_new
             if num_new == 1:
@@ -233,6 +244,15 @@ class Scheduler(Generic[S]):
                 return
             self._give(sequence, num_pages)
             self._running.append(self._waiting.popleft())
+
+    def _recompute(self) -> None:
+        limit = self._recompute_at
+        if limit is None:
+            return
+        for sequence in self._running:
+            if sequence.first_len <= limit < sequence.num_tokens:
+                sequence.first_len, sequence.num_cached = limit + 1, 0
+                self.epoch += 1
 
     def _preempt_youngest(self) -> None:
         sequence = self._running.pop()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ad_flashinfer_pass import ops
 
-NAMES = ["attention", "prepare_metadata", "append_kv", "cached_attention"]
+NAMES = ["attention", "prepare_metadata", "append_kv", "cached_attention", "sequence_length"]
 DTYPES = [torch.float32, torch.bfloat16]
 # (head_dim, v_head_dim)
 HEAD_SIZES = [(8, 8), (8, 4)]
@@ -65,6 +65,10 @@ def cached_attention(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Samp
     return (q, pool(dtype), *metadata, 0.5, v_head_dim), options
 
 
+def sequence_length(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Sample:
+    return (torch.arange(10).expand(3, 2, 10)[..., :5],), {}
+
+
 def pool(dtype: torch.dtype) -> Tensor:
     return random(PAGES, 2, 2, PAGE, 8, dtype=dtype)
 
@@ -74,6 +78,7 @@ SAMPLES: dict[str, Callable[..., Sample]] = {
     "prepare_metadata": prepare_metadata,
     "append_kv": append_kv,
     "cached_attention": cached_attention,
+    "sequence_length": sequence_length,
 }
 grid = pytest.mark.parametrize(
     ("name", "dtype", "sizes"),

@@ -1,0 +1,36 @@
+"""``ad_flashinfer.sequence_length``: the length that rotary frequencies go by, where they change with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NAME = "ad_flashinfer::sequence_length"
+
+torch.library.define(_NAME, "(Tensor position_ids) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def sequence_length(position_ids: Tensor) -> Tensor:
+    """The length of each token's own sequence when the token is computed.
+
+    With a cache that is the length of the prompt for a token of the prompt, and its own position + 1 for a
+    generated one: the graph input ``sequence_lengths`` takes this op's place there, see ``metadata``.
+
+    Args:
+        position_ids: int64 [..., b, s].
+
+    Returns:
+        int64 [b, s].
+    """
+    longest = position_ids.amax(-1, keepdim=True)
+    while longest.dim() > 2:
+        longest = longest.amax(0)
+    return (longest + 1).expand(position_ids.shape[-2:]).contiguous()
+
+
+torch.library.impl(_NAME, "default", sequence_length)
+
+
+@torch.library.register_fake(_NAME)
+def _(position_ids: Tensor) -> Tensor:
+    return position_ids.new_empty(position_ids.shape[-2:])

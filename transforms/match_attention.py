@@ -89,7 +89,7 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         attention = g.call_op(
             graph,
             torch.ops.ad_flashinfer.attention.default,
-            _arranged(graph, match, match.query, axes.query),
+            _query(graph, match),
             _arranged(graph, match, match.key, axes.key),
             _arranged(graph, match, match.value, axes.value),
             _mask(graph, match),
@@ -111,6 +111,20 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
         for user in list(source.users):
             graph.erase_node(user)
         graph.erase_node(source)
+
+
+def _query(graph: fx.Graph, match: AttentionMatch) -> fx.Node:
+    """The query, multiplied by what the logits are multiplied by for each head or token."""
+    axes = match.axes
+    query = _arranged(graph, match, match.query, axes.query)
+    dtype = g.value(query).dtype
+    for factor, divides in match.temperatures:
+        wanted = (axes.batch, axes.queries, axes.heads, ())
+        node = _arranged(graph, match, factor, wanted, broadcasts=True)
+        query = g.call_op(graph, aten.div.Tensor if divides else aten.mul.Tensor, query, node)
+        if g.value(query).dtype != dtype:
+            query = g.call_op(graph, aten.to.dtype, query, dtype)
+    return query
 
 
 def _arranged(
@@ -148,6 +162,8 @@ def _folded(match: AttentionMatch) -> list[str]:
     parts = [f"scale {match.scale:.6g}"]
     if not group.is_one:
         parts.append(f"{group} query heads a KV head")
+    if match.temperatures:
+        parts.append("temperature in the query")
     if match.logit_cap is not None:
         parts.append(f"logit cap {match.logit_cap:g}")
     if match.sinks is not None:

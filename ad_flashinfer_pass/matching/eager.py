@@ -67,6 +67,7 @@ def read_eager(softmax: fx.Node) -> AttentionMatch:
             scale=reader.scale,
             logit_cap=reader.logit_cap,
             sinks=sinks,
+            temperatures=reader.temperatures,
         ),
         (*dims[:dim], reader.keys, *dims[dim + 1 :]),
         reader.keys,

@@ -50,6 +50,8 @@ class LogitsReader:
         """Of the product; until the product is reached, of everything below the current node."""
         self.logit_cap: float | None = None
         self.sinks: Operand | None = None
+        self.temperatures: list[tuple[Operand, bool]] = []
+        """Of the product; until the product is reached, of everything below the current node."""
         self.readers: list[fx.Node] = []
         """Nodes beside the path whose reading of the logits is accounted for."""
 
@@ -96,7 +98,15 @@ class LogitsReader:
         if viewed is not None:
             source, self.dims = viewed
             return source
-        for part in (self._cap, self._factor, self._sinks, self._row_maximum, self._floor, self._mask):
+        for part in (
+            self._cap,
+            self._factor,
+            self._temperature,
+            self._sinks,
+            self._row_maximum,
+            self._floor,
+            self._mask,
+        ):
             inner = part(node)
             if inner is not None:
                 return inner
@@ -111,7 +121,7 @@ class LogitsReader:
         inner = scalar_factor(skip(source_node(tanh, 0), *CASTS))
         if inner is None or abs(inner[1] * outer[1] - 1.0) > 1e-6:
             raise refuse(node, "has a tanh in the logits that is not c * tanh(x / c)")
-        if self.logit_cap is not None or self.scale != 1.0:
+        if self.logit_cap is not None or self.scale != 1.0 or self.temperatures:
             raise refuse(node, "caps the logits and scales them afterwards")
         self.logit_cap = outer[1]
         self.passed += _between(node, inner[0])
@@ -124,12 +134,28 @@ class LogitsReader:
         self.scale *= found[1]
         return found[0]
 
+    def _temperature(self, node: fx.Node) -> fx.Node | None:
+        """X * t or x / t -> x, where t is the same for all keys: it can be taken into the query."""
+        is_quotient = g.is_op(node, aten.div, aten.div_) and len(node.args) == 2 and not node.kwargs
+        if not is_quotient and not g.is_op(node, aten.mul, aten.mul_):
+            return None
+        if not all(map(g.is_tensor, g.args(node)[:2])):
+            return None
+        for logits, factor in (g.args(node)[:2], g.args(node)[1::-1])[: 1 if is_quotient else 2]:
+            if contains_product(factor) or not g.same_shape(g.shape(logits), g.shape(node)):
+                continue
+            dims = ax.aligned(g.shape(factor), self.dims)
+            if g.value(factor).is_floating_point() and not set(self.keys) & set(ax.flat(dims)):
+                self.temperatures.append((Operand(factor, dims), is_quotient))
+                return logits
+        return None
+
     def _sinks(self, node: fx.Node) -> fx.Node | None:
         """cat((logits, one column of sinks), keys) -> logits."""
         if not g.is_op(node, aten.cat):
             return None
         tensors, dim = g.args(node)[0], g.op_args(node)["dim"] % g.value(node).dim()
-        if self.scale != 1.0 or self.logit_cap is not None:
+        if self.scale != 1.0 or self.logit_cap is not None or self.temperatures:
             raise refuse(node, "scales or caps its sinks together with the logits")
         if (
             len(tensors) != 2
@@ -167,7 +193,7 @@ class LogitsReader:
             logits, floor = g.args(node)[0], g.op_args(node)["min"]
         else:
             return None
-        return logits if _hides(floor, self.scale) else None
+        return logits if _hides(floor, self.scale) and not self.temperatures else None
 
     def _mask(self, node: fx.Node) -> fx.Node | None:
         """masked_fill, where, an addition, or x * m + c * (1 - m) -> logits."""
@@ -179,6 +205,10 @@ class LogitsReader:
             return None
         if self.logit_cap is not None:
             raise refuse(node, "applies a mask before the logits are capped")
+        if self.temperatures:
+            raise refuse(
+                node, "multiplies a mask by a tensor; multiply the logits before the mask is applied"
+            )
         logits, term = found
         self.terms.append(term)
         return logits
@@ -210,8 +240,8 @@ class LogitsReader:
         """Beta * bias + alpha * product."""
         args = g.op_args(node)
         if args["beta"] != 0:
-            if self.logit_cap is not None:
-                raise refuse(node, "adds a bias before the logits are capped")
+            if self.logit_cap is not None or self.temperatures:
+                raise refuse(node, "adds a bias before the logits are capped or multiplied by a tensor")
             self.terms.append(MaskTerm(args["self"], self.dims, factor=self.scale * args["beta"]))
         self.scale *= args["alpha"]
 

@@ -97,6 +97,9 @@ class AttentionMatch:
     scale: float = 1.0
     logit_cap: float | None = None
     sinks: Operand | None = None
+    temperatures: list[tuple[Operand, bool]] = field(default_factory=list)
+    """Tensors by which the logits are multiplied, or divided where True: one number, or one for each head or
+    query."""
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,13 @@ FORMS: dict[str, Attend] = {
     "flex_causal": flex(flex_causal),
     "flex_window_and_cap": flex(flex_window, flex_cap),
     "flex_alibi": flex(flex_causal, flex_alibi),
+    "learned_temperature": lambda layer, q, k, v, p: (
+        hidden(q @ repeat_kv(k).mT * layer.sinks.exp()[:, None, None] * SCALE, causal(p)).softmax(-1)
+        @ repeat_kv(v)
+    ),
+    "learned_scale": lambda layer, q, k, v, p: (
+        hidden(q @ repeat_kv(k).mT * layer.sinks.exp()[0], causal(p)).softmax(-1) @ repeat_kv(v)
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from tests.transforms.small_models import (
     ATTENTION,
     GROUP,
     HEAD_DIM,
+    HEADS,
     KV_HEADS,
     SCALE,
     Attend,
@@ -63,6 +64,11 @@ def capped(q: Tensor, k: Tensor) -> Tensor:
     return torch.tanh(q @ k.transpose(2, 3) * SCALE / CAP) * CAP
 
 
+def of_each_head(q: Tensor) -> Tensor:
+    """[n, 1, 1], no constant."""
+    return torch.linspace(0.5, 1.5, HEADS, dtype=q.dtype)[:, None, None]
+
+
 FORMS: dict[str, Attend] = {
     "sdpa_masked": sdpa_masked,
     "sdpa_additive": sdpa_additive,
@@ -86,6 +92,14 @@ FORMS: dict[str, Attend] = {
     ),
     "two_masks": eager(mask=lambda x, p: hide(x + additive(causal(p)), p)),
     "scale_in_a_buffer": eager(scores=lambda q, k: q @ k.transpose(2, 3) * torch.full((), SCALE)),
+    "temperature_of_each_head": eager(scores=lambda q, k: q @ k.transpose(2, 3) * SCALE * of_each_head(q)),
+    "temperature_first": eager(scores=lambda q, k: of_each_head(q)[None] * (q @ k.transpose(2, 3)) * SCALE),
+    "temperature_of_each_query": eager(
+        scores=lambda q, k: SCALE * (q @ k.transpose(2, 3)) / q[..., :1].exp()
+    ),
+    "temperature_before_the_logit_cap": eager(
+        scores=lambda q, k: torch.tanh(q @ k.transpose(2, 3) * SCALE * of_each_head(q) / CAP) * CAP
+    ),
     "einsum": eager(
         scores=lambda q, k: torch.einsum("bnsd,bntd->bnst", q, k) * SCALE,
         product=lambda w, v: torch.einsum("bnst,bntd->bnsd", w, v),
@@ -231,9 +245,21 @@ REFUSED: dict[str, tuple[Attend, str]] = {
         eager(scores=lambda q, k: torch.div(q @ k.transpose(2, 3), 2.0, rounding_mode="floor")),
         "applies aten.div.Tensor_mode to the logits",
     ),
-    "learned_scale": (
-        eager(scores=lambda q, k: (q @ k.transpose(2, 3)) * q[..., :1]),
+    "scale_of_each_key": (
+        eager(scores=lambda q, k: (q @ k.transpose(2, 3)) * k[..., 0][:, :, None]),
         "applies aten.mul.Tensor to the logits",
+    ),
+    "temperature_after_the_mask": (
+        eager(mask=lambda x, p: (x + additive(causal(p))) * of_each_head(x)),
+        "multiplies a mask by a tensor; multiply the logits before the mask is applied",
+    ),
+    "temperature_after_the_logit_cap": (
+        eager(scores=lambda q, k: capped(q, k) * of_each_head(q)),
+        "caps the logits and scales them afterwards",
+    ),
+    "sinks_with_a_temperature": (
+        eager(weights=lambda x, layer: softmax_with_sinks_of(x, layer, factor=of_each_head(x))),
+        "scales or caps its sinks together with the logits",
     ),
     "visible_keys_of_low_weight": (
         eager(mask=lambda x, p: x.masked_fill(~causal(p), -2e4) * 1e-3),
@@ -279,7 +305,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
 
 
 def softmax_with_sinks_of(
-    logits: Tensor, layer: Layer, factor: float = 1.0, start: int = 0, columns: int = 1
+    logits: Tensor, layer: Layer, factor: float | Tensor = 1.0, start: int = 0, columns: int = 1
 ) -> Tensor:
     """Sinks, but scaled together with the logits, cut off at the wrong end, or several."""
     sinks = layer.sinks.reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], columns)

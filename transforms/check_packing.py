@@ -644,6 +644,7 @@ _RULES: dict[Any, _Rule] = {
     **_table(_with_one_less, "view_as_complex"),
     **_table(_by_place, "arange linspace tril triu eye"),
     torch.ops.ad_flashinfer.attention: _attention,
+    torch.ops.ad_flashinfer.sequence_length: _kept,
 }
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution, aten.conv_transpose1d, aten.unfold, aten.im2col)
 # How tokens are sent to experts and back.

@@ -48,7 +48,7 @@ def recomputes_at(model: nn.Module, max_seq_len: int) -> int | None:
     """The length beyond which transformers' generate computes the cache anew; None if it does not.
 
     Phi-3 and its kin do so once, when a sequence grows out of the first set of frequencies; others go on with
-    keys of both sets. (Old versions of transformers drop the cache, too, but go on with the last token alone.)
+    keys of both sets. Old versions of transformers drop the cache, too, but go on with the last token alone.
     """
     limits = {
         _limit(module, name)
@@ -117,7 +117,8 @@ def _forward(module: nn.Module, max_seq_len: int) -> Callable[..., Any]:
         first, limit = getattr(module, f"{prefix}original_inv_freq"), _limit(module, layer_type)
         if max_seq_len <= limit:
             return rotated(x, position_ids, layer_type, first, limit)
-        lengths = torch.ops.ad_flashinfer.sequence_length(position_ids)
+        farthest = position_ids.amax(0) if position_ids.dim() > 2 else position_ids  # of a token's axes
+        lengths = torch.ops.ad_flashinfer.sequence_length(farthest)
         is_longer = (lengths > limit)[..., None]
         if kind == "longrope":
             second = longer[layer_type].to(first.device)

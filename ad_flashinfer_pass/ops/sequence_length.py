@@ -17,15 +17,12 @@ def sequence_length(position_ids: Tensor) -> Tensor:
     generated one: the graph input ``sequence_lengths`` takes this op's place there, see ``metadata``.
 
     Args:
-        position_ids: int64 [..., b, s].
+        position_ids: int64 [b, s].
 
     Returns:
         int64 [b, s].
     """
-    longest = position_ids.amax(-1, keepdim=True)
-    while longest.dim() > 2:
-        longest = longest.amax(0)
-    return (longest + 1).expand(position_ids.shape[-2:]).contiguous()
+    return (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids).contiguous()
 
 
 torch.library.impl(_NAME, "default", sequence_length)
@@ -33,4 +30,4 @@ torch.library.impl(_NAME, "default", sequence_length)
 
 @torch.library.register_fake(_NAME)
 def _(position_ids: Tensor) -> Tensor:
-    return position_ids.new_empty(position_ids.shape[-2:])
+    return position_ids.new_empty(position_ids.shape)

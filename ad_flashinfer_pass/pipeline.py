@@ -9,7 +9,8 @@ Order, and why each stands where it does:
 3. ``match_repeat_kv``: before attention, which is then written in fewer ways.
 4. ``match_attention``: SDPA and eager forms become one op, with the mask still a subgraph.
 5. ``classify_mask``: the mask subgraph becomes attributes of that op, or the pass stops.
-6. ``check_packing``: after the masks are gone, since they are the part that mixes tokens rightly.
+6. ``number_by_positions``, ``check_packing``: after the masks are gone, since they are the part that mixes
+   tokens rightly.
 7. ``insert_cached_attention``, ``gather_logits_before_lm_head``: the graph takes its final inputs.
 8. ``initialize_cache``: the resources are known; plans and allocates them.
 9. ``tune_attention``: the pools are there, to be timed over; captured graphs keep what it chose.

@@ -19,6 +19,7 @@ from ad_flashinfer_pass.transforms import (
     insert_cached_attention,
     match_attention,
     match_repeat_kv,
+    number_by_positions,
     tune_attention,
 )
 
@@ -38,5 +39,6 @@ __all__ = [
     "insert_cached_attention",
     "match_attention",
     "match_repeat_kv",
+    "number_by_positions",
     "tune_attention",
 ]

@@ -1,0 +1,120 @@
+"""``number_by_positions``: models that number their tokens by arange are served as what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ad_flashinfer_pass.errors import PackingError
+from tests.transforms.serving import assert_serves_like, cached
+from tests.transforms.small_models import HEAD_DIM, Attend, SmallModel, eager, sdpa, tokens
+
+Numbering = Callable[[nn.Module, Tensor], Tensor]
+"""(table, tokens' vectors [b, s, d]) -> what is added to them."""
+
+
+def size(x: Tensor) -> int:
+    return x.shape[1]
+
+
+NUMBERINGS: dict[str, Numbering] = {
+    "row": lambda table, x: table(torch.arange(size(x), device=x.device)),
+    "row_of_batch": lambda table, x: table(torch.arange(0, size(x), dtype=torch.long).unsqueeze(0)),
+    "expanded": lambda table, x: table(torch.arange(size(x)).expand(x.shape[0], size(x))),
+    "like_the_tokens": lambda table, x: table(torch.arange(size(x))[None].expand_as(x[..., 0])),
+    "int32": lambda table, x: table(torch.arange(size(x), dtype=torch.int32)),
+    "offset": lambda table, x: table(torch.arange(size(x)) + 2),
+    "first_rows": lambda table, x: table.weight[: size(x)],
+    "first_rows_of_batch": lambda table, x: table.weight[None][:, : size(x)],
+    "computed": lambda table, x: (
+        torch.arange(size(x))[:, None].float() * torch.linspace(0.1, 1, x.shape[-1])
+    ).sin(),
+}
+
+
+class Numbered(nn.Module):
+    """Takes no position_ids, as nanoGPT does."""
+
+    def __init__(self, attend: Attend, numbering: Numbering) -> None:
+        super().__init__()
+        self.model, self.numbering = SmallModel(attend), numbering
+        self.model.positions, self.table = nn.Embedding(1, 32), self.model.positions
+        self.model.mix = lambda _, x, p: x + self.numbering(self.table, x)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.model(input_ids, torch.zeros_like(input_ids))
+        return logits
+
+
+class WithPositions(nn.Module):
+    """The same for whoever gives positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.model(input_ids)
+        return logits
+
+
+@pytest.mark.parametrize("name", NUMBERINGS)
+def test_every_numbering_is_served_packed(name: str) -> None:
+    """Sequences in one batch, in chunks and step by step, each from its own position."""
+    model = Numbered(sdpa, NUMBERINGS[name])
+
+    assert_serves_like(cached(model), WithPositions(model))
+
+
+def rotated(x: Tensor, by_table: bool) -> Tensor:
+    """[b, n, s, d] by the place in the sequence."""
+    inv_freq = 1.0 / 100 ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    places = torch.arange(64 if by_table else x.shape[2])
+    freqs = torch.outer(places.float(), inv_freq)
+    angles = torch.cat((freqs, freqs), dim=-1)
+    cos, sin = (t[: x.shape[2]][None, None] if by_table else t for t in (angles.cos(), angles.sin()))
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_rotations_by_place_are_served(by_table: bool) -> None:
+    """Computed for the tokens, or cut from a table."""
+
+    def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        form = eager(mask=lambda logits, _: logits.masked_fill(~mask, float("-inf")))
+        return form(layer, rotated(q, by_table), rotated(k, by_table), v, p)  # type: ignore[arg-type]
+
+    model = Numbered(attend, lambda table, x: torch.zeros(()))
+
+    assert_serves_like(cached(model), WithPositions(model))
+
+
+@pytest.mark.parametrize(
+    "numbering",
+    [
+        lambda table, x: table(torch.arange(x.shape[1]).flip(0)),
+        lambda table, x: table(torch.arange(x.shape[1]).cumsum(0)),
+        lambda table, x: table(torch.arange(1, x.shape[1] + 1).roll(1)),
+        lambda table, x: table(torch.arange(x.shape[0]))[:, None],
+    ],
+    ids=["from_the_end", "sums", "rolled", "of_the_batch"],
+)
+def test_another_numbering_is_refused(numbering: Numbering) -> None:
+    """Only a position that the token has by itself is one."""
+    with pytest.raises(PackingError):
+        cached(Numbered(sdpa, numbering))
+
+
+def test_the_wrong_positions_would_show() -> None:
+    """The models depend on the numbers."""
+    ids, _ = tokens(1, 9)
+    one, other = (Numbered(sdpa, NUMBERINGS[name])(ids) for name in ("row", "offset"))
+
+    assert float((one - other).abs().max()) > 0.1

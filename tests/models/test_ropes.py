@@ -48,7 +48,7 @@ _MLA = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
-_SHORT = {"max_position_embeddings": LIMIT}
+_SHORT: dict[str, Any] = {"max_position_embeddings": LIMIT}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"original_max_position_embeddings": LIMIT, "rope_parameters": _LONGROPE}),
@@ -155,7 +155,7 @@ def test_logits_of_a_long_prompt_do_not_depend_on_chunks(name: str) -> None:
 
 def test_the_module_is_left_as_it_was() -> None:
     """Only the export sees other rotary embeddings."""
-    model = model_of("phi3")
+    model: Any = model_of("phi3")
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     forward = model.model.rotary_emb.forward
     with ropes.by_own_length(model, 64):
@@ -198,7 +198,7 @@ def test_code_with_one_set_of_frequencies_for_all_tokens_is_refused() -> None:
 def test_a_saved_program_keeps_its_lengths_or_is_refused() -> None:
     """What recomputes sequences cannot be saved, since the file does not say so."""
     model = served("llama_dynamic")
-    settings = {"max_batch_size": 8, "max_seq_len": 64, "max_num_tokens": 64}
+    settings: dict[str, Any] = {"max_batch_size": 8, "max_seq_len": 64, "max_num_tokens": 64}
     again = restore(to_program(model), kv_cache_config={"tokens_per_block": 8}, **settings)
 
     assert generated(Engine(again), PROMPTS[:2]) == expected("llama_dynamic")[:2]

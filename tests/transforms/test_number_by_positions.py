@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ad_flashinfer_pass.errors import PackingError
 from tests.transforms.serving import assert_serves_like, cached
 from tests.transforms.small_models import HEAD_DIM, Attend, SmallModel, eager, sdpa, tokens
 
-Numbering = Callable[[nn.Module, Tensor], Tensor]
+Numbering = Callable[[Any, Tensor], Tensor]
 """(table, tokens' vectors [b, s, d]) -> what is added to them."""
 
 

@@ -37,7 +37,7 @@ def by_own_length(model: nn.Module, max_seq_len: int) -> Iterator[None]:
     ]
     try:
         for module in changed:
-            module.forward = _forward(module, max_seq_len)  # type: ignore[method-assign]
+            module.forward = _forward(module, max_seq_len)
         yield
     finally:
         for module in changed:

@@ -46,9 +46,9 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
     if isinstance(model, fx.GraphModule):
         gm = _given(model, ctx)
     else:
-        with ropes.by_own_length(model, ctx.config.max_seq_len):
+        with ropes.by_own_length(model, ctx.sequence_info.max_seq_len):
             gm = _exported(model, ctx)
-        ctx.sequence_info.recompute_at = ropes.recomputes_at(model, ctx.config.max_seq_len)
+        ctx.sequence_info.recompute_at = ropes.recomputes_at(model, ctx.sequence_info.max_seq_len)
     report = TransformReport("export_model", num_matches=1)
     report.notes.append(f"{len(gm.graph.nodes)} nodes")
     return gm, report

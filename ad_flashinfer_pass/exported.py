@@ -5,7 +5,7 @@
     program = torch.export.export(model, (input_ids, position_ids), dynamic_shapes=...)
     cached = transform(program, max_batch_size=8, max_seq_len=4096)  # CachedModel: step(), or Engine(cached)
     torch.export.save(to_program(cached), "cached.pt2")
-    cached = restore(torch.export.load("cached.pt2"), max_batch_size=8, max_seq_len=4096)
+    cached = restore("cached.pt2", max_batch_size=8, max_seq_len=4096)
 
 A saved program is the graph with its weights. Metadata and pages are its inputs, so they are not in the file.
 """
@@ -13,6 +13,7 @@ A saved program is the graph with its weights. Metadata and pages are its inputs
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass import ops, pipeline
+from ad_flashinfer_pass import ops, pipeline, saved_program
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.kernels.capability import Site
@@ -103,11 +104,13 @@ def to_program(model: CachedModel) -> ExportedProgram:
         return torch.export.export(module, (), examples, dynamic_shapes=dynamic, strict=False)
 
 
-def restore(program: ExportedProgram, config: AutoDeployConfig | None = None, **settings: Any) -> CachedModel:
+def restore(
+    program: ExportedProgram | Path | str, config: AutoDeployConfig | None = None, **settings: Any
+) -> CachedModel:
     """A program of ``to_program``, from a file, as a model with pools of its own.
 
     Args:
-        program: from ``torch.export.load``.
+        program: the file, of which nothing is run; or what ``torch.export.load`` made of it.
         config: with the sizes for which it was transformed; compile_backend and the number of pages may
             differ.
         settings: or the keys of the config.
@@ -115,7 +118,10 @@ def restore(program: ExportedProgram, config: AutoDeployConfig | None = None, **
     Raises:
         ConfigError: a setting is unknown, or is not that of the program.
         CapacityError: the caches do not fit in memory.
+        LoadError: the file cannot be read.
     """
+    if not isinstance(program, ExportedProgram):
+        program = saved_program.load(program)
     gm, _ = plain_module(program.module(check_guards=False))
     output = gm.graph.output_node()
     output.args = (g.args(output)[0][0],)

@@ -27,12 +27,13 @@ from ad_flashinfer_pass.inspection import check_steps, float64
 from ad_flashinfer_pass.inspection.check_steps import Phase, Step
 from ad_flashinfer_pass.inspection.recording import CachedGraph, Recorder, SiteValues, record, sites_of
 from ad_flashinfer_pass.inspection.reproducer import write_reproducer
-from ad_flashinfer_pass.inspection.stages import load_program, resolve, transform_order
+from ad_flashinfer_pass.inspection.stages import resolve, transform_order
 from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.models.few_layers import Layers, first_layers
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.saved_program import load_module
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -177,7 +178,7 @@ def check(
     if graph is not None:
         if layers is not None:
             raise ConfigError("--layers: a saved graph has the layers that it has; give the model itself.")
-        module: nn.Module = load_program(graph, config.device)
+        module: nn.Module = load_module(graph, config.device)
     else:
         if layers is not None or config.skip_loading_weights:
             config, taken = first_layers(config, layers)

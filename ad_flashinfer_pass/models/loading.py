@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     directory = source.directory
     if config.tokenizer is not None:
-        directory = Path(config.tokenizer).expanduser()
+        directory = Path(os.path.expanduser(config.tokenizer))
         if not directory.is_dir():
             directory = fetch(config.tokenizer, [], "tokenizer", config.trust_remote_code)
     if not any(any(directory.glob(pattern)) for pattern in _VOCABULARY_FILES):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import tempfile
 from contextlib import ExitStack
@@ -80,7 +81,7 @@ def find_source(config: AutoDeployConfig, stack: ExitStack) -> Source:
     if config.model == "demo":
         demo = resources.files("ad_flashinfer_pass.demo")
         return _in_directory(stack.enter_context(resources.as_file(demo)))
-    path = Path(config.model).expanduser()
+    path = Path(os.path.expanduser(config.model))
     try:
         is_dir, is_file = path.is_dir(), path.is_file()
     except OSError as err:

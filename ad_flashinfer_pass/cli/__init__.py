@@ -1,14 +1,19 @@
 """The command ``ad-flashinfer-pass``: one file a sub-command.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed or a prompt was
-refused, 2 wrong usage, 130 Ctrl-C, 141 the reader of stdout went away.
+refused, 2 wrong usage, 129 hung up, 130 Ctrl-C, 141 the reader of stdout went away, 143 terminated.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -67,13 +72,70 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     command = typer.main.get_command(app)
     args = None if argv is None else list(argv)
-    try:
-        code = command.main(args=args, prog_name=PROG, standalone_mode=False)
-    except _UsageError as err:
-        where = err.ctx.command_path if err.ctx is not None else PROG
-        print_error(f"{err.format_message().rstrip('.?')}; see {where} --help.")
-        code = 2
+    _make_streams_safe()
+    with _interrupted_by_signals() as received:
+        try:
+            code = command.main(args=args, prog_name=PROG, standalone_mode=False)
+            sys.stdout.flush()  # here, and not where Python does it and complains
+        except _UsageError as err:
+            where = err.ctx.command_path if err.ctx is not None else PROG
+            print_error(f"{err.format_message().rstrip('.?')}; see {where} --help.")
+            code = 2
+        except typer.Abort:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        except OSError as err:
+            code = 141
+            if not isinstance(err, BrokenPipeError):
+                print_error(f"stdout: {err.strerror}.")
+                code = 1
+        except SystemExit as err:
+            if not isinstance(err.__context__, BrokenPipeError):
+                raise
+            code = 141  # of rich, which ends so when it prints
+        if received:
+            code = 128 + received[0]
+        if code:
+            _drop_stdout()
     sys.exit(code)
+
+
+def _make_streams_safe() -> None:
+    """Where the process was started without some of them, or stdout lacks characters that a model writes."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.BytesIO()))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """What could not be written is not tried again by Python when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does; yields those that came."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_IGN)  # a second one would disturb the clean-up
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,8 +156,9 @@ def _message(err: Exception) -> str:
     if isinstance(err, AdFlashinferError):
         return str(err)
     if isinstance(err, OSError) and err.strerror:
-        where = f"{err.filename}: " if err.filename else ""
-        return f"{where}{err.strerror}."
+        # Who writes a file names it; print names nothing.
+        where = err.filename or ("stdout" if err.errno in (ENOSPC, EDQUOT, EFBIG, EIO) else "")
+        return f"{where}: {err.strerror}." if where else f"{err.strerror}."
     return f"{type(err).__name__}: {err} (unexpected; --debug shows where)"
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import torch
 
 from ad_flashinfer_pass import __version__
 from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.output import write_file
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.llm import LLM
@@ -278,4 +280,6 @@ def draw(result: Result, file: Path) -> None:
     axes.set_ylabel("milliseconds")
     axes.set_title(f"{result.machine}, {result.input_len} tokens in, {result.output_len} out", fontsize=10)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:], dpi=150)
+    write_file(file, drawn.getvalue(), f"--plot {file}")

@@ -1,12 +1,14 @@
-"""The results of the command: text or JSON lines, on stdout or in a file, whole or absent."""
+"""What the command writes: results on stdout, and files that are whole or absent."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import secrets
+import stat
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -24,8 +26,6 @@ class Stdout:
     """Results on stdout, each flushed as it comes."""
 
     def __enter__(self) -> Stdout:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # of an encoding that may lack what a model writes
-            sys.stdout.reconfigure(errors="backslashreplace")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,36 +56,50 @@ class Stdout:
 class OutputFile:
     """A file that appears under its name when it is complete, and not before.
 
-    What is written goes to a hidden file beside it, to which ``keep`` gives the name, and which is
-    removed if the block ends without. A device or pipe is written directly.
+    What is written goes to a hidden file beside it, which nobody can have put there: its name cannot be
+    guessed, and it is opened only if it is new. It has the mode of the file that stands there. ``keep`` gives
+    it the name; if the block ends without, it is removed. A device or pipe is written directly.
 
     Args:
         path: of the file; a link is followed.
+        name: in messages; default: ``--output`` and the path.
 
     Raises:
         ConfigError: on entry, if the file cannot be made.
-        OSError: from ``write`` and ``keep``, with the path; the disk may be full.
+        OSError: from ``write`` and ``keep``, with the name; the disk may be full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "") -> None:
         self._path = path
+        self._name = name or f"--output {path}"
         self._target = Path(os.path.realpath(path))
         self._temporary: Path | None = None
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> OutputFile:
         try:
             if self._path.is_dir():
                 raise IsADirectoryError(None, "is a directory")
-            if self._path.exists() and not os.access(self._path, os.W_OK):
+            exists = self._path.exists()
+            if exists and not os.access(self._path, os.W_OK):
                 raise PermissionError(None, "not writable")
-            if self._path.is_file() or not self._path.exists():
-                self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
-            self._file = open(self._temporary or self._path, "w", encoding="utf-8")
+            if exists and not self._path.is_file():
+                self._file = open(self._path, "wb")
+                return self
+            self._temporary = self._target.with_name(f".{secrets.token_hex(8)}.tmp")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o600 if exists else 0o666), "wb")
+            if exists:
+                old = self._target.stat()
+                with suppress(PermissionError):  # only root gives files away
+                    os.fchown(self._file.fileno(), old.st_uid, old.st_gid)
+                os.fchmod(self._file.fileno(), stat.S_IMODE(old.st_mode))
         except OSError as err:
-            raise ConfigError(
-                f"--output {self._path}: {err.strerror}; give a path that can be written."
-            ) from None
+            self.__exit__(type(err), err, None)
+            raise ConfigError(f"{self._name}: {err.strerror}; give a path that can be written.") from None
+        except BaseException as err:
+            self.__exit__(type(err), err, None)
+            raise
         return self
 
     def __exit__(
@@ -94,22 +108,21 @@ class OutputFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._file is None:
-            return
         try:
             self._close()
-        except OSError:
+        except OSError as err:
             if kind is None:
-                raise
+                raise self._named(err) from None
         finally:
             if self._temporary is not None:
                 self._temporary.unlink(missing_ok=True)
 
-    def write(self, text: str) -> None:
+    def write(self, content: str | bytes) -> None:
         """Write and flush, so that a full disk is noticed at the first result, not at the last."""
         assert self._file is not None
+        data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
         try:
-            self._file.write(text)
+            self._file.write(data)
             self._file.flush()
         except OSError as err:
             raise self._named(err) from None
@@ -146,7 +159,24 @@ class OutputFile:
                 self._file = None
 
     def _named(self, err: OSError) -> OSError:
-        return OSError(err.errno, err.strerror, f"--output {self._path}")
+        return OSError(err.errno, err.strerror, self._name)
+
+
+def write_file(path: Path, content: str | bytes, name: str = "") -> None:
+    """Write a file whole, or leave what stands there.
+
+    Args:
+        path: of the file; a link is followed.
+        content: text goes as UTF-8.
+        name: in messages; default: the path.
+
+    Raises:
+        ConfigError: the file cannot be made.
+        OSError: it cannot be finished, with the name; the disk may be full.
+    """
+    with OutputFile(path, name or str(path)) as file:
+        file.write(content)
+        file.keep()
 
 
 def as_json(result: GenerationResult, prompt: GivenPrompt, *, ascii_only: bool = False) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -26,6 +25,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, KernelError
 from ad_flashinfer_pass.kernels import modules, select
 from ad_flashinfer_pass.kernels.capability import Phase, Site
+from ad_flashinfer_pass.output import write_file
 
 if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpecNvcc
@@ -209,7 +209,7 @@ def prebuild(
                 continue
             kept[record.name] = record
             made = made.model_copy(update={"modules": list(kept.values())})
-            (folder / _MANIFEST).write_text(made.model_dump_json(indent=1) + "\n")
+            write_file(folder / _MANIFEST, made.model_dump_json(indent=1) + "\n")
             if on_line is not None:
                 on_line(f"{index + 1} of {len(todo)}: {record.name}: {record.seconds:.0f} s")
     if failed:
@@ -226,7 +226,7 @@ def _built(record: NeededModule, spec: JitSpecNvcc, folder: Path) -> NeededModul
         raise KernelError(f"module {record.name} does not compile: {'; '.join(lines[:3])}") from err
     target_file = folder / spec.name / f"{spec.name}.so"
     target_file.parent.mkdir(exist_ok=True)
-    shutil.copy2(spec.jit_library_path, target_file)
+    write_file(target_file, spec.jit_library_path.read_bytes())
     return record.model_copy(update={"seconds": round(perf_counter() - start, 1)})
 
 

@@ -33,7 +33,7 @@ from ad_flashinfer_pass.cli.options import (
     error_border,
     settings,
 )
-from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.output import write_file
 from ad_flashinfer_pass.progress import Reporter
 
 if TYPE_CHECKING:
@@ -161,10 +161,7 @@ def _show(answer: Answer, as_json: bool) -> None:
     else:
         text = answer.text
     if text is not None and answer.file is not None:
-        try:
-            answer.file.write_text(text, encoding="utf-8")
-        except OSError as err:
-            raise ConfigError(f"--output {answer.file}: {err.strerror}.") from None
+        write_file(answer.file, text, f"--output {answer.file}")
     elif text is not None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from ad_flashinfer_pass.cli.options import OUTPUT, PROG, DebugOption, QuietOption, error_border, option
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.output import write_file
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -53,12 +55,16 @@ def migrate(
     with error_border(debug):
         from ad_flashinfer_pass import migrate as pass_migrate
 
-        result = pass_migrate.migrate(file.read_text(encoding="utf-8"), to.value)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{file}: must be UTF-8 text.") from None
+        result = pass_migrate.migrate(text, to.value)
         sys.stdout.write(result.diff(str(file)))
         if not quiet:
             for note in result.notes or ["nothing to change"]:
                 print(f"{file}: {note}", file=sys.stderr)
         changed = result.after != result.before
         if changed and not check:
-            file.write_text(result.after, encoding="utf-8")
+            write_file(file, result.after)
         raise typer.Exit(1 if changed and check else 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.inspection.check_steps import Step
 from ad_flashinfer_pass.inspection.recording import ArgumentRecorder, CachedGraph, SiteValues
+from ad_flashinfer_pass.output import write_file
 
 _SCRIPT = '''"""Attention site {index} ({module}) in a {phase} step: the op beside attention in float64."""
 import json, pathlib
@@ -50,7 +51,7 @@ def write_reproducer(
     Returns:
         The script.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     end = 0
     for step in steps:
@@ -68,12 +69,12 @@ def write_reproducer(
     directory.mkdir(parents=True, exist_ok=True)
     index, module = name
     file = directory / f"site_{index}.safetensors"
-    save_file(tensors, file, metadata={"scalars": json.dumps(scalars)})
+    write_file(file, save(tensors, metadata={"scalars": json.dumps(scalars)}))
     script = directory / f"site_{index}.py"
-    script.write_text(
+    write_file(
+        script,
         _SCRIPT.format(
             index=index, module=module, phase=step.phase, file=file.name, device=recorder.result.device
         ),
-        encoding="utf-8",
     )
     return script

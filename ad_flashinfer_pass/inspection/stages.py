@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import zipfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from pydantic import ValidationError
 from torch import fx, nn
-from torch.export.passes import move_to_device_pass
 
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeNames
-from ad_flashinfer_pass.inspection.text_format import from_text, to_text
+from ad_flashinfer_pass.inspection.text_format import FIRST_LINE, from_text, to_text
+from ad_flashinfer_pass.output import write_file
+from ad_flashinfer_pass.saved_program import load_module
 
 if TYPE_CHECKING:
     from ad_flashinfer_pass.registry import TransformContext, TransformReport
@@ -45,13 +43,14 @@ class StageWriter:
     """Writes the graph after every transform into a directory, one text dump a file.
 
     The files are named ``NNN_<stage>_<transform>.txt`` and numbered over all graphs of the process. What an
-    earlier process left under such names is removed.
+    earlier process wrote there is removed, and nothing else.
     """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("[0-9][0-9][0-9]_*.txt"):
-            old.unlink()
+        for old in directory.glob("[0-9][0-9][0-9]*_*.txt"):
+            if _is_of_a_stage(old):
+                old.unlink()
         self._directory = directory
         self._names: WeakKeyDictionary[fx.Graph, NodeNames] = WeakKeyDictionary()
         self._count = 0
@@ -78,11 +77,23 @@ class StageWriter:
             names.see(gm, maker)
             suffix = f"_{number}" if number else ""
             file = self._directory / f"{self._count:03}_{stage}_{transform}{suffix}.txt"
-            file.write_text(to_text(names.data(gm, f"graph after {transform}")), encoding="utf-8")
+            if file.exists() and not _is_of_a_stage(file):
+                raise ConfigError(f"AD_DUMP_GRAPHS_DIR: {file} is no dump of a stage; name another folder.")
+            write_file(file, to_text(names.data(gm, f"{_TITLE} {transform}")), f"AD_DUMP_GRAPHS_DIR: {file}")
         self._count += 1
 
 
+_TITLE = "graph after"
 _writers: dict[str, StageWriter] = {}
+
+
+def _is_of_a_stage(file: Path) -> bool:
+    """Whether a ``StageWriter`` wrote a file."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    start = f"{FIRST_LINE}\ntitle: {_TITLE} ".encode()
+    with file.open("rb") as opened:
+        return opened.read(len(start)) == start
 
 
 def run_stages(
@@ -118,7 +129,7 @@ def run_stages(
     made_for = "cuda" if sm is not None or config.device.startswith("cuda") else None
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
-    module, config = (load_program(graph), config) if graph is not None else _load_model(config)
+    module, config = (load_module(graph), config) if graph is not None else _load_model(config)
     run, names = Stages(pipeline.context(config)), NodeNames()
     run.ctx.made_for = made_for
 
@@ -171,7 +182,7 @@ def read_graph(file: Path) -> GraphData:
         LoadError: the file is none of them.
     """
     if file.suffix not in (".txt", ".json"):
-        gm, names = load_program(file), NodeNames()
+        gm, names = load_module(file), NodeNames()
         names.see(gm, None)
         return names.data(gm, str(file))
     try:
@@ -194,45 +205,3 @@ def _load_model(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConfig]:
     from ad_flashinfer_pass.models.weightless import load_weightless
 
     return load_weightless(config)
-
-
-@contextmanager
-def _export_quiet() -> Iterator[None]:
-    """torch.export.load logs the traceback of what it then raises."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def load_program(file: Path, device: str = "cpu") -> fx.GraphModule:
-    """The module of a saved ExportedProgram, on a device.
-
-    Raises:
-        LoadError: there is no such file, or it is no ExportedProgram.
-    """
-    from ad_flashinfer_pass import ops
-
-    assert ops.__name__  # importing it registers torch.ops.ad_flashinfer, which the file may call
-    if not file.is_file():
-        what = "is a directory" if file.is_dir() else "no such file"
-        raise LoadError(f"{file}: {what}; give one that torch.export.save wrote.")
-    if not zipfile.is_zipfile(file):
-        raise LoadError(
-            f"{file} is no zip file, as a saved ExportedProgram is; give one of torch.export.save."
-        )
-    try:
-        with _export_quiet():
-            program = torch.export.load(file)
-        module = move_to_device_pass(program, device).module()
-    except Exception as err:  # zip, pickle and schema errors of every kind
-        cause = str(err).replace(" Please check the warnings above for possible errors. ", "")[:200]
-        raise LoadError(
-            f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {cause}). "
-            "Save one with torch.export.save, with the torch that is used here."
-        ) from err
-    assert isinstance(module, fx.GraphModule)
-    return module

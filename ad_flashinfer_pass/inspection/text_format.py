@@ -27,7 +27,7 @@ import re
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.inspection.graph_data import GraphData, Item, NodeData, TensorType, Value
 
-_FIRST_LINE = "ad-flashinfer-pass graph 1"
+FIRST_LINE = "ad-flashinfer-pass graph 1"
 _FX_NAMES = "names in FX:"
 _NODE = re.compile(
     r"(?:%(?P<name>[\w.]+)(?:: (?P<type>.*?))? = )?(?P<op>\w+ )?(?P<target>[\w.]+)(?P<rest>\(.*|)$"
@@ -40,7 +40,7 @@ _NAMED = ("placeholder", "get_attr", "call_module", "call_method")
 
 def to_text(graph: GraphData) -> str:
     """The graph as text; ``from_text`` reads it back."""
-    lines = [_FIRST_LINE, f"title: {graph.title}", f"device: {graph.device}", ""]
+    lines = [FIRST_LINE, f"title: {graph.title}", f"device: {graph.device}", ""]
     lines += [node_line(node, graph.device) for node in graph.nodes]
     named = [f"%{node.name} {node.fx_name}" for node in graph.nodes if node.name != node.fx_name]
     return "\n".join([*lines, "", _FX_NAMES, *named]) + "\n"
@@ -79,8 +79,8 @@ def from_text(text: str) -> GraphData:
         LoadError: names the first line that is not of the format.
     """
     lines = text.splitlines()
-    if not lines or lines[0] != _FIRST_LINE:
-        raise LoadError(f"not a text dump: its first line must be {_FIRST_LINE!r}; write one with dump.")
+    if not lines or lines[0] != FIRST_LINE:
+        raise LoadError(f"not a text dump: its first line must be {FIRST_LINE!r}; write one with dump.")
     try:
         end = lines.index(_FX_NAMES)
     except ValueError:

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.output import write_file
+
 _LAUNCHES = 16
 
 
@@ -54,7 +57,7 @@ def read_choices() -> dict[str, Any]:
     """What was found before, by what it depends on."""
     try:
         known = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # measured anew
     return known if isinstance(known, dict) else {}
 
@@ -62,8 +65,6 @@ def read_choices() -> dict[str, Any]:
 def write_choices(known: dict[str, Any]) -> None:
     """Remember all of it."""
     file = cache_file()
-    with suppress(OSError):  # a read-only home: measured again next time
+    with suppress(OSError, ConfigError):  # a read-only home: measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(known, indent=1) + "\n")
-        part.replace(file)
+        write_file(file, json.dumps(known, indent=1) + "\n")

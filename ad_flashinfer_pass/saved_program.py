@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._export.serde import schema, serialize
+from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.export.passes import move_to_device_pass
@@ -47,6 +48,7 @@ _DAMAGE = (
     ValueError,
     struct.error,
     zipfile.BadZipFile,
+    SpecViolationError,
 )
 
 _NAME = re.compile(r"\w*", re.ASCII)
@@ -192,8 +194,8 @@ def _tensors(
         meta = entry.tensor_meta
         if entry.use_pickle or meta is None or not entry.path_name.startswith(prefix):
             raise LoadError(
-                f"its {name} is a pickled object, which is code, and is not read. If you trust it, load the file "
-                "with torch.export.load and give the program to transform."
+                f"its {name} is a pickled object, which is code, and is not read. If you trust the file, "
+                "load it with torch.export.load and give the program to transform."
             )
         dtype = serialize.deserialize_scalar_type(meta.dtype)
         shape, stride = serialize.deserialize_size(meta.sizes), serialize.deserialize_stride(meta.strides)
@@ -264,10 +266,10 @@ def _text(value: object, pattern: re.Pattern[str], key: str) -> str:
 
 def _metadata(data: dict[str, object]) -> dict[str, str]:
     """Of a node: where it stands in the source and among modules, as one can print it."""
-    kept = ((key, str(data[key])) for key in ("stack_trace", "nn_module_stack") if key in data)
+    kept = {key: str(data[key]) for key in ("stack_trace", "nn_module_stack") if key in data}
     return {
-        key: "".join(c for c in text if (c.isprintable() and c not in '"\\') or c == "\n")
-        for key, text in kept
+        key: "".join(c for c in text if c == "\n" or (c.isprintable() and c not in '"\\'))
+        for key, text in kept.items()
     }
 
 

@@ -1,12 +1,14 @@
 import io
 import json
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import typer
@@ -14,7 +16,7 @@ import typer
 from ad_flashinfer_pass import __version__, build, cli
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, LoadError, TransformError
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
-from tests.fake_llm import FakeBuild
+from tests.fake_llm import FakeBuild, FakeLLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -419,6 +421,50 @@ def test_output_file(command: Command, tmp_path: Path, name: str, content: str) 
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_output_file_has_the_mode_that_it_had(command: Command, tmp_path: Path) -> None:
+    """What was private stays private; a new file is as the umask says."""
+    old, new = tmp_path / "old.txt", tmp_path / "new.txt"
+    old.write_text("old")
+    old.chmod(0o600)
+    mask = os.umask(0o027)
+    try:
+        for file in (old, new):
+            assert command("generate", "one", "-o", file).code == 0
+    finally:
+        os.umask(mask)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (old, new)] == [0o600, 0o640]
+
+
+def test_output_follows_the_users_link_and_no_other(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link is written through; one that somebody planted under the temporary name is not."""
+    target, link, victim = tmp_path / "target.txt", tmp_path / "link.txt", tmp_path / "victim"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert command("generate", "one", "-o", link).code == 0
+    assert (link.is_symlink(), target.read_text()) == (True, "ONE\n")
+
+    # Even if the name could be guessed: as it was, and as it would be if the dice were loaded.
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    for name in (f".target.txt.{os.getpid()}.tmp", ".0000000000000000.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    assert "File exists" in command.error(2, "generate", "two", "-o", link)
+    assert target.read_text() == "ONE\n"
+    assert not victim.exists()
+
+
+def test_output_to_a_pipe(command: Command, tmp_path: Path) -> None:
+    """A fifo is written directly, as a device is."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert command("generate", "one", "-o", fifo).code == 0
+    assert os.read(reader, 100) == b"ONE\n"
+    os.close(reader)
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+
+
 @pytest.mark.parametrize("prompts", [["one", "crash"], ["refuse"]], ids=["crash", "all_refused"])
 def test_output_file_is_not_touched_by_failure(command: Command, tmp_path: Path, prompts: list[str]) -> None:
     """A run that fails leaves the old file and nothing else."""
@@ -488,15 +534,40 @@ def start(*args: str, **settings: object) -> subprocess.Popen[str]:
     )
 
 
-def test_signal_ends_the_process_cleanly() -> None:
-    """A real Ctrl-C while text is generated: finished results, one line, no traceback."""
-    process = start("one", "sleep", "-q", stdout=subprocess.PIPE)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_the_process_cleanly(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, kill and a closed terminal: finished results, one line, no traceback, nothing hidden left."""
+    process = start("one", "sleep", "-q", "-o", str(tmp_path / "out.txt"), stdout=subprocess.PIPE)
     assert process.stderr is not None
     assert process.stderr.readline() == "sleeping\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "--- 0: one\nONE\n\n")
-    assert err == "interrupted: 1 of 2 prompts done\n"
+    assert (process.returncode, out) == (128 + number, "")
+    partial = tmp_path / "out.txt.partial"
+    assert err == f"interrupted: 1 of 2 prompts done, kept in {partial}\n"
+    assert list(tmp_path.iterdir()) == [partial]
+    assert partial.read_text() == "--- 0: one\nONE\n\n"
+
+
+def test_nohup_is_respected(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that was ignored when the command began stays so; handlers are put back in the end."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(command.build, "error", None)
+        monkeypatch.setattr(FakeLLM, "_result", _hung_up(FakeLLM._result))
+        assert command("generate", "one").code == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _hung_up(method: Any) -> Any:
+    def hung_up(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        return method(*args)
+
+    return hung_up
 
 
 def test_reader_that_goes_away_is_no_error() -> None:
@@ -507,6 +578,30 @@ def test_reader_that_goes_away_is_no_error() -> None:
     assert process.wait(timeout=30) == 141
     assert process.stderr is not None
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("args", [["--help"], ["lint", "--rules"], ["lint", "--rules", "--json"]])
+def test_every_command_ends_so(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those that print tables, by rich or as JSON, end with the same code."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        with pytest.raises(SystemExit) as caught:
+            cli.main(args)
+    assert caught.value.code == 141
+    assert "rror" not in capfd.readouterr().err
+
+
+def test_without_stdout(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``>&-``: Python has no stdout then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "one", "-o", str(tmp_path / "out.txt"), "-q"])
+    assert not caught.value.code
+    assert (tmp_path / "out.txt").read_text() == "ONE\n"
 
 
 def test_full_disk_on_stdout() -> None:

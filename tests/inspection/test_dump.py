@@ -255,18 +255,41 @@ def test_every_stage_is_written_to_the_directory_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One file a transform, in order; leftovers of a longer run go, other files stay."""
-    (tmp_path / "099_compile_old.txt").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "099_compile_old.txt").write_text("ad-flashinfer-pass graph 1\ntitle: graph after old\n")
+    mine = {
+        "notes.txt": "mine",
+        "042_answers.txt": "mine",  # named as a stage is
+        "043_export_mine.txt": "ad-flashinfer-pass graph 1\ntitle: demo after export\n",  # of dump -o
+    }
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    linked = tmp_path / "044_export_link.txt"
+    linked.symlink_to(tmp_path / "notes.txt")
     monkeypatch.setenv("AD_DUMP_GRAPHS_DIR", str(tmp_path))
 
     _, reports = pipeline.transform_module(SmallModel(sdpa), context().config)
 
-    files = sorted(file.name for file in tmp_path.glob("[0-9]*"))
+    assert linked.is_symlink()
+    linked.unlink()
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    files = sorted(file.name for file in tmp_path.glob("[0-9]*") if file.name not in mine)
     assert [name.split("_", 1)[0] for name in files] == [f"{i:03}" for i in range(len(reports))]
     assert all(name.endswith(f"_{report.name}.txt") for name, report in zip(files, reports, strict=True))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "ad_flashinfer.cached_attention" in (tmp_path / files[-1]).read_text()
     assert len(read_graph(tmp_path / files[0]).nodes) > 20
+
+
+def test_a_stage_does_not_replace_a_file_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder holds a file under the very name of the first stage."""
+    monkeypatch.setenv("AD_DUMP_GRAPHS_DIR", str(tmp_path))
+    pipeline.transform_module(SmallModel(sdpa), context().config)
+    first = min(tmp_path.iterdir())
+    monkeypatch.setenv("AD_DUMP_GRAPHS_DIR", str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / first.name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{first.name} is no dump of a stage; name another folder"):
+        pipeline.transform_module(SmallModel(sdpa), context().config)
+    assert (tmp_path / "other" / first.name).read_text() == "mine"
 
 
 def test_views_are_those_of_eager_torch() -> None:

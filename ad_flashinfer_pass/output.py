@@ -115,7 +115,8 @@ class OutputFile:
                 raise self._named(err) from None
         finally:
             if self._temporary is not None:
-                self._temporary.unlink(missing_ok=True)
+                with suppress(OSError):  # it is not there, or neither is its folder
+                    self._temporary.unlink()
 
     def write(self, content: str | bytes) -> None:
         """Write and flush, so that a full disk is noticed at the first result, not at the last."""

@@ -84,7 +84,23 @@ def migrate(text: str, target: Target = "main") -> Migration:
     if _find(result.after, fuse) is None:
         result.after = _set(result.after, fuse, "post_load_fusion")
         result.notes.append(f"added {_dotted(fuse[:-1])}: rotation and append in one kernel")
+    try:
+        is_right = _backend_of(yaml.safe_load(result.after)) == BACKEND
+    except (yaml.YAMLError, ValueError):
+        is_right = False
+    if not is_right:
+        raise ConfigError(
+            "it cannot be rewritten key by key, as with a key that stands twice or has no mapping below it: "
+            "write it plainly, or set attn_backend by hand."
+        )
     return result
+
+
+def _backend_of(config: object) -> object:
+    """What a reader of the file takes, wherever it stands."""
+    if isinstance(config, dict) and isinstance(config.get("args"), dict):
+        config = config["args"]
+    return config.get("attn_backend") if isinstance(config, dict) else None
 
 
 def _base(text: str) -> Path:
@@ -127,6 +143,8 @@ def _root(text: str) -> yaml.MappingNode:
         node = yaml.compose(text)
     except yaml.YAMLError as err:
         raise ConfigError(f"not YAML: {err}") from err
+    except RecursionError:
+        raise ConfigError("it is nested too deeply for a config.") from None
     if node is None:
         return yaml.MappingNode("tag:yaml.org,2002:map", [], flow_style=False)
     if not isinstance(node, yaml.MappingNode):

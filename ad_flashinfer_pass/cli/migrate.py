@@ -56,10 +56,11 @@ def migrate(
         from ad_flashinfer_pass import migrate as pass_migrate
 
         try:
-            text = file.read_text(encoding="utf-8")
+            result = pass_migrate.migrate(file.read_text(encoding="utf-8"), to.value)
         except UnicodeDecodeError:
             raise ConfigError(f"{file}: must be UTF-8 text.") from None
-        result = pass_migrate.migrate(text, to.value)
+        except ConfigError as err:
+            raise ConfigError(f"{file}: {err}") from None
         sys.stdout.write(result.diff(str(file)))
         if not quiet:
             for note in result.notes or ["nothing to change"]:

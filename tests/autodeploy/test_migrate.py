@@ -241,3 +241,19 @@ def test_the_config_of_1_2_migrates_to_that_of_main() -> None:
     want = yaml.safe_load(new)
     assert want["kv_cache_config"].pop("dtype") == "auto"
     assert yaml.safe_load(migrate(old).after) == want
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "args:\n  max_batch_size: 1\nargs:\n  attn_backend: trtllm\n",
+        "args:\n  transforms:\n    insert_cached_attention: {backend: trtllm,\n      cache_config: {dtype: auto}}\n    a\n",
+        "attn_backend: [trtllm\n",
+        "- 1\n",
+        "{" * 50_000,
+    ],
+)
+def test_what_cannot_be_rewritten_is_refused(text: str) -> None:
+    """Rather than made into something that is no YAML, or that does not say what it should."""
+    with pytest.raises(ConfigError):
+        migrate(text)

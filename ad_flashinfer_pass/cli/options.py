@@ -88,7 +88,7 @@ GraphOption = Annotated[
     option(
         MODEL,
         "FILE",
-        "A graph in place of a model: an ExportedProgram that torch.export.save wrote.",
+        "A graph in place of a model: an ExportedProgram that torch.export.save wrote. Nothing of it is run.",
         "--graph",
         "-g",
     ),

@@ -247,7 +247,7 @@ def test_the_config_of_1_2_migrates_to_that_of_main() -> None:
     "text",
     [
         "args:\n  max_batch_size: 1\nargs:\n  attn_backend: trtllm\n",
-        "args:\n  transforms:\n    insert_cached_attention: {backend: trtllm,\n      cache_config: {dtype: auto}}\n    a\n",
+        "transforms:\n  insert_cached_attention: {backend: trtllm,\n    dtype: auto}\n  a\n",
         "attn_backend: [trtllm\n",
         "- 1\n",
         "{" * 50_000,

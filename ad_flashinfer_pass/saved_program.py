@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._export.serde import schema, serialize
 from torch._export.verifier import SpecViolationError
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.export.passes import move_to_device_pass
@@ -117,7 +122,9 @@ def load_module(file: Path | str, device: str | torch.device = "cpu") -> fx.Grap
         LoadError: as ``load``.
     """
     with _reading(Path(file)) as archive:
-        module = move_to_device_pass(_program(archive, device), str(device)).module()
+        program = move_to_device_pass(_program(archive, device), str(device))
+        _check_values(program)
+        module = program.module()
         assert isinstance(module, fx.GraphModule)
         return module
 
@@ -210,6 +217,62 @@ def _tensors(
         tensor = flat[key].as_strided(shape, stride, offset)
         tensors[name] = nn.Parameter(tensor, meta.requires_grad) if entry.is_param else tensor
     return tensors
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph on tensors without memory, and compares what comes with what the file says of it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return _example(n.meta.get("val"))
+        result = super().run_node(n)
+        said = n.meta.get("val")
+        if isinstance(said, Tensor) and isinstance(result, Tensor):
+            sizes = _sizes(said)
+            if sizes is not None and (list(result.shape), result.dtype) != (sizes, said.dtype):
+                raise LoadError(f"its value {n.name} is {result.dtype} {list(result.shape)}, not as it says.")
+        return result
+
+
+def _check_values(program: ExportedProgram) -> None:
+    """Refuse a graph that contradicts itself.
+
+    Raises:
+        LoadError: a value has another shape or dtype than the file says, or a call cannot be made.
+    """
+    held = {**program.state_dict, **program.constants}
+    for spec, node in zip(
+        program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        tensor, said = held.get(spec.target or ""), node.meta.get("val")
+        if tensor is not None and (tensor.shape, tensor.dtype) != (said.shape, said.dtype):
+            raise LoadError(
+                f"its {spec.target} is {tensor.dtype} {list(tensor.shape)}, not as the graph says."
+            )
+    with (
+        FakeTensorMode(),
+        torch.no_grad(),
+        # Beyond a value that only a run has, or an op without a fake, there is nothing to compare.
+        suppress(DataDependentOutputException, DynamicOutputShapeException, NotImplementedError),
+    ):
+        shapes = _Shapes(program.graph_module)
+        shapes.extra_traceback = False  # an error is one line here
+        shapes.run()
+
+
+def _example(value: object) -> Any:
+    """A tensor of the sizes of the example from which a program was exported."""
+    if not isinstance(value, Tensor):
+        return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+    sizes = _sizes(value)
+    if sizes is None:
+        raise NotImplementedError
+    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+
+def _sizes(value: Tensor) -> list[int] | None:
+    sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    return None if None in sizes else sizes
 
 
 def _stand_ins(program: ExportedProgram) -> tuple[Any, Any]:

@@ -235,7 +235,7 @@ class Sizes(nn.Module):
     def forward(self, x: Tensor, y: Tensor, scale: float = 2.0) -> dict[str, Tensor]:
         rows = max(x.shape[0], y.shape[0])
         z = torch.zeros(rows + 3, (x.shape[0] * 3) // 2, x.shape[0] % 5 + 1)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             w = self.two(self.one(x.bfloat16())).float() @ self.strided
         halves = torch.cat([x[: x.shape[0] // 2], y[: y.shape[0] - 1], self.empty])
         return {"z": z, "w": w * scale, "halves": halves}
@@ -253,7 +253,7 @@ def test_sizes_of_all_kinds_are_read(strict: bool, tmp_path: Path) -> None:
     ranges = [{str(name): limits for name, limits in p.range_constraints.items()} for p in (again, program)]
     assert ranges[0] == ranges[1]
     x, y = torch.randn(8, 8), torch.randn(3, 8)
-    found, expected = again.module()(x, y), program.module()(x, y)
+    found, expected = load_module(file)(x, y), program.module()(x, y)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
     assert again.state_dict["one.weight"].data_ptr() == again.state_dict["two.weight"].data_ptr()
@@ -269,6 +269,8 @@ def test_sizes_of_all_kinds_are_read(strict: bool, tmp_path: Path) -> None:
         ({MODEL: lambda data: data.pop("graph_module")}, "'graph_module'"),
         ({MODEL: lambda data: data["schema_version"].update(major=99)}, "schema version"),
         ({MODEL: with_call("torch.ops.mylib.myop.default")}, "import the module of that op"),
+        ({MODEL: lambda data: graph(data)["tensor_values"]["linear"].update(dtype=8)}, "its value linear is"),
+        ({MODEL: lambda data: graph(data)["tensor_values"]["b_factor"].update(dtype=8)}, "its factor is"),
         ({WEIGHTS: lambda data: data["config"].pop("embed.weight")}, "embed.weight"),
         ({"data/weights/weight_0": b"123"}, "cannot be read as a saved ExportedProgram"),
         ({WEIGHTS: lambda data: data["config"]["embed.weight"].update(path_name="weight_99")}, "no part"),

@@ -380,27 +380,14 @@ def _structure(text: str) -> str:
 def _expression(text: str) -> str:
     """A size, as sympy writes it."""
 
-    def calls(node: ast.AST) -> str | None:
-        return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
-
     def check(node: ast.AST) -> bool:
         if isinstance(node, ast.Call):
-            return calls(node) in _SYMPY_CALLS
+            return _called(node) in _SYMPY_CALLS
         if isinstance(node, ast.Name):
             return node.id in _SYMPY_CALLS or bool(_SYMBOL.fullmatch(node.id))
         return True
 
-    tree = _parsed(text, "a size", _SYMPY_NODES, check)
-    for node in ast.walk(tree):
-        if calls(node) in _POWERS or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)):
-            below = [each for each in ast.walk(node) if each is not node]
-            exponent = node.args[-1] if isinstance(node, ast.Call) else node.right
-            numbers = [each.value for each in ast.walk(exponent) if isinstance(each, ast.Constant)]
-            if any(calls(each) in _POWERS or isinstance(each, ast.Pow) for each in below) or any(
-                isinstance(number, int) and number > _LARGEST_POWER for number in numbers
-            ):
-                raise LoadError(f"{text!r:.80} is no size of a tensor.")
-    return ast.unparse(tree)
+    return ast.unparse(_parsed(text, "a size", _SYMPY_NODES, check))
 
 
 def _guard(text: object) -> str:
@@ -428,7 +415,9 @@ def _parsed(
         tree = ast.parse(text if len(text) <= _LONGEST else "", mode="eval")
     except (SyntaxError, ValueError):
         tree = None
-    if tree is None or not all(isinstance(n, nodes) and _is_plain(n) and check(n) for n in ast.walk(tree)):
+    if tree is None or not all(
+        isinstance(n, nodes) and _is_plain(n) and _is_computable(n) and check(n) for n in ast.walk(tree)
+    ):
         raise LoadError(f"{text!r:.80} is no expression that torch.export.save writes for {what}.")
     return tree
 
@@ -439,3 +428,22 @@ def _is_plain(node: ast.AST) -> bool:
     if isinstance(node.value, str):
         return bool(_DOTTED.fullmatch(node.value))
     return isinstance(node.value, (bool, float)) or (isinstance(node.value, int) and node.value < 2**63)
+
+
+def _called(node: ast.AST) -> str | None:
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+
+
+def _is_power(node: ast.AST) -> bool:
+    return _called(node) in _POWERS or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow))
+
+
+def _is_computable(node: ast.AST) -> bool:
+    """Whether it is no power, or a low one with none inside."""
+    if not _is_power(node):
+        return True
+    *_, exponent = ast.iter_child_nodes(node)  # the last of what a call or an operator takes
+    numbers = [each.value for each in ast.walk(exponent) if isinstance(each, ast.Constant)]
+    return not any(map(_is_power, list(ast.walk(node))[1:])) and all(
+        number <= _LARGEST_POWER for number in numbers if isinstance(number, int)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def parts() -> dict[str, bytes]:
         return {info.filename.partition("/")[2]: archive.read(info) for info in archive.infolist()}
 
 
-def write(file: Path, changed: dict[str, bytes | Change] | None = None) -> Path:
+def write(file: Path, changed: Mapping[str, bytes | Change] | None = None) -> Path:
     """The program in a file; parts are replaced, or changed as JSON, or added."""
     content: dict[str, bytes] = dict(parts())
     for name, change in (changed or {}).items():

@@ -81,7 +81,9 @@ def with_call(target: str, argument: dict[str, Any] | None = None) -> Change:
 
 def with_spec(context: Any) -> Change:
     def change(data: Any) -> None:
-        spec = {"type": "collections.defaultdict" if isinstance(context, dict) else "builtins.dict"}
+        spec: dict[str, Any] = {
+            "type": "collections.defaultdict" if isinstance(context, dict) else "builtins.dict"
+        }
         spec |= {"context": context, "children_spec": []}
         signature = data["graph_module"]["module_call_graph"][0]["signature"]
         signature["out_spec"] = json.dumps([1, spec])
@@ -99,7 +101,7 @@ def with_constant_input(text: str) -> Change:
         )
         signature = data["graph_module"]["module_call_graph"][0]["signature"]
         version, spec = json.loads(signature["in_spec"])
-        leaf = {"type": None, "context": None, "children_spec": []}
+        leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
         spec["children_spec"][0]["children_spec"].append(leaf)
         signature["in_spec"] = json.dumps([version, spec])
         signature["forward_arg_names"].append("flag")
@@ -130,6 +132,7 @@ def attacks(marker: Path) -> dict[str, dict[str, bytes | Change]]:
     """Ways in which a file could have its code run by torch.export.load, or by calling what it makes."""
     run = code(marker)
     return {
+        "endless guard": {MODEL: lambda data: data["guards_code"].append("9**9**9**9 > 1")},
         "guard": {MODEL: lambda data: data["guards_code"].append(f"{run} is not None")},
         "size": {MODEL: lambda data: first_size(data, f"Symbol('s70', positive=True) + 0 * len([{run}])")},
         "sample_inputs": {"data/sample_inputs/model.pt": saved((Evil(marker), {}))},

@@ -87,9 +87,11 @@ def _rows(args: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, first: int) -> 
 
 
 def _rounded(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What a cache of that dtype holds of x; 8 bits saturate."""
+    """What a cache of that dtype holds of x, by the rule of ``ops.append_kv``."""
     limit = torch.finfo(dtype).max
-    return (x.double() / scale).clamp(-limit, limit).to(dtype).double() * scale
+    if scale != 1.0:
+        x = x.float() * torch.tensor(1.0 / scale, dtype=torch.float32, device=x.device)
+    return x.clamp(-limit, limit).to(dtype).double() * scale
 
 
 def _tensor(node: fx.Node) -> Tensor:

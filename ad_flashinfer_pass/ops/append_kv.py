@@ -28,8 +28,10 @@ def append_kv(
 ) -> None:
     """Write K and V of the new tokens to their slots, divided by their scales, in the dtype of the cache.
 
-    On CUDA by one Triton kernel, elsewhere by the reference. A number beyond the range of an 8-bit float
-    becomes the largest that it has, of the same sign; NaN stays NaN.
+    On CUDA by one Triton kernel, elsewhere by the reference. An element is multiplied, in float32, by the
+    reciprocal of its scale, which is rounded to float32, and the product is rounded to the nearest number of
+    the cache's dtype, of two as near to the even one. A number beyond the range of an 8-bit float becomes the
+    largest that it has, of the same sign; NaN stays NaN.
 
     Args:
         key: [b, s, num_kv_heads, head_dim], any strides.

@@ -19,6 +19,7 @@ from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.inspection import float64
 from ad_flashinfer_pass.inspection.numerics import CheckReport, Prepared, check, check_prepared, prepare
 from ad_flashinfer_pass.models.loading import load_model
 from tests import architectures
@@ -215,6 +216,27 @@ def test_finds_a_fault_at_its_site(gpt_oss: Prepared, fault: str) -> None:
     planted = Planted(gpt_oss)
     FAULTS[fault](planted)
     assert_only_the_site_is_wrong(planted.check())
+
+
+def test_float64_rounds_as_the_cache_does() -> None:
+    """For numbers between two that 8 bits have, where dividing and multiplying by the reciprocal differ."""
+    dtype = torch.float8_e4m3fn
+    numbers = torch.arange(1, 127, dtype=torch.uint8).view(dtype).float()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    is_told_apart = False
+    for scale in torch.linspace(0.003, 3.0, 300, dtype=torch.float64).tolist():
+        x = (middles.double() * scale).float()
+        x = torch.cat((x, x.nextafter(x * 2), x.nextafter(x * 0)))
+        cache = torch.zeros(2, 2, 1, len(x), 1, dtype=dtype)
+        ops.append_kv(
+            x.view(1, -1, 1, 1), x.view(1, -1, 1, 1), torch.arange(len(x)) + len(x), cache, scale, 1.0
+        )
+        held = cache[1, 0, 0, :, 0]
+        assert torch.equal(float64._rounded(x, scale, dtype), held.double() * scale)
+        is_told_apart |= not torch.equal(
+            (x.double() / scale).to(dtype).view(torch.uint8), held.view(torch.uint8)
+        )
+    assert is_told_apart
 
 
 def test_finds_a_doubled_fp8_scale(gpt_oss_fp8: Prepared) -> None:

@@ -27,7 +27,8 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.kernels.select import Choice
-from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, SiteNotes
+from ad_flashinfer_pass.metadata import SequenceInfo
+from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, SiteNotes, TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.transforms.export_model import plain_module
 
@@ -35,6 +36,9 @@ assert ops.__name__  # a loaded program calls the ops of torch.ops.ad_flashinfer
 
 _TOKENS = ("input_ids", "position_ids")
 _TOKENWISE = (*_TOKENS, "sequence_lengths")
+_SIZES = ("max_batch_size", "max_seq_len", "max_num_tokens", "tokens_per_block")
+_MADE_FOR = "made_for"
+"""Buffer of a saved program: its sizes, int64 [4]. The graph alone does not tell them all."""
 
 
 def transform(
@@ -92,6 +96,8 @@ def to_program(model: CachedModel) -> ExportedProgram:
     given = {**model.sequence_info.named_args(), **model.caches}
     for name, shape in (*((name, (2, 13)) for name in _TOKENWISE), ("token_gather_indices", (5,))):
         given[name] = torch.zeros(shape, dtype=torch.int64, device=model.device)
+    module = fx.GraphModule(module, module.graph)  # with the same tensors, and what restore asks for
+    module.register_buffer(_MADE_FOR, torch.tensor(_sizes(model.sequence_info), device=model.device))
     # torch.export wants them in the order of the graph's inputs.
     examples = {node.name: given[node.name] for node in module.graph.find_nodes(op="placeholder")}
     dynamic: dict[str, Any] = dict.fromkeys(examples)
@@ -111,8 +117,8 @@ def restore(
 
     Args:
         program: the file, of which nothing is run; or what ``torch.export.load`` made of it.
-        config: with the sizes for which it was transformed; compile_backend and the number of pages may
-            differ.
+        config: with the sizes for which it was transformed. Of the dtypes, scales and device, only what is
+            given has to be the program's; compile_backend and the number of pages may differ.
         settings: or the keys of the config.
 
     Raises:
@@ -128,16 +134,9 @@ def restore(
     ctx = pipeline.context(_config(config, settings))
     inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     ctx.sequence_info.has_lengths = "sequence_lengths" in inputs
-    for name, tensor in ctx.sequence_info.named_args().items():
+    for name in ctx.sequence_info.named_args():
         if name not in inputs:
             raise ConfigError(f"the program takes no {name}: it was not made by transform.")
-        shape = tuple(g.shape(inputs[name]))
-        if name not in (*_TOKENWISE, "token_gather_indices") and shape != tuple(tensor.shape):
-            raise ConfigError(
-                f"the program was transformed for other sizes: {name} has shape {list(shape)}, and "
-                f"{list(tensor.shape)} with these settings. Give max_batch_size, max_seq_len, "
-                "max_num_tokens and tokens_per_block as they were."
-            )
     for name, node in inputs.items():
         if name.startswith("kv_cache_"):
             _, _, heads, page_size, head_dim = g.shape(node)
@@ -145,6 +144,10 @@ def restore(
             ctx.resources.append(resource)
     ctx.vocab_size = int(g.shape(g.args(output)[0])[-1])
     ctx.sites = _sites(gm)
+    attention = torch.ops.ad_flashinfer.cached_attention.default
+    first = next(iter(gm.graph.find_nodes(op="call_function", target=attention)))
+    ctx.sequence_info.max_extend_len = g.op_args(first)["max_extend_len"]
+    _check_settings(gm, ctx)
     wanted = [
         name
         for name, transform in ctx.config.transforms.items()
@@ -152,6 +155,46 @@ def restore(
     ]
     module, _ = pipeline.run(gm, ctx, skip=set(ctx.config.transforms) - set(wanted))
     return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
+
+
+def _sizes(info: SequenceInfo) -> list[int]:
+    return [getattr(info, name) for name in _SIZES]
+
+
+def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
+    """Refuse what is not the program's. Sizes have to be given; of the rest only what is given counts."""
+    made_for = getattr(gm, _MADE_FOR, None)
+    if made_for is None:
+        raise ConfigError("the program was saved without its sizes, by an older version: transform it again.")
+    for name, made, given in zip(_SIZES, made_for.tolist(), _sizes(ctx.sequence_info), strict=True):
+        if made != given:
+            raise ConfigError(
+                f"the program was transformed for other sizes: {name} is {made}, and {given} with these "
+                f"settings. Give {', '.join(_SIZES[:-1])} and {_SIZES[-1]} as they were."
+            )
+    here, there = ctx.device, made_for.device
+    if (here.type, here.index or 0) != (there.type, there.index or 0):
+        move = f"torch.export.passes.move_to_device_pass(program, '{here}') moves it"
+        raise ConfigError(f"device: the program is on {there}, got {here}; {move}.")
+    config, cache = ctx.config, ctx.config.kv_cache_config
+    sites = list({each.cache: each.site for each in ctx.sites}.values())
+    found = [(config, "dtype", sites[0].dtype, _dtype(config.dtype, sites[0]))]
+    found += [(cache, "dtype", sites[0].kv_dtype, _dtype(cache.dtype, sites[0]))]
+    for name, given in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        made = [getattr(site, name) for site in sites]
+        found.append((cache, name, made, given if isinstance(given, list) else [given] * len(sites)))
+    for model, name, made, given in found:
+        if name in model.model_fields_set and made != given:
+            raise ConfigError(
+                f"{'kv_cache_config.' if model is cache else ''}{name}: the program was transformed for "
+                f"{made}, got {getattr(model, name)!r}; leave the key out, or transform the model again."
+            )
+
+
+def _dtype(name: str, site: Site) -> torch.dtype:
+    """What a dtype of the config means for a site; auto is the site's own."""
+    known = {"auto": site.dtype, "fp8": torch.float8_e4m3fn}
+    return known[name] if name in known else getattr(torch, name)
 
 
 def _sites(gm: fx.GraphModule) -> list[CachedSite]:

@@ -57,6 +57,12 @@ def cached() -> CachedModel:
     return transform(export(model(), ("position_ids", "input_ids"), use_cache=False), **SETTINGS)
 
 
+@cache
+def cached_in_8_bits() -> CachedModel:
+    kv = {**SETTINGS["kv_cache_config"], "dtype": "fp8", "k_scale": 0.5, "v_scale": [0.25]}
+    return transform(export(model(), use_cache=False), **{**SETTINGS, "kv_cache_config": kv})
+
+
 def test_a_program_of_a_users_own_generates_the_tokens_of_transformers() -> None:
     """Exported by keywords, in another order, with a flag that is no tensor."""
     assert architectures.generated_by_engine(cached(), PROMPTS, 12) == expected()
@@ -118,6 +124,37 @@ def test_a_saved_program_keeps_to_its_sizes() -> None:
         restore(program, **{**SETTINGS, "max_batch_size": 3})
     with pytest.raises(ConfigError, match="takes no cu_seqlen: it was not made by transform"):
         restore(export(Embedding(), ("input_ids", "where")), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"kv_cache_config": {"dtype": "bfloat16"}},
+            "kv_cache_config.dtype: the program was .* got 'bfloat16'",
+        ),
+        ({"kv_cache_config": {"dtype": "auto"}}, "kv_cache_config.dtype: .* torch.float8_e4m3fn, got 'auto'"),
+        ({"kv_cache_config": {"dtype": "fp8", "k_scale": 0.25}}, r"k_scale: .* \[0.5\], got 0.25; leave"),
+        ({"dtype": "bfloat16"}, "dtype: the program was transformed for torch.float32, got 'bfloat16'"),
+        ({"max_seq_len": 63}, "max_seq_len is 64, and 63 with these settings"),
+        ({"max_num_tokens": 500}, "max_num_tokens is 512, and 500 with these settings"),
+    ],
+)
+def test_a_setting_that_is_not_the_programs_is_refused(settings: dict[str, Any], said: str) -> None:
+    """Of what is not a size, the program's own stands where nothing is given."""
+    program = to_program(cached_in_8_bits())
+    assert [c.dtype for c in restore(program, **SETTINGS).caches.values()] == [torch.float8_e4m3fn]
+    given = {**SETTINGS, **settings}
+    given["kv_cache_config"] = {**SETTINGS["kv_cache_config"], **settings.get("kv_cache_config", {})}
+    with pytest.raises(ConfigError, match=said):
+        restore(program, **given)
+
+
+def test_a_cache_of_8_bits_is_not_asked_of_a_program_without() -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_config.dtype: .* torch.float32, got 'fp8'"):
+        restore(
+            to_program(cached()), **{**SETTINGS, "kv_cache_config": {"tokens_per_block": 16, "dtype": "fp8"}}
+        )
 
 
 class Embedding(nn.Module):

@@ -64,6 +64,12 @@ def calibrate(
     token_ids = [_token_ids(llm, prompt)[: llm.model.sequence_info.max_seq_len] for prompt in prompts]
     if not token_ids or not all(token_ids):
         raise RequestError("calibration needs prompts, each of at least one token.")
+    for number, ids in enumerate(token_ids, 1):
+        wrong = next((token for token in ids if not 0 <= token < llm.model.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"prompt {number}: token ids must lie within 0..{llm.model.vocab_size - 1}, got {wrong}."
+            )
     if on_event is not None:
         on_event("calibrate")
     model: CachedModel = llm.model

@@ -55,6 +55,9 @@ Stage = Literal[
 CompileBackend = Literal["torch-simple", "torch-cudagraph", "torch-opt"]
 KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 
+# Kernels take scales and their reciprocals as float32, whose smallest normal number is 2**-126.
+_SCALES = (2.0**-126, 2.0**126)
+
 _OUR_BACKEND = "set attn_backend: flashinfer_trtllm"
 _MIGRATION = {
     "use_pt_cache_backend": "it was removed: paged caches come from this package; delete the key and "
@@ -92,8 +95,13 @@ class KvCacheConfig(_Strict):
     @model_validator(mode="after")
     def _check_scales(self) -> KvCacheConfig:
         given = [x for s in (self.k_scale, self.v_scale) for x in (s if isinstance(s, list) else [s])]
-        if not all(0.0 < scale < float("inf") for scale in given):
-            raise ValueError("every k_scale and v_scale must be above 0 and finite")
+        low, high = _SCALES
+        wrong = next((scale for scale in given if not low <= scale <= high), None)
+        if wrong is not None:
+            raise ValueError(
+                f"every k_scale and v_scale must lie within {low:g}..{high:g}, so that it and its reciprocal "
+                f"are normal numbers of float32, got {wrong:g}"
+            )
         if self.dtype != "fp8" and any(scale != 1.0 for scale in given):
             raise ValueError("k_scale and v_scale other than 1.0 need dtype: fp8")
         return self

@@ -69,3 +69,30 @@ def test_calibration_needs_tokens() -> None:
     """Nothing to measure is an error, not a scale of one."""
     with pytest.raises(RequestError, match="each of at least one token"):
         calibrate(AutoDeployConfig(), [[]])
+
+
+@pytest.mark.parametrize("token", [-1, 1024])
+def test_a_token_that_the_model_does_not_have_gives_no_scales(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], token: int
+) -> None:
+    """The prompt is named and nothing is written."""
+    prompts, made = tmp_path / "prompts.jsonl", tmp_path / "made.yaml"
+    prompts.write_text(f'{{"prompt": "The dog"}}\n{{"prompt_token_ids": [5, {token}]}}\n')
+    with pytest.raises(SystemExit) as done:
+        main(["calibrate", "-q", "-f", str(prompts), "-o", str(made)])
+    assert done.value.code == 1
+    assert capsys.readouterr().err == f"error: prompt 2: token ids must lie within 0..1023, got {token}.\n"
+    assert not made.exists()
+
+
+def test_check_agrees_with_the_scales_that_were_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that looks for errors finds none in what the other command wrote."""
+    made = tmp_path / "made.yaml"
+    with pytest.raises(SystemExit):
+        main(["calibrate", "-q", "-o", str(made), TEXTS[0]])
+    with pytest.raises(SystemExit) as done:
+        main(["check", "-q", "-c", str(made)])
+    assert not done.value.code, capsys.readouterr()
+    assert "every attention agrees" in capsys.readouterr().out

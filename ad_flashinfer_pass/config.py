@@ -1,13 +1,16 @@
 """The configuration: one pydantic model, read from Python keywords or from YAML.
 
 The keys are AutoDeploy's. ``AutoDeployConfig(**keys)`` and ``AutoDeployConfig.from_yaml(path)`` accept
-the same ones; an unknown key is an error that names the nearest known key, and a key or value that
-AutoDeploy once had and that has no meaning here is an error that names what took its place.
+the same ones. Unknown keys are an error that names them all, each with the nearest known key; a key that
+AutoDeploy has and that means nothing here is told once, on the log, and one that would change the answer is
+refused (``autodeploy_keys``).
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from ad_flashinfer_pass import autodeploy_keys
 from ad_flashinfer_pass.errors import ConfigError
 
 # Stages in the order in which they run: AutoDeploy's names, less those that have no transform here.
@@ -58,18 +62,9 @@ KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 # Kernels take scales and their reciprocals as float32, whose smallest normal number is 2**-126.
 _SCALES = (2.0**-126, 2.0**126)
 
-_OUR_BACKEND = "set attn_backend: flashinfer_trtllm"
-_MIGRATION = {
-    "use_pt_cache_backend": "it was removed: paged caches come from this package; delete the key and "
-    + _OUR_BACKEND,
-    "attn_page_size": "it is now kv_cache_config.tokens_per_block",
-    "free_mem_ratio": "it is now kv_cache_config.free_gpu_memory_fraction",
-    "piecewise_enabled": "steps with prefill are captured whole; cuda_graph_token_buckets: [] turns that off",
-    "piecewise_num_tokens": "give it as cuda_graph_token_buckets",
-    "cuda_graph_config": "give its batch_sizes as cuda_graph_batch_sizes",
-    "runtime": "generation always runs in this process; delete the key",
-    "world_size": "tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin; delete the key",
-}
+# Kernels count tokens in int32.
+_LARGEST = 2**31 - 1
+_log = logging.getLogger(__name__)
 
 
 class _Strict(BaseModel):
@@ -96,11 +91,10 @@ class KvCacheConfig(_Strict):
     def _check_scales(self) -> KvCacheConfig:
         given = [x for s in (self.k_scale, self.v_scale) for x in (s if isinstance(s, list) else [s])]
         low, high = _SCALES
-        wrong = next((scale for scale in given if not low <= scale <= high), None)
-        if wrong is not None:
+        if not all(low <= scale <= high for scale in given):
             raise ValueError(
-                f"every k_scale and v_scale must lie within {low:g}..{high:g}, so that it and its reciprocal "
-                f"are normal numbers of float32, got {wrong:g}"
+                f"every k_scale and v_scale must lie within {low:g}..{high:g}, where float32 has it and "
+                "its reciprocal"
             )
         if self.dtype != "fp8" and any(scale != 1.0 for scale in given):
             raise ValueError("k_scale and v_scale other than 1.0 need dtype: fp8")
@@ -169,13 +163,34 @@ class AutoDeployConfig(_Strict):
     transforms: dict[str, TransformConfig] = {}
     """Changes to the pipeline of configs/default.yaml, by transform name."""
 
-    def __init__(self, **data: Any) -> None:
-        _check_migrations(data)
-        data = {**data, "transforms": _merged_transforms(data.get("transforms") or {})}
+    def __init__(self, /, **data: Any) -> None:
+        transforms, default = default_transforms(), AutoDeployConfig.model_fields["max_batch_size"].default
+        data, notes, refused = autodeploy_keys.taken(data, transforms, default)
+        data["transforms"], unknown = _merged_transforms(data.get("transforms") or {}, transforms)
+        unknown = [*_unknown_keys(data), *unknown]
+        if refused or unknown:
+            raise ConfigError(" ".join([*(f"{text}." for text in refused), *unknown]))
         try:
             super().__init__(**data)
         except ValidationError as err:
-            raise ConfigError(_first_error(err)) from None
+            # Of a key that can be of two types, pydantic tells an error for each.
+            errors = {(each["loc"][:2], _shown(each["input"])): each for each in reversed(err.errors())}
+            raise ConfigError(" ".join(_said(each) for each in reversed(errors.values()))) from None
+        for note in notes:
+            _tell(note)
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> AutoDeployConfig:
+        cache = self.kv_cache_config
+        sizes = {
+            "max_seq_len": self.max_seq_len,
+            "max_num_tokens": self.max_num_tokens,
+            "kv_cache_config.tokens_per_block": cache.tokens_per_block,
+        }
+        for name, size in sizes.items():
+            if size is not None and size > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, the largest int32, got {_shown(size)}")
+        return self
 
     @model_validator(mode="after")
     def _check_budget(self) -> AutoDeployConfig:
@@ -213,6 +228,12 @@ class AutoDeployConfig(_Strict):
                 raise ValueError(
                     f"transforms.{name}: cannot be left out, got enabled: false; others take what it makes. "
                     f"What can be: {', '.join(sorted(set(self.transforms) - {*_NEEDED}))}"
+                )
+        for name, transform in self.transforms.items():
+            if STAGES.index(transform.stage) < STAGES.index(self.transforms["export_model"].stage):
+                raise ValueError(
+                    f"transforms.{name}.stage: {transform.stage} comes before the stage of export_model, "
+                    "whose graph it takes; leave the stage as it is"
                 )
         in_order = sorted(_NEEDED, key=lambda name: STAGES.index(self.transforms[name].stage))
         for name, before in zip(in_order, _NEEDED, strict=True):
@@ -257,8 +278,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         # OmegaConf raises a bare OSError for a file that holds one number or word.
         reason = err.strerror or "must be a mapping of keys"
         raise ConfigError(f"config {path}: {reason}. Give the path of a YAML file.") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as err:
+    except (YAMLError, OmegaConfBaseException, ValueError) as err:
+        # ValueError: text that is not UTF-8, or a number of more than 4,300 digits.
         raise ConfigError(f"config {path}: {' '.join(str(err).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"config {path}: lists or mappings stand too deep in each other.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"config {path}: must be a mapping of keys, got {type(loaded).__name__}.")
     return {str(key): value for key, value in loaded.items()}
@@ -266,6 +290,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def default_transforms() -> dict[str, dict[str, Any]]:
     """The pipeline of configs/default.yaml: transform name to its settings, in order."""
+    return {name: {**settings} for name, settings in _pipeline().items()}
+
+
+@cache
+def _pipeline() -> dict[str, dict[str, Any]]:
     with resources.as_file(resources.files("ad_flashinfer_pass.configs") / "default.yaml") as path:
         return read_yaml(path)["transforms"]
 
@@ -276,48 +305,62 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
 
 
-def _merged_transforms(changes: Any) -> dict[str, Any]:
+@cache
+def _tell(note: str) -> None:
+    """Once a process, since a config is made anew from its own keys here and there."""
+    _log.warning("note: %s", note)
+
+
+def _unknown_keys(data: dict[str, Any]) -> list[str]:
+    """A sentence for each key that is unknown, with the nearest that is known."""
+    cache_keys = data.get("kv_cache_config")
+    levels: list[tuple[str, Any, type[BaseModel]]] = [("", data, AutoDeployConfig)]
+    levels += [("kv_cache_config.", cache_keys, KvCacheConfig)] if isinstance(cache_keys, dict) else []
+    return [
+        f"unknown key {f'{prefix}{key}'!r}; {nearest(key, list(model.model_fields))}"
+        for prefix, level, model in levels
+        for key in level
+        if key not in model.model_fields
+    ]
+
+
+def _merged_transforms(changes: Any, default: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """The pipeline with changes, and a sentence for each name or setting that is unknown."""
     if not isinstance(changes, dict):
         raise ConfigError(f"transforms: must be a mapping of transform names, got {changes!r}.")
-    merged: dict[str, Any] = default_transforms()
+    merged: dict[str, Any] = {**default}
+    unknown = []
     for name, change in changes.items():
-        if name not in merged:
-            raise ConfigError(f"transforms: unknown transform {name!r}; {nearest(name, list(merged))}")
         if isinstance(change, TransformConfig):
             change = change.model_dump()
-        if not isinstance(change, dict):
+        if name not in default:
+            unknown.append(f"transforms: unknown transform {name!r}; {nearest(str(name), list(default))}")
+        elif not isinstance(change, dict):
             raise ConfigError(f"transforms.{name}: must be a mapping, got {change!r}.")
-        unknown = set(change) - set(merged[name])
-        if unknown:
-            key = sorted(unknown)[0]
-            hint = nearest(key, list(merged[name]))
-            raise ConfigError(f"transforms.{name}: unknown key {key!r}; {hint}")
-        merged[name] = {**merged[name], **change}
-    return merged
+        else:
+            keys = list(default[name])
+            unknown += [
+                f"transforms.{name}: unknown key {key!r}; {nearest(str(key), keys)}"
+                for key in change
+                if key not in keys
+            ]
+            merged[name] = {**default[name], **change}
+    return merged, unknown
 
 
-def _check_migrations(data: dict[str, Any]) -> None:
-    if data.get("attn_backend") == "trtllm":
-        raise ConfigError(
-            "attn_backend: trtllm is TensorRT-LLM's own attention, which needs TensorRT-LLM; here "
-            + _OUR_BACKEND
-        )
-    if data.get("attn_backend") in ("flashinfer", "triton", "torch"):
-        raise ConfigError(f"attn_backend: {data['attn_backend']} is one of AutoDeploy's; here {_OUR_BACKEND}")
-    for key in data:
-        if key in _MIGRATION:
-            raise ConfigError(f"{key}: {_MIGRATION[key]}")
-
-
-def _first_error(err: ValidationError) -> str:
-    errors = err.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    *parents, key = [str(part) for part in first["loc"]] or [""]
-    where = ".".join([*parents, key])
-    if first["type"] == "extra_forbidden":
-        model = KvCacheConfig if parents == ["kv_cache_config"] else AutoDeployConfig
-        return f"unknown key {where!r}; {nearest(key, list(model.model_fields))}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and not where:
+def _said(error: Any) -> str:
+    """One error of pydantic's in a sentence that names the key and the value."""
+    where = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and not where:
         return message
-    return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}."
+    return f"{where}: {message[0].lower()}{message[1:]}, got {_shown(error['input'])}."
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, cut off where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

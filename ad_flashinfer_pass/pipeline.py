@@ -29,7 +29,7 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import prebuild, registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
-from ad_flashinfer_pass.errors import ConfigError, TransformError
+from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.inspection.stages import StageWriter
 from ad_flashinfer_pass.metadata import SequenceInfo
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
@@ -67,6 +67,7 @@ def context(config: AutoDeployConfig) -> TransformContext:
 
     Raises:
         ConfigError: there is no such device.
+        CapacityError: the metadata alone does not fit in memory.
     """
     try:
         device = torch.device(config.device)
@@ -80,6 +81,7 @@ def context(config: AutoDeployConfig) -> TransformContext:
         torch.cuda.set_device(device)  # streams, events and graphs are those of the current device
     if config.kernel_dir is not None and device.type == "cuda":
         prebuild.use(Path(config.kernel_dir), device)
+    _check_metadata_fits(config, device)
     info = SequenceInfo(
         max_seq_len=config.sequence_limit,
         max_batch_size=config.max_batch_size,
@@ -88,6 +90,19 @@ def context(config: AutoDeployConfig) -> TransformContext:
         device=device,
     )
     return TransformContext(config=config, device=device, sequence_info=info)
+
+
+def _check_metadata_fits(config: AutoDeployConfig, device: torch.device) -> None:
+    pages = -(-config.max_seq_len // config.kv_cache_config.tokens_per_block)
+    # Page ids, ragged and as a table, in int32; tokens and positions in int64.
+    needed = 8 * config.max_batch_size * pages + 16 * config.token_budget
+    free = transforms.initialize_cache.free_bytes(device)
+    if needed > free:
+        raise CapacityError(
+            f"the metadata of a step needs {needed:.3g} bytes, {free:.3g} are free on {device}: it has "
+            f"max_num_tokens ({config.token_budget}) tokens and max_batch_size ({config.max_batch_size}) "
+            f"times max_seq_len ({config.max_seq_len}) / tokens_per_block pages. Lower one of them."
+        )
 
 
 def run(

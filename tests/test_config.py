@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 import pytest
 
+from ad_flashinfer_pass import config as config_module
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, KvCacheConfig, default_transforms
 from ad_flashinfer_pass.errors import ConfigError
-
-OURS = "set attn_backend: flashinfer_trtllm"
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -70,33 +70,149 @@ def test_unknown_key_is_named_before_bad_values() -> None:
     assert message_of(max_batch_size=0, max_seqlen=4).startswith("unknown key 'max_seqlen'")
 
 
+# What the files of AutoDeploy's registry hold, and what it is here.
+REGISTRY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dashboard": (
+        {
+            "runtime": "trtllm",
+            "attn_backend": "trtllm",
+            "compile_backend": "torch-cudagraph",
+            "model_factory": "AutoModelForCausalLM",
+            "skip_loading_weights": False,
+            "max_seq_len": 512,
+            "transforms": {
+                "fuse_rmsnorm_quant_fp8": {"stage": "post_load_fusion"},
+                "insert_cached_mla_attention": {"stage": "cache_init", "backend": "flashinfer_mla"},
+                "multi_stream_mla_attn": {"stage": "compile", "enabled": True},
+            },
+            "cuda_graph_config": {"max_batch_size": 8},
+        },
+        {"compile_backend": "torch-simple", "skip_loading_weights": False, "max_seq_len": 512},
+    ),
+    "experts": (
+        {
+            "world_size": 1,
+            "max_batch_size": 16,
+            "enable_chunked_prefill": True,
+            "cuda_graph_config": {"batch_sizes": [1, 2, 4, 32]},
+            "kv_cache_config": {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.8},
+            "transforms": {
+                "fuse_rope_into_trtllm_attention": {"enabled": True},
+                "fuse_gemms": {"enabled": True},
+            },
+        },
+        {
+            "max_batch_size": 16,
+            "cuda_graph_batch_sizes": [1, 2, 4],
+            "kv_cache_config": {"free_gpu_memory_fraction": 0.8},
+        },
+    ),
+    "piecewise": (
+        {
+            "attn_backend": "triton_paged",
+            "enable_iter_perf_stats": True,
+            "print_iter_log": False,
+            "max_beam_width": 1,
+            "skip_tokenizer_init": True,
+            "mode": "graph",
+            "kv_cache_config": {"copy_on_partial_reuse": False, "mamba_ssm_cache_dtype": "auto"},
+            "transforms": {
+                "compile_model": {"piecewise_enabled": True, "num_batched_inputs": 8},
+                "gather_logits_before_lm_head": {"stage": "post_load_fusion", "enabled": True},
+                "detect_sharding": {
+                    "sharding_dims": ["ep"],
+                    "manual_config": {"tp_plan": {"q_proj": "colwise"}},
+                },
+            },
+        },
+        {},
+    ),
+    "1.2": (
+        {
+            "attn_page_size": 64,
+            "free_mem_ratio": 0.5,
+            "compile_backend": "torch-compile",
+            "runtime": "demollm",
+        },
+        {"kv_cache_config": {"tokens_per_block": 64, "free_gpu_memory_fraction": 0.5}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_yaml_of_autodeploys_registry_is_taken(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What has no meaning here is left out, what has another name gets it, and each is told."""
+    given, ours = REGISTRY[name]
+    config_module._tell.cache_clear()
+    assert AutoDeployConfig.from_yaml(write(tmp_path, json.dumps(given))) == AutoDeployConfig(**ours)
+    told = " ".join(record.getMessage() for record in caplog.records)
+    for key in given.keys() - ours.keys() - {"kv_cache_config", "transforms"}:
+        assert re.search(rf"\b{key}\b", told)
+    for key in given.get("transforms", {}).keys() - {"fuse_gemms"}:
+        assert f"transforms.{key}" in told
+    caplog.clear()
+    AutoDeployConfig(**given)
+    assert not caplog.records
+
+
+def test_every_config_for_autodeploy_is_taken() -> None:
+    """Those that the package carries, too."""
+    folder = resources.files("ad_flashinfer_pass.configs")
+    names = [entry.name for entry in folder.iterdir() if entry.name.startswith("autodeploy_")]
+    assert len(names) > 2
+    for name in names:
+        with resources.as_file(folder / name) as path:
+            AutoDeployConfig.from_yaml(path)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         (
-            {"attn_backend": "trtllm"},
-            f"attn_backend: trtllm is TensorRT-LLM's own attention, which needs TensorRT-LLM; here {OURS}",
+            {"world_size": 4, "max_beam_width": 2},
+            "world_size: got 4, but tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin; "
+            "delete the key. max_beam_width: got 2, but there is no beam search here; delete the key.",
         ),
-        ({"attn_backend": "triton"}, f"attn_backend: triton is one of AutoDeploy's; here {OURS}"),
         (
-            {"use_pt_cache_backend": True},
-            "use_pt_cache_backend: it was removed: paged caches come from this package; delete the key and "
-            + OURS,
+            {"speculative_config": {"decoding_type": "MTP"}},
+            "speculative_config: got {'decoding_type': 'MTP'}, but nothing is drafted here; delete the key.",
         ),
-        ({"attn_page_size": 64}, "attn_page_size: it is now kv_cache_config.tokens_per_block"),
-        ({"free_mem_ratio": 0.8}, "free_mem_ratio: it is now kv_cache_config.free_gpu_memory_fraction"),
-        ({"cuda_graph_config": {}}, "cuda_graph_config: give its batch_sizes as cuda_graph_batch_sizes"),
-        ({"runtime": "demollm"}, "runtime: generation always runs in this process; delete the key"),
         (
-            {"world_size": 2},
-            "world_size: tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin; delete the key",
+            {"attn_page_size": 64, "kv_cache_config": {"tokens_per_block": 32}},
+            "attn_page_size is kv_cache_config.tokens_per_block here, and both are given: "
+            "delete one of them.",
         ),
+        ({"cuda_graph_config": 3}, "cuda_graph_config: must be a mapping, got 3."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_keys_of_autodeploy_say_what_took_their_place(keys: dict[str, Any], message: str) -> None:
-    """A key or value that AutoDeploy has or had gets its own migration message."""
+def test_keys_of_autodeploy_that_change_the_answer_are_refused(keys: dict[str, Any], message: str) -> None:
+    """What would be computed in another way than the file says."""
     assert message_of(**keys) == message
+
+
+def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
+    """Of every level, each with the nearest known one; numbers and self are keys like others."""
+    text = (
+        "max_batch: 1\nself: 1\n7: 8\nkv_cache_config: {dtyp: fp8, 9: 1}\n"
+        "transforms: {match_atention: {}, 5: {}, fuse_gemms: {enable: true, 6: 1}}\n"
+    )
+    with pytest.raises(ConfigError) as raised:
+        AutoDeployConfig.from_yaml(write(tmp_path, text))
+    for said in (
+        "unknown key 'max_batch'; did you mean 'max_batch_size'?",
+        "unknown key 'self'; known: ",
+        "unknown key '7'; known: ",
+        "unknown key 'kv_cache_config.dtyp'; did you mean 'dtype'?",
+        "unknown key 'kv_cache_config.9'; known: ",
+        "transforms: unknown transform 'match_atention'; did you mean 'match_attention'?",
+        "transforms: unknown transform 5; known: ",
+        "transforms.fuse_gemms: unknown key 'enable'; did you mean 'enabled'?",
+        "transforms.fuse_gemms: unknown key 6; known: ",
+    ):
+        assert said in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +241,30 @@ def test_keys_of_autodeploy_say_what_took_their_place(keys: dict[str, Any], mess
         ),
         (
             {"kv_cache_config": {"dtype": "fp8", "k_scale": 0.0}},
-            "kv_cache_config: every k_scale and v_scale must be above 0 and finite, got "
-            "{'dtype': 'fp8', 'k_scale': 0.0}.",
+            "kv_cache_config: every k_scale and v_scale must lie within 1.17549e-38..8.50706e+37, where "
+            "float32 has it and its reciprocal, got {'dtype': 'fp8', 'k_scale': 0.0}.",
+        ),
+        *(
+            (
+                {"kv_cache_config": {"dtype": "fp8", "v_scale": [1.0, scale]}},
+                "kv_cache_config: every k_scale and v_scale must lie within 1.17549e-38..8.50706e+37, where "
+                f"float32 has it and its reciprocal, got {{'dtype': 'fp8', 'v_scale': [1.0, {scale}]}}.",
+            )
+            for scale in (1e-320, 1e-39, 3e38, float("nan"), float("inf"))
+        ),
+        (
+            {"kv_cache_config": {"dtype": "fp8", "k_scale": "a"}},
+            "kv_cache_config.k_scale.float: input should be a valid number, unable to parse string as a "
+            "number, got 'a'.",
+        ),
+        (
+            {"max_seq_len": 10**12, "max_batch_size": 2},
+            "max_seq_len must be at most 2147483647, the largest int32, got 1000000000000",
+        ),
+        (
+            {"max_seq_len": 0, "model": 3},
+            "model: input should be a valid string, got 3. max_seq_len: input "
+            "should be greater than or equal to 1, got 0.",
         ),
         (
             {"kv_cache_config": {"k_scale": [0.5]}},
@@ -235,8 +373,14 @@ def test_empty_yaml_is_the_default(tmp_path: Path) -> None:
         ("model: ${nothing}\n", "Interpolation key 'nothing' not found"),
         (b"model: \xff\xfe\n", "'utf-8' codec can't decode"),
         ("model: !!python/object:os.system {}\n", "could not determine a constructor"),
+        (f"max_seq_len: {'9' * 5000}\n", "4300 digits"),
+        (f"model: {'[' * 5000}\n", "stand too deep in each other"),
+        ("[1]: 2\n", "found unhashable key"),
     ],
-    ids=["list", "scalar", "syntax", "duplicate", "interpolation", "not_text", "python_object"],
+    ids=[
+        *("list", "scalar", "syntax", "duplicate", "interpolation", "not_text", "python_object"),
+        *("digits", "depth", "list_as_key"),
+    ],
 )
 def test_unreadable_yaml_names_the_file_and_the_place(text: str | bytes, says: str, tmp_path: Path) -> None:
     """What is wrong with a YAML file is one line that begins with its path."""

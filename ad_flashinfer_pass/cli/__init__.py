@@ -39,6 +39,9 @@ from ad_flashinfer_pass.cli.options import PROG, print_error
 # UsageError: click's in older versions of typer, typer's own in newer ones, exported by neither.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
+# Columns of a terminal; the help takes time and memory for each.
+_WIDEST = 1000
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
@@ -70,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: arguments after the program's name; default: those of the process.
     """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and (len(columns) > 4 or int(columns) > _WIDEST):
+        os.environ["COLUMNS"] = str(_WIDEST)
     command = typer.main.get_command(app)
     args = None if argv is None else list(argv)
     _make_streams_safe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,10 +22,15 @@ PROG = "ad-flashinfer-pass"
 PROMPTS, MODEL, SAMPLING, LIMITS, OUTPUT = "Prompts", "Model", "Sampling", "Limits", "Output"
 
 
-def option(panel: str, metavar: str | None, text: str, *names: str) -> Any:
+def option(panel: str, metavar: str | None, text: str, *names: str, **more: Any) -> Any:
     """An option under a heading of the help; a flag needs ``names``, or it has a --no-form."""
     return typer.Option(
-        *names, metavar=metavar or "", help=text, rich_help_panel=panel, show_default=metavar is not None
+        *names,
+        metavar=metavar or "",
+        help=text,
+        rich_help_panel=panel,
+        show_default=metavar is not None,
+        **more,
     )
 
 
@@ -123,7 +129,18 @@ SmOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, option(OUTPUT, None, "One JSON object.", "--json")]
-QuietOption = Annotated[bool, option(OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q")]
+
+
+def _no_notes(quiet: bool) -> bool:
+    """The notes that a config logs are no errors."""
+    logging.getLogger("ad_flashinfer_pass").setLevel(logging.ERROR if quiet else logging.NOTSET)
+    return quiet
+
+
+QuietOption = Annotated[
+    bool,
+    option(OUTPUT, None, "Nothing but errors on stderr.", "--quiet", "-q", callback=_no_notes),
+]
 DebugOption = Annotated[
     bool,
     option(OUTPUT, None, "Tracebacks with errors, and the libraries' logs.", "--debug"),
@@ -159,7 +176,18 @@ def _message(err: Exception) -> str:
         # Who writes a file names it; print names nothing.
         where = err.filename or ("stdout" if err.errno in (ENOSPC, EDQUOT, EFBIG, EIO) else "")
         return f"{where}: {err.strerror}." if where else f"{err.strerror}."
+    if _is_out_of_memory(err):
+        return (
+            f"out of memory: {str(err).partition('. ')[0] or 'Python could not allocate'}. Lower max_batch_size, "
+            "max_seq_len or max_num_tokens, or take a smaller model or dtype."
+        )
     return f"{type(err).__name__}: {err} (unexpected; --debug shows where)"
+
+
+def _is_out_of_memory(err: Exception) -> bool:
+    """torch has a class of its own for CUDA, and for a CPU only a text."""
+    name = type(err).__name__
+    return isinstance(err, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(err)
 
 
 def print_error(message: str) -> None:

@@ -281,6 +281,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException, ValueError) as err:
         # ValueError: text that is not UTF-8, or a number of more than 4,300 digits.
         raise ConfigError(f"config {path}: {' '.join(str(err).split())}") from None
+    except AttributeError:  # PyYAML, of a text that is no date
+        raise ConfigError(f"config {path}: a value is not of the type that its tag (!!...) says.") from None
     except RecursionError:
         raise ConfigError(f"config {path}: lists or mappings stand too deep in each other.") from None
     if not isinstance(loaded, dict):

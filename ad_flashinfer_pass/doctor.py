@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from ad_flashinfer_pass import autodeploy_hook, prebuild
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.kernels import modules, select
+from ad_flashinfer_pass.kernels import modules, select, trtllm_gen
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def _runs(name: str) -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":  # which says for what it was built, as its files' names do not
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:
@@ -226,9 +228,11 @@ def _module_checks() -> list[Check]:
         found = f"{', '.join(lacks)}; {what} goes to the next provider" if lacks else "built"
         remedy = f"{_PREBUILD}; ten and more processor minutes" if lacks else None
         checks.append(Check(name=name, state=state, found=found, remedy=remedy))
-    if 10 in majors and _version("flashinfer-cubin") is None:
-        found = "flashinfer-cubin is not installed: binaries of trtllm_gen are fetched at the first call"
-        checks.append(Check(name="cubins", state="note", found=found, remedy="flashinfer download-kernels"))
+    cubins, python = _version("flashinfer-cubin"), _version("flashinfer-python")
+    if 10 in majors and cubins != python:
+        here = "is not installed" if cubins is None else f"{cubins} is not of flashinfer-python {python}"
+        found = f"flashinfer-cubin {here}: binaries of trtllm_gen are fetched at the first call"
+        checks.append(Check(name="cubins", state="note", found=found, remedy=trtllm_gen.BINARIES))
     return checks
 
 

@@ -210,6 +210,7 @@ def check_target(config: AutoDeployConfig, sm: int | None) -> None:
     """
     if sm is not None:
         select.check_sm(sm)
+    select.torch_device(config.device)
     if config.device.startswith("cuda") and sm is None and not torch.cuda.is_available():
         raise ConfigError(
             f"device {config.device} is not here, so give its compute capability, as in --sm 90."
@@ -277,7 +278,7 @@ def _site_before_insertion(index: int, node: fx.Node) -> SiteExplanation:
 
 
 def _notes(reports: list[TransformReport]) -> dict[str, list[str]]:
-    """Without the kernels, which were chosen for the machine on which this ran."""
+    """Without the kernels, which have a table of their own."""
     return {
         report.name: [
             *(note for note in report.notes if not note.startswith(("prefill: ", "decode: "))),

@@ -31,6 +31,7 @@ from ad_flashinfer_pass import prebuild, registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.inspection.stages import StageWriter
+from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.metadata import SequenceInfo
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -69,15 +70,13 @@ def context(config: AutoDeployConfig) -> TransformContext:
         ConfigError: there is no such device.
         CapacityError: the metadata alone does not fit in memory.
     """
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as err:
-        raise ConfigError(
-            f"device: torch knows no {config.device!r}; for example cpu, cuda, cuda:1."
-        ) from err
+    device = select.torch_device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: got {config.device}, but torch sees no CUDA GPU here; set device: cpu.")
     if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count > 0:
+            raise ConfigError(f"device: got {config.device}, the GPUs here are cuda:0 to cuda:{count - 1}.")
         torch.cuda.set_device(device)  # streams, events and graphs are those of the current device
     if config.kernel_dir is not None and device.type == "cuda":
         prebuild.use(Path(config.kernel_dir), device)
@@ -92,11 +91,15 @@ def context(config: AutoDeployConfig) -> TransformContext:
     return TransformContext(config=config, device=device, sequence_info=info)
 
 
+# Bytes of metadata that are not worth a look at the memory.
+_LARGE = 2**28
+
+
 def _check_metadata_fits(config: AutoDeployConfig, device: torch.device) -> None:
     pages = -(-config.max_seq_len // config.kv_cache_config.tokens_per_block)
     # Page ids, ragged and as a table, in int32; tokens and positions in int64.
     needed = 8 * config.max_batch_size * pages + 16 * config.token_budget
-    free = transforms.initialize_cache.free_bytes(device)
+    free = transforms.initialize_cache.free_bytes(device) if needed > _LARGE else needed
     if needed > free:
         raise CapacityError(
             f"the metadata of a step needs {needed:.3g} bytes, {free:.3g} are free on {device}: it has "

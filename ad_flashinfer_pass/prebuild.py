@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, KernelError
-from ad_flashinfer_pass.kernels import modules, select
+from ad_flashinfer_pass.kernels import modules, select, trtllm_gen
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 from ad_flashinfer_pass.output import write_file
 
@@ -132,7 +132,7 @@ def needed_modules(
 _WITHOUT_MODULES = {
     "reference": "plain torch, nothing to compile, and slow on a GPU",
     "split_decode": "a Triton kernel, compiled in seconds by the first call",
-    "trtllm_gen": "binaries that are fetched, not compiled: run `flashinfer download-kernels` there",
+    "trtllm_gen": f"binaries that are fetched, not compiled: {trtllm_gen.BINARIES}",
 }
 
 

@@ -120,8 +120,10 @@ class TransformContext:
     """Bytes of the weights that every step reads whole: all but tables of which it reads its tokens' rows."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
-    made_for: str | None = None
-    """Type of the device that will run the graph, if it is not ``device``: one can look at it elsewhere."""
+    target: torch.device | None = None
+    """The device that will run the graph, if it is not ``device``: one can look at it elsewhere."""
+    sm: int | None = None
+    """Compute capability of the target, 90 for 9.0, if it is not here."""
     on_event: Callable[[str], None] = lambda text: None
     """Takes a line of progress from a transform that takes long."""
 

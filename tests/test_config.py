@@ -374,12 +374,13 @@ def test_empty_yaml_is_the_default(tmp_path: Path) -> None:
         (b"model: \xff\xfe\n", "'utf-8' codec can't decode"),
         ("model: !!python/object:os.system {}\n", "could not determine a constructor"),
         (f"max_seq_len: {'9' * 5000}\n", "4300 digits"),
-        (f"model: {'[' * 5000}\n", "stand too deep in each other"),
+        ("model: !!timestamp x\n", "not of the type that its tag"),
+        (f"model: {'[' * 300}{']' * 300}\n", "stand too deep in each other"),
         ("[1]: 2\n", "found unhashable key"),
     ],
     ids=[
         *("list", "scalar", "syntax", "duplicate", "interpolation", "not_text", "python_object"),
-        *("digits", "depth", "list_as_key"),
+        *("digits", "tag", "depth", "list_as_key"),
     ],
 )
 def test_unreadable_yaml_names_the_file_and_the_place(text: str | bytes, says: str, tmp_path: Path) -> None:

@@ -95,6 +95,32 @@ def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
     assert check.remedy == "pip install 'flashinfer-python>=0.7.2'"
 
 
+@pytest.mark.parametrize(
+    ("cubins", "said"),
+    [(None, "is not installed"), ("0.6.13", "0.6.13 is not of flashinfer-python 0.7.4"), ("0.7.4", None)],
+)
+def test_binaries_of_trtllm_gen_are_of_flashinfers_version(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, cubins: str | None, said: str | None
+) -> None:
+    """PyPI has none for this FlashInfer, so the remedy is FlashInfer's own command."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    here = {"flashinfer-python": "0.7.4", "flashinfer-cubin": cubins}
+    monkeypatch.setattr(doctor, "_version", lambda name: here.get(name, "1.0"))
+    found = [check for check in doctor.diagnose().checks if check.name == "cubins"]
+    assert bool(found) == (said is not None)
+    for check in found:
+        assert f"flashinfer-cubin {said}: " in check.found
+        assert str(check.remedy).startswith(
+            "`flashinfer install-cubin-wheel` takes flashinfer-cubin of the same"
+        )
+
+
+def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version of the package leaves out for which CUDA it is."""
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    assert doctor.diagnose().packages["torch"] == "2.14.1+cu130"
+
+
 def test_a_folder_of_prebuilt_kernels_is_looked_at(
     hopper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.explain import Explanation, explain, explain_run
+from ad_flashinfer_pass.inspection.html_report import report, to_html
 from ad_flashinfer_pass.inspection.stages import run_stages
 from tests import architectures
 from tests.transforms.small_models import SmallModel, causal, eager, tokens
@@ -126,3 +128,39 @@ def test_the_command_fails_with_the_refusal(tmp_path: Path, capsys: pytest.Captu
     assert "aten.conv1d.default" in out
     assert err.startswith("error: node conv1d (")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+def test_one_set_of_kernels_is_shown(tmp_path: Path, sm: int) -> None:
+    """The graph, what the transforms say, the sites, the report and the plan name the same."""
+    config = architectures.CONFIGS["llama_gqa4"]()
+    config.head_dim, config.dtype, config.num_hidden_layers = 64, "bfloat16", 1
+    config.save_pretrained(tmp_path)
+
+    found = report(AutoDeployConfig(model=str(tmp_path), max_seq_len=256), sm=sm)
+
+    (site,) = found.explanation.sites
+    named = {phase: getattr(site, phase).partition(":")[0] for phase in ("prefill", "decode")}
+    assert {use.phase: use.kernel for use in found.kernels} == named
+    (inserted,) = (each for each in found.transforms if each.name == "insert_cached_attention")
+    for phase, kernel in named.items():
+        assert any(note.startswith(f"{phase}: {kernel}, 1 sites: ") for note in inserted.notes)
+    assert {row.name for row in found.memory.rows if row.name.startswith("workspace of ")} <= {
+        f"workspace of {kernel}" for kernel in named.values()
+    }
+    text = to_html(found)
+    assert "reference" not in text
+    assert all("taken for built there" in use.reason for use in found.kernels)
+    assert ("only `prebuild --sm 90` does" in site.prefill) == (sm == 90)
+    graph = run_stages(AutoDeployConfig(model=str(tmp_path), max_seq_len=256), sm=sm).module
+    (node,) = graph.graph.find_nodes(
+        op="call_function", target=torch.ops.ad_flashinfer.cached_attention.default
+    )
+    assert {phase: node.kwargs[f"{phase}_kernel"] for phase in named} == named
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "meta", "xla:0"])
+def test_a_device_that_there_is_not_is_one_line(device: str) -> None:
+    """Before a model is looked for."""
+    with pytest.raises(ConfigError, match=r"device: (torch knows no '.*'; for example|must be cpu, cuda or)"):
+        explain(AutoDeployConfig(model="nothing", device=device))

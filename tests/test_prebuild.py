@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -178,6 +179,25 @@ def test_a_folder_is_used_only_where_it_fits(tmp_path: Path, monkeypatch: pytest
         prebuild.use(folder, device)
     with pytest.raises(ConfigError, match="not a folder of prebuilt kernels"):
         prebuild.use(tmp_path, device)
+
+
+def test_modules_of_another_flashinfer_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 0.7.2.post1 where 0.7.4 is installed: neither used nor added to, and the folder stays as it is."""
+    folder, env = tmp_path / "kernels", sys.modules["flashinfer.jit.env"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(prebuild, "version", lambda name: "0.7.2.post1")
+    made = prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
+    for name in ("0.7.4", "0.7.2", "0.7.2.post1+local"):
+        monkeypatch.setattr(prebuild, "version", lambda package, name=name: name)
+        said = f"flashinfer-python 0.7.2.post1, here are 90 and {name}: prebuild again"
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            prebuild.use(folder, torch.device("cuda"))
+        with pytest.raises(ConfigError, match=re.escape(f"FlashInfer 0.7.2.post1, not 90 of {name}")):
+            prebuild.prebuild(CONFIG, 90, folder)
+    assert not hasattr(env, "FLASHINFER_AOT_DIR")
+    assert prebuild.read_manifest(folder) == made
 
 
 def test_the_command_lists_and_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

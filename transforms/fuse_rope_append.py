@@ -27,7 +27,7 @@ def fuse_rope_append(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     """Fuse every append whose K is rotated as the Q of its attention is."""
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("fuse_rope_append")
-    if (ctx.made_for or ctx.device.type) != "cuda":
+    if (ctx.target or ctx.device).type != "cuda":
         report.notes.append("the rotation stays where there is no kernel for it")
         return model, report
     report.num_matches, report.skipped = fuse(model)

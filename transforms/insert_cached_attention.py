@@ -138,8 +138,9 @@ def _insert_site(
     pair = cache_pair(node)
     site = _site(ctx, args, scales[pair], shares_kv=pair in caches)
     quantized = {name: s for name, s in zip(("k_scale", "v_scale"), scales[pair], strict=True) if s != 1.0}
+    target = ctx.target or ctx.device
     prefill, decode = (
-        select.choose(site, phase, ctx.device, g.where(node)) for phase in ("prefill", "decode")
+        select.choose(site, phase, target, g.where(node), ctx.sm) for phase in ("prefill", "decode")
     )
     with gm.graph.inserting_before(node):
         if pair not in caches:

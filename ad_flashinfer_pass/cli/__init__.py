@@ -39,9 +39,6 @@ from ad_flashinfer_pass.cli.options import PROG, print_error
 # UsageError: click's in older versions of typer, typer's own in newer ones, exported by neither.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
-# Columns of a terminal; the help takes time and memory for each.
-_WIDEST = 1000
-
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
@@ -73,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: arguments after the program's name; default: those of the process.
     """
+    # The help takes time and memory for each column, and of none it shows nothing.
     columns = os.environ.get("COLUMNS", "")
-    if columns.isdigit() and (len(columns) > 4 or int(columns) > _WIDEST):
-        os.environ["COLUMNS"] = str(_WIDEST)
+    if columns.isdigit():
+        os.environ["COLUMNS"] = str(min(max(int(columns[:5]), 40), 1000))
     command = typer.main.get_command(app)
     args = None if argv is None else list(argv)
     _make_streams_safe()

@@ -177,10 +177,9 @@ def _message(err: Exception) -> str:
         where = err.filename or ("stdout" if err.errno in (ENOSPC, EDQUOT, EFBIG, EIO) else "")
         return f"{where}: {err.strerror}." if where else f"{err.strerror}."
     if _is_out_of_memory(err):
-        return (
-            f"out of memory: {str(err).partition('. ')[0] or 'Python could not allocate'}. Lower max_batch_size, "
-            "max_seq_len or max_num_tokens, or take a smaller model or dtype."
-        )
+        what = str(err).partition(". ")[0] or "Python could not allocate"
+        way_out = "Lower max_batch_size, max_seq_len or max_num_tokens, or take a smaller model or dtype."
+        return f"out of memory: {what}. {way_out}"
     return f"{type(err).__name__}: {err} (unexpected; --debug shows where)"
 
 

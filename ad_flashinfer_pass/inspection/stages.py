@@ -17,6 +17,7 @@ from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeNames
 from ad_flashinfer_pass.inspection.text_format import FIRST_LINE, from_text, to_text
+from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.output import write_file
 from ad_flashinfer_pass.saved_program import load_module
 
@@ -126,12 +127,12 @@ def run_stages(
     last = max(order.index(name) for name in wanted)
     if on_event is not None:
         on_event("load_model")
-    made_for = "cuda" if sm is not None or config.device.startswith("cuda") else None
+    target = select.torch_device(config.device if sm is None else "cuda")
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
     module, config = (load_module(graph), config) if graph is not None else _load_model(config)
     run, names = Stages(pipeline.context(config)), NodeNames()
-    run.ctx.made_for = made_for
+    run.ctx.target, run.ctx.sm = target, sm
 
     def keep(model: nn.Module, report: TransformReport) -> None:
         if isinstance(model, fx.GraphModule):

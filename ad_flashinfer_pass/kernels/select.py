@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.kernels import fa2, fa3, fmha_v2, reference, split_decode, trtllm_gen, xqa
-from ad_flashinfer_pass.kernels.capability import Phase, Site
+from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site
 
 PROVIDERS: dict[str, ModuleType] = {
     module.CAPABILITY.name: module for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, fa2, reference)
@@ -51,6 +51,21 @@ def check_sm(sm: int) -> None:
     """
     if not 70 <= sm < 130:
         raise ConfigError(f"--sm is a compute capability without its point, 90 for 9.0, got {sm}.")
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a config.
+
+    Raises:
+        ConfigError: there is no such device, or no model runs on it.
+    """
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: torch knows no {name[:40]!r}; for example cpu, cuda, cuda:1.") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: must be cpu, cuda or cuda:N, got {name!r}.")
+    return found
 
 
 def provider(name: str) -> Any:
@@ -89,6 +104,14 @@ def _entry(choice: str, batch: int) -> tuple[str, int | None]:
     return name, int(option) if option else None
 
 
+def _taken_for_built(capability: Capability, sm: int | None) -> str:
+    """What a choice for a GPU elsewhere assumes about it."""
+    if sm is None or capability.modules is None:
+        return ""
+    how = "" if capability.compiles else f", which only `prebuild --sm {sm}` does"
+    return f", and its FlashInfer modules are taken for built there{how}"
+
+
 def choose(site: Site, phase: Phase, device: torch.device, where: str, sm: int | None = None) -> Choice:
     """The provider for a phase of a site.
 
@@ -107,7 +130,7 @@ def choose(site: Site, phase: Phase, device: torch.device, where: str, sm: int |
     for name, module in PROVIDERS.items():
         refusals = module.CAPABILITY.refusals(site, phase, device, sm)
         if not refusals:
-            reason = "covers every item of the site"
+            reason = f"covers every item of the site{_taken_for_built(module.CAPABILITY, sm)}"
             return Choice(name, f"{reason}; not {'; not '.join(lacking)}" if lacking else reason)
         lacking.append(f"{name}: {', '.join(refusals)}")
     target = device if sm is None else f"SM{sm}"

@@ -4,9 +4,9 @@
 against its Python wrapper with the kernel itself replaced.
 
 They need no plan: lengths and pages are read on the device. FlashInfer loads a binary for each variant at its
-first call, from the package flashinfer-cubin or from NVIDIA's server, so that every variant must have been
-called once before a graph is captured. Which variant it is depends on the batch size and on upper bounds of
-the lengths, which a decode graph fixes.
+first call, from NVIDIA's server or from a flashinfer-cubin of its own version, so that every variant must
+have been called once before a graph is captured. Which variant it is depends on the batch size and on upper
+bounds of the lengths, which a decode graph fixes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     return []
 
 
+BINARIES = (
+    "`flashinfer install-cubin-wheel` takes flashinfer-cubin of the same version from FlashInfer's releases "
+    "on GitHub (those on PyPI end at 0.6.13), `flashinfer download-cubin` the binaries alone"
+)
+"""How the binaries get onto a machine before the first call."""
 _WORKSPACE_BYTES = 2**28
 _COUNTER_BYTES = 2**22
 """4 for each sequence and query head of a step, or multiprocessor if there are more."""
@@ -70,8 +75,8 @@ def _explained(phase: str) -> Iterator[None]:
     except (RuntimeError, AssertionError, OSError) as err:
         raise KernelError(
             f"kernel trtllm_gen, {phase}: FlashInfer failed with {type(err).__name__}: {err}. Its binaries "
-            "come from the package flashinfer-cubin, of flashinfer-python's version, or over the network "
-            "(`flashinfer download-kernels`). This package has not been run on this kind of GPU."
+            f"come over the network at the first call, or before it: {BINARIES}. This package has not been "
+            "run on this kind of GPU."
         ) from err
 
 

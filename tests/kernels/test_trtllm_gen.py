@@ -166,6 +166,8 @@ def test_a_failure_says_where_the_binaries_come_from(kernel: Kernel, monkeypatch
     monkeypatch.setattr(kernel, "trtllm_paged_attention_decode", fails)
     query, cache, _, lens, table = batch(SPECS["plain"], [(3, 1)])
     with pytest.raises(
-        KernelError, match=r"trtllm_gen, decode: .* Artifact not found locally.* flashinfer-cubin"
+        KernelError,
+        match=r"trtllm_gen, decode: .* Artifact not found locally.* `flashinfer install-cubin-wheel` takes "
+        r"flashinfer-cubin of the same version from .* GitHub \(those on PyPI end at 0.6.13\)",
     ):
         trtllm_gen.decode(query, cache, lens, table, SPECS["plain"])

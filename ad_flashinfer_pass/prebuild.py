@@ -179,7 +179,10 @@ def prebuild(
     if compiler is None:
         raise ConfigError("there is no nvcc: install the CUDA toolkit, or set CUDA_HOME to where it is.")
     specs, records, notes = needed_modules(config, sm, skip, on_event)
-    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as err:
+        raise ConfigError(f"nvcc: {compiler} cannot be run ({err}).") from None
     made = Manifest(
         sm=sm,
         flashinfer=version("flashinfer-python"),
@@ -305,7 +308,12 @@ def _linkable() -> Iterator[None]:
         source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in _DRIVER_SYMBOLS))
         compiler = os.environ.get("CC", "cc")
         command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-        subprocess.run(command, check=True)
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as err:
+            raise ConfigError(
+                f"the C compiler {compiler} cannot be run ({err}): set CC to one that can."
+            ) from None
         # Searched after the folders that FlashInfer names, so that a driver that is there wins.
         paths = os.pathsep.join([stub, *filter(None, [os.environ.get("LIBRARY_PATH")])])
         with _environment("LIBRARY_PATH", paths):

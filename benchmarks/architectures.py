@@ -5,7 +5,9 @@
 Each family is built from its config class with small sizes and random weights, in a process of its own. The
 pass must give the greedy tokens of transformers' generate for a ragged batch, with and without chunked
 prefill, or refuse in one line. Results go to a JSON file, and from there to docs/architectures.md; ``--only``
-replaces some of them, ``--render`` writes the page again. Exit code 1 if a family is a defect.
+replaces some of them, ``--render`` writes the page again. The file keeps the outcomes of each version of
+transformers; a run with another one adds its own, and the page lists what differs. Exit code 1 if a family is
+a defect, or is served with another version and not with this one.
 
 Left out, with the reason on the page: encoder-decoders, families that also have a masked-LM head (encoders),
 configs that wrap a text stack which is a family of its own, and drafts that read another model's cache.
@@ -32,6 +34,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -340,11 +343,29 @@ def render(results: dict[str, Any]) -> str:
         "is the time of export and transforms.",
         "",
     ]
+    lines += _by_version(results["outcomes"])
     for outcome, title in _TITLES.items():
         chosen = [row for row in rows if row.outcome == outcome]
         if chosen:
             lines += [f"## {title} ({len(chosen)})", "", *_table(outcome, chosen), ""]
     return "\n".join(lines)
+
+
+def _by_version(outcomes: dict[str, dict[str, str]]) -> Iterator[str]:
+    """What each version of transformers serves, and the families that differ."""
+    versions = sorted(outcomes, key=Version)
+    yield from ("## By version of transformers", "", "| version | same tokens | refused | defects |")
+    yield "|---|---|---|---|"
+    for version in versions:
+        counts = Counter(outcomes[version].values())
+        yield f"| {version} | {counts['same']} | {counts['refused']} | {counts['defect']} |"
+    yield ""
+    differing = changed(outcomes)
+    if differing:
+        yield from (f"| family | {' | '.join(versions)} |", "|---" * (len(versions) + 1) + "|")
+        for family, found in differing.items():
+            yield f"| {family} | {' | '.join(found.get(version, '-') for version in versions)} |"
+        yield ""
 
 
 def _table(outcome: Outcome, rows: Sequence[Row]) -> Iterator[str]:
@@ -377,25 +398,49 @@ def main() -> int:
     if unknown:
         parser.error(f"no such family: {', '.join(sorted(unknown))}")
     transformers.logging.set_verbosity_error()
-    known = {}
-    if args.json.exists() and (args.only or args.render):
-        known = {row["family"]: row for row in json.loads(args.json.read_text())["rows"]}
-    if args.render:
-        _write(known, args.json, args.page)
-    else:
-        for row in _rows(args.only or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs):
-            known[row.family] = asdict(row)
-            _write(known, args.json, args.page)
-    counts = Counter(row["outcome"] for row in known.values())
-    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    return 1 if counts["defect"] else 0
-
-
-def _write(known: dict[str, dict[str, Any]], results_path: Path, page: Path) -> None:
+    found = json.loads(args.json.read_text()) if args.json.exists() else {}
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    rows = found.get("rows", []) if args.only or args.render else []
     results = {
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "rows": [known[family] for family in sorted(known)],
+        "versions": found["versions"] if args.render else versions,
+        "outcomes": found.get("outcomes", {}),
+        "rows": {row["family"]: row for row in rows},
     }
+    if not args.render:
+        mine = results["outcomes"].setdefault(architectures.minor_version(), {})
+        if not args.only:
+            mine.clear()
+        for row in _rows(args.only or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs):
+            results["rows"][row.family] = asdict(row)
+            mine[row.family] = row.outcome
+            _write(results, args.json, args.page)
+    _write(results, args.json, args.page)
+    counts = Counter(row["outcome"] for row in results["rows"].values())
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    here = results["outcomes"].get(architectures.minor_version(), {})
+    lost = [
+        family
+        for family, outcomes in changed(results["outcomes"]).items()
+        if here.get(family) in ("refused", "defect") and "same" in outcomes.values()
+    ]
+    if lost:
+        print(f"served with another version of transformers and not with this one: {', '.join(lost)}")
+    return 1 if counts["defect"] or lost else 0
+
+
+def changed(outcomes: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Families that not all versions of transformers that have them serve alike, with the outcome of each."""
+    by_family: dict[str, dict[str, str]] = {}
+    for version in sorted(outcomes, key=Version):
+        for family, outcome in outcomes[version].items():
+            by_family.setdefault(family, {})[version] = outcome
+    return {family: found for family, found in sorted(by_family.items()) if len({*found.values()}) > 1}
+
+
+def _write(results: dict[str, Any], results_path: Path, page: Path) -> None:
+    outcomes = {version: dict(sorted(each.items())) for version, each in results["outcomes"].items()}
+    rows = [row for _, row in sorted(results["rows"].items())]
+    results = {"versions": results["versions"], "outcomes": outcomes, "rows": rows}
     results_path.write_text(json.dumps(results, indent=1) + "\n")
     page.write_text(render(results))
 

@@ -201,6 +201,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
+def minor_version() -> str:
+    """Of transformers: 5.24 of 5.24.1."""
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
 def small_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
     """The config of a family with small sizes and, of its layers, the first of each kind.
 

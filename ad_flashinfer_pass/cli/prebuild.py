@@ -92,6 +92,8 @@ def prebuild(
 
         if (output is None) != list_only:
             raise ConfigError("give --output FOLDER, or --list to compile nothing.")
+        if jobs is not None and jobs < 1:
+            raise ConfigError(f"--jobs must be at least 1, got {jobs}.")
         deploy = settings(config, keys, tokens_per_block)
         with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
             reporter.phase("load_libraries")

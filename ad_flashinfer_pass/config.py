@@ -183,7 +183,6 @@ class AutoDeployConfig(_Strict):
     def _check_sizes(self) -> AutoDeployConfig:
         cache = self.kv_cache_config
         sizes = {
-            "max_seq_len": self.max_seq_len,
             "max_num_tokens": self.max_num_tokens,
             "kv_cache_config.tokens_per_block": cache.tokens_per_block,
         }

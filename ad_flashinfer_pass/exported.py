@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
@@ -178,16 +179,18 @@ def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
         raise ConfigError(f"device: the program is on {there}, got {here}; {move}.")
     config, cache = ctx.config, ctx.config.kv_cache_config
     sites = list({each.cache: each.site for each in ctx.sites}.values())
-    found = [(config, "dtype", sites[0].dtype, _dtype(config.dtype, sites[0]))]
-    found += [(cache, "dtype", sites[0].kv_dtype, _dtype(cache.dtype, sites[0]))]
-    for name, given in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
-        made = [getattr(site, name) for site in sites]
-        found.append((cache, name, made, given if isinstance(given, list) else [given] * len(sites)))
-    for model, name, made, given in found:
-        if name in model.model_fields_set and made != given:
+    found: list[tuple[BaseModel, str, Any, Any]] = [
+        (config, "dtype", sites[0].dtype, _dtype(config.dtype, sites[0])),
+        (cache, "dtype", sites[0].kv_dtype, _dtype(cache.dtype, sites[0])),
+    ]
+    for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        scales = scale if isinstance(scale, list) else [scale] * len(sites)
+        found.append((cache, name, [getattr(site, name) for site in sites], scales))
+    for model, name, own, asked in found:
+        if name in model.model_fields_set and own != asked:
             raise ConfigError(
                 f"{'kv_cache_config.' if model is cache else ''}{name}: the program was transformed for "
-                f"{made}, got {getattr(model, name)!r}; leave the key out, or transform the model again."
+                f"{own}, got {getattr(model, name)!r}; leave the key out, or transform the model again."
             )
 
 

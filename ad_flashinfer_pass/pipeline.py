@@ -96,7 +96,8 @@ _LARGE = 2**28
 
 
 def _check_metadata_fits(config: AutoDeployConfig, device: torch.device) -> None:
-    pages = -(-config.max_seq_len // config.kv_cache_config.tokens_per_block)
+    max_seq_len = config.sequence_limit
+    pages = -(-max_seq_len // config.kv_cache_config.tokens_per_block)
     # Page ids, ragged and as a table, in int32; tokens and positions in int64.
     needed = 8 * config.max_batch_size * pages + 16 * config.token_budget
     free = transforms.initialize_cache.free_bytes(device) if needed > _LARGE else needed
@@ -104,7 +105,7 @@ def _check_metadata_fits(config: AutoDeployConfig, device: torch.device) -> None
         raise CapacityError(
             f"the metadata of a step needs {needed:.3g} bytes, {free:.3g} are free on {device}: it has "
             f"max_num_tokens ({config.token_budget}) tokens and max_batch_size ({config.max_batch_size}) "
-            f"times max_seq_len ({config.max_seq_len}) / tokens_per_block pages. Lower one of them."
+            f"times max_seq_len ({max_seq_len}) / tokens_per_block pages. Lower one of them."
         )
 
 

@@ -258,8 +258,8 @@ def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
             "number, got 'a'.",
         ),
         (
-            {"max_seq_len": 10**12, "max_batch_size": 2},
-            "max_seq_len must be at most 2147483647, the largest int32, got 1000000000000",
+            {"max_num_tokens": 10**12},
+            "max_num_tokens must be at most 2147483647, the largest int32, got 1000000000000",
         ),
         (
             {"max_seq_len": 0, "model": 3},
@@ -317,6 +317,11 @@ def test_unknown_stage_lists_the_known() -> None:
         ("export_model", {"enabled": False}, "cannot be left out.* fuse_gemms"),
         ("gather_logits_before_lm_head", {"enabled": False}, "cannot be left out"),
         ("compile_model", {"stage": "export"}, "stage: export comes before the stage of functionalize"),
+        (
+            "fuse_gemms",
+            {"stage": "factory"},
+            "fuse_gemms.stage: factory comes before the stage of export_model",
+        ),
         ("classify_mask", {"stage": "compile"}, "comes before the stage of classify_mask"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
@@ -153,6 +153,7 @@ def test_one_set_of_kernels_is_shown(tmp_path: Path, sm: int) -> None:
     assert all("taken for built there" in use.reason for use in found.kernels)
     assert ("only `prebuild --sm 90` does" in site.prefill) == (sm == 90)
     graph = run_stages(AutoDeployConfig(model=str(tmp_path), max_seq_len=256), sm=sm).module
+    assert isinstance(graph, fx.GraphModule)
     (node,) = graph.graph.find_nodes(
         op="call_function", target=torch.ops.ad_flashinfer.cached_attention.default
     )

@@ -166,6 +166,8 @@ def error_border(debug: bool) -> Iterator[None]:
         code = 2 if isinstance(err, ConfigError) else 1
     else:
         return
+    finally:
+        _no_notes(False)
     raise typer.Exit(code)
 
 
@@ -190,8 +192,9 @@ def _is_out_of_memory(err: Exception) -> bool:
 
 
 def print_error(message: str) -> None:
-    """Write ``error: `` and the message, in one line, to stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Write ``error: `` and the message, in one line, to stderr; what is no text in it as escapes."""
+    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+    print(f"error: {line}", file=sys.stderr)
 
 
 def settings(file: Path | None, keys: dict[str, Any], tokens_per_block: int | None) -> AutoDeployConfig:

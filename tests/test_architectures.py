@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -44,6 +46,16 @@ SAME_TOKENS = {
 }
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "llama4_temperature": (
+        "llama4_text",
+        {"floor_scale": 8, "attn_scale": 2.0, "attn_temperature_tuning": True},
+    ),
+}
+"""Settings of a family under which its code takes another path."""
+
+
 def cached_model(model: nn.Module) -> CachedModel:
     config = AutoDeployConfig(
         max_batch_size=4, max_seq_len=64, max_num_tokens=32, kv_cache_config={"tokens_per_block": 16}
@@ -51,10 +63,11 @@ def cached_model(model: nn.Module) -> CachedModel:
     return transform_module(model, config)[0]
 
 
-@pytest.mark.parametrize("family", SAME_TOKENS)
-def test_generates_the_tokens_of_transformers(family: str) -> None:
+@pytest.mark.parametrize("name", [*SAME_TOKENS, *VARIANTS])
+def test_generates_the_tokens_of_transformers(name: str) -> None:
     """A ragged batch with prefill in chunks gives the greedy tokens of each prompt alone."""
-    model = architectures.random_model(architectures.small_config(family))
+    family, changes = VARIANTS.get(name, (name, {}))
+    model = architectures.random_model(architectures.small_config(family, **changes))
 
     found = architectures.generated_by_engine(
         cached_model(model), PROMPTS, NUM_NEW_TOKENS, prefill_chunk_tokens=6

@@ -142,6 +142,10 @@ class _Lifting:
             return g.call_op(self.graph, call, self.lifted[args["self"]], dim)
         if g.is_op(node, *_KEPT):
             return g.call_op(self.graph, call, *_with(node.args, self.lifted), **node.kwargs)
+        if g.is_op(node, aten.view, aten.reshape):
+            rows = g.call_op(self.graph, aten.sym_size.int, self.positions, 0)
+            sizes = [rows, *args.get("size", args.get("shape"))]
+            return g.call_op(self.graph, aten.reshape.default, self.lifted[args["self"]], sizes)
         if g.is_op(node, aten.embedding) and args["weight"] not in self.lifted:
             return g.call_op(self.graph, call, args["weight"], self.lifted[args["indices"]])
         if g.is_op(node, aten.outer) and args["vec2"] not in self.lifted:

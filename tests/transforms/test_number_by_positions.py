@@ -28,6 +28,9 @@ NUMBERINGS: dict[str, Numbering] = {
     "like_the_tokens": lambda table, x: table(torch.arange(size(x))[None].expand_as(x[..., 0])),
     "int32": lambda table, x: table(torch.arange(size(x), dtype=torch.int32)),
     "offset": lambda table, x: table(torch.arange(size(x)) + 2),
+    "viewed": lambda table, x: table(torch.arange(size(x)).view(1, size(x), 1).expand(x.shape[0], -1, 1))[
+        :, :, 0
+    ],
     "first_rows": lambda table, x: table.weight[: size(x)],
     "first_rows_of_batch": lambda table, x: table.weight[None][:, : size(x)],
     "computed": lambda table, x: (

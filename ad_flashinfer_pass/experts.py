@@ -13,13 +13,13 @@ stands between the two projections: that is traced, and has to be what the op co
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import io
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
 from operator import attrgetter
@@ -38,11 +38,12 @@ from ad_flashinfer_pass.ops.experts import ACTIVATIONS, gated
 
 aten = torch.ops.aten
 _ANY_WIDTH = 8
+_NO_MORE = (None, None, None)
+"""Biases, and a projection of its own for what the gate multiplies."""
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What stands between the two projections: arguments of ``ops.experts``."""
+class Gate(NamedTuple):
+    """What stands between the two projections: arguments of ``ops.experts``, in its order."""
 
     activation: str = "silu"
     alpha: float = 1.0
@@ -86,7 +87,8 @@ def _by_the_op(module: nn.Module, name: str) -> Callable[..., Any] | None:
     weight = next(module.parameters())
     example = (2 * _ANY_WIDTH, weight.dtype, weight.device)
     activation = attrgetter(written.activation)(module)
-    return partial(written.forward, module, _gate(_multiplied(activation), _where(module, name), *example))
+    gate = _gate(_multiplied(activation), _where(module, name), *example)
+    return partial(written.forward, module, gate)
 
 
 def _goes_through_the_interface(module: nn.Module) -> bool:
@@ -116,7 +118,8 @@ def _of_interface(
         module.down_proj,
         getattr(module, f"{up}_bias") if module.has_bias else None,
         module.down_proj_bias if module.has_bias else None,
-        **asdict(gate),
+        None,
+        *gate,
         is_transposed=module.is_transposed,
     )
     return out
@@ -126,7 +129,7 @@ def _dbrx(module: Any, gate: Gate, hidden_states: Tensor, index: Tensor, weights
     mlp = module.mlp
     w1, v1, w2 = (w.view(-1, module.ffn_hidden_size, module.hidden_size) for w in (mlp.w1, mlp.v1, mlp.w2))
     tokens = hidden_states.reshape(-1, module.hidden_size)
-    out = torch.ops.ad_flashinfer.experts(tokens, index, weights, w1, w2.mT, up_proj=v1, **asdict(gate))
+    out = torch.ops.ad_flashinfer.experts(tokens, index, weights, w1, w2.mT, None, None, v1, *gate)
     return out.view(hidden_states.shape[0], -1, module.hidden_size)
 
 
@@ -142,7 +145,8 @@ def _llama4(module: Any, gate: Gate, hidden_states: Tensor) -> tuple[Tensor, Ten
         torch.sigmoid(best.float()).to(best.dtype),
         experts.gate_up_proj,
         experts.down_proj,
-        **asdict(gate),
+        *_NO_MORE,
+        *gate,
         is_transposed=True,
         weigh_input=True,
     )
@@ -159,10 +163,26 @@ def _longcat(module: Any, gate: Gate, hidden_states: Tensor, index: Tensor, weig
         weights.masked_fill(gives_back, 0.0),
         module.gate_up_proj[:number],
         module.down_proj,
-        **asdict(gate),
+        *_NO_MORE,
+        *gate,
     )
     kept = weights.masked_fill(~gives_back, 0.0).sum(-1, keepdim=True)
     return routed + (hidden_states * kept).to(hidden_states.dtype)
+
+
+def offer_to_transformers() -> None:
+    """Make ``model.set_experts_implementation("ad_flashinfer")`` known, for models that are traced elsewhere."""
+    moe = importlib.import_module("transformers.integrations.moe")
+    moe.ALL_EXPERTS_FUNCTIONS.register("ad_flashinfer", _when_called)
+
+
+def _when_called(module: Any, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+    return _of_interface(module, Gate(*_constant_gate(module)), hidden_states, *routing, **named)
+
+
+@torch._dynamo.assume_constant_result  # to Dynamo, which would look into how the gate is traced
+def _constant_gate(module: Any) -> tuple[Any, ...]:
+    return tuple(gate_of(module, "experts"))
 
 
 class _Written(NamedTuple):
@@ -288,7 +308,7 @@ def _trace(
 
 @lru_cache(maxsize=256)
 def _trace_of_gate(gate: Gate, width: int, dtype: torch.dtype, device: torch.device) -> _Trace:
-    return _trace(partial(gated, **asdict(gate)), width, dtype, device)
+    return _trace(lambda x: gated(x, *gate), width, dtype, device)
 
 
 def _number(graph: fx.Graph, op: Any, argument: str) -> float | None:

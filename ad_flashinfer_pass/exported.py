@@ -26,6 +26,7 @@ from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import ops, pipeline, saved_program
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, ExportError
+from ad_flashinfer_pass.experts import offer_to_transformers
 from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.kernels.select import Choice
 from ad_flashinfer_pass.metadata import SequenceInfo
@@ -33,6 +34,7 @@ from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, SiteNotes, 
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.transforms.export_model import plain_module
 
+offer_to_transformers()
 assert ops.__name__  # a loaded program calls the ops of torch.ops.ad_flashinfer
 
 _TOKENS = ("input_ids", "position_ids")

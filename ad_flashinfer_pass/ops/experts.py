@@ -77,8 +77,16 @@ def experts(
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.
+
+    Raises:
+        ValueError: the first three are not of the same tokens.
     """
     num_tokens, top_k = top_k_index.shape
+    if hidden_states.shape[0] != num_tokens or top_k_weights.shape != top_k_index.shape:
+        raise ValueError(
+            f"experts of {hidden_states.shape[0]} tokens need as many rows of indices and weights, got "
+            f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}."
+        )
     ups = [gate_up_proj] if up_proj is None else [gate_up_proj, up_proj]
     *ups, down = [weight if is_transposed else weight.mT for weight in (*ups, down_proj)]
     # All that is sent to one expert lies together.

@@ -19,12 +19,15 @@ from torch import Tensor
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, SessionError
+from ad_flashinfer_pass.experts import offer_to_transformers
 from ad_flashinfer_pass.registry import KvCacheResource
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.torch_compile.batch import Batch
 from ad_flashinfer_pass.torch_compile.sequences import Schedule, Sequences
 from ad_flashinfer_pass.transforms.initialize_cache import free_bytes, pages_wanted
+
+offer_to_transformers()
 
 TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]]
 _NUM_TOKENS = 8192

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,7 +249,7 @@ def test_opcheck_and_fake(kind: str) -> None:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
     args = (*routed(), up, module.down_proj, *biases, None)
-    options = {**asdict(KINDS[kind][2]), "is_transposed": module.is_transposed}
+    options = {**KINDS[kind][2]._asdict(), "is_transposed": module.is_transposed}
     overload = torch.ops.ad_flashinfer.experts.default
     torch.library.opcheck(overload, args, options)
     real = overload(*args, **options)

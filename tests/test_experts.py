@@ -1,0 +1,189 @@
+"""Experts of whole models: one op a layer in the graph, whatever door it came through, and the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import fx, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from ad_flashinfer_pass import CacheSession, restore, to_program, transform
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ExportError, PackingError, UnsupportedError
+from ad_flashinfer_pass.models.weightless import _with_fake_weights
+from ad_flashinfer_pass.pieces import Piece
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from tests import architectures
+from tests.transforms.small_models import context, run
+
+EXPERTS = torch.ops.ad_flashinfer.experts.default
+SIZES: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 32}
+PROMPTS = architectures.random_prompts((1, 2, 9, 14), vocab_size=128)
+NUM_NEW_TOKENS = 12
+
+
+def small(family: str, **changes: Any) -> Any:
+    """A model of this family with random weights; skips what the installed version has not."""
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    return architectures.random_model(architectures.small_config(family, **changes))
+
+
+def num_experts_ops(gm: nn.Module) -> int:
+    assert isinstance(gm, fx.GraphModule)
+    return len(gm.graph.find_nodes(op="call_function", target=EXPERTS))
+
+
+def cached(model: nn.Module, **settings: Any) -> CachedModel:
+    return transform_module(model, AutoDeployConfig(**SIZES, **settings))[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [
+        ("qwen3_moe", 3),
+        ("gpt_oss", 3),
+        ("deepseek_v3", 2),
+        ("aria_text", 3),
+        ("llama4_text", 4),
+        ("dbrx", 3),
+        ("longcat_flash", 1),
+    ],
+)
+def test_one_op_a_layer(family: str, count: int) -> None:
+    """And nothing else of the dispatch; for other numbers of tokens than the example's it is right, too."""
+    model = small(family)
+    gm, _ = run(model, context(), "export_model")
+    assert num_experts_ops(gm) == count
+    names = {str(node.target) for node in gm.graph.nodes}
+    dispatch = ("grouped_mm", "histc", "sort", "index_add", "index_put", "bmm", "nonzero")
+    assert not [name for name in names if any(op in name for op in dispatch)]
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+    for batch, seq in ((3, 5), (1, 21)):
+        ids = torch.randint(0, 128, (batch, seq), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(seq).repeat(batch, 1)
+        wanted = model(input_ids=ids, position_ids=positions).logits
+        torch.testing.assert_close(gm(ids, positions), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "longcat_flash", "granitemoe"])
+def test_tokens_are_those_of_transformers(family: str) -> None:
+    """Of families whose own code for experts cannot be exported."""
+    model = small(family)
+    found = architectures.generated_by_engine(cached(model), PROMPTS, NUM_NEW_TOKENS)
+    assert found == architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    """Its configuration and its modules, after an export and after one that fails."""
+    model = small("mixtral", num_hidden_layers=1)
+    before = model.config.to_dict(), model.config._experts_implementation
+    run(model, context(), "export_model")
+    assert (model.config.to_dict(), model.config._experts_implementation) == before
+    model.lm_head.forward = lambda x: x if x.sum() > 0 else -x
+    with pytest.raises(ExportError):
+        run(model, context(), "export_model")
+    assert not [m for m in model.modules() if isinstance(m, MixtralExperts) and "forward" in vars(m)]
+
+
+def test_experts_that_the_op_has_not_are_refused_by_name() -> None:
+    model = small("mixtral", hidden_act="gelu_new", num_hidden_layers=1)
+    with pytest.raises(
+        UnsupportedError, match=r"model\.layers\.0\.mlp\.experts \(MixtralExperts\) has a gate"
+    ):
+        run(model, context(), "export_model")
+
+
+def test_code_that_was_not_read_is_not_taken_for_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name says nothing: another version of a module with code of its own may compute something else."""
+    model = small("llama4_text")
+    kind = type(model.model.layers[0].feed_forward)
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> Any:
+        out, logits = original(self, hidden_states)
+        return out * 2, logits
+
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", forward)
+    gm, _ = run(model, context(), "export_model")
+    assert num_experts_ops(gm) == 0
+
+
+def test_fake_weights_and_bfloat16() -> None:
+    """Commands that read no weights see the same op; gpt-oss in bfloat16 is served."""
+    gm, _ = run(_with_fake_weights(small("gpt_oss")), context(), "export_model")
+    assert num_experts_ops(gm) == 3
+    model = small("gpt_oss").to(torch.bfloat16)
+    assert num_experts_ops(cached(model).module) == 3
+
+
+def test_what_torch_opt_compiles_stands_around_the_experts() -> None:
+    """The op is between two pieces, which hold for any number of tokens; equal layers share them."""
+    model = small("qwen3_moe")
+    opt = cached(model, compile_backend="torch-opt")
+    pieces = [module for module in opt.module.modules() if isinstance(module, Piece)]
+    assert sum(piece.num_calls for piece in pieces) == 7  # around three attentions and three experts
+    assert len(pieces) == 4
+    found = architectures.generated_by_engine(opt, PROMPTS, NUM_NEW_TOKENS)
+    assert found == architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+    assert max(piece.num_variants for piece in pieces) <= 4
+
+
+def exported(model: nn.Module) -> torch.export.ExportedProgram:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            ).logits
+            return logits
+
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example = (torch.zeros((2, 13), dtype=torch.int64), torch.arange(13).repeat(2, 1))
+    with torch.no_grad():
+        return torch.export.export(Logits(), example, dynamic_shapes=(dynamic, dynamic), strict=False)
+
+
+def test_a_given_program_and_a_saved_one(tmp_path: Path) -> None:
+    """With transformers' own dispatch the refusal names the way out, which serves; a file of it does, too."""
+    model = small("mixtral", num_hidden_layers=1, layer_types=None)
+    with pytest.raises(PackingError, match=r'set_experts_implementation\("ad_flashinfer"\)'):
+        transform(exported(model), **SIZES)
+    model.set_experts_implementation("ad_flashinfer")
+    served = transform(exported(model), **SIZES)
+    torch.export.save(to_program(served), tmp_path / "cached.pt2")
+    again = restore(torch.export.load(tmp_path / "cached.pt2"), **SIZES)
+    model.set_experts_implementation("eager")
+    wanted = architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+    for one in (served, again):
+        assert num_experts_ops(one.module) == 1
+        assert architectures.generated_by_engine(one, PROMPTS, NUM_NEW_TOKENS) == wanted
+
+
+def test_torch_compile() -> None:
+    """Likewise where Dynamo captures the model."""
+    model = small("qwen3_moe", num_hidden_layers=1)
+
+    def logits() -> torch.Tensor:
+        torch._dynamo.reset()
+        session = CacheSession(max_batch_size=4, max_seq_len=64)
+        options = {"session": session, "compile_backend": "torch-simple"}
+        compiled = torch.compile(model, backend="flashinfer_trtllm", options=options, fullgraph=True)
+        with session.prefill([PROMPTS[2], PROMPTS[3]]) as batch:
+            return batch.last_logits(compiled(**batch.inputs, use_cache=False).logits)
+
+    with pytest.raises(PackingError, match=r'set_experts_implementation\("ad_flashinfer"\)'):
+        logits()
+    model.set_experts_implementation("ad_flashinfer")
+    found = logits()
+    model.set_experts_implementation("eager")
+    wanted = [model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS[2:]]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-3)

@@ -171,7 +171,7 @@ def _longcat(module: Any, gate: Gate, hidden_states: Tensor, index: Tensor, weig
 
 
 def offer_to_transformers() -> None:
-    """Make ``model.set_experts_implementation("ad_flashinfer")`` known, for models that are traced elsewhere."""
+    """Make ``model.set_experts_implementation("ad_flashinfer")`` known, for models that others trace."""
     moe = importlib.import_module("transformers.integrations.moe")
     moe.ALL_EXPERTS_FUNCTIONS.register("ad_flashinfer", _when_called)
 

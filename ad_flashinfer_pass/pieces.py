@@ -1,7 +1,8 @@
 """Inductor on what lies between our ops.
 
 A transformed graph is cut at the ops of ``ad_flashinfer`` that use the cache: they read lengths on the host
-and write to pages, which Inductor must neither see through nor move. What lies between two cuts, a piece, is
+and write to pages, which Inductor must neither see through nor move. It is cut at ``experts``, too, which has
+kernels of its own and no fixed number of tokens for each of them. What lies between two cuts, a piece, is
 compiled by ``torch.compile``. Its weights are its inputs, so that equal pieces, those of equal layers, are
 compiled once: the compile time does not grow with the number of layers.
 

@@ -95,7 +95,8 @@ def experts(
     rows, weights = hidden_states[order // top_k], top_k_weights.reshape(-1)[order][:, None]
     if weigh_input:
         rows = rows * weights
-    middle = torch.cat([product(rows.to(up.dtype), up) for up in ups], -1)
+    parts = [product(rows.to(up.dtype), up) for up in ups]
+    middle = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if gate_up_bias is not None:
         middle = middle + gate_up_bias[expert]
     middle = gated(middle, activation, alpha, beta, limit, in_float32, has_gate, is_concatenated)

@@ -266,7 +266,7 @@ def _gate(function: Callable[[Tensor], Tensor], where: str, *example: Any, **giv
     """
     traced = _trace(function, *example)
     numbers = {argument: _number(traced.graph, *place) for argument, place in _NUMBERS.items()}
-    found = {argument: number for argument, number in numbers.items() if number is not None}
+    found: dict[str, Any] = {argument: number for argument, number in numbers.items() if number is not None}
     for in_float32, activation in product((False, True), ACTIVATIONS):
         candidate = Gate(activation=activation, in_float32=in_float32, **found, **given)
         if _trace_of_gate(candidate, *example).text == traced.text:
@@ -298,7 +298,9 @@ def _trace(
     """A function of [any number of rows, width] as a graph."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    rows_are_dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    rows_are_dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        [DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    )
     example = torch.empty((2, width), dtype=dtype, device=device)
     example = mode.from_tensor(example, symbolic_context=rows_are_dynamic)
     with torch.no_grad():

@@ -166,7 +166,7 @@ def test_torch_compile() -> None:
     def logits() -> torch.Tensor:
         torch._dynamo.reset()
         session = CacheSession(max_batch_size=4, max_seq_len=64)
-        options = {"session": session, "compile_backend": "torch-simple"}
+        options: dict[str, Any] = {"session": session, "compile_backend": "torch-simple"}
         compiled = torch.compile(model, backend="flashinfer_trtllm", options=options, fullgraph=True)
         with session.prefill([PROMPTS[2], PROMPTS[3]]) as batch:
             return batch.last_logits(compiled(**batch.inputs, use_cache=False).logits)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ad_flashinfer_pass import ops
 
+assert ops.__name__  # importing it registers the op
+EXPERTS_OP = torch.ops.ad_flashinfer.experts
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 48, 7, 3
 
 
@@ -35,16 +37,16 @@ def test_captured_equals_eager_and_the_cpu(dtype: torch.dtype, width: int, token
     hidden, index, weights, *projections = inputs(tokens, width, seed=0)
     static = [hidden.cuda().to(dtype), index.cuda(), weights.cuda().to(dtype)]
     projections = [weight.cuda().to(dtype) for weight in projections]
-    ops.experts(*static, *projections)
+    EXPERTS_OP(*static, *projections)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.experts(*static, *projections)
+        captured = EXPERTS_OP(*static, *projections)
     for buffer, other in zip(static, inputs(tokens, width, seed=1), strict=False):
         buffer.copy_(other)
     graph.replay()
-    wanted = ops.experts(
+    wanted = EXPERTS_OP(
         *(x.cpu().float() if x.is_floating_point() else x.cpu() for x in (*static, *projections))
     )
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    for found in (captured, ops.experts(*static, *projections)):
+    for found in (captured, EXPERTS_OP(*static, *projections)):
         assert float((found.cpu().float() - wanted).norm() / wanted.norm()) < tolerance

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ad_flashinfer_pass import graph as g
@@ -182,7 +182,9 @@ def _when_called(module: Any, hidden_states: Tensor, *routing: Tensor, **named: 
 
 @torch._dynamo.assume_constant_result  # to Dynamo, which would look into how the gate is traced
 def _constant_gate(module: Any) -> tuple[Any, ...]:
-    return tuple(gate_of(module, "experts"))
+    # A trace that is going on, as torch.export's, must not take this one in.
+    with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        return tuple(gate_of(module, "experts"))
 
 
 class _Written(NamedTuple):

@@ -111,7 +111,8 @@ def test_weightless_and_in_bfloat16(tmp_path: Path) -> None:
         .read_text()
         .replace('"model_type"', '"architectures": ["GptOssForCausalLM"], "model_type"')
     )
-    gm, _ = run(load_weightless(AutoDeployConfig(model=str(tmp_path), **SIZES)), context(), "export_model")
+    model, _ = load_weightless(AutoDeployConfig(model=str(tmp_path), **SIZES))
+    gm, _ = run(model, context(), "export_model")
     assert num_experts_ops(gm) == 3
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ExportError, UnsupportedError
 from ad_flashinfer_pass.experts import as_one_op
-from ad_flashinfer_pass.models import ropes
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 # Large enough that sizes are not confused with small constants, distinct, and not 0 or 1, which
@@ -46,6 +45,8 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
     if isinstance(model, fx.GraphModule):
         gm = _given(model, ctx)
     else:
+        from ad_flashinfer_pass.models import ropes  # with it comes transformers
+
         with ropes.by_own_length(model, ctx.sequence_info.max_seq_len):
             gm = _exported(model, ctx)
         ctx.sequence_info.recompute_at = ropes.recomputes_at(model, ctx.sequence_info.max_seq_len)

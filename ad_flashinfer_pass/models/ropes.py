@@ -93,8 +93,11 @@ def _limit(module: Any, layer_type: str | None) -> int:
 def _forward(module: nn.Module, max_seq_len: int) -> Callable[..., Any]:
     """The module's forward as a function of each token's length."""
     plain = inspect.unwrap(type(module).forward)
+    # On the device before the export: a captured graph copies nothing from the host.
+    device = next(module.buffers()).device
+    shorter = {name: _first_frequencies(module, name).to(device) for name in _kinds(module)}
     longer = {
-        name: ROPE_INIT_FUNCTIONS["longrope"](module.config, None, seq_len=limit + 1, **_named(name))[0]
+        name: ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=limit + 1, **_named(name))[0]
         for name, kind in _kinds(module).items()
         if kind == "longrope" and (limit := _limit(module, name)) < max_seq_len
     }
@@ -113,18 +116,16 @@ def _forward(module: nn.Module, max_seq_len: int) -> Callable[..., Any]:
         kind = _kinds(module)[layer_type]
         if kind not in _KINDS:
             return plain(module, x, position_ids, **_named(layer_type))
-        prefix = "" if layer_type is None else f"{layer_type}_"
-        first, limit = getattr(module, f"{prefix}original_inv_freq"), _limit(module, layer_type)
+        first, limit = shorter[layer_type], _limit(module, layer_type)
         if max_seq_len <= limit:
             return rotated(x, position_ids, layer_type, first, limit)
         farthest = position_ids.amax(0) if position_ids.dim() > 2 else position_ids  # of a token's axes
         lengths = torch.ops.ad_flashinfer.sequence_length(farthest)
         is_longer = (lengths > limit)[..., None]
         if kind == "longrope":
-            second = longer[layer_type].to(first.device)
             pair = (
                 rotated(x, position_ids, layer_type, inv_freq, length)
-                for inv_freq, length in ((first, limit), (second, limit + 1))
+                for inv_freq, length in ((first, limit), (longer[layer_type], limit + 1))
             )
             return tree_map(lambda short, long: torch.where(is_longer, long, short), *pair)
         init = ROPE_INIT_FUNCTIONS["dynamic"]
@@ -139,13 +140,19 @@ def _forward(module: nn.Module, max_seq_len: int) -> Callable[..., Any]:
     return forward
 
 
+def _first_frequencies(module: nn.Module, layer_type: str | None) -> Tensor:
+    """float32 [head_dim / 2]: those that the module was made with; in some versions on the host for ever."""
+    found: Tensor = getattr(module, f"{'' if layer_type is None else layer_type + '_'}original_inv_freq")
+    return found
+
+
 def _named(layer_type: str | None) -> dict[str, str]:
     return {} if layer_type is None else {"layer_type": layer_type}
 
 
 def _check_follows_tokens(module: nn.Module, layer_type: str | None, rotated: Callable[..., Any]) -> None:
     """Refuse a rotary embedding whose code has one set of frequencies for all tokens."""
-    first = getattr(module, f"{'' if layer_type is None else layer_type + '_'}original_inv_freq")
+    first = _first_frequencies(module, layer_type)
     x, positions = first.new_zeros(1), torch.arange(1, 4, device=first.device)[None]
     each = first / positions[..., None]
     try:

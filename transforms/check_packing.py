@@ -384,9 +384,11 @@ def _along(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[
 
 def _cat(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     rank = g.value(node).dim()
-    operands = [reader.of(operand) for operand in args["tensors"]]
-    operands = [dims for dims in operands if len(dims) == rank]  # one of no elements may have fewer
+    filled = [operand for operand in args["tensors"] if 0 not in g.shape(operand)]
+    operands = [reader.of(operand) for operand in filled]
     dim = args["dim"] % rank
+    if len(filled) == 1:  # as a cache that has nothing yet makes it
+        return operands[0]
     reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
     found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])
     return (*found[:dim], *ax.of_shape(g.shape(node)[dim : dim + 1]), *found[dim + 1 :])

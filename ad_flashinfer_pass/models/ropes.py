@@ -94,7 +94,7 @@ def _forward(module: nn.Module, max_seq_len: int) -> Callable[..., Any]:
     """The module's forward as a function of each token's length."""
     plain = inspect.unwrap(type(module).forward)
     # On the device before the export: a captured graph copies nothing from the host.
-    device = next(module.buffers()).device
+    device = next((buffer.device for buffer in module.buffers()), None)
     shorter = {name: _first_frequencies(module, name).to(device) for name in _kinds(module)}
     longer = {
         name: ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=limit + 1, **_named(name))[0]

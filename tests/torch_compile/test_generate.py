@@ -58,6 +58,7 @@ def test_generates_the_tokens_of_transformers(name: str) -> None:
     """In one ragged batch and alone, from one graph: no step is compiled anew."""
     model = architectures.random_model(architectures.CONFIGS[name]())
     expected = architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+    model.set_experts_implementation("ad_flashinfer")
     session = session_for_tests()
     logits = logits_of(model, session, "torch-simple")
 

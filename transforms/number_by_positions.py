@@ -144,7 +144,7 @@ class _Lifting:
             return g.call_op(self.graph, call, *_with(node.args, self.lifted), **node.kwargs)
         if g.is_op(node, aten.view, aten.reshape):
             rows = g.call_op(self.graph, aten.sym_size.int, self.positions, 0)
-            sizes = [rows, *args.get("size", args.get("shape"))]
+            sizes = [rows, *(args["size"] if g.is_op(node, aten.view) else args["shape"])]
             return g.call_op(self.graph, aten.reshape.default, self.lifted[args["self"]], sizes)
         if g.is_op(node, aten.embedding) and args["weight"] not in self.lifted:
             return g.call_op(self.graph, call, args["weight"], self.lifted[args["indices"]])

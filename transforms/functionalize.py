@@ -35,20 +35,31 @@ def functionalize(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("functionalize")
-    writes = [node for node in model.graph.nodes if node.op == "call_function" and g.mutates_input(node)]
+    for node in _writes(model):  # these change what the tensor looks like, and nothing that it holds
+        if torch.Tag.inplace_view in node.target.tags:  # type: ignore[union-attr]
+            _replace_by_view(model, node)
+            report.num_matches += 1
+    writes = _writes(model)
     # Of the graph as it was traced: afterwards values that are computed anew lie elsewhere.
     views = {node for node in model.graph.nodes if _is_view(node)} if writes else set()
     live = _live(model.graph, writes, views)
+    memory = _Memory(model, views)
     for node in writes:
         if node in live:
-            _replace(model, node, views)
+            memory.replace(node)
         else:
             node.replace_all_uses_with(node.all_input_nodes[0])
             model.graph.erase_node(node)
         report.num_matches += 1
     if report.num_matches:
+        for node in model.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default  # the new values may lie in memory in another order
         g.finish(model)
     return model, report
+
+
+def _writes(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "call_function" and g.mutates_input(node)]
 
 
 def _live(graph: fx.Graph, writes: list[fx.Node], views: set[fx.Node]) -> set[fx.Node]:
@@ -65,33 +76,71 @@ def _live(graph: fx.Graph, writes: list[fx.Node], views: set[fx.Node]) -> set[fx
     return live
 
 
-def _replace(gm: fx.GraphModule, write: fx.Node, views: set[fx.Node]) -> None:
-    nodes = list(gm.graph.nodes)
-    place = nodes.index(write)
-    written: fx.Node = g.args(write)[0]
-    with gm.graph.inserting_before(write):
-        values = {written: _value(gm.graph, write, written)}
-        base = written
-        while base in views:
-            source = _source(base)
-            if base.target is operator.getitem:  # of what split cut up
-                source = _source(source)
-            values[source] = _with_part(gm.graph, base, source, values[base])
-            base = source
-        if base.op == "get_attr":
-            raise _refusal(
-                write,
-                f"writes to the weight or buffer {base.target}, which would carry over to other requests",
-            )
-        for node in nodes[:place]:  # another view of what was written shows the new values
-            if node in views and node not in values and _source(node) in values:
-                values[node] = _again(gm.graph, node, values)
-                views.add(values[node])
-    later = set(nodes[place + 1 :])
-    for old, new in values.items():
-        old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
-    write.replace_all_uses_with(values[written])
-    gm.graph.erase_node(write)
+class _Memory:
+    """What the tensors of the traced graph hold, write after write."""
+
+    def __init__(self, gm: fx.GraphModule, views: set[fx.Node]) -> None:
+        self.gm, self.views = gm, views
+        self.latest: dict[fx.Node, fx.Node] = {}
+        """The node that has the value of a traced tensor now, where that is not its own."""
+        self.traced: dict[fx.Node, fx.Node] = {}
+        """The reverse, for all values that it had."""
+
+    def replace(self, write: fx.Node) -> None:
+        """Make a write a value, and whatever comes after it read that.
+
+        Raises:
+            ExportError: there is no such value, or it outlives the step.
+        """
+        nodes = list(self.gm.graph.nodes)
+        place = nodes.index(write)
+        base = written = self._origin(g.args(write)[0])
+        with self.gm.graph.inserting_before(write):
+            values = {written: _value(self.gm.graph, write, g.args(write)[0])}
+            while base in self.views:
+                source = _source(base)
+                if base.target is operator.getitem:  # of what split cut up
+                    source = _source(source)
+                source = self._origin(source)
+                whole = self.latest.get(source, source)
+                values[source] = _with_part(self.gm.graph, base, whole, values[base])
+                base = source
+            if base.op == "get_attr":
+                raise _refusal(
+                    write,
+                    f"writes to the weight or buffer {base.target}, which would carry over to other requests",
+                )
+            for node in nodes[:place]:  # another view of what was written shows the new values
+                source = self._origin(_source(node)) if node in self.views else node
+                if node in self.views and node not in values and source in values:
+                    values[node] = _again(self.gm.graph, node, values[source])
+        later = set(nodes[place + 1 :])
+        for old, new in values.items():
+            self.latest.get(old, old).replace_all_uses_with(new, delete_user_cb=later.__contains__)
+            self.latest[old], self.traced[new] = new, old
+        write.replace_all_uses_with(values[written])
+        self.gm.graph.erase_node(write)
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        return self.traced.get(node, node)
+
+
+def _replace_by_view(gm: fx.GraphModule, node: fx.Node) -> None:
+    """``x.unsqueeze_(0)`` is a view by another name.
+
+    Raises:
+        ExportError: there is no view that does it.
+    """
+    if g.is_op(node, aten.detach_):
+        new = g.args(node)[0]
+    else:
+        with gm.graph.inserting_before(node):
+            new = g.call_op(gm.graph, _without_write(node), *node.args, **node.kwargs)
+        nodes = list(gm.graph.nodes)
+        later = set(nodes[nodes.index(node) + 1 :])
+        g.args(node)[0].replace_all_uses_with(new, delete_user_cb=later.__contains__)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
 
 
 def _source(view: fx.Node) -> fx.Node:
@@ -99,36 +148,41 @@ def _source(view: fx.Node) -> fx.Node:
     return source
 
 
-def _again(graph: fx.Graph, view: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+def _again(graph: fx.Graph, view: fx.Node, source: fx.Node) -> fx.Node:
     """A view of the new value of its source; its other arguments, sizes, are as they were."""
-    source, *rest = g.args(view)
-    # The new value may lie in memory in another order.
-    target: Any = aten.reshape.default if g.is_op(view, aten.view) else view.target
-    new = g.call_op(graph, target, values[source], *rest, **view.kwargs)
+    _, *rest = g.args(view)
+    target: Any = aten.reshape.default if view.target is aten.view.default else view.target
+    new = g.call_op(graph, target, source, *rest, **view.kwargs)
     new.meta.update({key: view.meta[key] for key in _ORIGIN if key in view.meta})
     return new
 
 
-def _value(graph: fx.Graph, write: fx.Node, written: fx.Node) -> fx.Node:
-    """What the written tensor holds after the write, as a new node.
+def _without_write(write: fx.Node) -> torch._ops.OpOverload:
+    """The op that returns what this one writes.
 
     Raises:
-        ExportError: the op writes to another argument than its first, or has no counterpart without a write.
+        ExportError: it writes to another argument than its first, or has no counterpart without a write.
     """
     target = write.target
     assert isinstance(target, torch._ops.OpOverload)
-    if g.is_op(write, aten.detach_):
-        return written
     arguments = [arg for arg in target._schema.arguments if arg.alias_info and arg.alias_info.is_write]
     packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
-    if target.namespace != "aten" or arguments != [target._schema.arguments[0]] or packet is None:
+    # transpose_ has one overload, and transpose several.
+    found = getattr(packet, target._overloadname, getattr(packet, "int", None))
+    if target.namespace != "aten" or arguments != [target._schema.arguments[0]] or found is None:
         raise _refusal(write, f"writes to a tensor in place by {target}, which has no form that does not")
+    assert isinstance(found, torch._ops.OpOverload)
+    return found
+
+
+def _value(graph: fx.Graph, write: fx.Node, written: fx.Node) -> fx.Node:
+    """What the written tensor holds after the write, as a new node."""
     if g.is_op(write, aten.copy_):
         new = g.call_op(graph, aten.clone.default, g.args(write)[1])  # nobody writes to that one by this name
         if not g.same_shape(g.shape(new), g.shape(written)):
             new = g.call_op(graph, aten.expand_as.default, new, written)
     else:
-        new = g.call_op(graph, getattr(packet, target._overloadname), *write.args, **write.kwargs)
+        new = g.call_op(graph, _without_write(write), *write.args, **write.kwargs)
     if g.value(new).dtype != g.value(written).dtype:
         new = g.call_op(graph, aten.to.dtype, new, g.value(written).dtype)
     new.meta.update({key: write.meta[key] for key in _ORIGIN if key in write.meta})
@@ -166,9 +220,11 @@ def _with_part(graph: fx.Graph, view: fx.Node, source: fx.Node, new: fx.Node) ->
         ExportError: the elements of the view are not told apart in the source.
     """
     if view.target is operator.getitem:
-        return _with_piece(graph, view, new)
+        return _with_piece(graph, view, source, new)
     args = g.op_args(view)
     if g.is_op(view, aten.slice):
+        if g.same_shape(g.shape(view), g.shape(source)):  # all of it, as every x[:, 0] begins
+            return new
         return g.call_op(
             graph,
             aten.slice_scatter.default,
@@ -194,11 +250,10 @@ def _with_part(graph: fx.Graph, view: fx.Node, source: fx.Node, new: fx.Node) ->
     raise _refusal(view, f"is written to in place through {view.target}, which has no inverse")
 
 
-def _with_piece(graph: fx.Graph, piece: fx.Node, new: fx.Node) -> fx.Node:
+def _with_piece(graph: fx.Graph, piece: fx.Node, whole: fx.Node, new: fx.Node) -> fx.Node:
     """The tensor that unbind, split or chunk cut up, with one piece replaced."""
     pieces, index = g.args(piece)
-    args = g.op_args(pieces)
-    whole, dim = args["self"], args["dim"]
+    dim = g.op_args(pieces)["dim"]
     if g.is_op(pieces, aten.unbind):
         return g.call_op(graph, aten.select_scatter.default, whole, new, dim, index)
     sizes: list[int | SymInt] = [part.shape[dim] for part in g.value(pieces)[: index + 1]]

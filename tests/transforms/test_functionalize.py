@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ExportError
@@ -76,7 +81,56 @@ def row_from_another(x: Tensor) -> Tensor:
     return target + source
 
 
-MIXES = [whole, part, views_made_before, pieces, of_another_dtype, row_from_another]
+def written_twice(x: Tensor) -> Tensor:
+    """A view stays a view after the first write through it."""
+    x = x.clone()
+    first = x[..., :8]
+    first.mul_(2)
+    first.add_(1)
+    x.mul_(3)
+    first.neg_()
+    return x + first.sum(-1, keepdim=True)
+
+
+def pieces_by_turns(x: Tensor) -> Tensor:
+    x = x.clone()
+    left, right = x.chunk(2, -1)
+    left.mul_(2)
+    right.add_(left)
+    left.add_(right)
+    return x
+
+
+def turned_in_place(x: Tensor) -> Tensor:
+    """The shape is changed in place, not what is in it."""
+    x = x.clone()
+    first = x[..., :8]
+    first.unsqueeze_(0)
+    first.mul_(2)
+    x.transpose_(1, 2)
+    x.add_(1)
+    return x.transpose_(1, 2)
+
+
+def whole_dimensions_first(x: Tensor) -> Tensor:
+    heads = x.clone().unflatten(-1, (HEADS, HEAD_DIM))
+    heads[:, :, 0].zero_()
+    heads[:, :, 1] += heads[:, :, 2]
+    return heads.flatten(2)
+
+
+MIXES = [
+    whole,
+    part,
+    views_made_before,
+    pieces,
+    of_another_dtype,
+    row_from_another,
+    written_twice,
+    pieces_by_turns,
+    turned_in_place,
+    whole_dimensions_first,
+]
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=[mix.__name__ for mix in MIXES])
@@ -135,3 +189,75 @@ def test_a_graph_without_writes_is_left_alone() -> None:
     assert after is gm
     assert [node.name for node in after.graph.nodes] == before
     assert reports["functionalize"].num_matches == 0
+
+
+def random_program(seed: int) -> Callable[[Tensor], Tensor]:
+    """Views of views of one tensor, and writes to any of them, in random order."""
+
+    def view(rng: random.Random, x: Tensor) -> Tensor:
+        dim = rng.randrange(x.dim())
+        size = x.shape[dim]
+        start = rng.randrange(size)
+        end = rng.randrange(start, size) + 1
+        choices: list[Callable[[], Tensor]] = [
+            lambda: x.select(dim, start) if x.dim() > 1 else x,
+            lambda: x.narrow(dim, start, end - start),
+            lambda: x[(slice(None),) * dim + (slice(start, end, rng.choice((1, 2, 3))),)],
+            lambda: x.transpose(dim, rng.randrange(x.dim())),
+            lambda: rng.choice(x.split(rng.randint(1, size), dim)),
+            lambda: rng.choice(x.chunk(rng.randint(1, 3), dim)),
+            lambda: rng.choice(x.unbind(dim)) if x.dim() > 1 else x,
+            lambda: x.unsqueeze(dim) if x.dim() < 5 else x.squeeze(),
+            lambda: x.detach(),
+            lambda: x.flatten(),
+            lambda: x.unflatten(dim, (2, -1)) if size % 2 == 0 and x.dim() < 5 else x.contiguous(),
+            lambda: x.view(*x.shape[:-2], -1) if x.dim() > 1 and x.is_contiguous() else x,
+        ]
+        return rng.choice(choices)()
+
+    def write(rng: random.Random, x: Tensor, other: Tensor) -> None:
+        factor = float(rng.randint(2, 5))
+        choices: list[Callable[[], object]] = [
+            lambda: x.mul_(factor),
+            lambda: x.add_(other.clone() if other.shape == x.shape else other.sum()),
+            lambda: x.copy_(other.mean() if other.shape != x.shape else other * 2),
+            lambda: x.fill_(factor),
+            lambda: x.sin_().sub_(0.5),
+            lambda: x.masked_fill_(x > 0.5, -factor),
+            lambda: x[..., :1].neg_(),
+        ]
+        rng.choice(choices)()
+
+    def program(x: Tensor) -> Tensor:
+        rng = random.Random(seed)
+        base = x.clone()
+        alive, result = [base, base + 1], torch.zeros(())
+        for _ in range(rng.randint(4, 14)):
+            if rng.random() < 0.5:
+                alive.append(view(rng, rng.choice(alive)))
+            else:
+                write(rng, rng.choice(alive), rng.choice(alive))
+            result = result * 0.5 + rng.choice(alive).sum() if rng.random() < 0.2 else result
+        ramps = [torch.arange(1.0, tensor.numel() + 1) for tensor in alive]
+        return result + sum((t.flatten() * ramp).cos().sum() for t, ramp in zip(alive, ramps, strict=True))
+
+    return program
+
+
+def test_random_programs() -> None:
+    """Of random views and writes, none is wrong, and few are refused."""
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    count, refused = int(os.environ.get("AD_FUZZ_PROGRAMS", "100")), 0
+    for seed in range(count):
+        program = random_program(seed)
+        gm = make_fx(program, tracing_mode="fake")(x)
+        try:
+            gm, _ = run(gm, context(), "functionalize")
+        except ExportError:
+            refused += 1
+            continue
+        assert not any(map(g.mutates_input, gm.graph.nodes))
+        torch.testing.assert_close(
+            gm(x), program(x), atol=1e-4, rtol=1e-4, msg=f"program {seed}: {{}}".format
+        )
+    assert refused < count / 4

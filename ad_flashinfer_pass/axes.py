@@ -77,8 +77,10 @@ class Size:
 
     def over(self, other: Size) -> Size | None:
         """The quotient, None if it is no product of integers and symbols."""
-        if self.constant % other.constant or any(
-            self.symbols[name] < power for name, power in other.symbols.items()
+        if (
+            not other.constant
+            or self.constant % other.constant
+            or any(self.symbols[name] < power for name, power in other.symbols.items())
         ):
             return None
         return Size(self.constant // other.constant, self.symbols - other.symbols)

@@ -24,7 +24,8 @@ _UNTAGGED_POINTWISE = frozenset(
     getattr(aten, name)
     for name in (
         "__and__ __or__ __xor__ absolute divide fix floor_divide greater greater_equal hardswish less "
-        "less_equal log_sigmoid multiply negative not_equal special_erf special_exp2 special_expit subtract"
+        "less_equal log_sigmoid multiply negative not_equal rsub special_erf special_exp2 special_expit "
+        "subtract"
     ).split()
 )
 

@@ -144,10 +144,14 @@ class _Reader:
         return any(axis.is_dynamic for axis in dim)
 
     def uniform(self, size: int | SymInt) -> tuple[Axis, ...]:
-        """A new dimension along which all elements are equal."""
+        """A new dimension along which all elements are equal; no op but a write could change that."""
         (dim,) = ax.of_shape((size,))
-        self._same.update(dim)
+        self._note_same(dim)
         return dim
+
+    def _note_same(self, axes: Iterable[Axis]) -> None:
+        # Of those of tokens alone: a norm or a part that is replaced makes a difference along others.
+        self._same.update(axis for axis in axes if axis.is_dynamic)
 
     def joined(self, operands: Sequence[Dims]) -> Dims:
         """Axes of what is broadcast together.
@@ -213,7 +217,7 @@ class _Reader:
             if axis.parts() != (axis,):
                 raise _Mixes("cuts the tokens into blocks")
         for axis in list(self._same):
-            self._same.update(axis.parts())
+            self._note_same(axis.parts())
         found = ax.flat(dims)
         if any(found.count(axis) > 1 for axis in found if axis.is_dynamic):
             raise _Mixes(f"makes a tensor over pairs of tokens {tuple(tensor.shape)}")
@@ -322,12 +326,20 @@ def _kept(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     return reader.of(_first(args))
 
 
+def _dropout(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    if args["train"] and args["p"]:
+        raise _Mixes("drops numbers at random, as in training; call model.eval() before the export")
+    return reader.of(_first(args))
+
+
 def _view(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     """Every axis keeps its place in the order of the elements."""
     source = _first(args)
     if g.is_op(node, aten.squeeze):
         _, chosen = _chosen(reader, args)  # which is dropped where there is one token, and not elsewhere
         reader.refuse_tokens(chosen, "works along the tokens")
+    if any(isinstance(size, int) and size == 0 for size in g.shape(node)):
+        return _fill(reader, node, args)  # nothing is in it, so that nothing differs
     found = ax.regrouped(reader.of(source), g.shape(node))
     if found is None:
         raise _Mixes(f"moves tokens: {tuple(g.shape(source))} is read as {tuple(g.shape(node))}")
@@ -383,12 +395,20 @@ def _along(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[
 
 
 def _cat(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
-    rank = g.value(node).dim()
     filled = [operand for operand in args["tensors"] if 0 not in g.shape(operand)]
-    operands = [reader.of(operand) for operand in filled]
-    dim = args["dim"] % rank
     if len(filled) == 1:  # as a cache that has nothing yet makes it
-        return operands[0]
+        return reader.of(filled[0])
+    return _in_a_row(reader, node, filled, args["dim"])
+
+
+def _diff(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    return _in_a_row(reader, node, _operands(args), args["dim"])
+
+
+def _in_a_row(reader: _Reader, node: fx.Node, tensors: Sequence[fx.Node], dim: int) -> Dims:
+    """Tensors with the same tokens, one after the other along a dimension that has none."""
+    dim %= g.value(node).dim()
+    operands = [reader.of(tensor) for tensor in tensors]
     reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
     found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])
     return (*found[:dim], *ax.of_shape(g.shape(node)[dim : dim + 1]), *found[dim + 1 :])
@@ -480,7 +500,7 @@ def _contraction(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
 def _einsum(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     """The summed letters must not count tokens."""
     inputs, _, output = args["equation"].replace(" ", "").partition("->")
-    if not output or "." in inputs:
+    if not output or "." in args["equation"]:
         raise _Mixes("has an equation that is not written out")
     letters: dict[str, list[tuple[Axis, ...]]] = {}
     for names, operand in zip(inputs.split(","), args["tensors"], strict=True):
@@ -541,9 +561,15 @@ def _index_select(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
 def _gather(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     """Each token reads from, or writes to, its own row: all dimensions but one are those of all operands."""
     operands = [reader.of(operand) for operand in _operands(args)]
+    if args["dim"] is None:
+        raise _Mixes("reads from all dimensions as if they were one")
     dim = args["dim"] % len(operands[0])
     reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
-    found = reader.joined([(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands])
+    others = [(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands]
+    found = reader.joined(others)
+    if "src" in args or "value" in args:  # an index of one row does not stand for every token
+        for own, index in zip(others[0], reader.of(args["index"]), strict=True):
+            reader.refuse_tokens([own] if not index else [], "writes to the first token alone")
     return tuple(
         new if reader.is_of_tokens(new) else own
         for new, own in zip(found, ax.of_shape(g.shape(node)), strict=True)
@@ -612,7 +638,7 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(ax.EXPANSIONS, _expansion),
     **_table(
         _kept,
-        "contiguous clone to _to_copy type_as detach alias lift_fresh_copy dropout real imag",
+        "contiguous clone to _to_copy type_as detach alias lift_fresh_copy real imag",
     ),
     **_table(
         _fill,
@@ -621,16 +647,19 @@ _RULES: dict[Any, _Rule] = {
     ),
     **_table(
         _along,
-        "mean sum amax amin aminmax max min prod var std var_mean softmax _softmax log_softmax _log_softmax "
-        "logsumexp cumsum cumprod topk sort argsort argmax argmin any all norm linalg_vector_norm slice "
-        "select chunk split split_with_sizes unbind narrow flip roll diff glu unsafe_split",
+        "mean sum amax amin aminmax max min prod var std var_mean std_mean softmax _softmax "
+        "log_softmax _log_softmax logsumexp cumsum cumprod topk sort argsort argmax argmin any all "
+        "norm linalg_vector_norm slice select chunk split split_with_sizes unbind narrow flip roll "
+        "glu unsafe_split",
     ),
     **_table(_pointwise, "where masked_fill complex polar"),
     **_table(_cat, "cat concat"),
+    **_table(_diff, "diff"),
     **_table(_stack, "stack"),
     **_table(_repeat, "repeat"),
     **_table(_repeat_interleave, "repeat_interleave"),
     **_table(_last_dims, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
+    **_table(_dropout, "dropout"),
     **_table(_batch_norm, "batch_norm _native_batch_norm_legit_no_training"),
     **_table(_convolution, "conv1d conv2d convolution"),
     **_table(_contraction, "linear matmul mm bmm addmm baddbmm"),

@@ -277,6 +277,21 @@ def last_of_table(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
     return x + tables(model).positions[x.shape[1] - 1]
 
 
+def one_of_two(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+    """[s, 2] and [2, s] flattened, the one equal for all tokens, but not for both of a token."""
+    pairs = F.layer_norm(torch.zeros(*x.shape[:2], 2), (2,), bias=torch.tensor([1.0, -1.0]))
+    both = x[..., :2].transpose(1, 2).flatten(1) * pairs.flatten(1)
+    return x + both.unflatten(1, (2, x.shape[1])).transpose(1, 2).sum(-1, keepdim=True)
+
+
+def difference_to_nothing(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+    """As above, with what was put in front of zeros that are equal for all tokens."""
+    pairs = torch.diff(torch.zeros(*x.shape[:2], 2), prepend=x[..., :1])
+    both = x[..., :2].transpose(1, 2).flatten(1) * pairs.flatten(1)
+    return x + both.unflatten(1, (2, x.shape[1])).transpose(1, 2).sum(-1, keepdim=True)
+
+
+FIRST = torch.zeros(1, 1, 1, dtype=torch.int64)
 UNSEEN: dict[str, tuple[Mix, str]] = {
     "a_token_far_back": (far_back, "arange numbers the tokens by their place in the batch"),
     "temperature_that_starts_late": (temperature_by_place, "arange numbers the tokens by their place"),
@@ -286,6 +301,18 @@ UNSEEN: dict[str, tuple[Mix, str]] = {
     "two_orders_of_tokens": (batch_before_heads_as_heads_before_batch, "brings different tokens together"),
     "entry_of_a_table_by_length": (last_of_table, "computes with the number of tokens"),
     "last_token_by_list": (lambda m, x, p: x + x[:, [-1]], "index looks tokens up by index"),
+    "what_is_equal_for_tokens_alone": (one_of_two, "brings different tokens together"),
+    "what_is_put_in_front": (difference_to_nothing, "brings different tokens together"),
+    "first_token_alone": (lambda m, x, p: x.scatter(-1, FIRST, 0.0), "writes to the first token alone"),
+    "added_to_the_first_token": (
+        lambda m, x, p: x.scatter_add(-1, FIRST, x[..., :1]),
+        "writes to the first token alone",
+    ),
+    "of_all_dimensions": (
+        lambda m, x, p: x + torch.take_along_dim(x, FIRST[0, 0]),
+        "reads from all dimensions as if they were one",
+    ),
+    "dropout_as_in_training": (lambda m, x, p: F.dropout(x, 0.5, True), "drops numbers at random"),
     "as_many_as_there_are_positive": (lambda m, x, p: x + x[x > 0].sum(), "picks as many elements"),
     "normalised_as_in_training": (
         lambda m, x, p: F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2),
@@ -338,6 +365,12 @@ def test_layers_over_channels_pass() -> None:
         return x + tables(model).down(wide) + F.batch_norm(x.mT, *moments).mT
 
     checked(channels)
+
+
+def test_views_of_nothing_pass() -> None:
+    """As a rotation of part of the width has them, where that part is all."""
+    checked(lambda m, x, p: x + x[..., :0].unflatten(-1, (2, 0)).flatten(2).sum(-1, keepdim=True))
+    checked(lambda m, x, p: torch.cat((x, x[..., :0].unflatten(-1, (2, 0)).flatten(2)), -1))
 
 
 def test_heads_that_are_expanded_and_merged_pass() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.models.loading import load_model
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.generation_config import default_sampling
@@ -19,16 +19,18 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
         on_event: called with the name of each phase as it begins.
 
     Raises:
-        ConfigError: a setting does not fit the model.
+        ConfigError: a setting does not fit the model, or an argument is of a wrong type.
         LoadError: the checkpoint cannot be read, or its generation_config.json asks for what is not
             supported.
         TransformError: the pass refuses the model.
         CapacityError: the caches do not fit in memory.
     """
+    check_type("config", config, AutoDeployConfig)
     if on_event is not None:
         on_event("load_model")
     loaded = load_model(config)
-    sampling = default_sampling(loaded.generation_config if config.generation_config == "auto" else None)
+    said, file = loaded.generation
+    sampling = default_sampling(said if config.generation_config == "auto" else None, f"{file}")
     model, reports = transform_module(loaded.module, loaded.resolved, on_event=on_event)
     return LLM(
         model,

@@ -179,7 +179,7 @@ def test_generation_config_decides_where_no_option_does(
     file.write_text(json.dumps({"eos_token_id": 1, "num_beams": 4, "do_sample": True, "typical_p": 0.4}))
     assert run("Once", "-m", tmp_path, "-q") == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: generation_config.json: num_beams=4, typical_p=0.4: not supported")
+    assert err.startswith(f"error: {file}: num_beams=4, typical_p=0.4: not supported")
     assert "--generation-config none" in err
     assert err.count("\n") == 1
 

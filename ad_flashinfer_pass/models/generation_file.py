@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
@@ -15,6 +15,19 @@ from ad_flashinfer_pass.models.source import UNEXPECTED_VALUE, first_line
 logger = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation_config.json"
+
+
+# Keys of config.json that are not about generation, though GenerationConfig has them, too.
+_OF_MODELS = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+class Found(NamedTuple):
+    """What a checkpoint says of generation."""
+
+    config: GenerationConfig | None
+    """None if it says nothing."""
+    file: Path
+    """That says it."""
 
 
 class _EndTokens(Fields):
@@ -45,19 +58,31 @@ class _Fields(_EndTokens):
     guidance_scale: float | None = None
 
 
-def read_generation_config(directory: Path) -> GenerationConfig | None:
-    """generation_config.json of a checkpoint, as transformers reads it; None if there is none.
+def read_generation_config(directory: Path, config_file: Path, raw: dict[str, Any]) -> Found:
+    """What a checkpoint says of generation, as transformers reads it.
+
+    Args:
+        directory: of generation_config.json.
+        config_file: counts where that is missing: older models say there what is to be generated.
+        raw: what ``config_file`` holds.
 
     Raises:
         LoadError: it cannot be read, or a value is of the wrong type.
     """
     file = directory / GENERATION_FILE
-    if not file.exists():
-        return None
-    raw = read_json(file)
+    if file.exists():
+        raw = read_json(file)
+    else:
+        file, known = config_file, {key for key in vars(GenerationConfig()) if not key.startswith("_")}
+        known -= _OF_MODELS
+        text = raw.get("text_config")
+        parts = [raw, *([text] if isinstance(text, dict) else [])]
+        raw = {key: part[key] for part in reversed(parts) for key in known if part.get(key) is not None}
+        if not raw:
+            return Found(None, file)
     check_types(file, raw, _Fields)
     try:
-        return GenerationConfig.from_dict(raw)
+        return Found(GenerationConfig.from_dict(raw), file)
     except UNEXPECTED_VALUE as err:
         raise LoadError(f"{file}: {first_line(err)}") from None
 

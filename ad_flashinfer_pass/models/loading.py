@@ -14,14 +14,14 @@ import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, CapacityError, ConfigError, LoadError
 from ad_flashinfer_pass.models.cache_scales import with_cache_scales
 from ad_flashinfer_pass.models.checkpoint import load_weights, refuse_quantized
 from ad_flashinfer_pass.models.generation_file import (
-    GENERATION_FILE,
+    Found,
     named_eos_token_ids,
     read_generation_config,
 )
@@ -84,8 +84,8 @@ class LoadedModel:
     """None where the checkpoint has none: prompts are then token ids."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end a text: of generation_config.json, else of config.json, and the tokenizer's."""
-    generation_config: GenerationConfig | None
-    """generation_config.json; None where the checkpoint has none."""
+    generation: Found
+    """What generation_config.json says or, without one, config.json."""
     name: str
     """``model`` as the configuration gives it."""
     resolved: AutoDeployConfig
@@ -115,8 +115,9 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         check_architecture(hf_config, config)
         resolved = with_max_seq_len(hf_config, config)
         tokenizer = _load_tokenizer(source, config, hf_config)
-        generation_config = read_generation_config(source.directory)
-        eos_token_ids = _eos_token_ids(source, config, hf_config, generation_config, tokenizer)
+        raw = raw_config(source, config)
+        generation = read_generation_config(source.directory, source.config_file, raw)
+        eos_token_ids = _eos_token_ids(source, raw, hf_config, generation, tokenizer)
         with model_building(source, hf_config, f"{device}"):
             module, resolved = _build(source, hf_config, resolved, device, reports)
     if quantized is not None:
@@ -128,7 +129,7 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         config=hf_config,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
-        generation_config=generation_config,
+        generation=generation,
         name=config.model,
         resolved=resolved,
     )
@@ -268,22 +269,19 @@ def _tokenizer_fault(directory: Path, err: BaseException) -> str:
 
 def _eos_token_ids(
     source: Source,
-    config: AutoDeployConfig,
+    raw: dict[str, Any],
     hf_config: PretrainedConfig,
-    generation_config: GenerationConfig | None,
+    generation: Found,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[int, ...]:
     """What the files name: a class of transformers has a default of its own, which fits no checkpoint."""
-    raw = raw_config(source, config)
     text = hf_config.get_text_config(decoder=True)
     parts = [
         raw[key] for key in hf_config.sub_configs if getattr(hf_config, key, None) is text and raw.get(key)
     ]
     places = [(source.config_file, part) for part in (raw, *parts)]
-    if generation_config is not None:
-        places.insert(
-            0, (source.directory / GENERATION_FILE, {"eos_token_id": generation_config.eos_token_id})
-        )
+    if generation.config is not None:
+        places.insert(0, (generation.file, {"eos_token_id": generation.config.eos_token_id}))
     ids = next((ids for file, part in places if (ids := named_eos_token_ids(file, part))), ())
     own = getattr(tokenizer, "eos_token_id", None)
     return ids if own is None else tuple(dict.fromkeys((*ids, own)))

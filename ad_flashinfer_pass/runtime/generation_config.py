@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ad_flashinfer_pass.errors import LoadError, RequestError
@@ -10,6 +11,8 @@ from ad_flashinfer_pass.runtime.values import as_ints
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # What decides about tokens in transformers and has no counterpart here, with the values that change none.
 _LACKING: dict[str, tuple[Any, ...]] = {
@@ -50,8 +53,14 @@ _WAY_OUT = (
 )
 
 
-def default_sampling(config: GenerationConfig | None) -> SamplingParams:
+def default_sampling(
+    config: GenerationConfig | None, where: str = "generation_config.json"
+) -> SamplingParams:
     """How requests without parameters of their own are continued: with None, by the most likely tokens.
+
+    Args:
+        config: what a model's files say.
+        where: the file that says it.
 
     Raises:
         LoadError: the config asks for something that changes tokens and is not supported, or for a value that
@@ -68,18 +77,24 @@ def default_sampling(config: GenerationConfig | None) -> SamplingParams:
     ]
     if unsupported:
         raise LoadError(
-            f"generation_config.json: {', '.join(unsupported)}: not supported, and other tokens without. "
-            + _WAY_OUT
+            f"{where}: {', '.join(unsupported)}: not supported, and other tokens without. " + _WAY_OUT
         )
     values: dict[str, Any] = dict(_WHEN_DRAWN) if is_drawn else {}
     for name in (*_ALWAYS, *values):
         if getattr(config, name, None) is not None:
             values[name] = getattr(config, name)
+    if getattr(config, "max_length", None) is not None and "max_new_tokens" not in values:
+        logger.warning(
+            "%s: max_length %d is not used; max_new_tokens ends a text, %d unless it is given",
+            where,
+            config.max_length,
+            SamplingParams.max_new_tokens,
+        )
     stop = getattr(config, "stop_strings", None) or ()
     try:
         return SamplingParams(**values, stop=(stop,) if isinstance(stop, str) else stop)
     except RequestError as err:
-        raise LoadError(f"generation_config.json: {err} {_WAY_OUT}") from None
+        raise LoadError(f"{where}: {err} {_WAY_OUT}") from None
 
 
 def end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

@@ -232,12 +232,34 @@ def test_refuses_end_token_that_never_matches(tmp_path: Path, name: str, value: 
 def test_generation_config_is_the_file(tmp_path: Path) -> None:
     """generation_config.json as transformers reads it, and None without one."""
     demo(tmp_path, "generation_config.json", {"repetition_penalty": 1.5, "do_sample": True, "top_k": 5})
-    found = load(tmp_path).generation_config
+    found, file = load(tmp_path).generation
     assert found is not None
+    assert file == tmp_path / "generation_config.json"
     expected = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert found.to_dict() == expected.to_dict()
     (tmp_path / "generation_config.json").unlink()
-    assert load(tmp_path).generation_config is None
+    without = load(tmp_path).generation
+    assert without.file == tmp_path / "config.json"
+    assert without.config is not None
+    assert (without.config.repetition_penalty, without.config.eos_token_id) == (None, 1)
+
+
+def test_config_json_says_what_to_generate_where_no_other_file_does(tmp_path: Path) -> None:
+    """As in transformers: models of before generation_config.json. A value of no use names config.json."""
+    keys = {"repetition_penalty": 1.5, "suppress_tokens": [5, 6]}
+    demo(tmp_path, "config.json", keys)
+    assert load(tmp_path).generation.config.repetition_penalty is None  # type: ignore[union-attr]
+    (tmp_path / "generation_config.json").unlink()
+    found, file = load(tmp_path).generation
+    assert found is not None
+    assert file == tmp_path / "config.json"
+    made = transformers.GenerationConfig.from_model_config(json.loads(file.read_text()))
+    for key, value in keys.items():
+        assert getattr(found, key) == getattr(made, key) == value
+    (tmp_path / "config.json").write_text(
+        json.dumps({**json.loads(file.read_text()), "suppress_tokens": "a"})
+    )
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'config.json'}: suppress_tokens: must be ")
 
 
 @pytest.mark.parametrize(

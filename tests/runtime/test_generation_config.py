@@ -171,7 +171,7 @@ def test_defaults_of_a_file_that_samples() -> None:
     assert default_sampling(None) == SamplingParams()
 
 
-def test_what_changes_no_token_is_accepted() -> None:
+def test_what_changes_no_token_is_accepted(caplog: pytest.LogCaptureFixture) -> None:
     """Lengths of output, caches, ids of padding, and whatever holds a value that switches it off."""
     config = GenerationConfig(
         max_length=4096,
@@ -189,7 +189,15 @@ def test_what_changes_no_token_is_accepted() -> None:
         typical_p=0.9,
         chat_format="chatml",
     )
-    assert default_sampling(config) == SamplingParams()
+    with caplog.at_level("WARNING", "ad_flashinfer_pass"):
+        assert default_sampling(config) == SamplingParams()
+    assert [each.getMessage() for each in caplog.records if each.name.startswith("ad_flashinfer")] == [
+        "generation_config.json: max_length 4096 is not used; max_new_tokens ends a text, 256 unless it is "
+        "given"
+    ]
+    caplog.clear()
+    assert default_sampling(GenerationConfig(max_length=4096, max_new_tokens=5)).max_new_tokens == 5
+    assert not caplog.messages
 
 
 def test_what_is_not_supported_is_named_whole() -> None:

@@ -140,7 +140,8 @@ def _fake(node: fx.Node, mode: FakeTensorMode) -> Tensor:
     shape = {"token_gather_indices": (_ROWS,)}.get(
         node.name, (1, _TOKENS) if node.name in _TOKENWISE else None
     )
-    sizes = example.shape if shape is None else shape
+    # Only our ops read caches, and any number of pages; in a saved program that has none.
+    sizes = [size if isinstance(size, int) else 2 for size in (example.shape if shape is None else shape)]
     dims = [DimDynamic.STATIC if shape is None or size == 1 else DimDynamic.DUCK for size in sizes]
     real = torch.empty(sizes, dtype=example.dtype, device="meta")
     fake = mode.from_tensor(real, symbolic_context=StatelessSymbolicContext(dims))

@@ -98,6 +98,16 @@ def test_a_loaded_program_is_captured_as_any_other(monkeypatch: pytest.MonkeyPat
     assert all(reason.startswith("prefill by reference") for reason in again.eager_steps)
 
 
+def test_a_program_from_a_file_is_compiled_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its number of pages has no value in the file."""
+    torch.export.save(to_program(cached()), tmp_path / "cached.pt2")
+    capturing(monkeypatch, by_inductor=False)
+    again = restore(tmp_path / "cached.pt2", **SETTINGS, compile_backend="torch-opt")
+    assert architectures.generated_by_engine(again, PROMPTS, 12) == expected()
+
+
 def test_a_saved_program_is_loaded_in_another_process(tmp_path: Path) -> None:
     """Which has nothing but the file and the settings."""
     torch.export.save(to_program(cached()), tmp_path / "cached.pt2")

@@ -269,6 +269,17 @@ class AutoDeployConfig(_Strict):
         return cls(**{**read_yaml(Path(path)), **overrides})
 
 
+def check_type(name: str, value: object, *types: type) -> None:
+    """Refuse what is none of some types, with the name of the argument.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if not isinstance(value, types):
+        known = " or ".join(each.__name__ for each in types)
+        raise ConfigError(f"{name} must be {known}, got {type(value).__name__}.")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, with OmegaConf's interpolation resolved."""
     try:

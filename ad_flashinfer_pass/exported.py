@@ -13,6 +13,7 @@ A saved program is the graph with its weights. Metadata and pages are its inputs
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.fx.experimental import _config as symbolic_shapes_config
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import ops, pipeline, saved_program
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.experts import offer_to_transformers
 from ad_flashinfer_pass.kernels.capability import Site
@@ -67,6 +68,7 @@ def transform(
         ConfigError: a setting is unknown or out of range, or given twice.
         TransformError: the pass refuses the program.
     """
+    check_type("program", program, ExportedProgram)
     config = _config(config, settings)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -85,6 +87,7 @@ def to_program(model: CachedModel) -> ExportedProgram:
     Raises:
         ConfigError: the model was compiled or captured, or recomputes sequences at a length.
     """
+    check_type("model", model, CachedModel)
     module = model.module
     if not isinstance(module, fx.GraphModule):
         raise ConfigError(
@@ -129,6 +132,7 @@ def restore(
         CapacityError: the caches do not fit in memory.
         LoadError: the file cannot be read.
     """
+    check_type("program", program, ExportedProgram, PathLike, str)
     if not isinstance(program, ExportedProgram):
         program = saved_program.load(program)
     gm, _ = plain_module(program.module(check_guards=False))
@@ -233,7 +237,7 @@ def _sites(gm: fx.GraphModule) -> list[CachedSite]:
 def _config(config: AutoDeployConfig | None, settings: dict[str, Any]) -> AutoDeployConfig:
     if config is not None and settings:
         raise ConfigError(f"give a config or its keys, not both, got config and {', '.join(settings)}.")
-    return config or AutoDeployConfig(**settings)
+    return AutoDeployConfig(**settings) if config is None else config
 
 
 def _take_out_constants(module: fx.GraphModule, program: ExportedProgram) -> None:

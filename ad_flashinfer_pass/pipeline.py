@@ -28,7 +28,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass import prebuild, registry, transforms
-from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
+from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, check_type
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.inspection.stages import StageWriter
 from ad_flashinfer_pass.kernels import select
@@ -55,7 +55,13 @@ def transform_module(
 
     Returns:
         The cached model and the report of each transform.
+
+    Raises:
+        ConfigError: an argument is of a wrong type, or a setting does not fit.
+        TransformError: the pass refuses the module.
+        CapacityError: the caches do not fit in memory.
     """
+    check_type("module", module, nn.Module)
     ctx = context(config)
     transformed, reports = run(module, ctx, on_event)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
@@ -70,6 +76,7 @@ def context(config: AutoDeployConfig) -> TransformContext:
         ConfigError: there is no such device.
         CapacityError: the metadata alone does not fit in memory.
     """
+    check_type("config", config, AutoDeployConfig)
     device = select.torch_device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: got {config.device}, but torch sees no CUDA GPU here; set device: cpu.")

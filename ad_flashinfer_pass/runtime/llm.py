@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from ad_flashinfer_pass.config import check_type
 from ad_flashinfer_pass.errors import RequestError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import (
@@ -128,7 +130,7 @@ class LLM:
 
     Raises:
         LoadError: the model's generation_config.json asks for what is not supported.
-        ConfigError: see ``Engine``.
+        ConfigError: see ``Engine``, or an argument is of a wrong type.
     """
 
     def __init__(
@@ -142,6 +144,8 @@ class LLM:
         prefill_chunk_tokens: int | None = None,
         steps_ahead: int = 0,
     ) -> None:
+        check_type("model", model, CachedModel)
+        check_type("default_sampling", default_sampling, SamplingParams, NoneType)
         self.model = model
         self.tokenizer = tokenizer
         self.reports = tuple(reports)
@@ -236,7 +240,8 @@ class LLM:
                 tokenizer, or that fails.
         """
         if not isinstance(prompt, str):
-            return as_token_ids(prompt)
+            with foreign_code("this prompt cannot be read"):  # of a class that raises, or a tensor on meta
+                return as_token_ids(prompt)
         if self.tokenizer is None:
             raise RequestError("a prompt given as text needs a tokenizer. Give token ids.")
         # A tokenizer is not made for several threads either.

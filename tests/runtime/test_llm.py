@@ -273,6 +273,26 @@ def test_a_prompt_that_cannot_be_encoded_is_refused_alone(bad: str) -> None:
     assert llm.engine.metrics.pages_in_use == 0
 
 
+class _Raises:
+    """Of a class whose methods fail."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+    __iter__ = __len__ = __index__ = __repr__
+
+
+@pytest.mark.parametrize(
+    "bad", [_Raises(), [_Raises()], torch.zeros(2, dtype=torch.int64, device="meta")], ids=["0", "1", "meta"]
+)
+def test_a_prompt_whose_class_fails_is_refused_alone(bad: Any) -> None:
+    llm = LLM(ToyModel())
+    first, refused, last = llm.generate([[1, 2, 3], bad, [4]], max_new_tokens=4)
+    assert (first.token_ids, last.token_ids) == (greedy_alone([1, 2, 3], 4), greedy_alone([4], 4))
+    assert (refused.error or "").startswith("this prompt cannot be read: ")
+    assert llm.engine.metrics.pages_in_use == 0
+
+
 class FailingTokenizer(LettersTokenizer):
     """Cannot decode once the tokens hold ``bad``; encodes ``z`` as Ctrl-C."""
 

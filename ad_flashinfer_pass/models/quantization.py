@@ -54,7 +54,7 @@ _KEYS = {
     "load_in_4bit": "bitsandbytes",
     "load_in_8bit": "bitsandbytes",
 }
-_CONFIG_KEYS = ("quantization_config", "compression_config")
+_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # By the last part of a tensor's name and its dtype; the first entry that fits any tensor counts.
 _TENSORS = tuple(

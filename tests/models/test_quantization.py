@@ -115,7 +115,7 @@ def test_refuses_quantized_tensors(tmp_path: Path, edit: Edit, message: str) -> 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
 def test_refuses_quantized_config(tmp_path: Path, key: str, settings: Any, form: str) -> None:
     """The format is named with the file and the key that say so."""
     message = refusal(demo(tmp_path, None, **{key: settings}))

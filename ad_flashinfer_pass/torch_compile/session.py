@@ -123,11 +123,10 @@ class CacheSession:
             "kernel_dir": kernel_dir,
         }
         self.transforms = dict(transforms or {})
-        self.config()  # says what is wrong with the sizes before they are multiplied
+        sizes = self.config()  # says what is wrong with them before they are multiplied
         if max_num_tokens is None:
-            self._settings["max_num_tokens"] = max(
-                max_seq_len, min(max_batch_size * max_seq_len, _NUM_TOKENS)
-            )
+            longest = sizes.sequence_limit
+            self._settings["max_num_tokens"] = max(longest, min(sizes.max_batch_size * longest, _NUM_TOKENS))
         config = self.config()
         self.on_event = on_event
         with torch.inference_mode(False):  # else nothing could be written to outside of it

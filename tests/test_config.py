@@ -428,3 +428,22 @@ def test_every_committed_config_is_valid() -> None:
     for name in names:
         with resources.as_file(folder / name) as path:
             AutoDeployConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"max_batch_size": True},
+        {"max_seq_len": False},
+        {"max_num_tokens": True},
+        {"kv_cache_config": {"tokens_per_block": True}},
+        {"kv_cache_config": {"dtype": "fp8", "k_scale": True}},
+        {"kv_cache_config": {"free_gpu_memory_fraction": True}},
+    ],
+    ids=str,
+)
+def test_a_flag_is_no_number(keys: dict[str, Any]) -> None:
+    """YAML's yes and true, which Python counts as 1."""
+    with pytest.raises(ConfigError, match=r"must be a number, got (True|False)\.$"):
+        AutoDeployConfig(**keys)
+    assert AutoDeployConfig(disable_overlap_scheduler=True, skip_loading_weights=True).steps_ahead == 0

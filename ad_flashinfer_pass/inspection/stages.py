@@ -173,7 +173,8 @@ def resolve(stage: str, config: AutoDeployConfig) -> str:
 
 def is_file_name(name: str) -> bool:
     """Whether an argument names a file and not a stage."""
-    return Path(name).suffix in (".txt", ".json", ".pt2") or Path(name).is_file()
+    path = Path(name)
+    return path.suffix in (".txt", ".json", ".pt2") or path.name != name or path.is_file()
 
 
 def read_graph(file: Path) -> GraphData:

@@ -155,6 +155,13 @@ def test_no_such_thing(reader: str, bad: str, run: Runner, tmp_path: Path) -> No
         assert_one_line(ended, (1, 2), str(file))
 
 
+def test_a_missing_file_is_no_stage(run: Runner, tmp_path: Path) -> None:
+    """Whatever has a folder is a file's name."""
+    assert_one_line(
+        run("diff", "-q", tmp_path / "old", "export"), (1, 2), f"{tmp_path / 'old'}: no such file"
+    )
+
+
 @pytest.mark.parametrize("call", [load, load_module, exported.restore])
 @pytest.mark.parametrize("given", [None, 3, 1.5, [], {}, object(), b"a.pt2", torch.nn.Linear(1, 1)], ids=repr)
 def test_a_program_of_a_wrong_type(call: Callable[[Any], Any], given: object) -> None:

@@ -126,6 +126,15 @@ def test_a_sampling_parameter_of_a_wrong_type(name: str, value: Any) -> None:
         assert llm.engine.metrics.pages_in_use == 0
 
 
+def _key(make: Callable[..., Any], name: str) -> Callable[[Any], Any]:
+    return lambda value: make(**{name: value})
+
+
+def _cache_key(name: str) -> Callable[[Any], Any]:
+    return lambda value: AutoDeployConfig(kv_cache_config={name: value})
+
+
+SESSION = ("max_batch_size", "max_seq_len", "max_num_tokens", "device", "kv_cache_config")
 CALLS: dict[str, Callable[[Any], Any]] = {
     "LLM": lambda value: LLM(value),
     "LLM: default_sampling": lambda value: LLM(ToyModel(), default_sampling=value),
@@ -149,18 +158,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "transform": lambda value: exported.transform(value),
     "to_program": lambda value: exported.to_program(value),
     "restore": lambda value: exported.restore(value),
-    **{
-        f"AutoDeployConfig: {name}": lambda value, name=name: AutoDeployConfig(**{name: value})
-        for name in AutoDeployConfig.model_fields
-    },
-    **{
-        f"kv_cache_config: {name}": lambda value, name=name: AutoDeployConfig(kv_cache_config={name: value})
-        for name in KvCacheConfig.model_fields
-    },
-    **{
-        f"CacheSession: {name}": lambda value, name=name: CacheSession(**{name: value})
-        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "device", "kv_cache_config")
-    },
+    **{f"AutoDeployConfig: {name}": _key(AutoDeployConfig, name) for name in AutoDeployConfig.model_fields},
+    **{f"kv_cache_config: {name}": _cache_key(name) for name in KvCacheConfig.model_fields},
+    **{f"CacheSession: {name}": _key(CacheSession, name) for name in SESSION},
 }
 
 

@@ -335,7 +335,7 @@ class Program:
             lambda: call(aten.stack.default, [f, self.like(f)], self.dim(f, 1)),
             lambda: call(aten.layer_norm.default, f, [WIDTH], self.like(self.nodes[3])),
             lambda: call(aten.rms_norm.default, f, [WIDTH], self.nodes[3]),
-            lambda: call(aten.batch_norm.default, f, self.nodes[3], None, self.nodes[3],
+            lambda: call(aten.batch_norm.default, m, self.nodes[3], None, self.nodes[3],
                          g.call_op(self.graph, aten.abs.default, self.nodes[3]), False, 0.1, 1.0, False),
             lambda: call(aten.linear.default, f, self.tensor(True, rank=1), rng.choice((None, row))),
             lambda: call(aten.linear.default, f, self.nodes[2], self.nodes[3]),

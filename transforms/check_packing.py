@@ -559,17 +559,33 @@ def _index_select(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
 
 
 def _gather(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
-    """Each token reads from, or writes to, its own row: all dimensions but one are those of all operands."""
-    operands = [reader.of(operand) for operand in _operands(args)]
+    """Each token reads from its own row; where it looks, places are those of the index."""
+    own, index = (reader.of(operand) for operand in _operands(args))
     if args["dim"] is None:
         raise _Mixes("reads from all dimensions as if they were one")
+    dim = args["dim"] % len(own)
+    reader.refuse_tokens([own[dim]], f"works along the tokens (dimension {dim})")
+    rest = [(*dims[:dim], (), *dims[dim + 1 :]) for dims in (own, index)]
+    if not g.is_op(node, aten.take_along_dim):  # which broadcasts, and this takes the first rows
+        for ours, theirs in zip(*rest, strict=True):
+            reader.refuse_tokens([ours] if not theirs else [], "reads from the first token alone")
+    found = reader.joined(rest)
+    found = (*found[:dim], index[dim], *found[dim + 1 :])
+    return tuple(
+        new if reader.is_of_tokens(new) else kept
+        for new, kept in zip(found, ax.of_shape(g.shape(node)), strict=True)
+    )
+
+
+def _scatter(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Each token writes to its own row: all dimensions but one are those of all operands."""
+    operands = [reader.of(operand) for operand in _operands(args)]
     dim = args["dim"] % len(operands[0])
     reader.refuse_tokens([dims[dim] for dims in operands], f"works along the tokens (dimension {dim})")
     others = [(*dims[:dim], (), *dims[dim + 1 :]) for dims in operands]
+    for own, index in zip(others[0], others[1], strict=True):  # one row does not stand for every token
+        reader.refuse_tokens([own] if not index else [], "writes to the first token alone")
     found = reader.joined(others)
-    if "src" in args or "value" in args:  # an index of one row does not stand for every token
-        for own, index in zip(others[0], reader.of(args["index"]), strict=True):
-            reader.refuse_tokens([own] if not index else [], "writes to the first token alone")
     return tuple(
         new if reader.is_of_tokens(new) else own
         for new, own in zip(found, ax.of_shape(g.shape(node)), strict=True)
@@ -668,7 +684,8 @@ _RULES: dict[Any, _Rule] = {
     **_table(_index, "index"),
     **_table(_index_put, "index_put"),
     **_table(_index_select, "index_select"),
-    **_table(_gather, "gather take_along_dim scatter scatter_add scatter_reduce"),
+    **_table(_gather, "gather take_along_dim"),
+    **_table(_scatter, "scatter scatter_add scatter_reduce"),
     **_table(_scattered, "slice_scatter select_scatter"),
     **_table(_padding, "constant_pad_nd pad"),
     **_table(_with_one_more, "one_hot view_as_real"),

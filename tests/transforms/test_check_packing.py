@@ -355,6 +355,18 @@ def test_copies_of_tokens_pass_where_they_are_told_apart() -> None:
         checked(lambda m, x, p: x.repeat(1, 2, 1).view(x.shape[0], x.shape[1], 2, WIDTH).sum(2))
 
 
+def test_a_table_is_read_by_gather() -> None:
+    """As GPT-J has it in some versions of transformers: a copy of the table for each row of the batch."""
+
+    def gathered(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+        table = tables(model).positions.repeat(x.shape[0], 1, 1)
+        return x + table.gather(1, p[..., None].repeat(1, 1, WIDTH))
+
+    checked(gathered)
+    with pytest.raises(PackingError, match="gather works along the tokens"):
+        checked(lambda m, x, p: x + x.gather(1, p[..., None].repeat(1, 1, WIDTH)))
+
+
 def test_layers_over_channels_pass() -> None:
     """A convolution with a kernel of one token, and a normalisation by fixed moments."""
     moments = torch.linspace(0, 1, WIDTH), torch.linspace(1, 2, WIDTH)

@@ -98,6 +98,16 @@ class LengthAsNumber(NoPositions):
         return super().forward(input_ids) * float(1.0 / input_ids.shape[1])
 
 
+class BranchesOnOneSequence(NoPositions):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * (2 if input_ids.shape[0] > 1 else 1)
+
+
+class BranchesOnOneToken(NoPositions):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * (2 if input_ids.shape[1] == 1 else 1)
+
+
 class BranchesOnLength(NoPositions):
     def forward(self, input_ids: Tensor) -> Tensor:
         scale = 1.0 if input_ids.shape[1] <= 32 else 2.0
@@ -177,8 +187,10 @@ def test_parameters_are_shared_not_copied() -> None:
         (FixedLength(), "FixedLength"),
         (LengthAsNumber(), "LengthAsNumber"),
         (BranchesOnLength(), "BranchesOnLength"),
+        (BranchesOnOneSequence(), "BranchesOnOneSequence"),
+        (BranchesOnOneToken(), "BranchesOnOneToken"),
     ],
-    ids=["branches_on_values", "one_length_only", "length_taken_as_a_number", "branches_on_length"],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )
 def test_model_that_needs_fixed_shapes_or_values_is_refused(model: nn.Module, named: str) -> None:
     """What cannot be one graph for all shapes is an ExportError with torch's own reason, on one line."""

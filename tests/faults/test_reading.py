@@ -163,7 +163,11 @@ def test_a_missing_file_is_no_stage(run: Runner, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [load, load_module, exported.restore])
-@pytest.mark.parametrize("given", [None, 3, 1.5, [], {}, object(), b"a.pt2", torch.nn.Linear(1, 1)], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [None, 3, 1.5, [], {}, object(), b"a.pt2", torch.nn.Linear(1, 1)],
+    ids=lambda value: type(value).__name__,
+)
 def test_a_program_of_a_wrong_type(call: Callable[[Any], Any], given: object) -> None:
     """A TypeError, as of any function that takes a path; of what users call, an error of ours."""
     with pytest.raises((TypeError, LoadError, ConfigError)):

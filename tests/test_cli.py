@@ -530,8 +530,15 @@ def start(*args: str, **settings: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
+        preexec_fn=_hear_signals,
         **settings,  # type: ignore[call-overload]
     )
+
+
+def _hear_signals() -> None:
+    """Also where the tests run under nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -32,6 +32,7 @@ from ad_flashinfer_pass.transforms import (
     functionalize,
     insert_cached_attention,
     match_repeat_kv,
+    number_by_positions,
 )
 from tests.transforms import test_hand_written as hand_written
 from tests.transforms.serving import assert_serves_like, cached
@@ -113,6 +114,10 @@ def written_in_place(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
 
 
+def from_one(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+    return x + torch.arange(1, x.shape[1] + 1)[:, None]
+
+
 def low_floor(logits: Tensor, p: Tensor) -> Tensor:
     return torch.clamp_min(logits, -0.5) + additive(causal(p))
 
@@ -140,6 +145,7 @@ ORACLES: dict[str, Callable[[], None]] = {
     "refused_prefix": refuses(lambda: SmallModel(eager(mask=prefix))),
     "refused_mean_over_tokens": refuses(lambda: SmallModel(sdpa, mix=averaged)),
     "written_in_place": serves(lambda: SmallModel(hand_written.form(written_in_place))),
+    "refused_ramp_from_one": refuses(lambda: SmallModel(sdpa, mix=from_one)),
     "refused_number_of_tokens": refuses(lambda: SmallModel(sdpa, mix=lambda m, x, p: x / x.shape[1])),
     "refused_logits_by_token_and_batch": refuses(Transposed),
     "refused_readers": refuses(lambda: SmallModel(hand_written.attend_with_weights)),
@@ -289,11 +295,15 @@ def replaced(owner: Any, name: str, by: Callable[..., Any]) -> Callable[[Patch],
 
 
 def writes_ignored(patch: Patch) -> None:
-    def broken(gm: fx.GraphModule, write: fx.Node, views: set[fx.Node]) -> None:
+    def broken(self: Any, write: fx.Node) -> None:
         write.replace_all_uses_with(write.all_input_nodes[0])
-        gm.graph.erase_node(write)
+        write.graph.erase_node(write)
 
-    patch.setattr(functionalize, "_replace", broken)
+    patch.setattr(functionalize._Memory, "replace", broken)
+
+
+def any_ramp(patch: Patch) -> None:
+    patch.setattr(number_by_positions, "_is_numbering", lambda node, size: g.is_op(node, aten.arange))
 
 
 def casts_dropped(patch: Patch) -> None:
@@ -410,6 +420,7 @@ MUTATIONS = [
     of(WRITES, "writes ignored", writes_ignored, "written_in_place"),
     of(WRITES, "views stay as they were", replaced(functionalize, "_again", same_view), "written_in_place"),
     of(WRITES, "parts lost", replaced(functionalize, "_with_part", same_source), "written_in_place"),
+    of("number_by_positions", "from any start", any_ramp, "refused_ramp_from_one"),
     of(PACKING, "nothing checked", replaced(READER, "read", nothing), "refused_mean_over_tokens"),
     of(PACKING, "works along tokens", replaced(READER, "refuse_tokens", nothing), "refused_mean_over_tokens"),
     of(PACKING, "any layout", replaced(READER, "check_layout", nothing), "refused_logits_by_token_and_batch"),

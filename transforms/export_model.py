@@ -246,9 +246,13 @@ def _check_other_shapes(
     """
     for shape in (*_OTHER_SHAPES, (1, ctx.sequence_info.max_seq_len)):
         failed = failed_guard(guards, wrapped.example(shape, "meta"))
-        if failed is None and shape in _OTHER_SHAPES and 1 in shape and _can_be_compared(gm):
+        if failed is not None:
+            is_wrong = not _computes_the_same(gm, wrapped, shape, ctx.device)
+        else:
+            is_one = shape in _OTHER_SHAPES and 1 in shape and _can_be_compared(gm)
+            is_wrong = is_one and _computes_the_same(gm, wrapped, shape, ctx.device) is False
             failed = "its code takes another path for a size of 1"
-        if failed is not None and not _computes_the_same(gm, wrapped, shape, ctx.device):
+        if is_wrong:
             name, example = type(wrapped.model).__name__, f"{_EXAMPLE_BATCH} x {_EXAMPLE_SEQ}"
             raise ExportError(
                 f"{name} cannot be exported with dynamic batch and sequence: the graph made from {example} "
@@ -324,14 +328,18 @@ def _can_be_compared(gm: fx.GraphModule) -> bool:
     """Whether the graph gives the model's numbers: it has weights, and no experts that round otherwise."""
     op = torch.ops.ad_flashinfer.experts.default
     is_exact = not gm.graph.find_nodes(op="call_function", target=op)
+    calls = [node for node in gm.graph.nodes if node.op == "call_function" and g.mutates_input(node)]
+    if any(node.all_input_nodes[0].op == "get_attr" for node in calls):
+        return False  # each run would change the model; such a write is refused by what follows
     return g.has_weights(gm) and (is_exact or all(p.dtype == torch.float32 for p in gm.parameters()))
 
 
 def _computes_the_same(
     gm: fx.GraphModule, wrapped: Logits, shape: tuple[int, int], device: torch.device
-) -> bool:
+) -> bool | None:
+    """Whether they do; None if one of them cannot be run."""
     if shape[1] > _LONGEST_RUN or not g.has_weights(gm):
-        return False
+        return None
     inputs = wrapped.example(shape, device)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -340,6 +348,6 @@ def _computes_the_same(
             torch.manual_seed(0)
             found = gm(*inputs)
         except (RuntimeError, IndexError, ValueError, AssertionError):  # what the model's own code raises
-            return False
+            return None
     # The same ops on the same numbers: a tenth of a percent is ample for sums in another order.
     return torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

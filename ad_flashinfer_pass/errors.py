@@ -19,6 +19,7 @@
 A message says what must hold, what was found, and what to do, on one line.
 """
 
+import re
 from typing import Any
 
 
@@ -86,3 +87,13 @@ class RequestError(AdFlashinferError, ValueError):
 
 class SessionError(AdFlashinferError, RuntimeError):
     """A compiled model or its session is used out of order; nothing ran and nothing changed."""
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether an error of torch, safetensors or Python says that memory does not suffice."""
+    return isinstance(err, MemoryError) or bool(re.search("(?i)out of memory|allocate memory", str(err)))
+
+
+def is_panic(err: BaseException) -> bool:
+    """Whether this is a panic of Rust, as of tokenizers: no Exception, and its class cannot be imported."""
+    return type(err).__name__ == "PanicException"

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
+_ORIGIN = ("nn_module_stack", "stack_trace")
 _TORCH = f"{Path(torch.__file__).parent}/"
 
 # Second names of pointwise ops, which torch leaves without the tag.
@@ -34,11 +35,16 @@ def call_op(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: A
     """A ``call_function`` node at the graph's insertion point, with its ``meta["val"]``."""
     node = graph.call_function(target, args, kwargs)
     _compute_value(node)
-    for key in ("nn_module_stack", "stack_trace"):
+    for key in _ORIGIN:
         source = next((n for n in reversed(node.all_input_nodes) if key in n.meta), None)
         if source is not None:
             node.meta[key] = source.meta[key]
     return node
+
+
+def copy_origin(node: fx.Node, source: fx.Node) -> None:
+    """Let a node come from the same line and module as another, as far as those are known."""
+    node.meta.update({key: source.meta[key] for key in _ORIGIN if key in source.meta})
 
 
 def update_values(changed: fx.Node) -> None:
@@ -95,6 +101,12 @@ def has_weights(gm: fx.GraphModule) -> bool:
 def value(node: fx.Node) -> Any:
     """``meta["val"]``: a fake tensor, a SymInt, a tuple of them, or None."""
     return node.meta.get("val")
+
+
+def tensors(node: fx.Node) -> list[Tensor]:
+    """The tensors among a node's values: one, those of an op with several results, or none."""
+    values = value(node)
+    return [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, Tensor)]
 
 
 def shape(node: fx.Node) -> tuple[int | SymInt, ...]:
@@ -203,8 +215,7 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Nod
 
 
 def _mode(node: fx.Node) -> FakeTensorMode | None:
-    values = value(node) if isinstance(value(node), (tuple, list)) else [value(node)]
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    return next((v.fake_mode for v in tensors(node) if isinstance(v, FakeTensor)), None)
 
 
 def _compute_value(node: fx.Node) -> None:

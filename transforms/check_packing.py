@@ -114,12 +114,12 @@ class _Reader:
         elif node.op == "output":
             self._check_logits(node)
         elif node.op == "call_function" and self._has_tokens(node):
-            if not _tensors(node):
+            if not g.tensors(node):
                 return _check_scalar(node)
             found = self._result(node)
             self._dims[node] = found
             for dims, tensor in zip(
-                found if isinstance(found, list) else [found], _tensors(node), strict=True
+                found if isinstance(found, list) else [found], g.tensors(node), strict=True
             ):
                 self._check(dims, tensor, node)
             _check_numbers(node)
@@ -193,9 +193,9 @@ class _Reader:
             raise _Mixes(what)
 
     def _has_tokens(self, node: fx.Node) -> bool:
-        tensors = _tensors(node) + [t for source in node.all_input_nodes for t in _tensors(source)]
+        tensors = g.tensors(node) + [t for source in node.all_input_nodes for t in g.tensors(source)]
         return any(isinstance(size, SymInt) for tensor in tensors for size in tensor.shape) or (
-            bool(_tensors(node)) and any(isinstance(g.value(n), SymInt) for n in node.all_input_nodes)
+            bool(g.tensors(node)) and any(isinstance(g.value(n), SymInt) for n in node.all_input_nodes)
         )
 
     def _result(self, node: fx.Node) -> Dims | list[Dims]:
@@ -250,11 +250,6 @@ class _Reader:
         self.refuse_tokens(rest, f"takes {what} of shape {tuple(g.shape(node))} with tokens among the heads")
 
 
-def _tensors(node: fx.Node) -> list[Tensor]:
-    values = g.value(node)
-    return [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, Tensor)]
-
-
 def _check_scalar(node: fx.Node) -> bool:
     """That a node without tensors reads nothing of them but their sizes.
 
@@ -264,7 +259,7 @@ def _check_scalar(node: fx.Node) -> bool:
     if (
         g.value(node) is not None
         and not g.is_op(node, *_SIZE_OPS)
-        and any(map(_tensors, node.all_input_nodes))
+        and any(map(g.tensors, node.all_input_nodes))
     ):
         raise _Mixes("reads what tokens hold on the host")
     return False
@@ -283,7 +278,7 @@ def _check_numbers(node: fx.Node) -> None:
         return
     for name, arg in g.op_args(node).items():
         parts = arg if isinstance(arg, (tuple, list)) else [arg]
-        numbers = [p for p in parts if isinstance(p, fx.Node) and not _tensors(p)]
+        numbers = [p for p in parts if isinstance(p, fx.Node) and not g.tensors(p)]
         counts = [p for p in numbers if isinstance(g.value(p), (SymInt, SymFloat, SymBool))]
         if counts and name not in _SIZES and not _sizes_of_slice(node, name):
             raise _Mixes("computes with the number of tokens")
@@ -315,7 +310,7 @@ def _operands(args: dict[str, Any]) -> list[fx.Node]:
 
 def _each(node: fx.Node, dims: Dims) -> Dims | list[Dims]:
     """The same axes for each result of an op."""
-    return [dims] * len(_tensors(node)) if isinstance(g.value(node), (tuple, list)) else dims
+    return [dims] * len(g.tensors(node)) if isinstance(g.value(node), (tuple, list)) else dims
 
 
 def _pointwise(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
@@ -390,7 +385,7 @@ def _along(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[
             return tuple(new[d] if d in at else dim for d, dim in enumerate(dims))
         return tuple(dim for d, dim in enumerate(dims) if d not in at)
 
-    found = [result(tensor) for tensor in _tensors(node)]
+    found = [result(tensor) for tensor in g.tensors(node)]
     return found if isinstance(g.value(node), (tuple, list)) else found[0]
 
 
@@ -451,7 +446,7 @@ def _last_dims(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | l
     if not isinstance(g.value(node), (tuple, list)):
         return dims
     moments = dims[: len(dims) - count] + ((),) * count  # mean and deviation
-    return [dims, *[moments] * (len(_tensors(node)) - 1)]
+    return [dims, *[moments] * (len(g.tensors(node)) - 1)]
 
 
 def _batch_norm(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
@@ -462,7 +457,7 @@ def _batch_norm(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | 
     reader.refuse_tokens(dims[1:2], "takes tokens for channels")
     if not isinstance(g.value(node), (tuple, list)):
         return dims
-    return [dims, *(ax.of_shape(tensor.shape) for tensor in _tensors(node)[1:])]
+    return [dims, *(ax.of_shape(tensor.shape) for tensor in g.tensors(node)[1:])]
 
 
 def _convolution(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
@@ -519,7 +514,7 @@ def _embedding(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     return (*reader.of(args["indices"]), *table[1:])
 
 
-def _looked_up(reader: _Reader, args: dict[str, Any]) -> Dims:
+def _index(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     """Axes of ``x[indices]``: those of the indices in place of those that they look up."""
     dims, indices = reader.of(args["self"]), list(args["indices"])
     at = [d for d, index in enumerate(indices) if index is not None]
@@ -532,17 +527,13 @@ def _looked_up(reader: _Reader, args: dict[str, Any]) -> Dims:
     return (*rest[:first], *found, *rest[first:])
 
 
-def _index(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
-    return _looked_up(reader, args)
-
-
 def _index_put(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     """Elements of each token are replaced, at places that are the same for all tokens."""
     for index in args["indices"]:
         if index is not None:
             reader.refuse_tokens(reader.of(index), "writes to places that tokens choose")
     at = [d for d, index in enumerate(args["indices"]) if index is not None]
-    region = reader.joined([_looked_up(reader, args), reader.of(args["values"])])
+    region = reader.joined([_index(reader, node, args), reader.of(args["values"])])
     own = reader.of(args["self"])
     first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     width = len(region) - (len(own) - len(at))
@@ -640,7 +631,7 @@ def _by_contract(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims |
     operands = [dims for dims in operands if reader.is_of_tokens(ax.flat(dims))]
     reader.refuse_tokens([dims[-1] for dims in operands], "is given tokens in its last dimension")
     rows = reader.joined([dims[:-1] for dims in operands])
-    found = [(*rows, *ax.of_shape(tensor.shape[-1:])) for tensor in _tensors(node)]
+    found = [(*rows, *ax.of_shape(tensor.shape[-1:])) for tensor in g.tensors(node)]
     return found if isinstance(g.value(node), (tuple, list)) else found[0]
 
 

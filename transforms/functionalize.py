@@ -23,7 +23,6 @@ from ad_flashinfer_pass.errors import ExportError
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 aten = torch.ops.aten
-_ORIGIN = ("nn_module_stack", "stack_trace")
 
 
 @register("functionalize")
@@ -153,7 +152,7 @@ def _again(graph: fx.Graph, view: fx.Node, source: fx.Node) -> fx.Node:
     _, *rest = g.args(view)
     target: Any = aten.reshape.default if view.target is aten.view.default else view.target
     new = g.call_op(graph, target, source, *rest, **view.kwargs)
-    new.meta.update({key: view.meta[key] for key in _ORIGIN if key in view.meta})
+    g.copy_origin(new, view)
     return new
 
 
@@ -185,7 +184,7 @@ def _value(graph: fx.Graph, write: fx.Node, written: fx.Node) -> fx.Node:
         new = g.call_op(graph, _without_write(write), *write.args, **write.kwargs)
     if g.value(new).dtype != g.value(written).dtype:
         new = g.call_op(graph, aten.to.dtype, new, g.value(written).dtype)
-    new.meta.update({key: write.meta[key] for key in _ORIGIN if key in write.meta})
+    g.copy_origin(new, write)
     return new
 
 
@@ -200,17 +199,10 @@ def _is_view(node: fx.Node) -> bool:
         return False
     # Whether reshape, contiguous and to are views depends on what they are given.
     try:
-        own, given = ({t.untyped_storage()._cdata for t in _tensors(n)} for n in (node, _source(node)))
+        own, given = ({t.untyped_storage()._cdata for t in g.tensors(n)} for n in (node, _source(node)))
     except NotImplementedError:  # under vmap, in flex_attention's mods
         return True
     return not own.isdisjoint(given)
-
-
-def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    value = g.value(node)
-    return [
-        v for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor)
-    ]
 
 
 def _with_part(graph: fx.Graph, view: fx.Node, source: fx.Node, new: fx.Node) -> fx.Node:

@@ -62,9 +62,7 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
         bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args])
     with gm.graph.inserting_before(linears[0]):
         fused = g.call_op(gm.graph, aten.linear.default, args[0]["input"], weight, bias)
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in linears[0].meta:
-            fused.meta[key] = linears[0].meta[key]
+    g.copy_origin(fused, linears[0])
     start, after = 0, fused
     for node in linears:
         end = start + int(g.shape(node)[-1])

@@ -75,9 +75,7 @@ def _fuse_one(model: fx.GraphModule, append: fx.Node) -> str | None:
             q.sin,
             *(args[name] for name in ("slot_mapping", "kv_cache", "k_scale", "v_scale")),
         )
-    for name in ("nn_module_stack", "stack_trace"):
-        if name in append.meta:
-            fused.meta[name] = append.meta[name]
+    g.copy_origin(fused, append)
     attend.replace_input_with(query, fused)
     model.graph.erase_node(append)
     return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError
+from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, is_out_of_memory
 
 if TYPE_CHECKING:
     from ad_flashinfer_pass.config import AutoDeployConfig
@@ -178,17 +178,11 @@ def _message(err: Exception) -> str:
         # Who writes a file names it; print names nothing.
         where = err.filename or ("stdout" if err.errno in (ENOSPC, EDQUOT, EFBIG, EIO) else "")
         return f"{where}: {err.strerror}." if where else f"{err.strerror}."
-    if _is_out_of_memory(err):
+    if is_out_of_memory(err):
         what = str(err).partition(". ")[0] or "Python could not allocate"
         way_out = "Lower max_batch_size, max_seq_len or max_num_tokens, or take a smaller model or dtype."
         return f"out of memory: {what}. {way_out}"
     return f"{type(err).__name__}: {err} (unexpected; --debug shows where)"
-
-
-def _is_out_of_memory(err: Exception) -> bool:
-    """torch has a class of its own for CUDA, and for a CPU only a text."""
-    name = type(err).__name__
-    return isinstance(err, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(err)
 
 
 def print_error(message: str) -> None:

@@ -136,8 +136,8 @@ class LogitsReader:
 
     def _temperature(self, node: fx.Node) -> fx.Node | None:
         """X * t or x / t -> x, where t is the same for all keys: it can be taken into the query."""
-        is_quotient = g.is_op(node, aten.div, aten.div_) and len(node.args) == 2 and not node.kwargs
-        if not is_quotient and not g.is_op(node, aten.mul, aten.mul_):
+        is_quotient = g.is_op(node, aten.div) and len(node.args) == 2 and not node.kwargs
+        if not is_quotient and not g.is_op(node, aten.mul):
             return None
         if not all(map(g.is_tensor, g.args(node)[:2])):
             return None

@@ -22,10 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ad_flashinfer_pass.errors import LoadError
+from ad_flashinfer_pass.errors import LoadError, is_out_of_memory
 from ad_flashinfer_pass.models.cache_scales import is_cache_scale
 from ad_flashinfer_pass.models.quantization import Stored, find_quantized_tensor
-from ad_flashinfer_pass.models.source import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

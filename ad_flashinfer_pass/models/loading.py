@@ -17,7 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import AdFlashinferError, CapacityError, ConfigError, LoadError
+from ad_flashinfer_pass.errors import (
+    AdFlashinferError,
+    CapacityError,
+    ConfigError,
+    LoadError,
+    is_out_of_memory,
+    is_panic,
+)
 from ad_flashinfer_pass.models.cache_scales import with_cache_scales
 from ad_flashinfer_pass.models.checkpoint import load_weights, refuse_quantized
 from ad_flashinfer_pass.models.generation_file import (
@@ -35,7 +42,6 @@ from ad_flashinfer_pass.models.source import (
     fetch,
     find_source,
     first_line,
-    is_out_of_memory,
     raw_config,
     read_config,
     unfit_values,
@@ -108,14 +114,14 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
     device = _checked_device(config.device)
     with ExitStack() as stack, quiet_transformers() as reports:
         source = find_source(config, stack)
-        quantized = find_quantized(source, raw_config(source, config))
+        raw = raw_config(source, config)
+        quantized = find_quantized(source, raw)
         if quantized is not None and not config.skip_loading_weights:
             refuse_quantized(source.directory, quantized)
         hf_config = read_config(source, config)
         check_architecture(hf_config, config)
         resolved = with_max_seq_len(hf_config, config)
         tokenizer = _load_tokenizer(source, config, hf_config)
-        raw = raw_config(source, config)
         generation = read_generation_config(source.directory, source.config_file, raw)
         eos_token_ids = _eos_token_ids(source, raw, hf_config, generation, tokenizer)
         with model_building(source, hf_config, f"{device}"):
@@ -245,8 +251,8 @@ def _load_tokenizer(
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
         )
-    except BaseException as err:  # tokenizers raises Exception itself, and a panic of Rust is none
-        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+    except BaseException as err:  # tokenizers raises Exception itself
+        if not isinstance(err, Exception) and not is_panic(err):
             raise
         raise LoadError(f"the tokenizer cannot be read: {_tokenizer_fault(directory, err)}") from None
 
@@ -263,6 +269,8 @@ def _tokenizer_fault(directory: Path, err: BaseException) -> str:
         if (directory / "tokenizer.json").is_file():
             Tokenizer.from_file(str(directory / "tokenizer.json"))
     except BaseException as found:  # as above
+        if not isinstance(found, Exception) and not is_panic(found):
+            raise
         return f"{directory / 'tokenizer.json'}: {first_line(found)}"
     return f"{directory / _TOKENIZER_SETTINGS} or special_tokens_map.json: {first_line(err)}"
 

@@ -240,11 +240,6 @@ def with_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> A
     )
 
 
-def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an error of torch, safetensors or Python says that memory does not suffice."""
-    return isinstance(err, MemoryError) or bool(re.search("(?i)out of memory|allocate memory", str(err)))
-
-
 def first_line(err: BaseException) -> str:
     """The first line of an error's text, for use in a one-line message."""
     return (str(err).strip() or type(err).__name__).splitlines()[0].strip()

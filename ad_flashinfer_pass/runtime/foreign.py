@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ad_flashinfer_pass.errors import AdFlashinferError, RequestError
+from ad_flashinfer_pass.errors import AdFlashinferError, RequestError, is_panic
 
 _MAX_MESSAGE = 300
 
@@ -14,8 +14,8 @@ _MAX_MESSAGE = 300
 def foreign_code(what: str) -> Iterator[None]:
     """Make whatever such code raises an error of the one request that it ran for.
 
-    Tokenizers are Rust and Python, templates are programs of their own: they can raise anything. A panic in
-    Rust is no Exception, and its class cannot be imported. Ctrl-C and the like pass through.
+    Tokenizers are Rust and Python, templates are programs of their own: they can raise anything. Ctrl-C and
+    the like pass through.
 
     Args:
         what: failed, as a sentence without its end.
@@ -28,7 +28,7 @@ def foreign_code(what: str) -> Iterator[None]:
     except AdFlashinferError:
         raise
     except BaseException as err:
-        if not isinstance(err, Exception) and type(err).__module__ != "pyo3_runtime":
+        if not isinstance(err, Exception) and not is_panic(err):
             raise
         message = " ".join(str(err).split())[:_MAX_MESSAGE]
         raise RequestError(f"{what}: {type(err).__name__}: {message}") from None

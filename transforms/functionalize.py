@@ -64,7 +64,9 @@ def _writes(gm: fx.GraphModule) -> list[fx.Node]:
 def _live(graph: fx.Graph, writes: list[fx.Node], views: set[fx.Node]) -> set[fx.Node]:
     """What the results of a graph need: what they are computed from, and the writes to any of that."""
 
-    def base(node: fx.Node) -> fx.Node:
+    def base(node: fx.Node) -> object:
+        if node.op == "get_attr":  # of which a graph can have several nodes
+            return node.target
         return base(_source(node)) if node in views else node
 
     live, pending = set(g.ancestors(graph.output_node(), stop=lambda n: False)), list(writes)

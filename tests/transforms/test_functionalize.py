@@ -181,6 +181,24 @@ def test_writes_that_outlive_a_step_are_refused() -> None:
         run(SmallModel(sdpa, mix=count, counter=counter), context(), "export_model", "functionalize")
 
 
+def test_a_buffer_that_is_written_by_another_name_is_refused() -> None:
+    """A graph can have a node for each access of a buffer: what one writes, another reads a step later."""
+    gm, _ = run(SmallModel(sdpa), context(), "export_model")
+    calls = torch.zeros(())
+    gm.register_buffer("calls", calls)
+    output = gm.graph.output_node()
+    logits = output.all_input_nodes[0]
+    with gm.graph.inserting_before(output):
+        read, written = gm.graph.get_attr("calls"), gm.graph.get_attr("calls")
+        for node in (read, written):
+            node.meta["val"] = g.fake_mode(gm).from_tensor(calls)  # type: ignore[union-attr]
+        total = g.call_op(gm.graph, torch.ops.aten.add.Tensor, logits, read)
+        g.call_op(gm.graph, torch.ops.aten.add_.Tensor, written, 1.0)
+    output.replace_input_with(logits, total)
+    with pytest.raises(ExportError, match=r"writes to the weight or buffer calls, which would carry over"):
+        run(gm, context(), "functionalize")
+
+
 def test_a_graph_without_writes_is_left_alone() -> None:
     """Nothing is matched, and the module is the same."""
     gm, _ = run(SmallModel(sdpa), context(), "export_model")

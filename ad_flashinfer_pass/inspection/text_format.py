@@ -86,7 +86,13 @@ def from_text(text: str) -> GraphData:
     except ValueError:
         raise LoadError(f"the text dump is cut short: there is no line {_FX_NAMES!r}.") from None
     title, device = (line.partition(": ")[2] for line in lines[1:3])
-    fx_names = dict(line.removeprefix("%").split(" ") for line in lines[end + 1 :] if line)
+    fx_names = {}
+    for number, line in enumerate(lines[end + 1 :], end + 2):
+        pair = line.removeprefix("%").split(" ")
+        if len(pair) == 2:
+            fx_names[pair[0]] = pair[1]
+        elif line:
+            raise LoadError(f"line {number} is no name and its name in FX: {line[:80]!r}")
     nodes = []
     for number, line in enumerate(lines[:end]):
         if number > 2 and line:

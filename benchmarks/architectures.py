@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -84,7 +85,11 @@ def reason_to_skip(family: str) -> str | None:
     if family.endswith("_assistant"):
         return "a draft model: it reads the KV cache of another model"
     config_class = CONFIG_MAPPING[family]
-    if config_class().is_encoder_decoder:
+    try:
+        config = config_class()
+    except StrictDataclassError:  # up to transformers 5.22
+        return "made of other models: its config has no defaults"
+    if config.is_encoder_decoder:
         return "the decoder of an encoder-decoder"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "an encoder: it has a masked-LM head"
@@ -92,7 +97,7 @@ def reason_to_skip(family: str) -> str | None:
     if text is not None and text is not transformers.AutoConfig:
         stack = text.model_type
     else:
-        stack = getattr(getattr(config_class(), "text_config", None), "model_type", None)
+        stack = getattr(getattr(config, "text_config", None), "model_type", None)
     if stack in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"a wrapper of {stack}"
     return None

@@ -130,7 +130,7 @@ def _from_stdin(stdin: TextIO) -> Iterator[GivenPrompt]:
     try:
         text = stdin.read()
     except UnicodeDecodeError as err:
-        raise ConfigError(f"stdin: must be UTF-8 text ({err.reason} at byte {err.start}).") from None
+        raise ConfigError(f"stdin: must be UTF-8 text (byte {err.start}: {err.reason}).") from None
     for number, line in _lines(text):
         yield GivenPrompt(line, f"stdin:{number}")
 
@@ -142,7 +142,7 @@ def _from_file(path: Path) -> Iterator[GivenPrompt]:
         raise ConfigError(f"--prompt-file {path}: {err.strerror}.") from None
     except UnicodeDecodeError as err:
         raise ConfigError(
-            f"--prompt-file {path}: must be UTF-8 text ({err.reason} at byte {err.start})."
+            f"--prompt-file {path}: must be UTF-8 text (byte {err.start}: {err.reason})."
         ) from None
     for number, line in _lines(text):
         where = f"{path}:{number}"

@@ -195,7 +195,7 @@ def test_a_program_with_a_wrong_value(share: int, value: object, tmp_path: Path)
     """One value of its JSON, at many places, is of another type."""
     data = json.loads(saved_programs.parts()["models/model.json"])
     places = _leaves(data)
-    place, key = places[(share * len(places)) // (8 * TIMES) + len(repr(value))]
+    place, key = places[((share * len(places)) // (8 * TIMES) + len(repr(value))) % len(places)]
     place[key] = value
     changed = {"models/model.json": json.dumps(data).encode()}
     file = saved_programs.write(tmp_path / "small.pt2", changed)

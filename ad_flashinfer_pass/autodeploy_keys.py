@@ -49,7 +49,7 @@ _TRANSFORMS = frozenset(
     fuse_add_rms_norm fuse_allreduce_residual_rmsnorm fuse_causal_conv_activation fuse_finegrained_fp8_linear
     fuse_finegrained_fp8_moe fuse_fp4_gemms fuse_fp8_gemms fuse_fp8_linear fuse_fp8_moe
     fuse_gemms_mixed_children fuse_l2norm fuse_mamba_a_log fuse_moe fuse_nvfp4_linear fuse_nvfp4_moe
-    fuse_nvfp4_swiglu fuse_rmsnorm fuse_rmsnorm_quant_fp8 fuse_rope_into_flashinfer_trtllm
+    fuse_nvfp4_swiglu fuse_rmsnorm fuse_rmsnorm_quant_fp8
     fuse_rope_into_trtllm_attention fuse_rope_into_trtllm_mla fuse_silu_mul fuse_swiglu
     fuse_trtllm_attn_quant_fp8 initialize_mrope_delta_cache insert_cached_causal_conv
     insert_cached_deepseek_v4_sparse_attention insert_cached_delta_rule insert_cached_gated_delta_rule

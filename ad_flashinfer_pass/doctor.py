@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -106,7 +107,7 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
         checks=[*checks, *([] if kernel_dir is None else [_folder_check(kernel_dir, gpus)])],
         gpus=gpus,
         run_on_hardware=[_runs(name) for name, module in select.PROVIDERS.items() if name != "reference"],
-        autodeploy=autodeploy_hook.status(),
+        autodeploy=_autodeploy(),
     )
 
 
@@ -286,3 +287,16 @@ def as_tables(found: Diagnosis) -> list[RenderableType]:
         tables.append(kernels)
     tables.append(f"What this package's tests ran on hardware: {'; '.join(found.run_on_hardware)}.")
     return tables
+
+
+def _autodeploy() -> list[str]:
+    """Whether AutoDeploy's import hook is installed, and whether it is on."""
+    hook = autodeploy_hook
+    path = next((Path(entry) / hook.PTH for entry in sys.path if (Path(entry) / hook.PTH).is_file()), None)
+    imported = hook.PLUGIN in sys.modules
+    on = any(isinstance(finder, hook.Finder) for finder in sys.meta_path)
+    return [
+        f"AutoDeploy import hook: {path or 'not installed; install this package with pip'}",
+        f"{hook.VARIABLE}: {os.environ.get(hook.VARIABLE) or 'not set'}; in this process the plugin is "
+        + ("imported" if imported else "imported with AutoDeploy" if on else "not active"),
+    ]

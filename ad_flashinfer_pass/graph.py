@@ -147,8 +147,9 @@ def attribute(node: fx.Node) -> Any:
 
 def op_args(node: fx.Node) -> dict[str, Any]:
     """Arguments of an op node by their schema names, in their order, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
-    schema = node.target._schema.arguments
+    op = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
+    assert isinstance(op, torch._ops.OpOverload), node.format_node()
+    schema = op._schema.arguments
     found = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
     found.update(zip((arg.name for arg in schema), node.args, strict=False))
     found.update(node.kwargs)
@@ -167,6 +168,29 @@ def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on the elements at its own place only."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet in _UNTAGGED_POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def halves_repeat(node: fx.Node) -> bool:
+    """Whether the second half of the last dimension is shown to repeat the first.
+
+    Shown are cat(f, f), a buffer whose values say so, rows that an index takes from such, and pointwise
+    functions of such, with constants.
+    """
+    while not is_op(node, torch.ops.aten.cat.default):
+        if node.op == "get_attr":
+            table = attribute(node)
+            is_known = isinstance(table, Tensor) and type(table) is not FakeTensor and not table.is_meta
+            return is_known and table.shape[-1] % 2 == 0 and torch.equal(*table.chunk(2, -1))
+        if is_op(node, torch.ops.aten.index.Tensor) and len(args(node)[1]) < len(shape(args(node)[0])):
+            node = args(node)[0]
+            continue
+        inputs = node.all_input_nodes
+        copies = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy)
+        if len(inputs) != 1 or not (is_pointwise(node) or is_op(node, *copies)):
+            return False
+        node = inputs[0]
+    parts, dim = args(node)[0], (*args(node)[1:], 0)[0]
+    return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, len(shape(node)) - 1)
 
 
 def mutates_input(node: fx.Node) -> bool:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Literal
 
 import yaml
 
 from ad_flashinfer_pass.errors import ConfigError
-
-Target = Literal["main", "1.2"]
 
 BACKEND = "flashinfer_trtllm"
 PAGE_SIZES = (16, 32, 64, 128)
@@ -31,10 +28,10 @@ _RENAMED: dict[Path, Path] = {
 _REMOVED: dict[Path, str] = {
     ("use_pt_cache_backend",): "paged caches come with the backend",
     ("transforms", "fuse_rope_into_trtllm_attention"): "it leaves the rotation to the backend trtllm",
+    ("transforms", "fuse_rope_into_flashinfer_trtllm"): "the backend fuses the rotation by itself",
     ("transforms", "insert_cached_attention", "backend"): "attn_backend says it",
 }
 _VALUES = {"float8_e4m3fn": "fp8", "torch.float8_e4m3fn": "fp8"}
-_FUSE = ("transforms", "fuse_rope_into_flashinfer_trtllm", "stage")
 
 
 @dataclass
@@ -52,12 +49,11 @@ class Migration:
         return "".join(difflib.unified_diff(before, after, name, f"{name} (migrated)"))
 
 
-def migrate(text: str, target: Target = "main") -> Migration:
+def migrate(text: str) -> Migration:
     """Rewrite a config of ``trtllm-bench``, ``trtllm-serve`` or AutoDeploy's ``LlmArgs``.
 
     Args:
         text: YAML, a mapping.
-        target: the TensorRT-LLM that will read it; for ``1.2`` the keys of 1.2 stay.
 
     Raises:
         ConfigError: the text is no YAML mapping, or says the same thing under an old and a new key.
@@ -68,22 +64,18 @@ def migrate(text: str, target: Target = "main") -> Migration:
         if _find(result.after, root + path) is not None:
             result.after = _remove(result.after, root + path)
             result.notes.append(f"removed {_dotted(root + path)}: {why}")
-    if target == "main":
-        for old, new in _RENAMED.items():
-            _rename(result, root + old, root + new)
-    page = root + (("kv_cache_config", "tokens_per_block") if target == "main" else ("attn_page_size",))
+    for old, new in _RENAMED.items():
+        _rename(result, root + old, root + new)
+    page = (*root, "kv_cache_config", "tokens_per_block")
     size = _value(result.after, page)
     if size is not None and (not size.isdigit() or int(size) not in PAGE_SIZES):
         result.after = _set(result.after, page, "32")
         result.notes.append(f"{_dotted(page)}: {size} -> 32; kernels read pages of 16, 32, 64 and 128 tokens")
-    backend, fuse = (*root, "attn_backend"), root + _FUSE
+    backend = (*root, "attn_backend")
     previous = _value(result.after, backend)
     if previous != BACKEND:
         result.after = _set(result.after, backend, BACKEND)
         result.notes.append(f"{_dotted(backend)}: {previous or 'the default'} -> {BACKEND}")
-    if _find(result.after, fuse) is None:
-        result.after = _set(result.after, fuse, "post_load_fusion")
-        result.notes.append(f"added {_dotted(fuse[:-1])}: rotation and append in one kernel")
     try:
         is_right = _backend_of(yaml.safe_load(result.after)) == BACKEND
     except (yaml.YAMLError, ValueError):

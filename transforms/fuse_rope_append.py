@@ -164,15 +164,4 @@ def _angles(node: object) -> fx.Node | None:
     if not (g.is_op(node, aten.unsqueeze.default) and g.args(node)[1] == 1):
         return None
     angles = g.args(node)[0]
-    return angles if len(g.shape(angles)) == 3 and _repeats_half(angles) else None
-
-
-def _repeats_half(node: fx.Node) -> bool:
-    """Whether this is a pointwise function, with constants, of cat(f, f) over the last dimension."""
-    while not g.is_op(node, aten.cat.default):
-        inputs = node.all_input_nodes
-        if len(inputs) != 1 or not (g.is_pointwise(node) or g.is_op(node, aten.to.dtype, aten._to_copy)):
-            return False
-        node = inputs[0]
-    parts, dim = g.args(node)[0], (*g.args(node)[1:], 0)[0]
-    return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, len(g.shape(node)) - 1)
+    return angles if len(g.shape(angles)) == 3 and g.halves_repeat(angles) else None

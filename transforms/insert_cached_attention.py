@@ -241,13 +241,11 @@ def _scales(
 def _site(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, float], shares_kv: bool) -> Site:
     query, key, value = (g.value(args[name]) for name in ("query", "key", "value"))
     kv_dtype = _DTYPES.get(ctx.config.kv_cache_config.dtype, key.dtype)
-    return Site(
-        dtype=query.dtype,
+    return Site.of(
+        query,
+        key,
+        value,
         kv_dtype=kv_dtype,
-        num_heads=query.shape[2],
-        num_kv_heads=key.shape[2],
-        head_dim=query.shape[3],
-        v_head_dim=value.shape[3],
         page_size=ctx.sequence_info.tokens_per_block,
         scale=args["scale"],
         k_scale=scales[0],

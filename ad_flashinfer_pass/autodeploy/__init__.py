@@ -1,13 +1,8 @@
-"""The plugin for TensorRT-LLM AutoDeploy: importing this registers ``attn_backend: flashinfer_trtllm``.
+"""The plugin for TensorRT-LLM AutoDeploy, to be imported in every process that builds a graph."""
 
-It must be imported in every process that builds a graph; docs/autodeploy.md shows how. ``tensorrt_llm`` (or
-``llmc``, AutoDeploy on its own) is imported here and nowhere else in this package.
-"""
-
-from ad_flashinfer_pass.autodeploy.api import register_dynamic_ops
+from ad_flashinfer_pass.autodeploy import interface, ops
 from ad_flashinfer_pass.autodeploy.descriptor import BACKEND, FlashInferTrtllmAttention
-from ad_flashinfer_pass.autodeploy.fuse_rope import FUSE_ROPE, FuseRopeIntoFlashInferTrtllm
 
-register_dynamic_ops()
+interface.enter_ops(ops.ATTENTION, ops.PREPARE)
 
-__all__ = ["BACKEND", "FUSE_ROPE", "FlashInferTrtllmAttention", "FuseRopeIntoFlashInferTrtllm"]
+__all__ = ["BACKEND", "FlashInferTrtllmAttention"]

@@ -3,244 +3,118 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ad_flashinfer_pass.autodeploy import api, ops
+from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.autodeploy import interface, rotation
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.kernels.capability import Phase, Site
 
 BACKEND = "flashinfer_trtllm"
-WAY_OUT = "Use attn_backend: flashinfer or trtllm for this model"
-
-_CHOICE = "flashinfer_trtllm_kernels"
+_ops: Any = torch.ops.auto_deploy
+_NUMBERS = ("scale", "sliding_window", "logit_cap")
+# The reference waits for the device; fa2 and fa3 plan on the host, for prefill alone, which runs eagerly.
+_UNFIT: dict[Phase, set[str]] = {"prefill": {"reference"}, "decode": {"reference", "fa2", "fa3"}}
+_WAY_OUT = "Use attn_backend: flashinfer or trtllm for this model"
 _log = logging.getLogger(__name__)
 
 
 def _where(node: fx.Node) -> str:
-    (layer,) = api.op_args(node, "layer_idx")
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((value[0] for value in reversed(list(stack.values()))), "")
-    return f"attention {node.name}" + (
-        f" of layer {layer}" if layer is not None else f" ({path})" if path else ""
-    )
-
-
-def _refuse(node: fx.Node, what: str) -> UnsupportedError:
-    return UnsupportedError(f"{_where(node)}: {BACKEND} cannot honour {what}. {WAY_OUT}.")
+    layer = g.op_args(node).get("layer_idx")
+    return f"attention {node.name} of {g.module_path(node) if layer is None else f'layer {layer}'}"
 
 
 def _checked(node: fx.Node) -> dict[str, Any]:
-    """The arguments of the source attention that are taken over; all others must ask for nothing."""
-    names = ("query", "key", "value", "scale", "sinks", "sliding_window", "logit_cap")
-    args = dict(zip(names, api.op_args(node, *names), strict=True))
-    mask, dropout, causal, layout = api.op_args(node, "attn_mask", "dropout_p", "is_causal", "layout")
-    if any("trtllm" in key and ("rope" in key or "fused_qkv" in key) for key in map(str, node.meta)):
-        raise _refuse(
-            node, "fuse_rope_into_trtllm_attention: it left the rotation to the backend trtllm; disable it"
-        )
-    if mask is not None:
-        raise _refuse(node, f"the attention mask {mask}: it attends causally, by position")
-    if not causal:
-        raise _refuse(node, "is_causal=False: it attends causally")
-    if dropout:
-        raise _refuse(node, f"dropout_p={dropout}")
-    if layout != "bsnd":
-        raise _refuse(node, f"layout {layout!r}; the transform match_attention_layout must run before")
-    if args["scale"] is None:
-        args["scale"] = args["query"].meta["val"].shape[3] ** -0.5
-    for name in ("scale", "sliding_window", "logit_cap"):
-        if isinstance(args[name], fx.Node):
-            raise _refuse(node, f"a {name} that is computed in the graph")
-    args["sliding_window"] = args["sliding_window"] or None
-    return args
+    """The arguments of the source attention, of which those that are not taken over ask for nothing."""
+    args, keys = g.op_args(node), " ".join(map(str, node.meta))
+    refused = [f"a {name} of the graph" for name in _NUMBERS if isinstance(args[name], fx.Node)]
+    refused += [f"the attention mask {args['attn_mask']}"] * (args["attn_mask"] is not None)
+    refused += [f"dropout_p={args['dropout_p']}"] * bool(args["dropout_p"])
+    refused += [f"layout {args['layout']!r} (run match_attention_layout before)"] * (args["layout"] != "bsnd")
+    if "_trtllm_rope_info" in keys or "_trtllm_fused_qkv" in keys:
+        refused.append("a rotation left to the backend trtllm (disable fuse_rope_into_trtllm_attention)")
+    if refused:
+        raise UnsupportedError(f"{_where(node)}: {BACKEND} cannot honour {', '.join(refused)}. {_WAY_OUT}.")
+    # AutoDeploy counts only windows above 0 (transform/library/kvcache.py).
+    window = args["sliding_window"] if (args["sliding_window"] or 0) > 0 else None
+    scale = g.value(args["query"]).shape[3] ** -0.5 if args["scale"] is None else float(args["scale"])
+    return {**args, "scale": scale, "sliding_window": window}
 
 
-def _site(node: fx.Node, kv_dtype: torch.dtype, page_size: int, shares_kv: bool) -> Site:
+def _choose(node: fx.Node, kv_dtype: torch.dtype, page_size: int) -> tuple[Site, list[str]]:
+    """The site, and its kernels of prefill and decode; a captured decode must neither wait nor be planned."""
     args = _checked(node)
-    query, key, value = (args[name].meta["val"] for name in ("query", "key", "value"))
-    return Site(
-        dtype=query.dtype,
-        kv_dtype=kv_dtype,
-        num_heads=query.shape[2],
-        num_kv_heads=key.shape[2],
-        head_dim=query.shape[3],
-        v_head_dim=value.shape[3],
-        page_size=page_size,
-        scale=args["scale"],
-        sliding_window=args["sliding_window"],
-        logit_cap=args["logit_cap"],
-        has_sinks=args["sinks"] is not None,
-        shares_kv=shares_kv,
-    )
-
-
-def _choose(node: fx.Node, site: Site) -> tuple[str, str]:
-    """The kernels of prefill and decode; a captured decode must neither wait nor be planned."""
+    qkv = (g.value(args[name]) for name in ("query", "key", "value"))
+    items = {name: args[name] for name in _NUMBERS} | {"has_sinks": args["sinks"] is not None}
+    site = Site.of(*qkv, kv_dtype=kv_dtype, page_size=page_size, **items)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = []
-    for phase in ("prefill", "decode"):
-        choice = select.choose(site, phase, device, _where(node))
-        unfit = {"reference"} | (ops.HOST_PLANNED if phase == "decode" else set())
-        if device.type == "cuda" and choice.kernel in unfit:
+    choices = {phase: select.choose(site, phase, device, _where(node)) for phase in _UNFIT}
+    for phase, choice in choices.items():
+        if device.type == "cuda" and choice.kernel in _UNFIT[phase]:
             raise UnsupportedError(
-                f"{_where(node)}: no TRT-LLM kernel can do its {phase} here ({choice.reason}). {WAY_OUT}, "
+                f"{_where(node)}: no TRT-LLM kernel can do its {phase} here ({choice.reason}). {_WAY_OUT}, "
                 "change kv_cache_config (dtype, tokens_per_block), or build what is missing: "
                 "ad-flashinfer-pass prebuild."
             )
-        chosen.append(choice.kernel)
-    _log.info("%s: prefill by %s, decode by %s", _where(node), *chosen)
-    return chosen[0], chosen[1]
+    kernels = [choice.kernel for choice in choices.values()]
+    _log.info("%s: prefill by %s, decode by %s", _where(node), *kernels)
+    return site, kernels
 
 
-def _kv_dtype(cls: Any, cache_config: Any, key: Tensor) -> torch.dtype:
-    wanted = cache_config.dtype
-    if wanted is None or isinstance(wanted, torch.dtype):  # CacheConfig, up to 1.2
-        return wanted or key.dtype
-    return cls.resolve_cache_dtype(wanted, key.dtype)
+def _tell_causal(node: fx.Node) -> None:
+    """Once a graph: transformers passes no ``is_causal`` where AutoDeploy replaces its attention."""
+    nodes = [n for n in node.graph.nodes if g.is_op(n, _ops.torch_attention)]
+    count = sum(not g.op_args(n)["is_causal"] for n in nodes)
+    if vars(node.graph).setdefault(BACKEND, node) is node and count:
+        _log.info("is_causal=False without a mask, in %d layers: they attend causally", count)
 
 
-@api.attention.AttentionRegistry.register(BACKEND)
-class FlashInferTrtllmAttention(api.attention.AttentionDescriptor):
-    """The methods of every generation's AttentionDescriptor; one calls those that it knows."""
+@interface.attention.AttentionRegistry.register(BACKEND)
+class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
+    """What AutoDeploy asks of a backend; see ``AttentionDescriptor`` there."""
 
-    @classmethod
-    def is_paged(cls) -> bool:
-        """Asked up to 1.2."""
-        return True
-
-    @classmethod
-    def get_attention_layout(cls) -> str:
-        """Of q, k and v."""
-        return "bsnd"
-
-    @classmethod
-    def get_num_qkv_args(cls) -> int:
-        """q, k, v."""
-        return 3
-
-    @classmethod
-    def get_source_attention_op(cls) -> Any:
-        """What is replaced."""
-        return torch.ops.auto_deploy.torch_attention
-
-    @classmethod
-    def get_cached_attention_op(cls) -> Any:
-        """What it is replaced with."""
-        return torch.ops.auto_deploy.flashinfer_trtllm_attention_mha_with_cache.default
-
-    @classmethod
-    def get_standard_metadata_args(cls) -> list[str]:
-        """Device tensors where there is a choice: for ``_host`` twins a step may wait for the device."""
-        return [
-            "batch_info_host" if api.HAS_HOST_NAMES else "batch_info",
-            "cu_seqlen",
-            "seq_len_with_cache",
-        ]
-
-    @classmethod
-    def get_prepare_extra_metadata_info(cls, any_source_attn_node: fx.Node) -> tuple[Any, int, list[Any]]:
-        """The metadata op; AutoDeploy passes it the inputs that its schema names."""
-        packet = torch.ops.auto_deploy.flashinfer_trtllm_attention_prepare_metadata
-        return (packet.default if api.HAS_HOST_NAMES else packet.batch_info), 3, []
-
-    @classmethod
-    def get_host_prepare_metadata_function(cls) -> None:
-        """None: everything is prepared on the device, so nothing can be forgotten before a replay."""
-        return None
+    get_attention_layout = staticmethod(lambda: "bsnd")
+    get_num_qkv_args = staticmethod(lambda: 3)
+    get_source_attention_op = staticmethod(lambda: _ops.torch_attention)
+    get_cached_attention_op = staticmethod(lambda: _ops.flashinfer_trtllm_attention_mha_with_cache.default)
+    get_prepare_extra_metadata_info = staticmethod(
+        lambda node: (_ops.flashinfer_trtllm_attention_prepare_metadata.default, 3, [])
+    )
+    # Device tensors where there is a choice: for ``_host`` twins a step may wait for the device.
+    get_standard_metadata_args = staticmethod(lambda: ["batch_info_host", "cu_seqlen", "seq_len_with_cache"])
+    supports_shared_kv = staticmethod(lambda: True)
+    # In the pool of a window, pages and lengths are to be those of the window.
+    kernel_handles_cyclic_swa = staticmethod(lambda: False)
 
     @classmethod
     def get_cache_initializers(cls, source_attn_node: fx.Node, cache_config: Any) -> dict[str, Any]:
-        """One cache for K and V of a layer; here the layer is checked and its kernels are chosen.
-
-        Raises:
-            UnsupportedError: the layer needs what its kernels cannot do; the message names it and a way out.
-        """
-        key = source_attn_node.args[1].meta["val"]  # type: ignore[union-attr]
-        kv_dtype, heads, head_dim = _kv_dtype(cls, cache_config, key), key.shape[2], key.shape[3]
-        # Up to 1.2 the page size is known to the callable alone, which checks it.
-        page_size = getattr(cache_config, "tokens_per_block", None) or 32
-        site = _site(source_attn_node, kv_dtype, page_size, shares_kv=False)
-        source_attn_node.meta[_CHOICE] = _choose(source_attn_node, site)
-        if api.KVPagedResourceHandler is None:
-            # resize_kv_cache counts and resizes the caches whose names begin so (shim/interface.py of 1.2).
-            return {"k_cache_and_v": _allocate(source_attn_node, site)}
-        window = {"sliding_window": site.sliding_window or 0} if api.HAS_WINDOW_POOLS else {}
-        handler = api.KVPagedResourceHandler(
-            heads, head_dim, dtype=kv_dtype, kv_factor=2, kv_layout="HND", **window
-        )
+        """One cache for K and V of a layer; here the layer is checked and its kernels are chosen."""
+        kv_dtype = cls.resolve_cache_dtype(cache_config.dtype, g.value(source_attn_node.args[1]).dtype)
+        site, _ = chosen = _choose(source_attn_node, kv_dtype, cache_config.tokens_per_block)
+        source_attn_node.meta[BACKEND] = chosen
+        _tell_causal(source_attn_node)
+        options = {"sliding_window": site.sliding_window or 0} if interface.has_window_pools() else {}
+        options |= {"dtype": kv_dtype, "kv_factor": 2, "kv_layout": "HND"}
+        handler = interface.attention.KVPagedResourceHandler(site.num_kv_heads, site.head_dim, **options)
         return {"kv_cache": handler}
 
     @classmethod
-    def get_global_buffer_initializers(cls, source_attn_node: fx.Node) -> dict[str, Any]:
-        """Asked up to 1.2; the kernels own their workspaces, one a device."""
-        return {}
-
-    @classmethod
-    def prepare_node_for_cache_insertion(cls, gm: fx.GraphModule, attn_node: fx.Node) -> None:
-        """Nothing to prepare: a fused rotation comes with the arguments of its nodes."""
-
-    @classmethod
     def get_constants(cls, source_attn_node: fx.Node) -> list[Any]:
-        """What follows the cache in the schema of the cached attention, up to ``out``.
-
-        Raises:
-            UnsupportedError: as ``get_cache_initializers``.
-        """
-        args = _checked(source_attn_node)
-        (shared,) = api.op_args(source_attn_node, "shared_kv_source_layer_idx")
-        rope, _ = (_take_rope(args[name]) for name in ("query", "key"))
-        return [
-            float(args["scale"]),
-            args["sliding_window"],
-            args["logit_cap"],
-            args["sinks"],
-            shared is not None,
-            *_kernels(source_attn_node, shared),
-            *rope,
-        ]
-
-    @classmethod
-    def supports_shared_kv(cls) -> bool:
-        """A layer may read the cache of another."""
-        return True
-
-    @classmethod
-    def kernel_handles_cyclic_swa(cls) -> bool:
-        """False: in the pool of a window, pages and lengths are to be those of the window."""
-        return False
-
-
-def _allocate(node: fx.Node, site: Site) -> Callable[[Any], Tensor]:
-    def allocate(info: Any) -> Tensor:
-        _choose(node, Site(**{**vars(site), "page_size": info.page_size}))
-        shape = (info.num_pages, 2, site.num_kv_heads, info.page_size, site.head_dim)
-        return torch.empty(shape, device=info.device, dtype=site.kv_dtype)
-
-    return allocate
-
-
-def _kernels(node: fx.Node, shared: int | None) -> tuple[str, str]:
-    """What ``get_cache_initializers`` chose, which is not asked for a layer that shares another's cache."""
-    if shared is None:
-        return node.meta[_CHOICE]
-    sources = [n for n in node.graph.nodes if _CHOICE in n.meta and api.op_args(n, "layer_idx") == [shared]]
-    if not sources:
-        raise _refuse(node, f"the cache of layer {shared}, which it does not know")
-    return sources[0].meta[_CHOICE]
-
-
-def _take_rope(node: fx.Node) -> list[Any]:
-    """The rotation that was left to us before ``node``, which becomes its argument."""
-    if node.target is not torch.ops.auto_deploy.flashinfer_trtllm_deferred_rope.default:
-        return [None, None, None, False]
-    rope = api.op_args(node, "rope_cos", "rope_sin", "rope_positions", "rope_interleaved")
-    node.target, node.args, node.kwargs = torch.ops.aten.alias.default, node.args[:1], {}
-    return rope
-
-
-assert ops.ATTENTION  # the ops are registered by their module
+        """What follows the cache in the schema of the cached attention, up to ``out``."""
+        args, meta = _checked(source_attn_node), source_attn_node.meta
+        shared = args.get("shared_kv_source_layer_idx")
+        if shared is not None:  # AutoDeploy asks for the cache of the other layer alone, and before
+            known = [n for n in source_attn_node.graph.nodes if BACKEND in n.meta]
+            owner, _ = next(n.meta[BACKEND] for n in known if g.op_args(n)["layer_idx"] == shared)
+            meta[BACKEND] = _choose(source_attn_node, owner.kv_dtype, owner.page_size)
+        kept = [args[name] for name in (*_NUMBERS, "sinks")]
+        # What fuse_trtllm_attn_quant_fp8 left: the input scale of the FP8 linears that alone read the result.
+        scale = meta.get("trtllm_attention_input_scale")
+        is_constant = isinstance(scale, fx.Node) and scale.op == "get_attr"
+        out_scale = float(g.attribute(scale)) if is_constant else None
+        rope = rotation.take(source_attn_node)
+        return [*kept, shared is not None, *meta[BACKEND][1], *rope, out_scale]

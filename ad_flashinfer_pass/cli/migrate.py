@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,23 +22,11 @@ Rewrite a config of trtllm-bench or trtllm-serve, and show what changed:
 Only show it, or keep it as a patch:
 
 [green]{PROG} migrate config.yaml --check > flashinfer_trtllm.patch[/green]
-
-For TensorRT-LLM 1.2, whose keys it leaves as they are:
-
-[green]{PROG} migrate config.yaml --to 1.2[/green]
 """
-
-
-class Release(str, Enum):
-    """Whose keys the file is to have."""
-
-    MAIN = "main"
-    V1_2 = "1.2"
 
 
 def migrate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML for TensorRT-LLM AutoDeploy.")],
-    to: Annotated[Release, typer.Option("--to", help="The TensorRT-LLM that will read it.")] = Release.MAIN,
     check: Annotated[
         bool, option(OUTPUT, None, "Leave the file alone; exit code 1 if it would change.", "--check")
     ] = False,
@@ -49,14 +36,14 @@ def migrate(
     """Rewrite an AutoDeploy YAML for attn_backend: flashinfer_trtllm.
 
     The diff goes to stdout, the reasons to stderr. Keys that were renamed
-    after 1.2 get their new names, what only other backends use goes, and the
-    fusion of rotation and append is added. Comments stay.
+    after 1.2 get their new names, and what only other backends use goes.
+    Comments stay.
     """
     with error_border(debug):
         from ad_flashinfer_pass import migrate as pass_migrate
 
         try:
-            result = pass_migrate.migrate(file.read_text(encoding="utf-8"), to.value)
+            result = pass_migrate.migrate(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise ConfigError(f"{file}: must be UTF-8 text.") from None
         except ConfigError as err:

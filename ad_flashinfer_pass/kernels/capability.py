@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from ad_flashinfer_pass.kernels import modules as flashinfer_modules
 
@@ -45,6 +46,13 @@ class Site:
     has_alibi: bool = False
     shares_kv: bool = False
     """Reads a cache that another site writes."""
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, **items: Any) -> Site:
+        """The site of a query [b, s, num_heads, head_dim], and a key and value [b, s, num_kv_heads, ...]."""
+        (num_heads, head_dim), (num_kv_heads, v_head_dim) = query.shape[2:], value.shape[2:]
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        return cls(dtype=query.dtype, **sizes, head_dim=head_dim, v_head_dim=v_head_dim, **items)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Phase, Site
 from ad_flashinfer_pass.kernels.modules import target
@@ -126,7 +127,16 @@ class _Planned:
         )
 
     def plan_step(self, bounds: Tensor | None, lens: Tensor, block_table: Tensor) -> None:
-        """Plan for a step, unless that was done: it is known by the address of its block table."""
+        """Plan for a step, unless that was done: it is known by the address of its block table.
+
+        Raises:
+            KernelError: the step is being captured, and nothing would renew the plan.
+        """
+        if block_table.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                f"{self._shape.backend} plans each step on the host, and this one is being captured: use "
+                "kv_cache_config.dtype: auto, whose kernels need no plan, or compile_backend: torch-simple."
+            )
         if self._block_table is not None and self._block_table.data_ptr() == block_table.data_ptr():
             return
         self._block_table = block_table

@@ -14,7 +14,6 @@ _BLOCK = 1024
 
 
 def prepare(
-    num_tokens: int,
     num_seqs: int,
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
@@ -27,19 +26,18 @@ def prepare(
     """Fill the last three arguments.
 
     Args:
-        num_tokens: new tokens with padding.
         num_seqs: sequences of this step; what the tensors hold beyond is not read.
         cu_seqlen: int32 [>= num_seqs + 1], exclusive prefix sum of the new tokens.
         seq_len_with_cache: int32 [>= num_seqs], keys of each sequence, the new ones included.
         cache_loc: int32 [*], page ids of all sequences, concatenated.
         cu_num_pages: int32 [>= num_seqs + 1], exclusive prefix sum of the pages.
-        block_table: int32 [rows, blocks], contiguous. Page ids; 0 where a sequence has none.
-        token_rows: int32 [>= num_tokens]. Sequence of each token; -1 for padding.
-        token_positions: int32 [>= num_tokens]. Position of each token among the keys of its sequence; -1 for
-            padding.
+        block_table: int32 [rows, blocks], contiguous. Page ids; behind the last page of a sequence that page
+            again, because kernels read ahead; 0 where a sequence has none.
+        token_rows: int32 [>= tokens]. Sequence of each token; what lies behind the last is left alone.
+        token_positions: int32 [>= tokens]. Position of each token among the keys of its sequence.
     """
     max_rows, max_blocks = block_table.shape
-    _prepare[(max_rows + 1,)](
+    _prepare[(max_rows,)](
         cu_seqlen,
         seq_len_with_cache,
         cache_loc,
@@ -47,15 +45,14 @@ def prepare(
         block_table,
         token_rows,
         token_positions,
-        num_tokens,
+        token_rows.numel(),
         num_seqs,
-        max_rows,
         max_blocks,
         BLOCK=min(_BLOCK, triton.next_power_of_2(max(max_blocks, 32))),
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "max_rows", "max_blocks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "max_blocks"])
 def _prepare(  # type: ignore[no-untyped-def]
     cu_seqlen,
     seq_len_with_cache,
@@ -66,21 +63,20 @@ def _prepare(  # type: ignore[no-untyped-def]
     token_positions,
     num_tokens,
     num_seqs,
-    max_rows,
     max_blocks,
     BLOCK: tl.constexpr,
 ):
-    """Program i < max_rows: row i of the block table and the tokens of its sequence; the last: padding."""
+    """Program i: row i of the block table and the tokens of its sequence."""
     row = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     is_seq = row < num_seqs
     first_page = tl.load(cu_num_pages + row, mask=is_seq, other=0)
     num_pages = tl.load(cu_num_pages + row + 1, mask=is_seq, other=0) - first_page
-    if row < max_rows:
-        for start in range(0, max_blocks, BLOCK):
-            blocks = start + lanes
-            pages = tl.load(cache_loc + first_page + blocks, mask=blocks < num_pages, other=0)
-            tl.store(block_table + row.to(tl.int64) * max_blocks + blocks, pages, mask=blocks < max_blocks)
+    for start in range(0, max_blocks, BLOCK):
+        blocks = start + lanes
+        is_page = blocks < tl.minimum(max_blocks, num_pages * max_blocks)
+        pages = tl.load(cache_loc + first_page + tl.minimum(blocks, num_pages - 1), mask=is_page, other=0)
+        tl.store(block_table + row.to(tl.int64) * max_blocks + blocks, pages, mask=blocks < max_blocks)
     if is_seq:
         first = tl.load(cu_seqlen + row)
         end = tl.load(cu_seqlen + row + 1)
@@ -90,8 +86,3 @@ def _prepare(  # type: ignore[no-untyped-def]
             is_token = (tokens < end) & (tokens < num_tokens)
             tl.store(token_rows + tokens, tokens * 0 + row, mask=is_token)
             tl.store(token_positions + tokens, past + tokens, mask=is_token)
-    if row == max_rows:
-        for start in range(tl.load(cu_seqlen + num_seqs), num_tokens, BLOCK):
-            tokens = start + lanes
-            tl.store(token_rows + tokens, tokens * 0 - 1, mask=tokens < num_tokens)
-            tl.store(token_positions + tokens, tokens * 0 - 1, mask=tokens < num_tokens)

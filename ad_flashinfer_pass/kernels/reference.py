@@ -74,7 +74,6 @@ def prepare_metadata(
 
 
 def prepare_ragged_metadata(
-    num_tokens: int,
     num_seqs: int,
     cu_seqlen: Tensor,
     seq_len_with_cache: Tensor,
@@ -88,15 +87,13 @@ def prepare_ragged_metadata(
     starts, ends = cu_num_pages[:num_seqs, None], cu_num_pages[1 : num_seqs + 1, None]
     columns = starts + torch.arange(block_table.shape[1], device=starts.device)
     block_table.zero_()
-    block_table[:num_seqs] = cache_loc[columns.clamp_(max=cache_loc.shape[0] - 1)] * (columns < ends)
+    block_table[:num_seqs] = cache_loc[columns.minimum(ends - 1).clamp_(min=0)] * (starts < ends)
     new = cu_seqlen[1 : num_seqs + 1] - cu_seqlen[:num_seqs]
     rows = torch.arange(num_seqs, device=new.device).repeat_interleave(new)
-    total = rows.shape[0]
-    tokens = torch.arange(total, device=new.device)
-    token_rows[:total] = rows
-    token_positions[:total] = (seq_len_with_cache[:num_seqs] - cu_seqlen[1 : num_seqs + 1])[rows] + tokens
-    token_rows[total:num_tokens] = -1
-    token_positions[total:num_tokens] = -1
+    tokens = torch.arange(rows.shape[0], device=new.device)
+    token_rows[: rows.shape[0]] = rows
+    past = seq_len_with_cache[:num_seqs] - cu_seqlen[1 : num_seqs + 1]
+    token_positions[: rows.shape[0]] = past[rows] + tokens
 
 
 def append(
@@ -129,6 +126,13 @@ def _quantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)
+
+
+def store_result(attended: Tensor, out: Tensor, scale: float) -> None:
+    """See ``kernels.store_result``."""
+    rows = out.view(-1, *attended.shape[1:])
+    rows[: attended.shape[0]] = _quantized(attended, scale, out.dtype)
+    rows[attended.shape[0] :] = 0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -23,27 +23,37 @@ DUMMY = interface.Request([1], 0, [5])
 class Attention(nn.Module):
     """As AutoDeploy hands it to a backend: rope and attention are its ops, layout bsnd."""
 
-    def __init__(self, layer: int, window: int | None, rope: str, options: dict[str, Any]) -> None:
+    def __init__(self, window: int | None, rope: str, options: dict[str, Any]) -> None:
         super().__init__()
-        self.layer, self.window, self.rope, self.options = layer, window, rope, options
+        self.window, self.rope, self.options = window, rope, options
         width = HEADS * HEAD_DIM
         self.qkv = nn.Linear(width, (HEADS + 2 * KV_HEADS) * HEAD_DIM, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, table: Tensor, kv: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, positions: Tensor, tables: Any, kv: Any) -> tuple[Tensor, Any]:
         q, k, v = self.qkv(x).unflatten(-1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], 2)
-        if self.rope == "explicit":
-            half = (table.chunk(2, -1)[0][positions], table.chunk(2, -1)[1][positions])
-            cos, sin = (torch.ops.aten.cat.default([h, h], -1) for h in half)
-            q, k = _pair(torch.ops.auto_deploy.torch_rope_with_explicit_cos_sin.default(q, k, cos, sin, 2))
-        else:
-            q, k = _pair(torch.ops.auto_deploy.flashinfer_rope.default(q, k, positions, table, True))
+        q, k = self.rotated(q, k, positions, *tables)
         if kv is not None:
             k, v = kv
         out = torch.ops.auto_deploy.torch_attention.default(
-            q, k, v, is_causal=True, sliding_window=self.window, layout="bsnd", **self.options
+            q, k, v, sliding_window=self.window, layout="bsnd", **self.options
         )
         return self.out(out.flatten(2)), (k, v)
+
+    def rotated(
+        self, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Any, Any]:
+        explicit = torch.ops.auto_deploy.torch_rope_with_explicit_cos_sin.default
+        if self.rope == "table":
+            return _pair(torch.ops.auto_deploy.flashinfer_rope.default(q, k, positions, table, True))
+        if self.rope == "explicit":  # cat((x, x)), as in transformers
+            halves = (table.chunk(2, -1)[0][positions], table.chunk(2, -1)[1][positions])
+            cos, sin = (torch.ops.aten.cat.default([half, half], -1) for half in halves)
+        else:  # rows of a buffer, as in AutoDeploy's own modeling files
+            cos, sin = (torch.ops.aten.index.Tensor(x, [positions]) for x in (cos, sin))
+        if self.rope == "two_calls":  # as for Gemma4, whose K some layers do not have
+            return explicit(q, q, cos, sin, 2)[0], explicit(k, k, cos, sin, 2)[0]
+        return _pair(explicit(q, k, cos, sin, 2))
 
 
 def _pair(values: Any) -> tuple[Any, Any]:
@@ -51,30 +61,48 @@ def _pair(values: Any) -> tuple[Any, Any]:
 
 
 class Model(nn.Module):
-    """Token embedding, attention layers, head. ``shared``: a last layer that reads the cache of the first."""
+    """Token embedding, attention layers, head.
 
-    def __init__(self, generation: Generation, rope: str = "table", shared: bool = False) -> None:
+    Args:
+        generation: which AutoDeploy.
+        rope: how the layers rotate; see ``Attention.rotated``.
+        shared: a last layer reads the cache of the first.
+        options: of the attentions.
+        no_window: what the layers without a window say.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        rope: str = "table",
+        shared: bool = False,
+        options: dict[str, Any] | None = None,
+        no_window: int | None = None,
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         width = HEADS * HEAD_DIM
         self.embed = nn.Embedding(VOCAB, width)
         layers = []
-        for layer, window in enumerate((None, WINDOW, None)[: 3 if shared else 2]):
-            options = {"layer_idx": layer} if generation.layer_idx else {}
-            if layer == 2:
-                options["shared_kv_source_layer_idx"] = 0
-            layers.append(Attention(layer, window, rope, options))
+        for layer, window in enumerate((no_window, WINDOW, no_window)[: 3 if shared else 2]):
+            own: dict[str, Any] = {"is_causal": True} if options is None else dict(options)
+            own |= {"layer_idx": layer} if generation.layer_idx else {}
+            own |= {"shared_kv_source_layer_idx": 0} if layer == 2 else {}
+            layers.append(Attention(window, rope, own))
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(width, VOCAB, bias=False)
         inverse = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         angles = torch.arange(MAX_SEQ_LEN)[:, None] * inverse
         self.register_buffer("table", torch.cat((angles.cos(), angles.sin()), -1))
+        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1))
+        self.register_buffer("sin", torch.cat((angles.sin(), angles.sin()), -1))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
         first = None
+        tables = (self.table, self.cos, self.sin)
         for index, layer in enumerate(self.layers):
-            y, kv = layer(x, position_ids, self.table, first if index == 2 else None)
+            y, kv = layer(x, position_ids, tables, first if index == 2 else None)
             first = kv if index == 0 else first
             x = x + y
         return self.head(x)
@@ -85,47 +113,46 @@ class Deployment:
 
     Args:
         generation: which AutoDeploy; it must be installed.
-        fuse: run the plugin's transform before the insertion.
-        rope: which of AutoDeploy's rope ops the graph has.
-        shared: see ``Model``.
         kv_dtype: ``kv_cache_config.dtype``.
+        max_tokens: of a step.
+        model_class: of the model.
+        options: of ``Model``.
     """
 
     def __init__(
         self,
         generation: Generation,
         *,
-        fuse: bool = False,
-        rope: str = "table",
-        shared: bool = False,
         kv_dtype: str = "auto",
+        max_tokens: int = MAX_TOKENS,
+        model_class: type[Model] = Model,
+        **options: Any,
     ) -> None:
         self.generation, self.plugin = generation, plugin()
-        model = Model(generation, rope, shared).to(DEVICE, DTYPE)
-        model.table = model.table.float()
+        model = model_class(generation, **options).to(DEVICE, DTYPE)
+        for name in ("table", "cos", "sin"):
+            setattr(model, name, getattr(model, name).float())
         self.dense = model
         self.gm = fx.symbolic_trace(model)
         ids = torch.zeros(2, 4, dtype=torch.int, device=DEVICE)
         insertion.propagate_shapes(self.gm, ids, ids.long())
-        self.fused = self._fuse() if fuse else 0
-        factory = interface.SequenceInfoWithHostPrepare if generation.host_names else interface.SequenceInfo
-        self.info = factory(generation, MAX_SEQ_LEN, MAX_BATCH, MAX_TOKENS, PAGE)
-        config = SimpleNamespace(
-            dtype=None if not generation.handlers else kv_dtype, max_attention_window=None
-        )
-        if generation.handlers:
-            config.tokens_per_block = PAGE
+        self.info = interface.SequenceInfo(generation, MAX_SEQ_LEN, MAX_BATCH, max_tokens, PAGE)
+        config = SimpleNamespace(dtype=kv_dtype, max_attention_window=None, tokens_per_block=PAGE)
         self.cm = interface.CachedSequenceInterface(generation, self.info, DEVICE, config)
         registry = sys.modules[f"{PACKAGE}.custom_ops.attention_interface"].AttentionRegistry
         kvcache = sys.modules[f"{PACKAGE}.transform.library.kvcache"]
-        insert = next(v for k, v in vars(kvcache).items() if k.lstrip("_").startswith("Insert"))
-        self.num_sites = insert(self.cm, registry.get(self.plugin.BACKEND)).apply(self.gm)
-        self.utils = sys.modules.get(f"{PACKAGE}.compile.piecewise_utils")
+        insert = kvcache._InsertCachedOperator(self.cm, registry.get(self.plugin.BACKEND))
+        self.num_sites = insert.apply(self.gm)
+        self.gm.graph.eliminate_dead_code()
+        self.gm.recompile()
+        self.utils = sys.modules[f"{PACKAGE}.compile.piecewise_utils"]
 
-    def _fuse(self) -> int:
-        transforms = sys.modules[f"{PACKAGE}.transform.interface"].TransformRegistry.transforms
-        self.gm, info = transforms[self.plugin.FUSE_ROPE]()._apply(self.gm, None, None, None)
-        return info.num_matches
+    @property
+    def num_rotations(self) -> int:
+        """Rotations that stand in the graph still."""
+        ops = torch.ops.auto_deploy
+        rotations = (ops.flashinfer_rope.default, ops.torch_rope_with_explicit_cos_sin.default)
+        return sum(node.target in rotations for node in self.gm.graph.nodes)
 
     def run(self) -> Tensor:
         """The eager forward of the step in ``info``."""
@@ -169,8 +196,6 @@ class Requests:
             self.dummy_ran |= pad > len(batch)
             batch += [DUMMY] * (pad - len(batch))
         info.nest_sequences(batch, num_extend=num_extend)
-        if isinstance(how, capture.PiecewiseGraph):
-            info.pad_tokens(pad)
         with torch.no_grad():
             run = self.deployment.run if how is None else how
             logits = how.replay(pad) if hasattr(how, "replay") else run()
@@ -212,16 +237,57 @@ def close(got: Tensor, want: Tensor, what: str) -> None:
     assert float(error) < bound, f"off by {float(error):.3g} of the largest logit at {what}"
 
 
-def morning(requests: Requests, *, decode: Any = None, mixed: Any = None, extend: bool = False) -> None:
+def morning(requests: Requests, *, decode: Any = None, mixed: Any = None) -> None:
     """Prefill, mixed, chunked prefill with a one-token prompt, extend, decode."""
     bucket = 128 if mixed is not None else 0
     requests.step({0: 40, 1: 33}, how=mixed, pad=bucket)
     requests.step({2: 64, 0: 1, 1: 1}, how=mixed, pad=bucket)
     requests.step({2: 56, 3: 1, 0: 1, 1: 1}, how=mixed, pad=bucket)
-    if extend:
-        requests.step({0: 4, 1: 1, 2: 1, 3: 1}, num_extend=1, how=mixed, pad=bucket)
+    requests.step({0: 4, 1: 1, 2: 1, 3: 1}, num_extend=1, how=mixed, pad=bucket)
     for _ in range(4):
         requests.step({3: 1, 0: 1, 2: 1}, how=decode, pad=4)
     requests.step({1: 1}, how=decode, pad=1)
     requests.step({0: 1, 1: 1, 2: 1, 3: 1}, how=decode, pad=8)
     requests.step({1: 16, 0: 1}, how=mixed, pad=bucket)
+
+
+def schedule(requests: Requests, draw: random.Random, *, decode: Any, mixed: dict[int, Any]) -> None:
+    """Steps in random order until every sequence is done: of 1 token to the largest bucket, in any mix.
+
+    Args:
+        requests: sequences of any length.
+        draw: decides.
+        decode: captured decode of batch sizes 1, 2, 4 and 8, for steps of decodes alone.
+        mixed: by token bucket, captured piecewise; a step takes the smallest that it fits into.
+    """
+    lengths = [len(tokens) for tokens in requests.tokens]
+    while any(done < length for done, length in zip(requests.done, lengths, strict=True)):
+        left = [i for i, length in enumerate(lengths) if requests.done[i] < length]
+        chosen = draw.sample(left, draw.randint(1, len(left)))
+        room = draw.randint(len(chosen), max(mixed))
+        prefill, extend, decodes = {}, {}, {}
+        for at, i in enumerate(chosen):
+            rest = lengths[i] - requests.done[i]
+            n = min(
+                rest,
+                draw.choice((1, 1, draw.randint(2, 5), draw.randint(1, 90))),
+                room - (len(chosen) - at - 1),
+            )
+            room -= n
+            kind = (
+                decodes
+                if n == 1
+                else extend
+                if requests.done[i] and n <= 4 and draw.random() < 0.5
+                else prefill
+            )
+            kind[i] = n
+        new = {**prefill, **extend, **decodes}
+        if not prefill and not extend:
+            size = next(size for size in (1, 2, 4, 8) if size >= len(decodes))
+            requests.step(new, how=decode, pad=size)
+        elif not prefill:  # extends alone count as decode; without a graph for them they are eager
+            requests.step(new, num_extend=len(extend))
+        else:
+            bucket = min(size for size in mixed if size >= sum(new.values()))
+            requests.step(new, num_extend=len(extend), how=mixed[bucket], pad=bucket)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from tests.autodeploy import scenario, standin
 from tests.autodeploy.standin import GENERATIONS, Generation, capture
+from tests.autodeploy.standin.interface import Request
 
 LENGTHS = [75, 80, 140, 40]
+SCHEDULES = int(os.environ.get("SCHEDULES", "8"))
+BUCKETS = (8, 32, 128)
 
 
 @pytest.fixture(params=GENERATIONS, ids=str)
@@ -20,50 +26,113 @@ def generation(request: pytest.FixtureRequest) -> Iterator[Generation]:
         yield request.param
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["", "rope"])
-def test_a_model_through_resize_capture_and_every_kind_of_step(generation: Generation, fuse: bool) -> None:
+def captured(model: scenario.Deployment) -> dict[str, Any]:
+    """Decode of 1, 2, 4 and 8 sequences, and one piecewise graph for all buckets."""
+    decode = capture.CapturedGraph(model.gm, model.info, lambda: model.cm.named_args)
+    decode.capture([1, 2, 4, 8])
+    mixed = capture.PiecewiseGraph(model.gm, model.utils, lambda: model.cm.named_args)
+    for bucket in sorted(BUCKETS, reverse=True):
+        tokens = Request([1] * (bucket - 1), 0, range(-(-bucket // scenario.PAGE)))
+        model.info.nest_sequences([tokens, scenario.DUMMY])
+        mixed.capture(bucket)
+    model.cm.poison()
+    return {"decode": decode, "mixed": mixed}
+
+
+def test_a_model_through_resize_capture_and_every_kind_of_step(generation: Generation) -> None:
     """Every step equals the dense model: eagerly before the resize; after it with decode captured and padded
-    to its bucket, prefill and mixed steps piecewise and padded."""
-    model = scenario.Deployment(generation, fuse=fuse)
-    assert model.fused == (2 if fuse else 0)
+    to its bucket, prefill and mixed steps piecewise."""
+    model = scenario.Deployment(generation)
+    assert model.num_rotations == 0
     model.cm.initialize(24)
     with torch.no_grad():
         first = scenario.Requests(model, LENGTHS, 24, seed=1)
-        scenario.morning(first, extend=generation.extend)
+        scenario.morning(first)
         first.check_untouched()
         model.info.set_max_num_tokens_sample()
         model.run()
         before = {name: cache.data_ptr() for name, cache in model.cm.caches.items()}
         model.cm.resize(48)
         assert all(cache.data_ptr() != before[name] for name, cache in model.cm.caches.items())
-
-        decode = capture.CapturedGraph(model.gm, model.info, lambda: model.cm.named_args)
-        decode.capture([1, 2, 4, 8])
-        mixed = None
-        if model.utils is not None:
-            mixed = capture.PiecewiseGraph(model.gm, model.utils, lambda: model.cm.named_args)
-            model.info.nest_sequences([standin.interface.Request([1] * 127, 0, range(4)), scenario.DUMMY])
-            mixed.capture(128)
-        model.cm.poison()
+        graphs = captured(model)
         for seed in (2, 3):
             requests = scenario.Requests(model, LENGTHS, 48, seed)
-            scenario.morning(requests, decode=decode, mixed=mixed, extend=generation.extend)
+            scenario.morning(requests, **graphs)
             requests.check_untouched()
             model.cm.poison()
-    assert decode.num_replays == 12
-    assert mixed is None or mixed.num_replays >= 8
+    assert graphs["decode"].num_replays == 12
+    assert graphs["mixed"].num_replays >= 8
 
 
-@pytest.mark.parametrize("generation", GENERATIONS[-2:], ids=str)
+def test_random_schedules(generation: Generation) -> None:
+    """Steps of 1 token to the bucket in random order; every logit, and every page that is no token's.
+
+    ``SCHEDULES=1000`` for a long run.
+    """
+    model = scenario.Deployment(generation)
+    model.cm.initialize(48)
+    with torch.no_grad():
+        graphs = captured(model)
+        mixed = dict.fromkeys(BUCKETS, graphs["mixed"])
+        for seed in range(SCHEDULES):
+            draw = random.Random(seed)
+            lengths = [draw.randint(1, scenario.MAX_SEQ_LEN) for _ in range(draw.randint(1, 6))]
+            requests = scenario.Requests(model, lengths, 48, seed)
+            scenario.schedule(requests, draw, decode=graphs["decode"], mixed=mixed)
+            requests.check_untouched()
+            model.cm.poison()
+
+
+def test_what_a_metadata_op_returns_lies_at_one_address(generation: Generation) -> None:
+    """For steps of all sizes, in every pool: a replayed segment passes on the tensors of its capture."""
+    model = scenario.Deployment(generation)
+    model.cm.initialize(24)
+    prepare = [node for node in model.gm.graph.nodes if "prepare_metadata" in str(node.target)]
+    assert len(prepare) == (2 if generation.window_pools else 1)
+    for node in prepare:
+        seen = set()
+        for size in (1, 2, 60, 127, 128, 200):
+            model.info.nest_sequences([Request([1] * min(size, 150), 0, range(5))])
+            args = model.cm.named_args
+            results = node.target(*(args[arg.name] for arg in node.args))
+            seen.add(tuple((x.data_ptr(), x.shape, x.stride()) for x in results))
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("rope", ["table", "indexed"])
+def test_inductor_finds_the_sizes_that_the_fakes_promise(generation: Generation, rope: str) -> None:
+    """``torch.compile(dynamic=True)``, as compile_backend torch-compile and torch-opt call it; more tokens a
+    step than pages in all sequences, so that cache_loc says nothing about the width of a block table."""
+    model = scenario.Deployment(generation, max_tokens=400, rope=rope)
+    model.cm.initialize(24)
+    # Each with memory of its own: torch 2.13 fails on aliases of one pool with sizes that are not constant.
+    model.cm.caches = {name: cache.clone() for name, cache in model.cm.caches.items()}
+    model.cm.pools = list(model.cm.caches.values())
+    compiled = torch.compile(model.gm, dynamic=True)
+    with torch.no_grad():
+        requests = scenario.Requests(model, LENGTHS, 24, seed=7)
+        run = partial(_call, compiled, model)
+        requests.step({0: 40, 1: 33}, how=run)
+        requests.step({2: 64, 0: 1, 1: 1}, how=run)
+        for _ in range(2):
+            requests.step({0: 1, 1: 1, 2: 1}, how=run)
+        requests.check_untouched()
+
+
+def _call(compiled: Any, model: scenario.Deployment) -> torch.Tensor:
+    return compiled(**model.cm.named_args)
+
+
 def test_steps_of_drafts_are_captured_whole(generation: Generation) -> None:
     """Extends alone count as decode (DualModeCapturedGraph): one graph, for other lengths and pages."""
-    with standin.installed(generation), torch.no_grad():
-        model = scenario.Deployment(generation, fuse=True)
+    with torch.no_grad():
+        model = scenario.Deployment(generation)
         model.cm.initialize(48)
+        model.info.set_max_draft_len(2)
 
-        def drafts(past: int, first_page: int) -> list[standin.interface.Request]:
+        def drafts(past: int, first_page: int) -> list[Request]:
             pages = [[first_page + 6 * i + j for j in range(5)] for i in range(2)]
-            return [standin.interface.Request([1, 2, 3], past, one) for one in pages]
+            return [Request([1, 2, 3], past, one) for one in pages]
 
         model.info.nest_sequences(drafts(0, 8), num_extend=2)
         args = model.cm.named_args

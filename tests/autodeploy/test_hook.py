@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from ad_flashinfer_pass.autodeploy_hook import PTH, VARIABLE, enabled
+from ad_flashinfer_pass.autodeploy_hook import PACKAGES, PTH, VARIABLE, Finder, install
 
 ROOT = Path(__file__).parent.parent.parent
 
 AUTO_DEPLOY = """
 import sys
 from tests.autodeploy import standin
-from tests.autodeploy.standin import insertion, interface, source_ops
+from tests.autodeploy.standin import capture, insertion, interface, source_ops
 NEWEST = standin.GENERATIONS[-1]
 """
 FILES = {
@@ -28,11 +28,13 @@ FILES = {
     "custom_ops/__init__.py": "",
     "custom_ops/attention_interface.py": AUTO_DEPLOY
     + "globals().update(interface.attention_interface(NEWEST))\n",
-    "transform/__init__.py": "",
-    "transform/interface.py": AUTO_DEPLOY + "globals().update(insertion.transform_interface())\n",
+    "transform/library/kvcache.py": AUTO_DEPLOY + "globals().update(insertion.kvcache(NEWEST))\n",
+    "compile/piecewise_utils.py": AUTO_DEPLOY + "globals().update(capture.piecewise_utils(NEWEST))\n",
+    "export/library/unified_attn.py": AUTO_DEPLOY
+    + "HF_ATTN_KWARGS_MAPPING = dict(source_ops.HF_ATTN_KWARGS_MAPPING)\n",
 }
 WORKER = """
-import tensorrt_llm._torch.auto_deploy.custom_ops.attention_interface as interface
+import {package}.custom_ops.attention_interface as interface
 import sys, ad_flashinfer_pass
 print("flashinfer_trtllm" in interface.AttentionRegistry._attention_registry, ad_flashinfer_pass.__file__)
 """
@@ -58,13 +60,11 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = sysconfig.get_path("purelib")
     # Dependencies of this environment; the .pth files in it are not read from there.
     (site / "zz_dependencies.pth").write_text(f"{here}\n{ROOT}\n")
-    package = site / "tensorrt_llm/_torch/auto_deploy"
-    for name, text in FILES.items():
-        path = package / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    for folder in (site / "tensorrt_llm", site / "tensorrt_llm/_torch"):
-        (folder / "__init__.py").touch()
+    for package in PACKAGES:
+        for name, text in FILES.items():
+            path = site / package.replace(".", "/") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
     return work / "venv/bin/python"
 
 
@@ -77,16 +77,17 @@ def run(python: Path, code: str, value: str | None) -> str:
     return result.stdout.strip()
 
 
-def test_a_worker_registers_the_backend_if_the_variable_is_set(python: Path) -> None:
-    """With the variable, importing AutoDeploy is enough; the package is the wheel's."""
-    registered, _, file = run(python, WORKER, "1").partition(" ")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_worker_registers_the_backend_if_the_variable_is_set(python: Path, package: str) -> None:
+    """With the variable, importing AutoDeploy is enough, on its own, too; the package is the wheel's."""
+    registered, _, file = run(python, WORKER.format(package=package), "1").partition(" ")
     assert registered == "True"
     assert file.startswith(str(python.parent.parent))
 
 
 def test_a_worker_registers_nothing_by_default(python: Path) -> None:
     """Without the variable, AutoDeploy is as it was."""
-    assert run(python, WORKER, None).split()[0] == "False"
+    assert run(python, WORKER.format(package=PACKAGES[0]), None).split()[0] == "False"
 
 
 @pytest.mark.parametrize("value", [None, "0", "1"])
@@ -98,7 +99,7 @@ def test_python_starts_without_importing_torch(python: Path, value: str | None) 
 
 def test_doctor_is_told_whether_the_hook_is_active(python: Path) -> None:
     """Where the file is, what the variable says, and what follows."""
-    code = "from ad_flashinfer_pass.autodeploy_hook import status; print(*status(), sep='\\n')"
+    code = "from ad_flashinfer_pass.doctor import _autodeploy; print(*_autodeploy(), sep='\\n')"
     assert "is imported with AutoDeploy" not in run(python, code, None)
     installed, active = run(python, code, "1").splitlines()
     assert installed.endswith(f"site-packages/{PTH}")
@@ -114,7 +115,9 @@ def test_doctor_is_told_whether_the_hook_is_active(python: Path) -> None:
 def test_values_of_the_variable(monkeypatch: pytest.MonkeyPatch, value: str, want: bool) -> None:
     """Only what means no is no."""
     monkeypatch.setenv(VARIABLE, value)
-    assert enabled() is want
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    install()
+    assert any(isinstance(finder, Finder) for finder in sys.meta_path) is want
 
 
 def test_the_package_without_autodeploy_says_what_to_do() -> None:
@@ -123,4 +126,4 @@ def test_the_package_without_autodeploy_says_what_to_do() -> None:
     command = [sys.executable, "-W", "ignore", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1
-    assert "Install tensorrt-llm; the rest of this package works without it." in result.stderr
+    assert "TensorRT-LLM's AutoDeploy is not installed, none of tensorrt_llm." in result.stderr

@@ -56,7 +56,6 @@ NEW = {
     },
     "transforms": {
         "detect_sharding": {"sharding_dims": ["ep", "bmm"]},
-        "fuse_rope_into_flashinfer_trtllm": {"stage": "post_load_fusion"},
     },
     "max_batch_size": 64,
     "cuda_graph_config": {"batch_sizes": [1, 8]},
@@ -67,7 +66,7 @@ def test_a_config_of_1_2_becomes_one_of_main() -> None:
     """Every key that was renamed, removed or is another backend's."""
     result = migrate(OLD)
     assert yaml.safe_load(result.after) == NEW
-    assert len(result.notes) == 9
+    assert len(result.notes) == 8
 
 
 @pytest.mark.parametrize(
@@ -102,15 +101,6 @@ def test_comments_and_everything_else_stay() -> None:
     assert "  # cache\n" in after
 
 
-def test_for_1_2_its_keys_stay() -> None:
-    """Only the backend and what belongs to another one change."""
-    config = yaml.safe_load(migrate(OLD, "1.2").after)
-    assert config["attn_page_size"] == 64
-    assert config["free_mem_ratio"] == 0.65
-    assert config["transforms"]["insert_cached_attention"] == {"cache_config": {"dtype": "float8_e4m3fn"}}
-    assert config["attn_backend"] == BACKEND
-
-
 @pytest.mark.parametrize("text", ["", "a: 1", "transforms: {}\n", "transforms:\nb: 2\n", "# nothing\n"])
 def test_keys_that_were_not_there(text: str) -> None:
     """An empty file, empty mappings and a last line without an end."""
@@ -118,7 +108,6 @@ def test_keys_that_were_not_there(text: str) -> None:
     assert after == {
         **before,
         "attn_backend": BACKEND,
-        "transforms": {"fuse_rope_into_flashinfer_trtllm": {"stage": "post_load_fusion"}},
     }
 
 
@@ -129,7 +118,6 @@ def test_arguments_below_args() -> None:
         "args": {
             "attn_backend": BACKEND,
             "kv_cache_config": {"free_gpu_memory_fraction": 0.5},
-            "transforms": {"fuse_rope_into_flashinfer_trtllm": {"stage": "post_load_fusion"}},
         },
         "benchmark": {"enabled": True},
     }
@@ -188,8 +176,7 @@ def test_any_config_keeps_its_other_keys_and_is_done_once(
         {} if free is None else {"free_gpu_memory_fraction": free}
     )
     got = yaml.safe_load(once)
-    transforms = got.pop("transforms")
-    assert transforms.pop("fuse_rope_into_flashinfer_trtllm") == {"stage": "post_load_fusion"}
+    transforms = got.pop("transforms", None) or {}
     assert got.pop("attn_backend") == BACKEND
     assert transforms == (want.pop("transforms", None) or {})
     assert got.pop("kv_cache_config", {}) == cache
@@ -228,19 +215,10 @@ def test_the_command_rewrites_and_shows(tmp_path: Path, capsys: pytest.CaptureFi
     ids=lambda p: p.stem,
 )
 def test_the_configs_are_migrated_already(path: Path) -> None:
-    """Each is what migrate makes of it, for the release that it is for, and has a stage for our transform."""
+    """Each is what migrate makes of it, and has our backend."""
     text = path.read_text()
-    assert migrate(text, "1.2" if path.stem.endswith("1_2") else "main").after == text
+    assert migrate(text).after == text
     assert yaml.safe_load(text)["attn_backend"] == BACKEND
-
-
-def test_the_config_of_1_2_migrates_to_that_of_main() -> None:
-    """The two Llama configs say the same."""
-    configs = Path(__file__).parent.parent.parent / "configs"
-    old, new = ((configs / f"autodeploy_llama3_8b{x}.yaml").read_text() for x in ("_1_2", ""))
-    want = yaml.safe_load(new)
-    assert want["kv_cache_config"].pop("dtype") == "auto"
-    assert yaml.safe_load(migrate(old).after) == want
 
 
 @pytest.mark.parametrize(

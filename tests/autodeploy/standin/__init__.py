@@ -1,14 +1,10 @@
-"""A stand-in of AutoDeploy, one for each generation of its interface, to hold the plugin to its contract.
+"""A stand-in of AutoDeploy, one for each generation that is served, to hold the plugin to its contract.
 
 ``tensorrt_llm`` cannot be installed where these tests run. What is here was written from AutoDeploy's public
 sources (NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/auto_deploy; ``AD/`` below), with the file and what it says
 beside each rule. It is a test of the contract that was read, not of TensorRT-LLM.
 
 ====  =======================================================================================================
-E2    January 2026: AD/custom_ops/attention_interface.py and AD/transform/library/kvcache.py at 01d93fe
-E2b   the interface that 1.2 most likely has: the same files with ``_host`` names and host-prepare functions
-E3    February 2026: resource handlers, ``tokens_per_block``, one pool for all layers
-E4    March 2026: the first piecewise graphs (AD/compile/piecewise_utils.py, lists of names)
 E5    April to May 2026: ``BatchInfo`` of 12 integers, extend requests, ``out=``
 E6    main, summer 2026: one pool a sliding window, shared caches, a table of policies. Its
       attention_interface.py could not be read; inferred from its kvcache.py, flashinfer_attention.py,
@@ -27,7 +23,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -42,33 +38,21 @@ class Generation:
     """What one generation has."""
 
     name: str
-    host_names: bool = True
-    """Every input has a ``_host`` twin; else ``batch_info`` is the host's (01d93fe: _host_return_args)."""
-    handlers: bool = True
-    """Caches are declared by resource handlers; else made by callables."""
-    batch_info: int = 3
+    batch_info: int
     """Integers of ``batch_info_host``."""
-    extend: bool = False
-    """Requests with a past and more than one token are counted apart."""
-    piecewise: Literal["none", "lists", "lists_and_persistent", "policies"] = "none"
-    window_pools: bool = False
-    layer_idx: bool = False
+    policies: bool
+    """Dynamic ops stand in one table; else in lists of names."""
+    window_pools: bool
+    layer_idx: bool
     """The source op has ``layer_idx`` and ``shared_kv_source_layer_idx``."""
 
     def __str__(self) -> str:
         return self.name
 
 
-GENERATIONS = (
-    Generation(name="E2", host_names=False, handlers=False),
-    Generation(name="E2b", handlers=False),
-    Generation(name="E3"),
-    Generation(name="E4", piecewise="lists"),
-    Generation(name="E5", batch_info=12, extend=True, piecewise="lists_and_persistent"),
-    Generation(
-        name="E6", batch_info=14, extend=True, piecewise="policies", window_pools=True, layer_idx=True
-    ),
-)
+E5 = Generation(name="E5", batch_info=12, policies=False, window_pools=False, layer_idx=False)
+E6 = Generation(name="E6", batch_info=14, policies=True, window_pools=True, layer_idx=True)
+GENERATIONS = (E5, E6)
 
 
 @contextmanager
@@ -78,11 +62,10 @@ def installed(generation: Generation) -> Iterator[Any]:
     library = source_ops.define(generation.layer_idx)
     contents = {
         "custom_ops.attention_interface": interface.attention_interface(generation),
-        "transform.interface": insertion.transform_interface(),
         "transform.library.kvcache": insertion.kvcache(generation),
+        "compile.piecewise_utils": capture.piecewise_utils(generation),
+        "export.library.unified_attn": {"HF_ATTN_KWARGS_MAPPING": dict(source_ops.HF_ATTN_KWARGS_MAPPING)},
     }
-    if generation.piecewise != "none":
-        contents["compile.piecewise_utils"] = capture.piecewise_utils(generation)
     names = set()
     for path, content in contents.items():
         full = f"{PACKAGE}.{path}"
@@ -93,11 +76,14 @@ def installed(generation: Generation) -> Iterator[Any]:
         module = types.ModuleType(full)
         module.__dict__.update(content)
         sys.modules[full] = module
+    ops: Any = sys.modules.get("ad_flashinfer_pass.autodeploy.ops")
+    if ops is not None:  # its ops stay registered, for whichever generation comes next
+        ops.attention = sys.modules[f"{PACKAGE}.custom_ops.attention_interface"]
     try:
         yield sys.modules[PACKAGE]
     finally:
         for name in [*names, *(m for m in sys.modules if m.startswith("ad_flashinfer_pass.autodeploy."))]:
-            if name != "ad_flashinfer_pass.autodeploy.ops":  # its ops stay registered
+            if name != "ad_flashinfer_pass.autodeploy.ops":
                 sys.modules.pop(name, None)
         sys.modules.pop("ad_flashinfer_pass.autodeploy", None)
         library._destroy()

@@ -35,13 +35,11 @@ def piecewise_utils(generation: Generation) -> dict[str, Any]:
     attention = [
         "auto_deploy::flashinfer_attention_mha_with_cache",
         "auto_deploy::torch_cached_attention_with_cache",
+        "auto_deploy::trtllm_attention_mha_with_cache",
     ]
     prep = ["auto_deploy::flashinfer_attention_prepare_metadata", "auto_deploy::mamba_ssm_prepare_metadata"]
-    if generation.piecewise == "lists":  # the first version
-        return {"_CACHED_ATTENTION_OPS": attention, "_METADATA_PREP_OPS": prep}
-    attention = [*attention, "auto_deploy::trtllm_attention_mha_with_cache"]
-    if generation.piecewise == "lists_and_persistent":  # with _SKIP_OUT_DYNAMIC_OPS computed at import
-        persistent = ["auto_deploy::trtllm_attention_prepare_metadata"]
+    persistent = ["auto_deploy::trtllm_attention_prepare_metadata"]
+    if not generation.policies:  # with _SKIP_OUT_DYNAMIC_OPS computed at import
         return {
             "_CACHED_ATTENTION_OPS": attention,
             "_METADATA_PREP_OPS": prep,
@@ -50,7 +48,7 @@ def piecewise_utils(generation: Generation) -> dict[str, Any]:
         }
     table = dict.fromkeys(attention, DynamicOpPolicy.OUT_BUFFER)
     table |= dict.fromkeys(prep, DynamicOpPolicy.METADATA_WRAPPER)
-    table["auto_deploy::trtllm_attention_prepare_metadata"] = DynamicOpPolicy.EAGER
+    table |= dict.fromkeys(persistent, DynamicOpPolicy.EAGER)
     return {"_DYNAMIC_OP_POLICIES": table, "DynamicOpPolicy": DynamicOpPolicy}
 
 
@@ -60,20 +58,19 @@ def policy_of(utils: Any, node: fx.Node) -> DynamicOpPolicy | None:
         return None
     name = node.target.name() if hasattr(node.target, "name") else str(node.target)
     if hasattr(utils, "_DYNAMIC_OP_POLICIES"):
-        # _matches_op_name: registered name in op name, or its base name
-        return next((p for k, p in utils._DYNAMIC_OP_POLICIES.items() if _matches(name, k, True)), None)
-    by_base = hasattr(utils, "_PERSISTENT_BUFFER_OPS")  # the first version compared full names only
-    if any(_matches(name, k, by_base) for k in getattr(utils, "_PERSISTENT_BUFFER_OPS", ())):
+        return next((p for k, p in utils._DYNAMIC_OP_POLICIES.items() if _matches(name, k)), None)
+    if any(_matches(name, k) for k in utils._PERSISTENT_BUFFER_OPS):
         return DynamicOpPolicy.EAGER
-    if any(_matches(name, k, by_base) for k in utils._METADATA_PREP_OPS):
+    if any(_matches(name, k) for k in utils._METADATA_PREP_OPS):
         return DynamicOpPolicy.METADATA_WRAPPER
-    if any(_matches(name, k, by_base) for k in utils._CACHED_ATTENTION_OPS):
+    if any(_matches(name, k) for k in utils._CACHED_ATTENTION_OPS):
         return DynamicOpPolicy.OUT_BUFFER
     return None
 
 
-def _matches(op_name: str, registered: str, by_base: bool) -> bool:
-    return registered in op_name or (by_base and registered.split("::")[-1] in op_name)
+def _matches(op_name: str, registered: str) -> bool:
+    """_matches_op_name: the registered name in the op's, or its base name."""
+    return registered in op_name or registered.split("::")[-1] in op_name
 
 
 class CapturedGraph:
@@ -85,7 +82,7 @@ class CapturedGraph:
         self.num_replays = 0
 
     def capture(self, batch_sizes: list[int]) -> None:
-        """Largest first; static inputs by identity; three warm-ups; no host-prepare functions (E2b)."""
+        """Largest first; static inputs by identity; three warm-ups."""
         sizes = sorted(batch_sizes, reverse=True)
         self.info.set_generate_only_batch(sizes[0])
         args = self.named_args()
@@ -133,7 +130,8 @@ class CapturedGraph:
 class PiecewiseGraph:
     """Prefill and mixed steps, split at dynamic ops; one capture of each static segment a token bucket.
 
-    ``split_graph_at_dynamic_ops``, ``ADPiecewiseRunner``, ``DynamicOpWrapper``, ``MetadataWrapper``.
+    ``split_graph_at_dynamic_ops``, ``ADPiecewiseRunner``, ``DynamicOpWrapper``, ``MetadataWrapper``. The
+    inputs of a replay have the size of the step, not of the bucket (``DualModeCapturedGraph``, 51914789652).
     """
 
     def __init__(self, gm: fx.GraphModule, utils: Any, named_args: Callable[[], dict[str, Tensor]]) -> None:
@@ -208,7 +206,8 @@ class PiecewiseGraph:
         return result
 
     def _static_segment(self, submodule: nn.Module, args: Any, key: Any, phase: str) -> Any:
-        """ADPiecewiseRunner: a replay gives the outputs of the capture, even those that only pass through."""
+        """ADPiecewiseRunner: a replay reads what lies where the inputs of the capture were, and gives the
+        outputs of the capture, even those that only pass through."""
         if phase == "capture":
             if IS_CUDA:
                 torch.cuda.synchronize()
@@ -216,20 +215,19 @@ class PiecewiseGraph:
                 with torch.cuda.graph(graph, pool=self._pool):
                     out = submodule(*args)
                 self._pool = self._pool or graph.pool()
-                self._captured[key] = (graph, out, [a.data_ptr() for a in args if isinstance(a, Tensor)])
+                self._captured[key] = (graph, out, args)
             else:
                 out = submodule(*args)
-                self._captured[key] = (submodule, out, [a.data_ptr() for a in args if isinstance(a, Tensor)])
+                self._captured[key] = (submodule, out, args)
             return out
-        graph, out, addresses = self._captured[key]
-        assert addresses == [a.data_ptr() for a in args if isinstance(a, Tensor)], "ADDRESS MISMATCH"
+        graph, out, captured = self._captured[key]
         if IS_CUDA:
             graph.replay()
             return out
-        fresh = submodule(*args)
+        fresh = submodule(*captured)
         for old, new in zip(_flat(out), _flat(fresh), strict=True):
             if old.data_ptr() != new.data_ptr() and not any(
-                new.data_ptr() == a.data_ptr() for a in _tensors(args)
+                new.data_ptr() == a.data_ptr() for a in _tensors(captured)
             ):
                 old.copy_(new)
         return out

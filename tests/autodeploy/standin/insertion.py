@@ -1,10 +1,10 @@
-"""Transforms and the insertion of cached attention; AD/transform/interface.py and library/kvcache.py."""
+"""The insertion of cached attention; AD/transform/library/kvcache.py."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -17,50 +17,16 @@ SWAPPABLE = ("cache_loc", "cu_num_pages", "last_page_len", "seq_len_with_cache")
 """kvcache.py: vswa_swappable_bases."""
 
 
-class TransformInfo(NamedTuple):
-    """AD/transform/interface.py."""
-
-    skipped: bool
-    num_matches: int
-    is_clean: bool = False
-    has_valid_shapes: bool = False
-
-
-def transform_interface() -> dict[str, Any]:
-    """The names of AD/transform/interface.py that plugins use."""
-
-    class TransformRegistry:
-        transforms: ClassVar[dict[str, Any]] = {}
-
-        @classmethod
-        def register(cls, name: str) -> Callable[[Any], Any]:
-            def decorator(transform: Any) -> Any:
-                assert name not in cls.transforms
-                cls.transforms[name] = transform
-                return transform
-
-            return decorator
-
-    return {
-        "TransformRegistry": TransformRegistry,
-        "BaseTransform": type("BaseTransform", (), {}),
-        "TransformInfo": TransformInfo,
-    }
-
-
 def kvcache(generation: Generation) -> dict[str, Any]:
     """The names of AD/transform/library/kvcache.py that are looked for."""
-    if not generation.handlers:
-        return {"InsertCachedAttention": InsertByCallables}
-    return {
-        "_InsertCachedOperator": InsertWithPools if generation.window_pools else InsertByHandlers,
-    }
+    return {"_InsertCachedOperator": InsertWithPools if generation.window_pools else InsertByHandlers}
 
 
-class InsertByCallables:
-    """kvcache.py at 01d93fe and of 1.2.
+class InsertByHandlers:
+    """kvcache.py of E5 (51824791103): handlers, placeholders r{n}_{key}.
 
-    q, k, v, *standard metadata, *extra metadata, *caches, *global buffers, *constants; a mask is dropped.
+    q, k, v, *standard metadata, *extra metadata, *caches, *constants; q, k and v are taken before
+    ``prepare_node_for_cache_insertion``, and a mask comes last.
     """
 
     def __init__(self, cm: CachedSequenceInterface, descriptor: Any) -> None:
@@ -69,21 +35,23 @@ class InsertByCallables:
     def apply(self, gm: fx.GraphModule) -> int:
         """Replace every source attention; returns their number."""
         nodes = source_nodes(gm, self.descriptor)
-        assert self.descriptor.is_paged()  # "Paged sequence info requires paged attention op."
         standard = [self.add_input(gm, name) for name in self.descriptor.get_standard_metadata_args()]
         extra = self.extra_metadata(gm, nodes[0], lambda name: name)
-        assert self.descriptor.get_host_prepare_metadata_function() is None
-        for idx, node in enumerate(nodes):
+        for node in nodes:
             qkv = node.args[: self.descriptor.get_num_qkv_args()]
-            caches = []
-            for key, make in self.descriptor.get_cache_initializers(node, self.cm.kv_cache_config).items():
-                self.cm.add_cache(f"{key}_{idx}", make)
-                caches.append(add_placeholder(gm, f"{key}_{idx}"))
-            assert self.descriptor.get_global_buffer_initializers(node) == {}
+            caches = self.add_caches(gm, node)
+            self.descriptor.prepare_node_for_cache_insertion(gm, node)
+            mask = node.kwargs.get("attn_mask")
             constants = self.descriptor.get_constants(node)
-            self.replace(gm, node, (*qkv, *standard, *extra, *caches, *constants))
+            args = (*qkv, *standard, *extra, *caches, *constants)
+            self.replace(gm, node, args if mask is None else (*args, mask))
         gm.recompile()
         return len(nodes)
+
+    def add_caches(self, gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+        """``cm.add_resource`` for each handler."""
+        handlers = self.descriptor.get_cache_initializers(node, self.cm.kv_cache_config)
+        return [add_placeholder(gm, self.cm.add_resource(key, handler)) for key, handler in handlers.items()]
 
     def add_input(self, gm: fx.GraphModule, name: str) -> fx.Node:
         """``_add_or_retrieve_input``: a placeholder of that name, activated if it is new."""
@@ -112,31 +80,6 @@ class InsertByCallables:
             cached = gm.graph.call_function(self.descriptor.get_cached_attention_op(), args)
         node.replace_all_uses_with(cached)
         gm.graph.erase_node(node)
-
-
-class InsertByHandlers(InsertByCallables):
-    """kvcache.py of February to May 2026 (E3 to E5): handlers, placeholders r{n}_{key}, a mask comes last."""
-
-    def apply(self, gm: fx.GraphModule) -> int:
-        """Replace every source attention; returns their number."""
-        nodes = source_nodes(gm, self.descriptor)
-        standard = [self.add_input(gm, name) for name in self.descriptor.get_standard_metadata_args()]
-        extra = self.extra_metadata(gm, nodes[0], lambda name: name)
-        for node in nodes:
-            qkv = node.args[: self.descriptor.get_num_qkv_args()]
-            caches = self.add_caches(gm, node)
-            self.descriptor.prepare_node_for_cache_insertion(gm, node)
-            mask = node.kwargs.get("attn_mask")
-            constants = self.descriptor.get_constants(node)
-            args = (*qkv, *standard, *extra, *caches, *constants)
-            self.replace(gm, node, args if mask is None else (*args, mask))
-        gm.recompile()
-        return len(nodes)
-
-    def add_caches(self, gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-        """``cm.add_resource`` for each handler."""
-        handlers = self.descriptor.get_cache_initializers(node, self.cm.kv_cache_config)
-        return [add_placeholder(gm, self.cm.add_resource(key, handler)) for key, handler in handlers.items()]
 
 
 class InsertWithPools(InsertByHandlers):

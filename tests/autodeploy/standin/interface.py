@@ -32,7 +32,6 @@ class SequenceInfo:
 
     E5, attention_interface.py ``SequenceInfo.__init__``: tensor_specs (names, capacities, dtypes), persistent
     views of one buffer, all but input_ids and position_ids passed at full capacity.
-    E2, E2b (01d93fe and its successor): ``page_size``, ``num_pages``, batch_info of 3 integers.
     """
 
     def __init__(
@@ -48,16 +47,10 @@ class SequenceInfo:
         # E5: "Buffer capacity must accommodate at least bs=2"
         self.max_batch_size = max(2, max_batch_size)
         self.max_blocks_per_seq = -(-max_seq_len // page_size)
-        if generation.handlers:
-            self.tokens_per_block = page_size
-        else:
-            self.page_size = page_size
-        self._page = page_size
+        self.tokens_per_block = self._page = page_size
         self.num_pages = self.num_blocks = 0
         self.device = torch.device("cpu")
         b, t = self.max_batch_size, max_num_tokens
-        # E2b: ((max_seq_len + 1) // page_size + 1) * max_batch_size; E3 on: max_num_tokens, resized later
-        pages = t if generation.handlers else ((max_seq_len + 1) // page_size + 1) * b
         self._specs: dict[str, tuple[int, torch.dtype]] = {
             "input_ids": (t, torch.int),
             "position_ids": (t, torch.long),
@@ -67,10 +60,8 @@ class SequenceInfo:
             "cu_num_pages": (b + 1, torch.int),
             "seq_len_with_cache": (b, torch.int),
             "last_page_len": (b, torch.int),
-            "cache_loc": (pages, torch.int),
+            "cache_loc": (t, torch.int),  # resized later
         }
-        if not generation.extend:
-            self._specs["pages_per_seq"] = (b, torch.int)
         self._windows: list[int] = []
         self._host: dict[str, Tensor] = {}
         self._views: dict[str, Tensor] = {}
@@ -81,7 +72,7 @@ class SequenceInfo:
         self._make_views()
 
     def _make_views(self) -> None:
-        """Views of fresh memory (E2b ``InputBuffer.resize``: "Recreate views after the update")."""
+        """Views of fresh memory (``InputBuffer.resize`` makes them anew)."""
         for name, (size, dtype) in self._specs.items():
             self._host[name] = torch.zeros(size, dtype=dtype)
             self._views[name] = torch.zeros(size, dtype=dtype, device=self.device)
@@ -102,11 +93,8 @@ class SequenceInfo:
 
     @property
     def available_args(self) -> set[str]:
-        """What a graph may ask for. 01d93fe: tensor_names; E2b: also with _host; E5: and batch_info_host."""
-        if not self.generation.host_names:
-            return {*self._specs, "batch_info"}
-        twins = {*self._specs, *(f"{name}_host" for name in self._specs), "batch_info_host"}
-        return twins if self.generation.extend else twins | {"batch_info"}
+        """What a graph may ask for."""
+        return {*self._specs, *(f"{name}_host" for name in self._specs), "batch_info_host"}
 
     def activate_arg(self, name: str) -> None:
         """Make it an input of the graph."""
@@ -120,7 +108,7 @@ class SequenceInfo:
         return {name: self._arg(name) for name in self._active}
 
     def _arg(self, name: str) -> Tensor:
-        if name in ("batch_info_host", "batch_info"):
+        if name == "batch_info_host":
             return self._batch_info
         if name.endswith("_host"):
             return self._host[name.removesuffix("_host")]
@@ -130,20 +118,19 @@ class SequenceInfo:
         return view
 
     def update_cache_information(self, num_pages: int, block_offset_multiplier: int) -> None:
-        """E5 ``update_cache_information``; E2b: the setter of ``num_pages``; E3: estimate, ten times."""
+        """``update_cache_information``."""
         self.num_pages = self.num_blocks = num_pages
-        wanted = {
-            "E2": num_pages,
-            "E2b": num_pages,
-            "E3": num_pages * min(10, self.max_batch_size) + 1,
-        }.get(self.generation.name, self.max_batch_size * self.max_blocks_per_seq + 1)
+        wanted = self.max_batch_size * self.max_blocks_per_seq + 1
         for name in [name for name in self._specs if name.startswith("cache_loc")]:
             self._specs[name] = (max(wanted, self._specs[name][0]), torch.int)
         self._make_views()
-        if self.generation.extend:
-            self._batch_info[6:10] = torch.tensor(
-                [self.max_seq_len, self.max_blocks_per_seq, block_offset_multiplier, self.max_batch_size]
-            )
+        self._batch_info[6:10] = torch.tensor(
+            [self.max_seq_len, self.max_blocks_per_seq, block_offset_multiplier, self.max_batch_size]
+        )
+
+    def register_host_prepare_for_attention_forward(self, function: Any, args: list[str]) -> None:
+        """The plugin has no such function."""
+        raise AssertionError("the plugin must not need a host-prepare function")
 
     def register_window_groups(self, windows: list[int]) -> None:
         """E6 kvcache.py: one set of page inputs a pool, suffixed _g1 and on."""
@@ -152,6 +139,11 @@ class SequenceInfo:
             for name in ("cache_loc", "cu_num_pages", "last_page_len", "seq_len_with_cache"):
                 self._specs[f"{name}_g{i}"] = self._specs[name]
         self._make_views()
+
+    def set_max_draft_len(self, max_draft_len: int) -> None:
+        """E6 ``BatchInfo.update_max_draft_len``."""
+        if self._batch_info.numel() > 12:
+            self._batch_info[12] = max_draft_len
 
     def nest_sequences(self, requests: Sequence[Request], *, num_extend: int = 0) -> None:
         """Write one step; ``requests`` are ordered prefill, extend, decode. Tails stay as they were."""
@@ -172,10 +164,6 @@ class SequenceInfo:
     def _count(self, lens: list[int], num_extend: int, num_decode: int) -> None:
         rest = len(lens) - num_decode
         tokens = [sum(lens[: rest - num_extend]), sum(lens[rest - num_extend : rest])]
-        if not self.generation.extend:
-            # E2b nest_sequences: [num_prefill, num_prefill_tokens, num_decode]
-            self._batch_info[:3] = torch.tensor([rest, sum(tokens), num_decode])
-            return
         # E5 BatchInfo: prefill, extend and decode, each with its tokens
         counted = [rest - num_extend, tokens[0], num_extend, tokens[1], num_decode, num_decode]
         self._batch_info[:6] = torch.tensor(counted)
@@ -192,23 +180,17 @@ class SequenceInfo:
         self._write(f"cu_num_pages{suffix}", [0, *accumulate(len(one) for one in pages)])
         self._write(f"seq_len_with_cache{suffix}", total)
         self._write(f"last_page_len{suffix}", [(n - 1) % self._page + 1 for n in total])
-        if "pages_per_seq" in self._specs:
-            self._write("pages_per_seq", [len(one) for one in pages])
 
     def _write(self, name: str, values: list[int]) -> None:
         self._host[name][: len(values)] = torch.tensor(values, dtype=self._host[name].dtype)
         self._views[name][: len(values)] = self._host[name][: len(values)].to(self.device)
 
-    def pad_tokens(self, num_tokens: int) -> None:
-        """Piecewise: input_ids and position_ids up to the bucket; the counts stay what they are."""
-        self._shape = (1, num_tokens)
-
     def set_generate_only_batch(self, batch_size: int) -> None:
-        """E2b ``set_generate_only_batch``: [[1]] * bs, input_pos 0, cache_loc range(sum(pages))."""
+        """``set_generate_only_batch``: [[1]] * bs, input_pos 0, cache_loc range(sum(pages))."""
         self.nest_sequences([Request([1], 0, [i]) for i in range(batch_size)])
 
     def set_max_num_tokens_sample(self) -> None:
-        """E2b ``set_max_num_tokens_sample``: max_batch_size sequences of max_num_tokens // max_batch_size."""
+        """``set_max_num_tokens_sample``: max_batch_size sequences of max_num_tokens // max_batch_size."""
         each = min(self.max_num_tokens // self.max_batch_size, self.max_seq_len)
         pages = -(-each // self._page)
         self.nest_sequences(
@@ -216,12 +198,19 @@ class SequenceInfo:
         )
 
 
-class SequenceInfoWithHostPrepare(SequenceInfo):
-    """Since E2b."""
+class BatchInfo:
+    """Wrapper of ``batch_info_host``; attention_interface.py ``BatchInfo`` of E5."""
 
-    def register_host_prepare_for_attention_forward(self, function: Any, args: list[str]) -> None:
-        """The plugin has no such function: before E4 it would not run before a capture."""
-        raise AssertionError("the plugin must not need a host-prepare function")
+    def __init__(self, batch_info_host: Tensor) -> None:
+        self.batch_info_host = batch_info_host
+
+
+class BatchInfoWithDrafts(BatchInfo):
+    """Of E6, as shim/interface.py (56110065239) uses it; where its integer stands was not read."""
+
+    def get_max_draft_len(self) -> int:
+        """Draft tokens of one request, at most."""
+        return int(self.batch_info_host[12])
 
 
 class KVPagedResourceHandler:
@@ -264,9 +253,8 @@ class WindowedHandler(KVPagedResourceHandler):
 class CachedSequenceInterface:
     """Owner of inputs and caches; AD/shim/interface.py.
 
-    E2: ``add_cache(name, callable)``, ``initialize_caches``, ``resize_cache``.
-    E3 on: ``add_resource(key, handler)`` names r{n}_{key}; the pool of KVCacheManager holds all layers, and
-    each cache is a strided view of it (``get_buffers``); the pool is made anew at a resize.
+    ``add_resource(key, handler)`` names r{n}_{key}; the pool of KVCacheManager holds all layers, and each
+    cache is a strided view of it (``get_buffers``); the pool is made anew at a resize.
     """
 
     def __init__(self, generation: Generation, info: SequenceInfo, device: torch.device, config: Any) -> None:
@@ -274,7 +262,6 @@ class CachedSequenceInterface:
         self.device = device
         self.caches: dict[str, Tensor] = {}
         self.pools: list[Tensor] = []
-        self._initializers: dict[str, Any] = {}
         self._handlers: dict[str, Any] = {}
         self.cyclic: bool | None = None
 
@@ -283,44 +270,21 @@ class CachedSequenceInterface:
         """All inputs of the graph."""
         return {**self.info.named_args, **self.caches}
 
-    def add_cache(self, name: str, initializer: Any) -> None:
-        """Up to 1.2."""
-        self._initializers[name] = initializer
-
     def add_resource(self, key: str, handler: Any) -> str:
-        """Since 1.3."""
+        """``add_resource``."""
         name = f"r{len(self._handlers)}_{key}"
         self._handlers[name] = handler
         return name
 
     def initialize(self, num_pages: int) -> None:
-        """``initialize_caches`` or ``initialize_resources``."""
+        """``initialize_resources``."""
         self.info.to(self.device)
-        self._pages(num_pages)
-        if self.generation.handlers:
-            self._make_pools()
-        else:
-            self.caches = {name: make(self.info) for name, make in self._initializers.items()}
-            self.pools = list(self.caches.values())
-        self.poison()
+        self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
-        """``resize_cache`` of 1.2, or ``resize_kv_cache_manager``."""
-        if self.generation.handlers:
-            self._pages(num_pages)
-            self._make_pools()
-        else:
-            # shim/interface.py: current_kv_cache_size_bytes counts the names that begin so, and divides by it
-            counted = [c for n, c in self.caches.items() if n.startswith(("k_cache_", "v_cache_"))]
-            per_page = sum(c.numel() * c.element_size() for c in counted) // self.info.num_pages
-            assert per_page > 1, "no KV cache was counted: the new number of pages would be that of bytes"
-            # "cache.resize_(new_shape)": the same object, other memory
-            for name, cache in self.caches.items():
-                if "k_cache" in name or "v_cache" in name:
-                    grown = torch.empty((num_pages, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
-                    cache.data = grown
-            self._pages(num_pages)
-            assert all(cache.shape[0] == num_pages for cache in self.caches.values()), "not resized"
+        """``resize_kv_cache_manager``."""
+        self._pages(num_pages)
+        self._make_pools()
         self.poison()
 
     def _pages(self, num_pages: int) -> None:
@@ -398,28 +362,19 @@ def attention_interface(generation: Generation) -> dict[str, Any]:
     class Registry(AttentionRegistry):
         _attention_registry: ClassVar[dict[str, Any]] = {}
 
-    names: dict[str, Any] = {
+    return {
         "AttentionRegistry": Registry,
-        "AttentionDescriptor": _descriptor(generation),
-        "SequenceInfo": SequenceInfoWithHostPrepare if generation.host_names else SequenceInfo,
+        "AttentionDescriptor": _descriptor(),
+        "SequenceInfo": SequenceInfo,
+        "BatchInfo": BatchInfoWithDrafts if generation.window_pools else BatchInfo,
+        "KVPagedResourceHandler": WindowedHandler if generation.window_pools else KVPagedResourceHandler,
     }
-    if generation.handlers:
-        names["KVPagedResourceHandler"] = (
-            WindowedHandler if generation.window_pools else KVPagedResourceHandler
-        )
-    return names
 
 
-def _descriptor(generation: Generation) -> type:
-    """The abstract methods of the generation: what the plugin leaves out makes its class abstract."""
+def _descriptor() -> type:
+    """The abstract methods: what the plugin leaves out makes its class abstract."""
 
     class AttentionDescriptor(ABC):
-        if not generation.handlers:  # E2b: is_paged is abstract
-
-            @classmethod
-            @abstractmethod
-            def is_paged(cls) -> bool: ...
-
         @classmethod
         @abstractmethod
         def get_attention_layout(cls) -> str: ...
@@ -443,6 +398,16 @@ def _descriptor(generation: Generation) -> type:
         @classmethod
         @abstractmethod
         def get_cache_initializers(cls, node: fx.Node, cache_config: Any) -> dict[str, Any]: ...
+
+        @classmethod
+        def prepare_node_for_cache_insertion(cls, gm: fx.GraphModule, attn_node: fx.Node) -> None:
+            """Nothing, by default."""
+            return None
+
+        @classmethod
+        def get_host_prepare_metadata_function(cls) -> None:
+            """None, by default."""
+            return None
 
         @staticmethod
         def resolve_cache_dtype(dtype_config: str, fallback: torch.dtype) -> torch.dtype:

@@ -6,6 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# AD/export/library/unified_attn.py (19301576759): of what transformers passes to an attention function, what
+# is handed on; is_causal is not among the former, softcap not among the latter.
+HF_ATTN_KWARGS_MAPPING = {
+    "dropout": "dropout_p",
+    "is_causal": "is_causal",
+    "scaling": "scale",
+    "sinks": "sinks",
+    "sliding_window": "sliding_window",
+    "logit_cap": "logit_cap",
+}
+
 # AD/custom_ops/torch_libs (torch_attention.py at 0fef79e9); the last two arguments since summer 2026.
 _ATTENTION = (
     "torch_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
@@ -54,11 +65,12 @@ def attention(
     assert layout == "bsnd"
     assert sinks is None
     assert logit_cap is None
+    is_causal = True  # flashinfer and torch attend so, whatever the flag says
     q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))
     n = q.shape[2]
     rows, columns = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
     visible = columns <= rows if is_causal else torch.ones(n, n, dtype=torch.bool, device=q.device)
-    if sliding_window:
+    if sliding_window and sliding_window > 0:
         visible = visible & (columns > rows - sliding_window)
     mask = visible if attn_mask is None else visible & attn_mask
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)

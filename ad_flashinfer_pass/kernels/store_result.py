@@ -1,0 +1,58 @@
+"""The result of an attention to the memory that a caller gave, as one Triton kernel.
+
+Copy, quantization and the zeros of padding tokens, which are three kernels and more in torch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+def store_result(attended: Tensor, out: Tensor, scale: float) -> None:
+    """Write ``attended / scale`` and then zeros to ``out``.
+
+    Args:
+        attended: [n, num_heads, v_head_dim], contiguous.
+        out: contiguous, of at least as many elements, in the dtype of attended or in float8_e4m3fn, to which
+            numbers beyond its range are saturated.
+        scale: multiplied as its reciprocal, in float32; see ``ops.append_kv``.
+    """
+    import torch
+
+    limit = torch.finfo(out.dtype).max
+    _store[(triton.cdiv(out.numel(), _BLOCK),)](
+        attended,
+        out,
+        attended.numel(),
+        out.numel(),
+        1.0 / scale,
+        limit,
+        IS_SCALED=scale != 1.0,
+        SATURATES=out.dtype.itemsize == 1,
+        BLOCK=_BLOCK,
+    )
+
+
+@triton.jit(do_not_specialize=["factor"])
+def _store(  # type: ignore[no-untyped-def]
+    attended,
+    out,
+    num_attended,
+    num_out,
+    factor,
+    limit,
+    IS_SCALED: tl.constexpr,
+    SATURATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(attended + at, mask=at < num_attended, other=0.0)
+    if IS_SCALED:
+        value = value.to(tl.float32) * factor
+    if SATURATES:
+        value = tl.clamp(value.to(tl.float32), -limit, limit)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < num_out)

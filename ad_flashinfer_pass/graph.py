@@ -185,7 +185,7 @@ def halves_repeat(node: fx.Node) -> bool:
             node = args(node)[0]
             continue
         inputs = node.all_input_nodes
-        copies = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy)
+        copies = (torch.ops.aten.to, torch.ops.aten._to_copy)
         if len(inputs) != 1 or not (is_pointwise(node) or is_op(node, *copies)):
             return False
         node = inputs[0]

@@ -50,7 +50,9 @@ class Attention(nn.Module):
             halves = (table.chunk(2, -1)[0][positions], table.chunk(2, -1)[1][positions])
             cos, sin = (torch.ops.aten.cat.default([half, half], -1) for half in halves)
         else:  # rows of a buffer, as in AutoDeploy's own modeling files
-            cos, sin = (torch.ops.aten.index.Tensor(x, [positions]) for x in (cos, sin))
+            kind = {"dtype": torch.float32, "layout": torch.strided, "device": cos.device}
+            tables = (torch.ops.aten.to.dtype_layout(x, **kind) for x in (cos, sin))
+            cos, sin = (torch.ops.aten.index.Tensor(x, [positions]) for x in tables)
         if self.rope == "two_calls":  # as for Gemma4, whose K some layers do not have
             return explicit(q, q, cos, sin, 2)[0], explicit(k, k, cos, sin, 2)[0]
         return _pair(explicit(q, k, cos, sin, 2))

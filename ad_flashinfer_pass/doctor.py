@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "flashinfer-cubin", "tensorrt-llm")
-_FLASHINFER = f"pip install 'flashinfer-python>={modules.OLDEST_FLASHINFER}'"
 # Llama 3.1 8B: what is said of a provider is said of sites like these.
 _SITES = {
     kv: Site(
@@ -146,7 +145,7 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     checks = [
         Check(name="FlashInfer", state="ok", found=found)
         if problem is None
-        else Check(name="FlashInfer", state="missing", found=problem, remedy=_FLASHINFER),
+        else Check(name="FlashInfer", state="missing", found=problem, remedy=modules.remedy()),
         _nvcc_check(),
         _tool("ninja", "FlashInfer compiles with it", "pip install ninja"),
         _tool(os.environ.get("CC", "cc"), "Triton compiles launchers with it", "apt-get install gcc"),
@@ -154,6 +153,7 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     if all(check.state == "ok" for check in checks):
         found = "can compile modules here, for GPUs of other machines too"
         checks.append(Check(name="prebuild", state="ok", found=found))
+    checks += _version_checks()
     if _version("triton") is None:
         remedy = f"pip install triton{'' if platform.system() == 'Linux' else ' (on Linux)'}"
         checks.append(Check(name="Triton", state="missing", found="not installed", remedy=remedy))
@@ -163,6 +163,19 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     if has_gpu:
         return checks
     return [c.model_copy(update={"state": "note" if c.state == "missing" else c.state}) for c in checks]
+
+
+def _version_checks() -> list[Check]:
+    """What providers would have with a newer FlashInfer; what they refuse goes to the next one."""
+    needed = []
+    for name, module in select.PROVIDERS.items():
+        extend = getattr(module, "EXTEND_SINCE", None)
+        needed += [(name, since) for since in (*module.CAPABILITY.since, *([extend] if extend else []))]
+    return [
+        Check(name=name, state="note", found=reason, remedy=modules.remedy(since.version))
+        for name, since in needed
+        if modules.problem() is None and (reason := since.lacking()) is not None
+    ]
 
 
 _PREBUILD = (

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 
 from ad_flashinfer_pass import doctor
 from ad_flashinfer_pass.cli import main
@@ -84,7 +85,7 @@ def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is installed, what is needed, and how to get it; without a GPU it is only noted."""
-    found = "flashinfer-python 0.6.1 is installed, 0.7.2 or newer is needed"
+    found = "flashinfer-python 0.6.1 is installed, 0.6.11 or newer is needed"
     monkeypatch.setattr(modules, "problem", lambda: found)
     (check,) = (check for check in doctor.diagnose().checks if check.name == "FlashInfer")
     assert check.state == "missing"
@@ -92,7 +93,36 @@ def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
     (check,) = (check for check in doctor.diagnose().checks if check.name == "FlashInfer")
     assert check.state == "note"
     assert check.found == found
-    assert check.remedy == "pip install 'flashinfer-python>=0.7.2'"
+    assert check.remedy == "pip install 'flashinfer-python>=0.6.11'"
+
+
+def test_each_provider_says_what_it_has_only_with_a_newer_flashinfer(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode goes to the next provider; beside TensorRT-LLM its FlashInfer stays, and the remedy says so."""
+    here = {"flashinfer-python": "0.6.16", "tensorrt-llm": None}
+    monkeypatch.setattr(
+        modules,
+        "installed",
+        lambda package="flashinfer-python": None if here[package] is None else Version(here[package]),
+    )
+
+    def notes() -> dict[str, doctor.Check]:
+        return {c.name: c for c in doctor.diagnose().checks if " lacks " in c.found}
+
+    assert chosen(doctor.diagnose())["bfloat16", "decode"] == "split_decode"
+    assert chosen(doctor.diagnose())["fp8", "decode"] == "xqa"
+    assert notes().keys() == {"xqa", "fa2"}
+    assert notes()["fa2"].found == (
+        "flashinfer-python 0.6.16 lacks plans for so many query heads a KV head; 0.7.1 has it"
+    )
+    assert notes()["fa2"].remedy == "pip install 'flashinfer-python>=0.7.1'"
+    here["tensorrt-llm"] = "1.3.0"
+    assert notes()["fa2"].remedy == (
+        "leave it, tensorrt-llm 1.3.0 pins it; or install a tensorrt-llm that pins 0.7.1 or newer"
+    )
+    here["flashinfer-python"] = "0.7.4"
+    assert not notes()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
@@ -99,7 +100,12 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
         kernel_dir: a folder of ``prebuild``'s to be looked at too.
     """
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
-    checks = [_torch_check(), *_flashinfer_checks(has_gpu=bool(gpus)), *(_module_checks() if gpus else [])]
+    checks = [
+        _torch_check(),
+        *_models_check(),
+        *_flashinfer_checks(has_gpu=bool(gpus)),
+        *(_module_checks() if gpus else []),
+    ]
     return Diagnosis(
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
@@ -136,6 +142,15 @@ def _torch_check() -> Check:
     return Check(
         name="CUDA", state="note", found=found, remedy="nvidia-smi shows whether the driver sees a GPU"
     )
+
+
+def _models_check() -> list[Check]:
+    """Whether models can be loaded and exported; TensorRT-LLM's transformers may be too old for that."""
+    try:
+        importlib.import_module("ad_flashinfer_pass.models")
+    except (ConfigError, ImportError) as err:
+        return [Check(name="models", state="note", found=f"none can be loaded here: {err}")]
+    return []
 
 
 def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:

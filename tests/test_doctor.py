@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,21 @@ def test_each_provider_says_what_it_has_only_with_a_newer_flashinfer(
     )
     here["flashinfer-python"] = "0.7.4"
     assert not notes()
+
+
+def test_too_old_a_transformers_is_noted_and_the_rest_is_said_all_the_same(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside TensorRT-LLM, where the plugin runs without it; so too if transformers cannot be imported."""
+    assert "models" not in {check.name for check in doctor.diagnose().checks}
+    monkeypatch.delitem(sys.modules, "ad_flashinfer_pass.models", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="5.5.4"))
+    (check,) = (check for check in doctor.diagnose().checks if check.name == "models")
+    assert check.state == "note"
+    assert "transformers 5.5.4 is installed, 5.17 or newer is needed" in check.found
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (check,) = (check for check in doctor.diagnose().checks if check.name == "models")
+    assert "import of transformers halted" in check.found
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ CAPABILITY = Capability(
     mixed_head_dims=False,
     modules=modules,
     since=(
-        # Before, every thread block wrote its part of a split row over the result, if it came late.
+        # Before, each thread block wrote its part of a split row where the last one writes the result, so that
+        # a late one could overwrite it (flashinfer-ai/flashinfer#4161).
         Since(
             "0.6.17",
             "decode whose thread blocks do not overwrite each other's result",

@@ -101,12 +101,8 @@ def test_each_provider_says_what_it_has_only_with_a_newer_flashinfer(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decode goes to the next provider; beside TensorRT-LLM its FlashInfer stays, and the remedy says so."""
-    here = {"flashinfer-python": "0.6.16", "tensorrt-llm": None}
-    monkeypatch.setattr(
-        modules,
-        "installed",
-        lambda package="flashinfer-python": None if here[package] is None else Version(here[package]),
-    )
+    here: dict[str, Version | None] = {"flashinfer-python": Version("0.6.16"), "tensorrt-llm": None}
+    monkeypatch.setattr(modules, "installed", lambda package="flashinfer-python": here[package])
 
     def notes() -> dict[str, doctor.Check]:
         return {c.name: c for c in doctor.diagnose().checks if " lacks " in c.found}
@@ -118,11 +114,11 @@ def test_each_provider_says_what_it_has_only_with_a_newer_flashinfer(
         "flashinfer-python 0.6.16 lacks plans for so many query heads a KV head; 0.7.1 has it"
     )
     assert notes()["fa2"].remedy == "pip install 'flashinfer-python>=0.7.1'"
-    here["tensorrt-llm"] = "1.3.0"
+    here["tensorrt-llm"] = Version("1.3.0")
     assert notes()["fa2"].remedy == (
         "leave it, tensorrt-llm 1.3.0 pins it; or install a tensorrt-llm that pins 0.7.1 or newer"
     )
-    here["flashinfer-python"] = "0.7.4"
+    here["flashinfer-python"] = Version("0.7.4")
     assert not notes()
 
 

@@ -75,8 +75,8 @@ CAPABILITY = Capability(
     mixed_head_dims=False,
     modules=modules,
     since=(
-        # Before, each thread block wrote its part of a split row where the last one writes the result, so that
-        # a late one could overwrite it (flashinfer-ai/flashinfer#4161).
+        # Before, each thread block wrote its part of a split row to where the last one writes the result, and
+        # a late one could overwrite it (flashinfer-ai/flashinfer#4161). The 8-bit kernel of 9.x never did.
         Since(
             "0.6.17",
             "decode whose thread blocks do not overwrite each other's result",

@@ -106,12 +106,12 @@ def calls(version: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
     )
-    for module, name, value in (
+    for kernel, attribute, value in (
         (fa, "WORKSPACE_BYTES", 16),
         (fmha_v2, "_WORKSPACE_BYTES", 16),
         (trtllm_gen, "_WORKSPACE_BYTES", 16),
     ):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(kernel, attribute, value)
     for cached in (fa._module, fmha_v2._module):
         cached.cache_clear()
     workspaces.release()
@@ -136,7 +136,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionSpec]:
     lens = torch.tensor([5, 20, 33], dtype=torch.int32)
     table = torch.arange(3 * WIDTH, dtype=torch.int32).view(3, WIDTH)
     sinks = torch.zeros(HEADS)
-    return query, cache, lens, table, AttentionSpec(0.2, 9, None, sinks, 0.5, 2.0)
+    return query, cache, lens, table, AttentionSpec(0.2, 9, None, None, 0.5, 2.0, sinks=sinks)
 
 
 def _in_reach(name: str, version: str) -> bool:

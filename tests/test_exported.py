@@ -187,7 +187,13 @@ class Embedding(nn.Module):
 def test_kernels_that_the_flashinfer_here_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer one chose them, also if only for a batch size."""
     bf16 = torch.bfloat16
-    sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "page_size": 32}
+    sizes: dict[str, Any] = {
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "page_size": 32,
+    }
     site = Site(dtype=bf16, kv_dtype=bf16, scale=1.0, **sizes)
     decode = Choice("split_decode 8=xqa/2", "")
     sites = [CachedSite("node a", "", SiteNotes(""), site, Choice("fmha_v2", ""), decode, "kv_cache_0")]

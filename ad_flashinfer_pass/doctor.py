@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "flashinfer-cubin", "tensorrt-llm")
-_FLASHINFER = f"pip install 'flashinfer-python>={modules.OLDEST_FLASHINFER}'"
 # Llama 3.1 8B: what is said of a provider is said of sites like these.
 _SITES = {
     kv: Site(
@@ -100,7 +100,12 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
         kernel_dir: a folder of ``prebuild``'s to be looked at too.
     """
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
-    checks = [_torch_check(), *_flashinfer_checks(has_gpu=bool(gpus)), *(_module_checks() if gpus else [])]
+    checks = [
+        _torch_check(),
+        *_models_check(),
+        *_flashinfer_checks(has_gpu=bool(gpus)),
+        *(_module_checks() if gpus else []),
+    ]
     return Diagnosis(
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
@@ -139,6 +144,15 @@ def _torch_check() -> Check:
     )
 
 
+def _models_check() -> list[Check]:
+    """Whether models can be loaded and exported; TensorRT-LLM's transformers may be too old for that."""
+    try:
+        importlib.import_module("ad_flashinfer_pass.models")
+    except (ConfigError, ImportError) as err:
+        return [Check(name="models", state="note", found=f"none can be loaded here: {err}")]
+    return []
+
+
 def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     """What FlashInfer, and our Triton kernels, need; without a GPU nothing is missing."""
     problem = modules.problem()
@@ -146,7 +160,7 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     checks = [
         Check(name="FlashInfer", state="ok", found=found)
         if problem is None
-        else Check(name="FlashInfer", state="missing", found=problem, remedy=_FLASHINFER),
+        else Check(name="FlashInfer", state="missing", found=problem, remedy=modules.remedy()),
         _nvcc_check(),
         _tool("ninja", "FlashInfer compiles with it", "pip install ninja"),
         _tool(os.environ.get("CC", "cc"), "Triton compiles launchers with it", "apt-get install gcc"),
@@ -154,6 +168,7 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     if all(check.state == "ok" for check in checks):
         found = "can compile modules here, for GPUs of other machines too"
         checks.append(Check(name="prebuild", state="ok", found=found))
+    checks += _version_checks()
     if _version("triton") is None:
         remedy = f"pip install triton{'' if platform.system() == 'Linux' else ' (on Linux)'}"
         checks.append(Check(name="Triton", state="missing", found="not installed", remedy=remedy))
@@ -163,6 +178,19 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
     if has_gpu:
         return checks
     return [c.model_copy(update={"state": "note" if c.state == "missing" else c.state}) for c in checks]
+
+
+def _version_checks() -> list[Check]:
+    """What providers would have with a newer FlashInfer; what they refuse goes to the next one."""
+    needed = []
+    for name, module in select.PROVIDERS.items():
+        extend = getattr(module, "EXTEND_SINCE", None)
+        needed += [(name, since) for since in (*module.CAPABILITY.since, *([extend] if extend else []))]
+    return [
+        Check(name=name, state="note", found=reason, remedy=modules.remedy(since.version))
+        for name, since in needed
+        if modules.problem() is None and (reason := since.lacking()) is not None
+    ]
 
 
 _PREBUILD = (

@@ -28,6 +28,7 @@ from ad_flashinfer_pass import ops, pipeline, saved_program
 from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.experts import offer_to_transformers
+from ad_flashinfer_pass.kernels import select
 from ad_flashinfer_pass.kernels.capability import Site
 from ad_flashinfer_pass.kernels.select import Choice
 from ad_flashinfer_pass.metadata import SequenceInfo
@@ -183,6 +184,8 @@ def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
     if (here.type, here.index or 0) != (there.type, there.index or 0):
         move = f"torch.export.passes.move_to_device_pass(program, '{here}') moves it"
         raise ConfigError(f"device: the program is on {there}, got {here}; {move}.")
+    if here.type == "cuda":
+        _check_versions(ctx.sites, torch.cuda.get_device_capability(here)[0])
     config, cache = ctx.config, ctx.config.kv_cache_config
     sites = list({each.cache: each.site for each in ctx.sites}.values())
     found: list[tuple[BaseModel, str, Any, Any]] = [
@@ -198,6 +201,17 @@ def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
                 f"{'kv_cache_config.' if model is cache else ''}{name}: the program was transformed for "
                 f"{own}, got {getattr(model, name)!r}; leave the key out, or transform the model again."
             )
+
+
+def _check_versions(sites: list[CachedSite], compute_major: int) -> None:
+    """Refuse kernels that the FlashInfer which is installed does not have yet; a newer one chose them."""
+    for site in sites:
+        for choice in (site.prefill, site.decode):
+            for kernel in {part.split("=")[-1].split("/")[0] for part in choice.kernel.split()}:
+                if reasons := select.provider(kernel).CAPABILITY.too_old(site.site, compute_major):
+                    raise ConfigError(
+                        f"the program runs {kernel} at {site.where}, but {reasons[0]}: transform it here."
+                    )
 
 
 def _dtype(name: str, site: Site) -> torch.dtype:

@@ -28,7 +28,7 @@ from ad_flashinfer_pass.kernels.capability import Phase, Site
 from ad_flashinfer_pass.output import write_file
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
     from rich.console import RenderableType
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -75,7 +75,7 @@ def needed_modules(
     sm: int,
     skip: Collection[str] = (),
     on_event: Callable[[str], None] | None = None,
-) -> tuple[dict[str, JitSpecNvcc], list[NeededModule], list[str]]:
+) -> tuple[dict[str, JitSpec], list[NeededModule], list[str]]:
     """The modules that a config needs on a kind of GPU; nothing is compiled, and no weights are read.
 
     Args:
@@ -99,10 +99,10 @@ def needed_modules(
     select.check_sm(sm)
     problem = modules.problem()
     if problem is not None:
-        raise ConfigError(f"{problem}: pip install 'flashinfer-python>={modules.OLDEST_FLASHINFER}'.")
+        raise ConfigError(f"{problem}: {modules.remedy()}.")
     ctx = run_stages(config, stages=["insert_cached_attention"], on_event=on_event).ctx
     max_extend_len = ctx.sequence_info.max_extend_len
-    specs: dict[str, JitSpecNvcc] = {}
+    specs: dict[str, JitSpec] = {}
     users: dict[str, list[tuple[str, Phase]]] = {}
     notes: dict[str, None] = {}
     with target(sm):
@@ -137,15 +137,17 @@ _WITHOUT_MODULES = {
 
 
 def _provider(site: Site, phase: Phase, sm: int, skip: Collection[str]) -> str:
-    """The first provider that declares all of a site."""
+    """The first provider that declares all of a site, and that this version of FlashInfer has."""
     return next(
         name
         for name, module in select.PROVIDERS.items()
-        if name not in skip and not module.CAPABILITY.refusals(site, phase, torch.device("cpu"), sm)
+        if name not in skip
+        and not module.CAPABILITY.refusals(site, phase, torch.device("cpu"), sm)
+        and not module.CAPABILITY.too_old(site, sm // 10)
     )
 
 
-def _modules(provider: str, site: Site, sm: int) -> list[JitSpecNvcc]:
+def _modules(provider: str, site: Site, sm: int) -> list[JitSpec]:
     make = select.provider(provider).CAPABILITY.modules
     return [] if make is None else list(make(site, sm // 10))
 
@@ -220,9 +222,10 @@ def prebuild(
     return made.model_copy(update={"modules": list(kept.values())})
 
 
-def _built(record: NeededModule, spec: JitSpecNvcc, folder: Path) -> NeededModule:
+def _built(record: NeededModule, spec: JitSpec, folder: Path) -> NeededModule:
     start = perf_counter()
     try:
+        spec.write_ninja()  # older versions would keep that of another architecture
         spec.build(verbose=False)
     except RuntimeError as err:
         lines = [line for line in str(err).splitlines() if "error:" in line] or str(err).splitlines()
@@ -288,16 +291,21 @@ def use(folder: Path, device: torch.device) -> None:
 @contextmanager
 def target(sm: int) -> Iterator[None]:
     """FlashInfer compiles for that compute capability."""
-    from flashinfer.jit.core import refresh_current_compilation_context
+    from flashinfer.compilation_context import CompilationContext
+    from flashinfer.jit.core import current_compilation_context
 
+    archs = current_compilation_context.TARGET_CUDA_ARCHS
+    before = set(archs)
     # From 9 on, what these kernels use is of one compute capability only, which the letter says.
     arch = f"{sm // 10}.{sm % 10}{'a' if sm >= 90 else ''}"
     try:
         with _environment("FLASHINFER_CUDA_ARCH_LIST", arch):
-            refresh_current_compilation_context()
+            archs.clear()  # in place: FlashInfer's modules hold it by other names
+            archs.update(CompilationContext().TARGET_CUDA_ARCHS)
             yield
     finally:
-        refresh_current_compilation_context()
+        archs.clear()
+        archs.update(before)
 
 
 @contextmanager

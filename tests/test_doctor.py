@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 
 from ad_flashinfer_pass import doctor
 from ad_flashinfer_pass.cli import main
@@ -84,7 +86,7 @@ def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is installed, what is needed, and how to get it; without a GPU it is only noted."""
-    found = "flashinfer-python 0.6.1 is installed, 0.7.2 or newer is needed"
+    found = "flashinfer-python 0.6.1 is installed, 0.6.11 or newer is needed"
     monkeypatch.setattr(modules, "problem", lambda: found)
     (check,) = (check for check in doctor.diagnose().checks if check.name == "FlashInfer")
     assert check.state == "missing"
@@ -92,7 +94,47 @@ def test_an_old_flashinfer_comes_with_the_command_that_replaces_it(
     (check,) = (check for check in doctor.diagnose().checks if check.name == "FlashInfer")
     assert check.state == "note"
     assert check.found == found
-    assert check.remedy == "pip install 'flashinfer-python>=0.7.2'"
+    assert check.remedy == "pip install 'flashinfer-python>=0.6.11'"
+
+
+def test_each_provider_says_what_it_has_only_with_a_newer_flashinfer(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode goes to the next provider; beside TensorRT-LLM its FlashInfer stays, and the remedy says so."""
+    here: dict[str, Version | None] = {"flashinfer-python": Version("0.6.16"), "tensorrt-llm": None}
+    monkeypatch.setattr(modules, "installed", lambda package="flashinfer-python": here[package])
+
+    def notes() -> dict[str, doctor.Check]:
+        return {c.name: c for c in doctor.diagnose().checks if " lacks " in c.found}
+
+    assert chosen(doctor.diagnose())["bfloat16", "decode"] == "split_decode"
+    assert chosen(doctor.diagnose())["fp8", "decode"] == "xqa"
+    assert notes().keys() == {"xqa", "fa2"}
+    assert notes()["fa2"].found == (
+        "flashinfer-python 0.6.16 lacks plans for so many query heads a KV head; 0.7.1 has it"
+    )
+    assert notes()["fa2"].remedy == "pip install 'flashinfer-python>=0.7.1'"
+    here["tensorrt-llm"] = Version("1.3.0")
+    assert notes()["fa2"].remedy == (
+        "leave it, tensorrt-llm 1.3.0 pins it; or install a tensorrt-llm that pins 0.7.1 or newer"
+    )
+    here["flashinfer-python"] = Version("0.7.4")
+    assert not notes()
+
+
+def test_too_old_a_transformers_is_noted_and_the_rest_is_said_all_the_same(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside TensorRT-LLM, where the plugin runs without it; so too if transformers cannot be imported."""
+    assert "models" not in {check.name for check in doctor.diagnose().checks}
+    monkeypatch.delitem(sys.modules, "ad_flashinfer_pass.models", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="5.5.4"))
+    (check,) = (check for check in doctor.diagnose().checks if check.name == "models")
+    assert check.state == "note"
+    assert "transformers 5.5.4 is installed, 5.17 or newer is needed" in check.found
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (check,) = (check for check in doctor.diagnose().checks if check.name == "models")
+    assert "import of transformers halted" in check.found
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ad_flashinfer_pass import AutoDeployConfig, restore, to_program, transform
+from ad_flashinfer_pass import AutoDeployConfig, exported, restore, to_program, transform
 from ad_flashinfer_pass.errors import ConfigError, ExportError
+from ad_flashinfer_pass.kernels import modules
+from ad_flashinfer_pass.kernels.capability import Site
+from ad_flashinfer_pass.kernels.select import Choice
 from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.registry import CachedSite, SiteNotes
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from tests import architectures
 from tests.torch_compile.capture_on_cpu import capturing
@@ -177,6 +182,28 @@ class Embedding(nn.Module):
     def forward(self, input_ids: Tensor, where: Tensor) -> Tensor:
         """[b, s, 8]."""
         return self.table(input_ids) + where[..., None]
+
+
+def test_kernels_that_the_flashinfer_here_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer one chose them, also if only for a batch size."""
+    bf16 = torch.bfloat16
+    sizes: dict[str, Any] = {
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "page_size": 32,
+    }
+    site = Site(dtype=bf16, kv_dtype=bf16, scale=1.0, **sizes)
+    decode = Choice("split_decode 8=xqa/2", "")
+    sites = [CachedSite("node a", "", SiteNotes(""), site, Choice("fmha_v2", ""), decode, "kv_cache_0")]
+    monkeypatch.setattr(modules, "installed", lambda: Version("0.6.17"))
+    exported._check_versions(sites, 9)
+    monkeypatch.setattr(modules, "installed", lambda: Version("0.6.16"))
+    with pytest.raises(
+        ConfigError, match=r"runs xqa at node a, but flashinfer-python 0.6.16 lacks .*; 0.6.17"
+    ):
+        exported._check_versions(sites, 9)
 
 
 def test_inputs_must_be_tokens_and_positions() -> None:

@@ -9,6 +9,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 import ad_flashinfer_pass
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +58,61 @@ def test_the_version_has_one_source() -> None:
     assert metadata.version("ad-flashinfer-pass") == ad_flashinfer_pass.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", ad_flashinfer_pass.__version__)
     assert "version" not in (ROOT / "pyproject.toml").read_text().replace("target-version", "")
+
+
+# What TensorRT-LLM main pins: both ends of a range, and NVIDIA's build of torch, which its containers have.
+PINS = {
+    # security_scanning/pyproject.toml at 013ac2b (April 2026); torchvision 0.26 is of torch 2.11.
+    "2026-04": {
+        "torch": ["2.11.0"],
+        "transformers": ["4.57.3"],
+        "tokenizers": ["0.22.0"],
+        "numpy": ["2.0.0", "2.3.5"],
+        "pydantic": ["2.9.1", "2.13.0"],
+        "omegaconf": ["2.3.0"],
+        "packaging": ["24.0"],
+    },
+    # requirements.txt as changed by pull requests 14456 (transformers, 2026-05-22), 16530 and 18428
+    # (flashinfer-python, 2026-07-17 and 2026-08-31), 18126 and 18743 (torch, 2026-08-24 and 2026-09-14).
+    "2026-09": {
+        "torch": ["2.12.0a0+nv26.5", "2.13.0", "2.14.0a0+nv26.8"],
+        "transformers": ["5.3.0", "5.5.4"],
+        "tokenizers": ["0.22.0"],
+        "numpy": ["2.0.0", "2.3.5"],
+        "pydantic": ["2.9.1", "2.13.0"],
+        "omegaconf": ["2.3.0"],
+        "packaging": ["24.0"],
+        "flashinfer-python": ["0.6.11", "0.6.11.post1", "0.6.12", "0.6.14", "0.6.15", "0.6.16", "0.6.18"],
+    },
+}
+
+
+@pytest.mark.parametrize("month", PINS)
+def test_nothing_that_tensorrt_llm_pins_changes_beside_it(month: str) -> None:
+    """Each of its versions satisfies our requirement, with the extra ``gpu`` too, so that pip leaves it."""
+    options = setup_cfg()
+    lines = options["options"]["install_requires"] + options["options.extras_require"]["gpu"]
+    ours = {r.name: r for r in (Requirement(line) for line in lines.split())}
+    assert PINS["2026-09"].keys() <= ours.keys()
+    for name, versions in PINS[month].items():
+        for version in versions:
+            assert ours[name].specifier.contains(version, prereleases=True), (name, version)
+
+
+def test_what_the_plugin_is_made_of_needs_no_transformers() -> None:
+    """Its ops and kernels are imported where transformers is older than the models need, or broken."""
+    code = (
+        "import sys; sys.modules['transformers'] = None; "
+        "import ad_flashinfer_pass.ops, ad_flashinfer_pass.kernels.select, ad_flashinfer_pass.doctor"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_models_say_which_transformers_they_need() -> None:
+    """TensorRT-LLM's is older: one line with both versions and the way out, before anything half works."""
+    code = "import transformers; transformers.__version__ = '5.5.4'; import ad_flashinfer_pass.models.loading"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip().splitlines()[-1] == (
+        "ad_flashinfer_pass.errors.ConfigError: transformers 5.5.4 is installed, 5.17 or newer is needed: "
+        "pip install 'transformers>=5.17,<6'. Beside TensorRT-LLM only the plugin runs."
+    )

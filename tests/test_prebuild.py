@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from packaging.version import Version
 
 from ad_flashinfer_pass import prebuild
 from ad_flashinfer_pass.cli import main
@@ -34,14 +36,27 @@ class Spec:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.jit_library_path = folder / "cache" / f"{name}.so"
+        self.is_written = False
+
+    def write_ninja(self) -> None:
+        """What is compiled, for which architecture."""
+        self.is_written = True
 
     def build(self, verbose: bool) -> None:
         """Make the library, unless its name says that it does not compile."""
         if "broken" in self.name:
             raise RuntimeError("nvcc failed")
+        assert self.is_written
         Spec.compiled.append(self.name)
         self.jit_library_path.parent.mkdir(exist_ok=True)
         self.jit_library_path.write_text(self.name)
+
+
+class CompilationContext:
+    """The architectures that FlashInfer compiles for."""
+
+    def __init__(self) -> None:
+        self.TARGET_CUDA_ARCHS = set(os.environ.get("FLASHINFER_CUDA_ARCH_LIST", "8.9").split())
 
 
 @cache
@@ -63,13 +78,16 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(modules, "nvcc", lambda: str(nvcc))
     monkeypatch.setattr(prebuild, "version", lambda name: "0.7.2")
     core, env = ModuleType("flashinfer.jit.core"), ModuleType("flashinfer.jit.env")
-    core.refresh_current_compilation_context = lambda: None  # type: ignore[attr-defined]
+    context = ModuleType("flashinfer.compilation_context")
+    context.CompilationContext = CompilationContext  # type: ignore[attr-defined]
+    core.current_compilation_context = CompilationContext()  # type: ignore[attr-defined]
     package = SimpleNamespace(core=core, env=env)
     for name, module in {
         "": SimpleNamespace(jit=package),
         ".jit": package,
         ".jit.core": core,
         ".jit.env": env,
+        ".compilation_context": context,
     }.items():
         monkeypatch.setitem(sys.modules, f"flashinfer{name}", module)
     for name, provider in select.PROVIDERS.items():
@@ -77,7 +95,9 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def make(site: Site, major: int, name: str = name) -> list[Any]:
             return [Spec(f"{name}_{str(site.kv_dtype)[6:]}_{major}", tmp_path)]
 
-        given = {"reference": None, "trtllm_gen": lambda site, major: []}.get(name, make)
+        given = {"reference": None, "split_decode": None, "trtllm_gen": lambda site, major: []}.get(
+            name, make
+        )
         monkeypatch.setitem(
             select.PROVIDERS, name, SimpleNamespace(CAPABILITY=replace(provider.CAPABILITY, modules=given))
         )
@@ -104,6 +124,25 @@ def test_needs_are_those_of_the_target(
     assert {module.name: module.phases for module in found} == expected
     assert {module.num_sites for module in found} <= {4}
     assert bool(notes) == (sm == 100)
+
+
+def test_needs_are_those_of_the_version_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the run will refuse, because FlashInfer is too old for it, is not compiled either."""
+    monkeypatch.setattr(modules, "installed", lambda package="flashinfer-python": Version("0.6.16.post4"))
+    _, found, notes = prebuild.needed_modules(CONFIG, 90)
+    assert [module.name for module in found] == ["fmha_v2_bfloat16_9"]
+    assert notes == ["decode by split_decode: a Triton kernel, compiled in seconds by the first call"]
+    _, found, notes = prebuild.needed_modules(FP8, 90)
+    assert [module.name for module in found] == ["fa2_float8_e4m3fn_9", "xqa_float8_e4m3fn_9"]
+
+
+def test_flashinfer_compiles_for_the_target_and_then_again_for_what_is_here() -> None:
+    """The set of architectures is changed in place, for FlashInfer's modules hold it by other names."""
+    archs = sys.modules["flashinfer.jit.core"].current_compilation_context.TARGET_CUDA_ARCHS
+    for sm, expected in ((89, {"8.9"}), (90, {"9.0a"}), (120, {"12.0a"})):
+        with prebuild.target(sm):
+            assert archs == expected
+        assert archs == {"8.9"}
 
 
 def test_extends_have_modules_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import modules as flashinfer_modules
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
 
 Phase = Literal["prefill", "decode"]
 
@@ -55,6 +55,22 @@ class Site:
         return cls(dtype=query.dtype, **sizes, head_dim=head_dim, v_head_dim=v_head_dim, **items)
 
 
+class Since(NamedTuple):
+    """What FlashInfer has, or does right, only from a version on."""
+
+    version: str
+    what: str
+    concerns: Callable[[Site, int], bool] = lambda site, compute_major: True
+    """Whether a site needs it, by the compute capability's major."""
+
+    def lacking(self) -> str | None:
+        """That the FlashInfer which is installed is older; None if it is not, or if there is none."""
+        found = flashinfer_modules.installed()
+        if found is None or flashinfer_modules.has(self.version):
+            return None
+        return f"flashinfer-python {found} lacks {self.what}; {self.version} has it"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capability:
     """What one provider can run. A field left at None or True sets no limit."""
@@ -83,11 +99,13 @@ class Capability:
     """K and V of different head size."""
     host_phases: frozenset[Phase] = frozenset()
     """Phases in which it reads lengths on the host, so that a CUDA graph cannot hold them."""
-    modules: Callable[[Site, int], Sequence[JitSpecNvcc]] | None = None
+    modules: Callable[[Site, int], Sequence[JitSpec]] | None = None
     """FlashInfer's modules that run a site, by the compute capability's major; None: FlashInfer is not used.
 
     Asked last, because the answer may take time.
     """
+    since: tuple[Since, ...] = ()
+    """What it needs of FlashInfer that the oldest one does not have."""
     workspace_bytes: int = 0
     """Device memory that it keeps beside the pools, once for all sites."""
     compiles: bool = True
@@ -113,13 +131,17 @@ class Capability:
         if self.modules is None or sm is not None:
             return refused
         problem = flashinfer_modules.problem()
-        if problem is not None:
-            refused.append(problem)
+        refused += self.too_old(site, major) if problem is None else [problem]
         if refused:
             return refused
         needed = self.modules(site, major)
         lacking = (flashinfer_modules.lacking(spec, compiles=self.compiles) for spec in needed)
         return [reason for reason in lacking if reason is not None]
+
+    def too_old(self, site: Site, compute_major: int) -> list[str]:
+        """What the FlashInfer that is installed does not have yet for ``site``."""
+        needed = (since.lacking() for since in self.since if since.concerns(site, compute_major))
+        return [reason for reason in needed if reason is not None]
 
     def _refused_items(self, site: Site, phase: Phase) -> list[str]:
         kv_dtypes = None if self.kv_dtypes is None else self.kv_dtypes.get(phase, frozenset()) | {site.dtype}

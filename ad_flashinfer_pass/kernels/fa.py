@@ -22,11 +22,11 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.capability import Phase, Site
-from ad_flashinfer_pass.kernels.modules import target
+from ad_flashinfer_pass.kernels.modules import has, target
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
 
 Backend = Literal["fa2", "fa3"]
 
@@ -50,11 +50,12 @@ class _Shape(NamedTuple):
 
 
 @cache
-def _module(shape: _Shape, target: str | None) -> JitSpecNvcc:
-    # FlashInfer's wrapper loads the first for fa2, though its name is private, and the second for fa3.
-    from flashinfer.jit.attention.modules import _gen_batch_prefill_primary_module, gen_batch_prefill_module
+def _module(shape: _Shape, target: str | None) -> JitSpec:
+    from flashinfer.jit.attention import modules as jit
 
-    make = _gen_batch_prefill_primary_module if shape.backend == "fa2" else gen_batch_prefill_module
+    # From 0.7.0 on FlashInfer's wrapper loads a module of its own for fa2, though its name is private.
+    has_own = shape.backend == "fa2" and has("0.7.0")
+    make = jit._gen_batch_prefill_primary_module if has_own else jit.gen_batch_prefill_module
     return make(
         shape.backend,
         shape.dtype,
@@ -70,7 +71,7 @@ def _module(shape: _Shape, target: str | None) -> JitSpecNvcc:
     )
 
 
-def modules(backend: Backend, site: Site, compute_major: int) -> list[JitSpecNvcc]:
+def modules(backend: Backend, site: Site, compute_major: int) -> list[JitSpec]:
     """The FlashInfer modules that run a site."""
     shape = _Shape(
         backend,

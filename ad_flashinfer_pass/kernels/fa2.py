@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from ad_flashinfer_pass.kernels import fa
-from ad_flashinfer_pass.kernels.capability import Capability
+from ad_flashinfer_pass.kernels.capability import Capability, Since
 
 CAPABILITY = Capability(
     name="fa2",
@@ -27,6 +27,14 @@ CAPABILITY = Capability(
     alibi=False,
     mixed_head_dims=False,
     modules=partial(fa.modules, "fa2"),
+    since=(
+        # Before, partial results took the group's size as often as they need, which is beyond our workspace.
+        Since(
+            "0.7.1",
+            "plans for so many query heads a KV head",
+            lambda site, compute_major: site.num_heads // site.num_kv_heads * site.head_dim > 2048,
+        ),
+    ),
     run_on=frozenset({90}),
 )
 prefill = partial(fa.prefill, "fa2")

@@ -10,8 +10,8 @@ What it does not check, and what is done here about it:
   is replayed with other lengths, so max_q_len, which is only an upper bound, is kept off that.
 - The window applies whenever it is shorter than max_kv_len, whatever the mask mode; one of a single token
   must be asked for by the mode.
-- The pool's strides are derived from its shape. Of a pool that is one layer of a larger one, K and V are
-  passed apart, as blocks of one page and all heads, with block numbers in place of page numbers.
+- The pool's strides are derived from its shape. A pool that is one layer of a larger one is passed as the
+  larger one's pages from its own first on, with page numbers that skip those of the other layers.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.capability import Capability, Site
+from ad_flashinfer_pass.kernels.capability import Capability, Since, Site
 from ad_flashinfer_pass.kernels.modules import claim, target
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
 
 _LAYOUT = "Q_PAGED_KV_HND"
 _WORKSPACE_BYTES = 2**27
 
 
 @cache
-def _module(dtype: torch.dtype, target: str | None) -> JitSpecNvcc:
+def _module(dtype: torch.dtype, target: str | None) -> JitSpec:
     from flashinfer.jit.attention.modules import gen_fmha_v2_module
 
     return gen_fmha_v2_module(_LAYOUT, dtype)
 
 
-def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
+def modules(site: Site, compute_major: int) -> list[JitSpec]:
     """The FlashInfer modules that run a site."""
     return [_module(site.dtype, target())]
 
@@ -62,6 +62,13 @@ CAPABILITY = Capability(
     alibi=False,
     mixed_head_dims=False,
     modules=modules,
+    since=(
+        Since(
+            "0.6.14",
+            "windows on compute capability 12.x",
+            lambda site, compute_major: compute_major == 12 and site.sliding_window is not None,
+        ),
+    ),
     run_on=frozenset({90}),
     compiles=False,
 )
@@ -87,7 +94,7 @@ def prefill(
     max_kv_len = block_table.shape[1] * kv_cache.shape[3]
     is_windowed = spec.sliding_window is not None and spec.sliding_window < max_kv_len
     query = query.contiguous()
-    pool, blocks = (kv_cache, block_table) if kv_cache.is_contiguous() else _blocks(kv_cache, block_table)
+    pool, pages = (kv_cache, block_table) if kv_cache.is_contiguous() else _pages(kv_cache, block_table)
     out = torch.empty_like(query)
     num_rows, batch = query.shape[0], seq_len_with_cache.shape[0]
     max_q_len = min(num_rows, max_kv_len)
@@ -104,7 +111,7 @@ def prefill(
         batch,
         cu_seqlen,
         F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
-        block_tables=blocks,
+        block_tables=pages,
         out=out,
         sinks=None if spec.sinks is None else spec.sinks.float(),
         mask_mode="sliding_window" if is_windowed else "causal",
@@ -113,19 +120,15 @@ def prefill(
     return out
 
 
-def _blocks(kv_cache: Tensor, block_table: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """K and V of a strided pool as contiguous blocks, which overlap; int32 [b, 2, blocks] into those of K."""
-    size, shape = kv_cache[0, 0].numel(), kv_cache.shape[2:]
-    if not kv_cache[0].is_contiguous() or kv_cache.stride(0) % size:
+def _pages(kv_cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """A strided pool as a contiguous one, which has other pages between its own, and its pages' numbers."""
+    size, stride = kv_cache[0].numel(), kv_cache.stride(0)
+    if not kv_cache[0].is_contiguous() or stride % size:
         raise ValueError(
-            f"fmha_v2 reads pools of whole blocks of {list(shape)}, K and V of a page beside each other; "
-            f"this one has strides {list(kv_cache.stride())}."
+            f"fmha_v2 reads pools whose pages of {list(kv_cache.shape[1:])} are contiguous and whole pages "
+            f"apart; this one has strides {list(kv_cache.stride())}."
         )
-    step = kv_cache.stride(0) // size
-    count = (kv_cache.shape[0] - 1) * step + 1
-    strides = (size, *kv_cache.stride()[2:])
-    k, v = (
-        x.as_strided((count, *shape), strides, x.storage_offset()) for x in (kv_cache[:, 0], kv_cache[:, 1])
-    )
-    first = block_table * step
-    return (k, v), torch.stack((first, first + 1), 1)
+    step = stride // size
+    shape = ((kv_cache.shape[0] - 1) * step + 1, *kv_cache.shape[1:])
+    pool = kv_cache.as_strided(shape, (size, *kv_cache.stride()[1:]), kv_cache.storage_offset())
+    return pool, block_table * step

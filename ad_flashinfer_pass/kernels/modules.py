@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,21 +19,44 @@ from packaging.version import Version
 from ad_flashinfer_pass.errors import KernelError
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
 
-OLDEST_FLASHINFER = "0.7.2"
-"""Whose signatures this package calls."""
+OLDEST_FLASHINFER = "0.6.11"
+"""The first with all that is called here; what came later, the providers declare as ``Since``."""
+
+
+@cache
+def installed(package: str = "flashinfer-python") -> Version | None:
+    """The version of a package, None if it is not installed."""
+    try:
+        return Version(version(package))
+    except PackageNotFoundError:
+        return None
 
 
 def problem() -> str | None:
     """Why FlashInfer cannot be used at all; None if it can."""
-    try:
-        found = version("flashinfer-python")
-    except PackageNotFoundError:
+    found = installed()
+    if found is None:
         return "flashinfer-python is not installed"
-    if Version(found) < Version(OLDEST_FLASHINFER):
+    if found < Version(OLDEST_FLASHINFER):
         return f"flashinfer-python {found} is installed, {OLDEST_FLASHINFER} or newer is needed"
     return None
+
+
+def remedy(since: str = OLDEST_FLASHINFER) -> str:
+    """How to get a version of FlashInfer; the one that TensorRT-LLM pins is not to be replaced."""
+    if (trtllm := installed("tensorrt-llm")) is not None:
+        return (
+            f"leave it, tensorrt-llm {trtllm} pins it; or install a tensorrt-llm that pins {since} or newer"
+        )
+    return f"pip install 'flashinfer-python>={since}'"
+
+
+def has(since: str) -> bool:
+    """Whether FlashInfer is here in this version or a newer one."""
+    found = installed()
+    return found is not None and found >= Version(since)
 
 
 def target() -> str | None:
@@ -70,7 +94,7 @@ def nvcc() -> str | None:
     return next((str(path) for path in paths if path.exists()), shutil.which("nvcc"))
 
 
-def lacking(spec: JitSpecNvcc, *, compiles: bool = True) -> str | None:
+def lacking(spec: JitSpec, *, compiles: bool = True) -> str | None:
     """Why a module can be neither loaded nor compiled here; None if it can.
 
     Args:

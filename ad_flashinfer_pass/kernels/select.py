@@ -10,7 +10,8 @@ Their arguments are those of ``ops.cached_attention`` cut to the sequences of th
 [tokens, num_heads, v_head_dim], is a new tensor. ``decode`` may take an integer more, which changes how it is
 launched, not what it computes: the module gives its name as ``DECODE_OPTION``, and
 ``decode_options(site, batch, device)`` those worth timing. A provider may also have ``extend``, which is
-``prefill`` of sequences of at most ``max_len`` tokens, and then ``extend_modules(site, max_len)``.
+``prefill`` of sequences of at most ``max_len`` tokens, and then ``extend_modules(site, max_len)`` and
+``EXTEND_SINCE``, what it needs of FlashInfer.
 
 In each phase a site goes to the first provider, in the order of ``PROVIDERS``, whose declaration
 covers every item of the site; if none does, the pass stops and says which item each of them lacks.
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.kernels import fa2, fa3, fmha_v2, reference, split_decode, trtllm_gen, xqa
-from ad_flashinfer_pass.kernels.capability import Capability, Phase, Site
+from ad_flashinfer_pass.kernels.capability import Capability, Phase, Since, Site
 
 PROVIDERS: dict[str, ModuleType] = {
     module.CAPABILITY.name: module for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, fa2, reference)
@@ -91,8 +92,10 @@ def decoder(choice: str, batch: int) -> Callable[..., Tensor]:
 
 
 def extender(choice: str) -> Callable[..., Tensor] | None:
-    """The ``extend`` of a choice, for any number of sequences; None if its provider has none."""
-    return getattr(provider(choice.split()[0]), "extend", None)
+    """The ``extend`` of a choice, for any number of sequences; None if its provider has none here."""
+    module = provider(choice.split()[0])
+    since: Since | None = getattr(module, "EXTEND_SINCE", None)
+    return None if since is not None and since.lacking() else getattr(module, "extend", None)
 
 
 @cache

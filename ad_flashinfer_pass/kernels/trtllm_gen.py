@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.capability import Capability, Site
+from ad_flashinfer_pass.kernels.capability import Capability, Since, Site
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
 
 
-def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
+def modules(site: Site, compute_major: int) -> list[JitSpec]:
     """None that can be asked for: the binaries are fetched, not compiled."""
     return []
 
@@ -57,6 +57,7 @@ CAPABILITY = Capability(
     alibi=False,
     mixed_head_dims=False,
     modules=modules,
+    since=(Since("0.6.15", "counters that its caller keeps, so that a graph may"),),
 )
 
 

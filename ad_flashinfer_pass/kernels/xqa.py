@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.capability import Capability, Site
+from ad_flashinfer_pass.kernels.capability import Capability, Since, Site
 from ad_flashinfer_pass.kernels.modules import claim
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpecNvcc
+    from flashinfer.jit.core import JitSpec
 
 
-def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
+def modules(site: Site, compute_major: int) -> list[JitSpec]:
     """The FlashInfer modules that run a site."""
     from flashinfer.jit.xqa import gen_xqa_module
 
@@ -40,7 +40,7 @@ def modules(site: Site, compute_major: int) -> list[JitSpecNvcc]:
     ]
 
 
-def extend_modules(site: Site, max_len: int) -> list[JitSpecNvcc]:
+def extend_modules(site: Site, max_len: int) -> list[JitSpec]:
     """Those of ``extend``: for sequences of ``max_len`` tokens each, and for others."""
     from flashinfer.jit.xqa import gen_xqa_module
 
@@ -50,7 +50,12 @@ def extend_modules(site: Site, max_len: int) -> list[JitSpecNvcc]:
     return list({module.name: module for module in found}.values())  # one may serve both
 
 
+def _is_hopper_fp8(site: Site, compute_major: int) -> bool:
+    return compute_major == 9 and site.kv_dtype == torch.float8_e4m3fn
+
+
 MAX_EXTEND = 32
+EXTEND_SINCE = Since("0.6.17", "extends whose thread blocks do not overwrite each other's result")
 _SEMAPHORES = 2**21
 _SCRATCH_BYTES = 2**24
 CAPABILITY = Capability(
@@ -69,6 +74,21 @@ CAPABILITY = Capability(
     alibi=False,
     mixed_head_dims=False,
     modules=modules,
+    since=(
+        # Before, each thread block wrote its part of a split row to where the last one writes the result, and
+        # a late one could overwrite it (flashinfer-ai/flashinfer#4161). The 8-bit kernel of 9.x never did.
+        Since(
+            "0.6.17",
+            "decode whose thread blocks do not overwrite each other's result",
+            lambda site, compute_major: not _is_hopper_fp8(site, compute_major),
+        ),
+        # Before, it read beyond the last head's sink.
+        Since(
+            "0.6.18",
+            "sinks over an 8-bit cache, read within their bounds",
+            lambda site, compute_major: site.has_sinks and _is_hopper_fp8(site, compute_major),
+        ),
+    ),
     run_on=frozenset({90}),
 )
 DECODE_OPTION = "split_factor"

@@ -70,6 +70,7 @@ def edges(page: int) -> list[int]:
 
 def assert_decodes(batch: PagedBatch) -> None:
     shape, n = batch.shape, len(batch.lengths)
+    skip_unless_it_runs(xqa, shape, "decode")
     assert select.choose(site_of(shape), "decode", DEVICE, "test").kernel == "xqa"
     before = batch.kv_cache.clone()
     lens = batch.args["seq_len_with_cache"][:n]
@@ -113,6 +114,7 @@ def test_xqa_decodes_long_contexts(length: int, shape: Shape) -> None:
 @pytest.mark.parametrize("split_factor", [2, 3, 4])
 def test_xqa_may_split_further(split_factor: int, shape: Shape) -> None:
     """More splits than the device has multiprocessors give the same within the bound."""
+    skip_unless_it_runs(xqa, shape, "decode")
     batch = PagedBatch([(8191, 1), (30, 1), (0, 1)], shape)
     lens, table = batch.args["seq_len_with_cache"][:3], batch.block_table[:3]
     args = (batch.query, batch.kv_cache, lens, table, batch.spec)
@@ -130,6 +132,7 @@ def test_xqa_ignores_what_its_workspace_held() -> None:
 
 def test_xqa_gives_the_same_bits_every_time() -> None:
     """The order of the sums does not depend on which thread block is first."""
+    skip_unless_it_runs(xqa, PLAIN, "decode")
     batch = PagedBatch([(5000, 1), (70, 1), (0, 1)], PLAIN)
     args = (batch.kv_cache, batch.args["seq_len_with_cache"][:3], batch.block_table[:3], batch.spec)
     first = xqa.decode(batch.query, *args)
@@ -137,12 +140,18 @@ def test_xqa_gives_the_same_bits_every_time() -> None:
         assert torch.equal(xqa.decode(batch.query, *args), first)
 
 
-def test_xqa_reads_a_strided_pool() -> None:
-    """The pages of several layers may alternate in memory."""
-    batch = PagedBatch([(n, 1) for n in (0, 31, 32, 700)], PLAIN)
+def spread(batch: PagedBatch) -> None:
+    """Let the pages of three layers alternate in memory, the batch's being those of the second."""
     memory = batch.random(batch.kv_cache.shape[0], 3, *batch.kv_cache.shape[1:])
     memory[:, 1] = batch.kv_cache
     batch.kv_cache = memory[:, 1]
+
+
+def test_xqa_reads_a_strided_pool() -> None:
+    """The pages of several layers may alternate in memory."""
+    skip_unless_it_runs(xqa, PLAIN, "decode")
+    batch = PagedBatch([(n, 1) for n in (0, 31, 32, 700)], PLAIN)
+    spread(batch)
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
     out = xqa.decode(batch.query, batch.kv_cache, lens, table, batch.spec)
     assert_within_bound(batch, out)
@@ -167,6 +176,8 @@ def test_xqa_reads_a_strided_pool() -> None:
 )
 def test_xqa_extends(shape: Shape, new: list[int]) -> None:
     """A few tokens of each sequence, equally many or not, on pasts at and beside the edges of pages."""
+    if reason := xqa.EXTEND_SINCE.lacking():
+        pytest.skip(reason)
     for pasts in ([32, 31, 33, 1], [700, 64, 5, 4000]):
         batch = PagedBatch(list(zip(pasts, new, strict=True)), shape)
         n = len(new)
@@ -205,6 +216,15 @@ def test_fmha_v2_prefills_every_shape(shape: Shape) -> None:
     ):
         batch = PagedBatch(lengths, shape, seed=len(lengths))
         assert_within_bound(batch, prefilled(fmha_v2, batch))
+
+
+@pytest.mark.parametrize("provider", [fmha_v2, fa3, fa2], ids=lambda module: module.CAPABILITY.name)
+def test_prefill_reads_a_strided_pool(provider: Any) -> None:
+    """The pages of several layers may alternate in memory, as in the pool of TensorRT-LLM."""
+    skip_unless_it_runs(provider, PLAIN, "prefill")
+    batch = PagedBatch(MIXED_LENGTHS, PLAIN)
+    spread(batch)
+    assert_within_bound(batch, prefilled(provider, batch))
 
 
 @pytest.mark.parametrize("provider", [fmha_v2, fa3, fa2], ids=lambda module: module.CAPABILITY.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.kernels import modules, reference, select, xqa
@@ -184,11 +184,7 @@ def needing(*, is_aot: bool, is_compiled: bool, compiles: bool = True) -> Capabi
 )
 def test_the_machine_is_judged(capability: Capability, refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A provider that this machine cannot run refuses, and says what is lacking."""
-
-    def absent(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(modules, "version", absent)
+    monkeypatch.setattr(modules, "installed", lambda: None)
     assert capability.refusals(PLAIN, "decode", CPU) == [refusal]
 
 
@@ -234,11 +230,77 @@ def test_a_module_must_be_prebuilt_or_can_be_compiled(
 
 
 def test_an_old_flashinfer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its signatures differ; the reason names both versions."""
-    monkeypatch.setattr(modules, "version", lambda name: "0.6.1")
+    """It lacks what all providers call; the reason names both versions."""
+    monkeypatch.setattr(modules, "installed", lambda: Version("0.6.1"))
     assert needing(is_aot=True, is_compiled=True).refusals(PLAIN, "decode", CPU) == [
         f"flashinfer-python 0.6.1 is installed, {modules.OLDEST_FLASHINFER} or newer is needed"
     ]
+
+
+LLAMA = replace(
+    PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, num_heads=32, num_kv_heads=8, head_dim=128
+)
+LLAMA = replace(LLAMA, v_head_dim=128)
+FP8 = replace(LLAMA, kv_dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("version", "major", "site", "lacking"),
+    [
+        ("0.6.11.post3", 9, LLAMA, {"xqa": "0.6.17", "trtllm_gen": "0.6.15"}),
+        ("0.6.11.post3", 9, FP8, {"trtllm_gen": "0.6.15"}),
+        ("0.6.11.post3", 9, replace(FP8, has_sinks=True), {"xqa": "0.6.18", "trtllm_gen": "0.6.15"}),
+        (
+            "0.6.13",
+            12,
+            replace(FP8, sliding_window=8),
+            {"xqa": "0.6.17", "fmha_v2": "0.6.14", "trtllm_gen": "0.6.15"},
+        ),
+        ("0.6.16.post4", 9, LLAMA, {"xqa": "0.6.17"}),
+        ("0.6.17", 9, LLAMA, {}),
+        ("0.6.17", 9, replace(FP8, has_sinks=True), {"xqa": "0.6.18"}),
+        ("0.6.18", 9, replace(LLAMA, num_heads=32, num_kv_heads=1), {"fa2": "0.7.1"}),
+        ("0.7.1", 9, replace(LLAMA, num_heads=32, num_kv_heads=1), {}),
+        ("0.7.4", 12, replace(FP8, sliding_window=8, has_sinks=True), {}),
+    ],
+)
+def test_what_a_version_lacks_is_refused_with_the_version_that_has_it(
+    version: str, major: int, site: Site, lacking: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each provider's own table, by what the site needs and on which GPU."""
+    monkeypatch.setattr(modules, "installed", lambda: Version(version))
+    found = {name: module.CAPABILITY.too_old(site, major) for name, module in select.PROVIDERS.items()}
+    reasons = {name: reason for name, reasons in found.items() for reason in reasons}
+    assert reasons.keys() == lacking.keys()
+    for name, reason in reasons.items():
+        assert reason.startswith(f"flashinfer-python {version} lacks ")
+        assert reason.endswith(f"; {lacking[name]} has it")
+
+
+@pytest.mark.parametrize(("version", "kernel"), [("0.6.16.post4", "split_decode"), ("0.6.17", "xqa")])
+def test_what_a_version_lacks_goes_to_the_next_provider(
+    version: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Hopper that can compile everything, and the reason is told."""
+    monkeypatch.setattr(modules, "installed", lambda: Version(version))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec: Any = SimpleNamespace(is_aot=True)
+    built = replace(xqa.CAPABILITY, modules=lambda site, major: [spec])
+    monkeypatch.setitem(select.PROVIDERS, "xqa", SimpleNamespace(CAPABILITY=built))
+    choice = select.choose(LLAMA, "decode", torch.device("cuda"), "node a")
+    assert choice.kernel == kernel
+    assert ("not xqa: flashinfer-python 0.6.16.post4 lacks decode whose" in choice.reason) == (
+        kernel != "xqa"
+    )
+
+
+@pytest.mark.parametrize(("version", "has_extend"), [("0.6.16", False), ("0.6.17", True), (None, True)])
+def test_extends_are_prefilled_where_the_version_has_no_kernel_for_them(
+    version: str | None, has_extend: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without FlashInfer the graph is for another machine, which is taken to have it."""
+    monkeypatch.setattr(modules, "installed", lambda: version and Version(version))
+    assert select.extender("xqa 1=split_decode/4") == (xqa.extend if has_extend else None)
 
 
 def test_modules_are_asked_only_of_a_site_that_could_run() -> None:

@@ -5,33 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels.fmha_v2 import _blocks
+from ad_flashinfer_pass.kernels.fmha_v2 import _pages
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_blocks_of_a_layer_are_its_pages(layer: int) -> None:
-    """Block numbers relative to K's first block lead to K and V of each page, in both tensors' memory."""
+def test_the_pages_of_a_layer_are_pages_of_the_pool(layer: int) -> None:
+    """Page numbers from the layer's first page on lead to K and V of each page, in the pool's own memory."""
     pool = torch.arange(5 * 3 * 2 * 2 * 4 * 8, dtype=torch.float32).view(5, 3, 2, 2, 4, 8)
     cache = pool[:, layer]
     table = torch.tensor([[4, 2, 0], [0, 1, 3]], dtype=torch.int32)
-    (k, v), blocks = _blocks(cache, table)
-    assert k.is_contiguous()
-    assert v.is_contiguous()
-    assert (v.data_ptr() - k.data_ptr()) == k[0].numel() * k.element_size(), "V is a whole block behind K"
-    assert (blocks.dtype, tuple(blocks.shape)) == (torch.int32, (2, 2, 3))
-    for row, pages in enumerate(table.tolist()):
-        for column, page in enumerate(pages):
-            assert torch.equal(k[blocks[row, 0, column]], cache[page, 0])
-            assert torch.equal(v[blocks[row, 1, column] - 1], cache[page, 1])
-    last = k.untyped_storage().nbytes() // k.element_size()
-    assert int(blocks.max()) * k[0].numel() + cache.storage_offset() < last
+    seen, numbers = _pages(cache, table)
+    assert seen.is_contiguous()
+    assert (seen.data_ptr(), seen.shape[1:]) == (cache.data_ptr(), cache.shape[1:])
+    assert (numbers.dtype, numbers.shape) == (torch.int32, table.shape)
+    assert torch.equal(seen[numbers.long()], cache[table.long()])
+    assert seen.storage_offset() + seen.numel() <= pool.numel()
 
 
 def test_a_pool_that_has_no_whole_blocks_is_refused() -> None:
-    """Heads apart from each other, or pages that are no multiple of a block away."""
+    """Heads apart from each other, or pages that are no multiple of a page apart."""
     table = torch.zeros(1, 1, dtype=torch.int32)
     heads_apart = torch.zeros(4, 2, 3, 8, 16)[:, :, :2]
     pages_apart = torch.zeros(4096).as_strided((4, 2, 2, 8, 16), (2 * 256 + 16, 256, 128, 16, 1))
     for pool in (heads_apart, pages_apart):
-        with pytest.raises(ValueError, match="whole blocks"):
-            _blocks(pool, table)
+        with pytest.raises(ValueError, match="whole pages apart"):
+            _pages(pool, table)

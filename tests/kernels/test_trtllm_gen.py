@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import KernelError
-from ad_flashinfer_pass.kernels import reference, trtllm_gen
+from ad_flashinfer_pass.kernels import modules, reference, trtllm_gen
 from ad_flashinfer_pass.kernels.reference import AttentionSpec
 
 pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")
+if not (modules.has("0.6.18") and not modules.has("0.7.4")):
+    pytest.skip("the launchers here are those of flashinfer-python 0.6.18 to 0.7.2", allow_module_level=True)
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, WIDTH = 4, 2, 64, 16, 12, 5
 SPECS = {
@@ -29,7 +31,7 @@ class Kernel:
         self.calls: list[tuple[Any, ...]] = []
 
     def trtllm_paged_attention_decode(self, *args: Any) -> None:
-        """Arguments of FlashInfer 0.7.2's launcher of decode."""
+        """Arguments of FlashInfer's launcher of decode."""
         out, _, query, k, v, scratch, counters, table, lens, max_q_len, max_kv_len, *rest = args
         qk_scale, v_scale, _, _, _, batch, window_left, _, _, enable_pdl, scratch_bytes, sinks = rest[:12]
         assert (max_q_len, batch, enable_pdl) == (1, query.shape[0], False)
@@ -38,7 +40,7 @@ class Kernel:
         self._check(scratch, counters, scratch_bytes, table, max_kv_len, lens)
 
     def trtllm_paged_attention_context(self, *args: Any) -> None:
-        """Arguments of FlashInfer 0.7.2's launcher of prefill."""
+        """Arguments of FlashInfer's launcher of prefill."""
         out, _, query, k, v, scratch, counters, table, lens, max_q_len, max_kv_len, *rest = args
         qk_scale, v_scale, _, _, _, batch, window_left, q_bounds, kv_bounds, _, enable_pdl, scratch_bytes = (
             rest[:12]

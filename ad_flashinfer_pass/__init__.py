@@ -9,39 +9,78 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ad_flashinfer_pass.errors import (
+    AdFlashinferError,
+    CapacityError,
+    ConfigError,
+    ExportError,
+    KernelError,
+    LoadError,
+    MaskError,
+    NoAttentionError,
+    PackingError,
+    RequestError,
+    SessionError,
+    TransformError,
+    UnsupportedError,
+)
+
 if TYPE_CHECKING:
     from ad_flashinfer_pass.build import build_model
-    from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
+    from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
     from ad_flashinfer_pass.exported import restore, to_program, transform
-    from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult
+    from ad_flashinfer_pass.pipeline import transform_module
+    from ad_flashinfer_pass.runtime.cached_model import CachedModel
+    from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult, Progress
     from ad_flashinfer_pass.runtime.sampling import SamplingParams
     from ad_flashinfer_pass.torch_compile.session import CacheSession
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AdFlashinferError",
     "AutoDeployConfig",
     "CacheSession",
+    "CachedModel",
+    "CapacityError",
+    "ConfigError",
+    "ExportError",
     "GenerationResult",
+    "KernelError",
     "KvCacheConfig",
+    "LoadError",
+    "MaskError",
+    "NoAttentionError",
+    "PackingError",
+    "Progress",
+    "RequestError",
     "SamplingParams",
+    "SessionError",
+    "TransformConfig",
+    "TransformError",
+    "UnsupportedError",
     "build_model",
     "restore",
     "to_program",
     "transform",
+    "transform_module",
 ]
 
 _HOME = {
     "LLM": "runtime.llm",
     "AutoDeployConfig": "config",
     "CacheSession": "torch_compile.session",
+    "CachedModel": "runtime.cached_model",
     "GenerationResult": "runtime.llm",
     "KvCacheConfig": "config",
+    "Progress": "runtime.llm",
     "SamplingParams": "runtime.sampling",
+    "TransformConfig": "config",
     "build_model": "build",
     "restore": "exported",
     "to_program": "exported",
     "transform": "exported",
+    "transform_module": "pipeline",
 }
 
 

@@ -13,7 +13,7 @@ import logging
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -78,6 +78,19 @@ _log = logging.getLogger(__name__)
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
+    if not TYPE_CHECKING:  # a signature of its own would hide the fields from type checkers and editors
+
+        def __init__(self, /, **data: Any) -> None:
+            try:
+                super().__init__(**data)
+            except ValidationError as err:
+                # Of a key that can be of two types, pydantic tells an error for each.
+                errors = {(each["loc"][:2], _shown(each["input"])): each for each in reversed(err.errors())}
+                raise ConfigError(" ".join(_said(each) for each in reversed(errors.values()))) from None
+
+        # A field of this type is not made by __init__: its errors are told with those of the other fields.
+        __init__.__pydantic_base_init__ = True
+
     @field_validator("*", mode="before")
     @classmethod
     def _check_flag(cls, value: object, info: ValidationInfo) -> object:
@@ -89,7 +102,11 @@ class _Strict(BaseModel):
 
 
 class KvCacheConfig(_Strict):
-    """The paged KV cache."""
+    """The paged KV cache.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is out of range.
+    """
 
     dtype: KvDtype = "auto"
     """Element type of K and V; auto takes the model's, fp8 is float8_e4m3fn: half the memory of bfloat16."""
@@ -118,17 +135,29 @@ class KvCacheConfig(_Strict):
         return self
 
 
-class TransformConfig(BaseModel):
-    """One entry of ``transforms``; further keys are arguments of that transform."""
+class TransformConfig(_Strict):
+    """One entry of ``transforms``; further keys are arguments of that transform.
 
-    model_config = ConfigDict(extra="allow")
+    Raises:
+        ConfigError: a value is not of its type.
+    """
 
-    stage: Stage
+    model_config = ConfigDict(extra="allow", validate_default=False)
+
+    stage: Stage = None  # type: ignore[assignment]
+    """When it runs; default: as in configs/default.yaml, which is filled in."""
     enabled: bool = True
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, stage: Stage = ..., enabled: bool = ..., **settings: Any) -> None: ...
 
 
 class AutoDeployConfig(_Strict):
     """Everything that decides what is built and how it runs.
+
+    ``kv_cache_config`` and the entries of ``transforms`` can be mappings, as in YAML, in place of their
+    classes; type checkers know the classes alone.
 
     Raises:
         ConfigError: a key is unknown, renamed or removed, or a value is out of range.
@@ -180,21 +209,13 @@ class AutoDeployConfig(_Strict):
     transforms: dict[str, TransformConfig] = {}
     """Changes to the pipeline of configs/default.yaml, by transform name."""
 
-    def __init__(self, /, **data: Any) -> None:
-        transforms, default = default_transforms(), AutoDeployConfig.model_fields["max_batch_size"].default
-        data, notes, refused = autodeploy_keys.taken(data, transforms, default)
-        data["transforms"], unknown = _merged_transforms(data.get("transforms") or {}, transforms)
-        unknown = [*_unknown_keys(data), *unknown]
-        if refused or unknown:
-            raise ConfigError(" ".join([*(f"{text}." for text in refused), *unknown]))
-        try:
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **data: Any) -> None:
+            data, notes = _ours(data)
             super().__init__(**data)
-        except ValidationError as err:
-            # Of a key that can be of two types, pydantic tells an error for each.
-            errors = {(each["loc"][:2], _shown(each["input"])): each for each in reversed(err.errors())}
-            raise ConfigError(" ".join(_said(each) for each in reversed(errors.values()))) from None
-        for note in notes:
-            _tell(note)
+            for note in notes:
+                _tell(note)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> AutoDeployConfig:
@@ -340,6 +361,21 @@ def _tell(note: str) -> None:
     _log.warning("note: %s", note)
 
 
+def _ours(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keys as the fields take them, and notes on those of AutoDeploy.
+
+    Raises:
+        ConfigError: keys are unknown, or would change the answer.
+    """
+    transforms, default = default_transforms(), AutoDeployConfig.model_fields["max_batch_size"].default
+    data, notes, refused = autodeploy_keys.taken(data, transforms, default)
+    data["transforms"], unknown = _merged_transforms(data.get("transforms") or {}, transforms)
+    unknown = [*_unknown_keys(data), *unknown]
+    if refused or unknown:
+        raise ConfigError(" ".join([*(f"{text}." for text in refused), *unknown]))
+    return data, notes
+
+
 def _unknown_keys(data: dict[str, Any]) -> list[str]:
     """A sentence for each key that is unknown, with the nearest that is known."""
     cache_keys = data.get("kv_cache_config")
@@ -361,7 +397,7 @@ def _merged_transforms(changes: Any, default: dict[str, dict[str, Any]]) -> tupl
     unknown = []
     for name, change in changes.items():
         if isinstance(change, TransformConfig):
-            change = change.model_dump()
+            change = change.model_dump(exclude_unset=True)
         if name not in default:
             unknown.append(f"transforms: unknown transform {name!r}; {nearest(str(name), list(default))}")
         elif not isinstance(change, dict):

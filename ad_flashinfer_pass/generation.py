@@ -73,7 +73,7 @@ def _stream(
     if isinstance(model_input, str):
         out.write(model_input)
     try:
-        for piece in llm.stream(model_input, sampling=sampling):
+        for piece in llm.stream(model_input, sampling):
             out.write(piece)
     finally:
         out.write("\n")
@@ -124,7 +124,7 @@ def _results(
     from ad_flashinfer_pass.runtime.llm import GenerationResult
 
     taken = [given for given in inputs if not isinstance(given, RequestError)]
-    results = llm.generate(taken, sampling=sampling, on_progress=reporter.step)
+    results = llm.generate_iter(taken, sampling, on_progress=reporter.step)
     for index, given in enumerate(inputs):
         if not isinstance(given, RequestError):
             yield replace(next(results), index=index)

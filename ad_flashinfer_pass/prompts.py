@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ad_flashinfer_pass.config import nearest
 from ad_flashinfer_pass.errors import ConfigError, RequestError
+from ad_flashinfer_pass.runtime.chat import MUST_BE, apply_template, is_messages
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _KEYS = ("prompt", "prompt_token_ids", "messages")
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _model_input(
     elif chat and not prompt.is_chat:
         raise RequestError("--chat needs text, got token ids.")
     model_input: str | list[int] = content
-    return _templated(content, tokenizer) if isinstance(content[0], dict) else model_input
+    return apply_template(content, tokenizer) if isinstance(content[0], dict) else model_input
 
 
 def _from_arguments(arguments: Sequence[str], stdin: TextIO | None) -> Iterator[GivenPrompt]:
@@ -181,28 +180,15 @@ def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def _is_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and set(message) == {"role", "content"}
-            and all(isinstance(text, str) for text in message.values())
-            for message in value
-        )
-    )
-
-
 _IS_VALID = {
     "prompt": lambda value: isinstance(value, str),
     "prompt_token_ids": _is_token_ids,
-    "messages": _is_messages,
+    "messages": is_messages,
 }
 _MUST_BE = {
     "prompt": "a string",
     "prompt_token_ids": "a list of integers, at least one",
-    "messages": "a list of objects with role and content, both strings, at least one",
+    "messages": MUST_BE,
 }
 
 
@@ -219,22 +205,3 @@ def _problem(prompt: GivenPrompt) -> str | None:
     except UnicodeEncodeError:
         return "must be UTF-8 text."
     return None
-
-
-def _templated(messages: Messages, tokenizer: Any) -> list[int]:
-    from jinja2 import TemplateError
-
-    from ad_flashinfer_pass.runtime.foreign import foreign_code
-
-    if tokenizer is None or not tokenizer.chat_template:
-        raise RequestError("the model has no chat template; give text as it stands, without --chat.")
-    refusal = "the model's chat template refuses this chat"
-    with foreign_code(refusal):
-        try:
-            return list(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            )
-        except TemplateError as err:  # what a template says itself needs no name of a class
-            raise RequestError(f"{refusal}: {err}") from None

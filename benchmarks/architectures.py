@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, PackingError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -131,7 +131,10 @@ def try_family(family: str) -> Row:
 def _run(model: transformers.PreTrainedModel, row: Row) -> None:
     """Fill in the outcome for one model."""
     config = AutoDeployConfig(
-        max_batch_size=8, max_seq_len=128, max_num_tokens=64, kv_cache_config={"tokens_per_block": 16}
+        max_batch_size=8,
+        max_seq_len=128,
+        max_num_tokens=64,
+        kv_cache_config=KvCacheConfig(tokens_per_block=16),
     )
     started = time.perf_counter()
     try:

@@ -239,7 +239,7 @@ def compare(model: nn.Module, backend: str, args: argparse.Namespace, console: C
     their_backend = "torch-simple" if backend == "inductor" else backend
     if is_captured:
         settings |= {"cuda_graph_token_buckets": [], "cuda_graph_batch_sizes": args.batch_sizes}
-    config = AutoDeployConfig(**settings, compile_backend=their_backend)
+    config = AutoDeployConfig(**settings | {"compile_backend": their_backend})
     standalone = Standalone(transform_module(model, config, on_event=progress)[0])
     console.print(f"standalone ({their_backend}): built in {time.perf_counter() - start:.1f} s")
     rows = []

@@ -78,7 +78,7 @@ def transformers_generate(model: Any, prompts: list[list[int]], num_tokens: int)
 def our_generate(llm: LLM, prompts: list[list[int]], num_tokens: int) -> None:
     """The same prompts through the paged model."""
     params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    for result in llm.generate(prompts, sampling=params):
+    for result in llm.generate(prompts, sampling_params=params):
         assert len(result.token_ids) == num_tokens, result.error
 
 

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from ad_flashinfer_pass import build
 from ad_flashinfer_pass.bench import as_table, bench
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
 from ad_flashinfer_pass.metadata import RowParams, SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.llm import LLM
@@ -82,8 +82,8 @@ def build_ours(args: argparse.Namespace) -> tuple[LLM, float]:
             max_seq_len=args.context + args.new,
             max_num_tokens=args.max_num_tokens,
             cuda_graph_batch_sizes=args.batches,
-            kv_cache_config={"dtype": args.kv_dtype},
-            transforms={name: {"enabled": False} for name in args.without},
+            kv_cache_config=KvCacheConfig(dtype=args.kv_dtype),
+            transforms={name: TransformConfig(enabled=False) for name in args.without},
         )
         start = time.perf_counter()
         llm = build.build_model(config, on_event=lambda name: print(f"  {name}", file=sys.stderr, flush=True))

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype, TransformConfig
 from ad_flashinfer_pass.kernels import fa
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
@@ -102,7 +102,7 @@ def config_of(name: str) -> PretrainedConfig:
     return type(config)(**{**keys, **sizes, "initializer_range": 0.15})
 
 
-def measure(name: str, kv_dtype: str = "auto", *, is_fused: bool = True) -> Result:
+def measure(name: str, kv_dtype: KvDtype = "auto", *, is_fused: bool = True) -> Result:
     """Generate with one architecture and compare."""
     attention = "eager" if name == "gemma2" else "sdpa"  # transformers has no sdpa for its logit cap
     model: nn.Module = architectures.random_model(config_of(name), attention)
@@ -116,8 +116,8 @@ def measure(name: str, kv_dtype: str = "auto", *, is_fused: bool = True) -> Resu
         max_num_tokens=128,
         cuda_graph_batch_sizes=[1, 3, 8],
         cuda_graph_token_buckets=[64, 128],
-        kv_cache_config={"dtype": kv_dtype},
-        transforms={} if is_fused else {fusion: {"enabled": False} for fusion in _FUSIONS},
+        kv_cache_config=KvCacheConfig(dtype=kv_dtype),
+        transforms={} if is_fused else {fusion: TransformConfig(enabled=False) for fusion in _FUSIONS},
     )
     cached, reports = transform_module(model, config)
     module = cached.module
@@ -228,7 +228,7 @@ def _margins(logits: Tensor, tokens: Tensor) -> tuple[list[float], list[float]]:
     return margin[margin > 0].tolist(), ulps[margin > 0].tolist()
 
 
-def _measured(case: tuple[str, str, bool]) -> dict[str, Any]:
+def _measured(case: tuple[str, KvDtype, bool]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     name, kv_dtype, is_fused = case
     return asdict(measure(name, kv_dtype, is_fused=is_fused))
@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=4, help="processes at once, on the one GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cases = [(name, "auto", True) for name in args.names]
+    cases: list[tuple[str, KvDtype, bool]] = [(name, "auto", True) for name in args.names]
     cases += [(name, "auto", False) for name in args.unfused]
     cases += [(name, "fp8", True) for name in args.fp8]
     rows: list[dict[str, Any]] = []

@@ -42,15 +42,15 @@ class FakeLLM:
             )
         )
 
-    def generate(
+    def generate_iter(
         self,
         prompts: Sequence[Any],
+        sampling_params: SamplingParams,
         *,
-        sampling: SamplingParams,
         on_progress: Callable[[Progress], None],
     ) -> Iterator[GenerationResult]:
-        """As ``LLM.generate``."""
-        self.inputs, self.sampling = list(prompts), sampling
+        """As ``LLM.generate_iter``."""
+        self.inputs, self.sampling = list(prompts), sampling_params
         for index, prompt in enumerate(prompts):
             on_progress(
                 Progress(
@@ -64,9 +64,9 @@ class FakeLLM:
             )
             yield self._result(index, prompt)
 
-    def stream(self, prompt: Any, *, sampling: SamplingParams) -> Iterator[str]:
+    def stream(self, prompt: Any, sampling_params: SamplingParams) -> Iterator[str]:
         """As ``LLM.stream``."""
-        self.inputs, self.sampling = [prompt], sampling
+        self.inputs, self.sampling = [prompt], sampling_params
         result = self._result(0, prompt)
         if result.error is not None:
             raise RequestError(result.error)

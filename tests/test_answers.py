@@ -13,7 +13,7 @@ import torch
 
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.cli import main, options
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError
 
 COMMANDS = ("explain", "dump", "lint", "check", "plan", "report")
@@ -127,7 +127,9 @@ def test_out_of_memory_is_told_as_such(error: Exception, capsys: pytest.CaptureF
 
 def test_metadata_that_does_not_fit_is_told_before_it_is_allocated() -> None:
     """The largest sizes that a config takes."""
-    config = AutoDeployConfig(max_seq_len=2**24, max_batch_size=8192, kv_cache_config={"tokens_per_block": 1})
+    config = AutoDeployConfig(
+        max_seq_len=2**24, max_batch_size=8192, kv_cache_config=KvCacheConfig(tokens_per_block=1)
+    )
     with pytest.raises(CapacityError, match=r"the metadata of a step needs 1\.1e\+12 bytes, .* Lower one"):
         pipeline.context(config)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, MaskError, PackingError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -58,7 +58,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def cached_model(model: nn.Module) -> CachedModel:
     config = AutoDeployConfig(
-        max_batch_size=4, max_seq_len=64, max_num_tokens=32, kv_cache_config={"tokens_per_block": 16}
+        max_batch_size=4,
+        max_seq_len=64,
+        max_num_tokens=32,
+        kv_cache_config=KvCacheConfig(tokens_per_block=16),
     )
     return transform_module(model, config)[0]
 

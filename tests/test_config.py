@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from ad_flashinfer_pass import config as config_module
-from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, KvCacheConfig, default_transforms
+from ad_flashinfer_pass.config import (
+    STAGES,
+    AutoDeployConfig,
+    KvCacheConfig,
+    TransformConfig,
+    default_transforms,
+)
 from ad_flashinfer_pass.errors import ConfigError
 
 
@@ -332,7 +338,7 @@ def test_what_others_need_stays_in_its_place(name: str, change: dict[str, Any], 
 
 def test_transforms_change_only_what_they_name() -> None:
     """An entry of ``transforms`` is laid over the pipeline of default.yaml; the rest and the order stay."""
-    changed = AutoDeployConfig(transforms={"check_packing": {"enabled": False}}).transforms
+    changed = AutoDeployConfig(transforms={"check_packing": TransformConfig(enabled=False)}).transforms
     default = AutoDeployConfig().transforms
     assert list(changed) == list(default)
     assert not changed["check_packing"].enabled
@@ -359,7 +365,7 @@ def test_yaml_gives_the_same_as_keywords_and_overrides_win(tmp_path: Path) -> No
     ]
     config = AutoDeployConfig.from_yaml(write(tmp_path, "\n".join(lines)), max_batch_size=5)
     assert config == AutoDeployConfig(
-        max_seq_len=64, max_batch_size=5, max_num_tokens=64, kv_cache_config={"dtype": "float32"}
+        max_seq_len=64, max_batch_size=5, max_num_tokens=64, kv_cache_config=KvCacheConfig(dtype="float32")
     )
 
 
@@ -447,3 +453,41 @@ def test_a_flag_is_no_number(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"must be a number, got (True|False)\.$"):
         AutoDeployConfig(**keys)
     assert AutoDeployConfig(disable_overlap_scheduler=True, skip_loading_weights=True).steps_ahead == 0
+
+
+def test_nested_settings_are_classes_or_mappings() -> None:
+    """As type checkers know them and as YAML gives them; what is left out is the default's either way."""
+    mappings: dict[str, Any] = {
+        "kv_cache_config": {"dtype": "fp8"},
+        "transforms": {"fuse_gemms": {"enabled": False}, "tune_attention": {"decode": "xqa"}},
+    }
+    config = AutoDeployConfig(
+        kv_cache_config=KvCacheConfig(dtype="fp8"),
+        transforms={
+            "fuse_gemms": TransformConfig(enabled=False),
+            "tune_attention": TransformConfig(decode="xqa"),
+        },
+    )
+    assert config == AutoDeployConfig(**mappings)
+    assert config.transforms["fuse_gemms"] == TransformConfig(stage="post_load_fusion", enabled=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: KvCacheConfig(tokens_per_block=0, max_tokens=0),
+            "tokens_per_block: input should be greater than or equal to 1, got 0. "
+            "max_tokens: input should be greater than or equal to 1, got 0.",
+        ),
+        (lambda: KvCacheConfig(k_scale=2.0), "k_scale and v_scale other than 1.0 need dtype: fp8"),
+        (lambda: TransformConfig(enabled=3), "enabled: input should be a valid boolean, "),  # type: ignore[arg-type]
+    ],
+    ids=["values", "together", "transform"],
+)
+def test_nested_settings_are_checked_where_they_are_made(make: Any, message: str) -> None:
+    """In the words of the whole config's errors."""
+    with pytest.raises(ConfigError) as raised:
+        make()
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)

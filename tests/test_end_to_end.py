@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
 from ad_flashinfer_pass.kernels import reference
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
@@ -45,7 +45,7 @@ def cached_model(model: nn.Module, max_tokens: int | None = None) -> CachedModel
         max_batch_size=8,
         max_seq_len=128,
         max_num_tokens=64,
-        kv_cache_config={"tokens_per_block": 16, "max_tokens": max_tokens},
+        kv_cache_config=KvCacheConfig(tokens_per_block=16, max_tokens=max_tokens),
     )
     return transform_module(model, config)[0]
 
@@ -123,8 +123,8 @@ def test_short_extends_give_what_the_uncached_model_gives(monkeypatch: pytest.Mo
         max_batch_size=8,
         max_seq_len=128,
         max_num_tokens=64,
-        kv_cache_config={"tokens_per_block": 16},
-        transforms={"insert_cached_attention": {"max_extend_len": 4}},
+        kv_cache_config=KvCacheConfig(tokens_per_block=16),
+        transforms={"insert_cached_attention": TransformConfig(max_extend_len=4)},
     )
     lengths: list[int] = []
 

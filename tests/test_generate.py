@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -77,6 +78,19 @@ def test_chat_is_not_given_a_second_start_token(built: LLM, capsys: pytest.Captu
     ids = built.tokenizer(text, add_special_tokens=False)["input_ids"]
     (expected,) = built.generate([ids], max_new_tokens=4)
     assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
+
+
+def test_chat_gives_the_tokens_of_transformers(demo: LLM) -> None:
+    """apply_chat_template and generate of transformers, with the weights of the demo model."""
+    directory = find_source(AutoDeployConfig(), ExitStack()).directory
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    inputs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    (answer,) = demo.chat(messages, max_new_tokens=8)
+    assert answer.token_ids == tokens.tolist()
+    assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 TEMPLATES = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -43,13 +45,29 @@ def test_package_list_equals_the_folders_that_hold_python_files() -> None:
     assert sorted(listed) == sorted(folders)
 
 
-def test_mapped_packages_are_the_linked_folders() -> None:
-    """What the build maps and what the checkout links are the same folder."""
-    lines = setup_cfg()["options"]["package_dir"].strip().splitlines()
-    mapping = {package.strip(): folder.strip() for package, _, folder in (x.partition("=") for x in lines)}
-    assert set(mapping) == {"ad_flashinfer_pass.transforms", "ad_flashinfer_pass.configs"}
-    for package, folder in mapping.items():
-        assert (ROOT / package.replace(".", "/")).resolve() == ROOT / folder
+def test_an_editable_install_is_a_path(tmp_path: Path) -> None:
+    """Of a .pth file, mypy, pyright and editors follow folders alone; that for AutoDeploy is beside it."""
+    source = tmp_path / "source"
+    for name in ("ad_flashinfer_pass", "transforms", "configs"):
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [
+        sys.executable,
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})",
+    ]
+    subprocess.run(command, cwd=source, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        texts = {name: files.read(name).decode() for name in files.namelist() if "dist-info" not in name}
+    hook = texts.pop("ad_flashinfer_pass_autodeploy.pth")
+    assert "autodeploy_hook.install()" in hook
+    ((name, text),) = texts.items()
+    assert name.endswith(".pth")
+    assert text.split() == [str(source)]
 
 
 def test_the_version_has_one_source() -> None:

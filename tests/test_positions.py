@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -25,7 +25,10 @@ def model_of(name: str) -> nn.Module:
 
 def cached_model(name: str) -> CachedModel:
     config = AutoDeployConfig(
-        max_batch_size=4, max_seq_len=64, max_num_tokens=64, kv_cache_config={"tokens_per_block": 16}
+        max_batch_size=4,
+        max_seq_len=64,
+        max_num_tokens=64,
+        kv_cache_config=KvCacheConfig(tokens_per_block=16),
     )
     return transform_module(model_of(name), config)[0]
 

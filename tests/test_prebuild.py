@@ -18,14 +18,14 @@ from packaging.version import Version
 
 from ad_flashinfer_pass import prebuild
 from ad_flashinfer_pass.cli import main
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype
 from ad_flashinfer_pass.errors import ConfigError, KernelError
 from ad_flashinfer_pass.inspection import stages
 from ad_flashinfer_pass.kernels import modules, select
 from ad_flashinfer_pass.kernels.capability import Site
 
 CONFIG = AutoDeployConfig(dtype="bfloat16")
-FP8 = AutoDeployConfig(dtype="bfloat16", kv_cache_config={"dtype": "fp8"})
+FP8 = AutoDeployConfig(dtype="bfloat16", kv_cache_config=KvCacheConfig(dtype="fp8"))
 
 
 class Spec:
@@ -60,9 +60,9 @@ class CompilationContext:
 
 
 @cache
-def sites(kv_dtype: str) -> stages.Stages:
+def sites(kv_dtype: KvDtype) -> stages.Stages:
     """Those of the demo model, found once."""
-    config = AutoDeployConfig(dtype="bfloat16", kv_cache_config={"dtype": kv_dtype})
+    config = AutoDeployConfig(dtype="bfloat16", kv_cache_config=KvCacheConfig(dtype=kv_dtype))
     return stages.run_stages(config, stages=["insert_cached_attention"])
 
 
@@ -72,7 +72,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho release 13.0\n")
     nvcc.chmod(0o755)
-    both = {kv_dtype: sites(kv_dtype) for kv_dtype in ("auto", "fp8")}
+    both = {"auto": sites("auto"), "fp8": sites("fp8")}
     monkeypatch.setattr(stages, "run_stages", lambda config, **_: both[config.kv_cache_config.dtype])
     monkeypatch.setattr(modules, "problem", lambda: None)
     monkeypatch.setattr(modules, "nvcc", lambda: str(nvcc))

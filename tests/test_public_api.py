@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ad_flashinfer_pass
+from ad_flashinfer_pass import errors
 
 
 def python(code: str, cwd: Path) -> str:
@@ -45,3 +50,45 @@ def test_using_the_config_and_the_pass_leaves_the_gpu_and_the_model_libraries_al
         "print(torch.cuda.is_initialized(), *(m for m in ('transformers', 'flashinfer') if m in sys.modules))"
     )
     assert python(code, tmp_path) == "False"
+
+
+def test_every_error_is_public() -> None:
+    """Whatever the package raises by design can be caught by a name of the package."""
+    classes = inspect.getmembers(
+        errors, lambda value: inspect.isclass(value) and issubclass(value, Exception)
+    )
+    assert {name for name, _ in classes} <= set(ad_flashinfer_pass.__all__)
+
+
+MYPY = """
+[mypy]
+strict = true
+[mypy-torch.*,transformers.*]
+# Whose types a user's program sees little of; to read them takes half a minute.
+follow_imports = skip
+"""
+PYRIGHT = {
+    "typeCheckingMode": "standard",
+    "reportUnnecessaryTypeIgnoreComment": "error",
+    "include": ["user.py"],
+}
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_read_a_users_program(checker: str, tmp_path: Path) -> None:
+    """From another folder, by the installed package: typed_user.py has the types and the errors that it says.
+
+    An editable install must be a path, not a hook: where it is one, ``pip install -e .`` again.
+    """
+    shutil.copy(Path(__file__).with_name("typed_user.py"), tmp_path / "user.py")
+    (tmp_path / "mypy.ini").write_text(MYPY)
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(PYRIGHT))
+    options = ["user.py"] if checker == "mypy" else ["--pythonpath", sys.executable]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")
+    }
+    command = [sys.executable, "-m", checker, *options]
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr

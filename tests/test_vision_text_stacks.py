@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ExportError
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
@@ -31,7 +31,10 @@ def model_of(family: str) -> nn.Module:
 
 def cached_model(module: nn.Module) -> CachedModel:
     config = AutoDeployConfig(
-        max_batch_size=4, max_seq_len=64, max_num_tokens=64, kv_cache_config={"tokens_per_block": 16}
+        max_batch_size=4,
+        max_seq_len=64,
+        max_num_tokens=64,
+        kv_cache_config=KvCacheConfig(tokens_per_block=16),
     )
     return transform_module(module, config)[0]
 

@@ -13,7 +13,7 @@ from ad_flashinfer_pass.metadata import RowParams, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import GenerationConfig
 
 
 class CachedModel:

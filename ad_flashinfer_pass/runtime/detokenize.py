@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ad_flashinfer_pass.runtime.foreign import foreign_code
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

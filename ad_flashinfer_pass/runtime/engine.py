@@ -31,7 +31,7 @@ from ad_flashinfer_pass.runtime.turns import Turns
 from ad_flashinfer_pass.runtime.values import as_int, as_ints, as_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from ad_flashinfer_pass.runtime.values import as_ints
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers.generation.configuration_utils import GenerationConfig
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ad_flashinfer_pass.config import check_type
-from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.config import check_type, nearest
+from ad_flashinfer_pass.errors import ConfigError, RequestError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.chat import Messages, apply_template, require_template
 from ad_flashinfer_pass.runtime.engine import (
     Completion,
     Engine,
@@ -22,15 +24,19 @@ from ad_flashinfer_pass.runtime.engine import (
 from ad_flashinfer_pass.runtime.foreign import foreign_code
 from ad_flashinfer_pass.runtime.generation_config import default_sampling as sampling_of
 from ad_flashinfer_pass.runtime.generation_config import end_tokens
-from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sampling import SamplingKeywords, SamplingParams
 from ad_flashinfer_pass.runtime.values import as_token_ids, plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    # Not from transformers itself, for which pyright reads the modules of all models, half a minute long.
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
+_Given = TypeVar("_Given")
+"""A prompt or a chat: what an ``encode`` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,7 @@ class GenerationResult:
     index: int
     """Position of the prompt among those given."""
     prompt: str | None
-    """None if the prompt was given as token ids."""
+    """None if the prompt was given as token ids or as messages."""
     prompt_token_ids: list[int]
     token_ids: list[int]
     """Generated tokens, the one that stopped generation included."""
@@ -55,7 +61,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a call of ``generate`` stands."""
+    """Where a call of ``generate``, ``generate_iter`` or ``chat`` stands."""
 
     num_finished: int
     num_total: int
@@ -67,7 +73,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Job:
-    """One prompt of a call of ``generate``."""
+    """One prompt of a call."""
 
     index: int
     prompt: str | None
@@ -89,7 +95,7 @@ class _Job:
 
 @dataclass
 class _Call:
-    """One call of ``generate``."""
+    """One call of ``generate``, ``generate_iter`` or ``chat``."""
 
     num_total: int
     num_preemptions_before: int
@@ -114,8 +120,8 @@ class _Call:
 class LLM:
     """A model with its tokenizer, ready to generate.
 
-    Several iterators of ``generate`` and ``stream`` can be open at once, also in several threads: whichever
-    is advanced steps the engine for all.
+    Several calls, and iterators of ``generate_iter`` and ``stream``, can be open at once, also in several
+    threads: whichever is advanced steps the engine for all.
 
     Args:
         model: what the pass returns.
@@ -123,7 +129,7 @@ class LLM:
         eos_token_ids: tokens that end generation; default: those of the model's generation_config.json, as
             far as it is known, and of the tokenizer.
         reports: what each transform did to the graph.
-        default_sampling: what holds for calls without ``sampling``; default: what the model's
+        default_sampling: what holds for calls without ``sampling_params``; default: what the model's
             generation_config.json says, as transformers reads it. ``SamplingParams()`` leaves the file aside.
         prefill_chunk_tokens: see ``Engine``.
         steps_ahead: see ``Engine``.
@@ -144,13 +150,18 @@ class LLM:
         prefill_chunk_tokens: int | None = None,
         steps_ahead: int = 0,
     ) -> None:
+        if isinstance(model, str | PathLike):
+            raise ConfigError(
+                f"model must be CachedModel, got {str(model)!r:.80}; of a checkpoint, "
+                "build_model(AutoDeployConfig(model=...)) makes an LLM."
+            )
         check_type("model", model, CachedModel)
         check_type("default_sampling", default_sampling, SamplingParams, NoneType)
         self.model = model
         self.tokenizer = tokenizer
         self.reports = tuple(reports)
         self.default_sampling = default_sampling or sampling_of(model.generation_config)
-        """What holds for calls without ``sampling``."""
+        """What holds for calls without ``sampling_params``."""
         if eos_token_ids is None:
             eos_token_ids = end_tokens(model.generation_config, tokenizer)
         self.engine = Engine(
@@ -165,50 +176,90 @@ class LLM:
     def generate(
         self,
         prompts: str | Sequence[int] | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        max_new_tokens: int | None = None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
-    ) -> Iterator[GenerationResult]:
+        **keywords: Unpack[SamplingKeywords],
+    ) -> list[GenerationResult]:
         """Continue prompts, in one batch as far as pages allow.
 
-        Nothing runs until the iterator is advanced. Closing it, or an exception in the middle
-        (Ctrl-C), cancels what is left.
+        An exception in the middle (Ctrl-C) cancels what is left.
 
         Args:
             prompts: one text or list of token ids, or a sequence of those. Text is encoded with the
                 tokenizer's special tokens.
-            max_new_tokens: overrides that of ``sampling``.
-            sampling: for all prompts, or one for each; taken whole, as it is. Default: ``default_sampling``.
+            sampling_params: for all prompts, or one for each. Default: ``default_sampling``.
             on_progress: called after each step.
+            keywords: fields of ``SamplingParams``, such as ``max_new_tokens=64``, which override those of
+                ``sampling_params``.
 
-        Yields:
-            A result for each prompt, in their order, each as soon as it and those before it are
-            ready. A prompt that is refused or fails gives one with ``error``; the others go on.
+        Returns:
+            A result for each prompt, in their order. A prompt that is refused or fails has ``error``, and
+            no text if it was refused; the others are not affected.
 
         Raises:
-            RequestError: ``sampling`` has another length than ``prompts``, max_new_tokens is not positive, or
-                an argument is of a wrong type.
+            RequestError: ``sampling_params`` has another length than ``prompts``, a keyword is unknown or its
+                value out of range, or an argument is of a wrong type. Nothing has run then.
         """
-        prompt_list = _as_list(prompts)
-        params = self._params_of_each(len(prompt_list), sampling, max_new_tokens)
-        if on_progress is not None and not callable(on_progress):
-            raise RequestError(f"on_progress must be a function, got {on_progress!r:.80}.")
-        return self._generate(prompt_list, params, on_progress)
+        return list(self.generate_iter(prompts, sampling_params, on_progress=on_progress, **keywords))
+
+    def generate_iter(
+        self,
+        prompts: str | Sequence[int] | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **keywords: Unpack[SamplingKeywords],
+    ) -> Generator[GenerationResult, None, None]:
+        """``generate``, lazily: nothing runs until the iterator is advanced, and closing it cancels the rest.
+
+        Yields:
+            Results in the order of the prompts, each as soon as it and those before it are ready.
+
+        Raises:
+            RequestError: as ``generate``, before the iterator is advanced.
+        """
+        return self._generate(_as_list(prompts), self.encode, sampling_params, on_progress, keywords)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **keywords: Unpack[SamplingKeywords],
+    ) -> list[GenerationResult]:
+        """Answer chats, by the chat template of the tokenizer. ``stream(encode_chat(messages))`` is lazy.
+
+        Args:
+            messages: one chat, such as ``[{"role": "user", "content": "Hello"}]``, or a list of chats.
+            sampling_params: as in ``generate``, one for each chat.
+            on_progress: as in ``generate``.
+            keywords: as in ``generate``.
+
+        Returns:
+            A result for each chat, in their order. A chat that is no list of messages, or that the template
+            refuses, has ``error``; the others are not affected.
+
+        Raises:
+            RequestError: as ``generate``, or the model has no chat template.
+        """
+        require_template(self.tokenizer)
+        chats = _as_chats(messages)
+        return list(self._generate(chats, self.encode_chat, sampling_params, on_progress, keywords))
 
     def stream(
         self,
         prompt: Prompt,
-        *,
-        max_new_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-    ) -> Iterator[str]:
-        """Continue one prompt, piece by piece.
+        sampling_params: SamplingParams | None = None,
+        **keywords: Unpack[SamplingKeywords],
+    ) -> Generator[str, None, None]:
+        """Continue one prompt, piece by piece; closing the iterator cancels it.
 
         Args:
             prompt: as in ``generate``.
-            max_new_tokens: overrides that of ``sampling``.
-            sampling: taken whole, as it is. Default: ``default_sampling``.
+            sampling_params: default: ``default_sampling``.
+            keywords: as in ``generate``.
 
         Yields:
             Pieces of text, none of them empty, none with a part of a character or of a stop string.
@@ -216,7 +267,7 @@ class LLM:
         Raises:
             RequestError: on the first advance, if the request is refused; later, if it fails.
         """
-        (params,) = self._params_of_each(1, sampling, max_new_tokens)
+        (params,) = self._params_of_each(1, sampling_params, keywords)
         inbox: list[StepOutput] = []
         request_id = self._open(self.encode(prompt), params, inbox, stream=True)
         try:
@@ -249,17 +300,41 @@ class LLM:
             prompt.encode()  # of half a character tokenizers say less
             return list(self.tokenizer(prompt)["input_ids"])
 
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a chat up to the answer, by the tokenizer's chat template.
+
+        Raises:
+            RequestError: there is no template, the messages are none, or the template refuses them.
+        """
+        with self.engine.turns, foreign_code("these messages cannot be read"):
+            return apply_template(messages, self.tokenizer)
+
     def _generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[_Given],
+        encode: Callable[[_Given], list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        on_progress: Callable[[Progress], None] | None,
+        keywords: SamplingKeywords,
+    ) -> Generator[GenerationResult, None, None]:
+        """What is wrong with the arguments is raised at once; the rest waits for the first advance."""
+        params = self._params_of_each(len(prompts), sampling_params, keywords)
+        if on_progress is not None and not callable(on_progress):
+            raise RequestError(f"on_progress must be a function, got {on_progress!r:.80}.")
+        return self._results(prompts, encode, params, on_progress)
+
+    def _results(
+        self,
+        prompts: Sequence[_Given],
+        encode: Callable[[_Given], list[int]],
         params: Sequence[SamplingParams],
         on_progress: Callable[[Progress], None] | None,
-    ) -> Iterator[GenerationResult]:
+    ) -> Generator[GenerationResult, None, None]:
         call = _Call(len(prompts), self.engine.metrics.num_preemptions)
         num_cut = 0
         try:
             for index, prompt in enumerate(prompts):
-                self._submit(call, index, prompt, params[index])
+                self._submit(call, index, prompt, encode, params[index])
             for index in range(len(prompts)):
                 while index not in call.results:
                     self._advance(call)
@@ -273,11 +348,18 @@ class LLM:
                 for request_id in call.jobs:
                     stack.callback(self._close, request_id)
 
-    def _submit(self, call: _Call, index: int, prompt: Prompt, params: SamplingParams) -> None:
+    def _submit(
+        self,
+        call: _Call,
+        index: int,
+        prompt: _Given,
+        encode: Callable[[_Given], list[int]],
+        params: SamplingParams,
+    ) -> None:
         """Open a request for a prompt; a refusal is its result."""
         job = _Job(index, prompt if isinstance(prompt, str) else None, [], params)
         try:
-            job = replace(job, token_ids=self.encode(prompt))
+            job = replace(job, token_ids=encode(prompt))
             call.jobs[self._open(job.token_ids, params, call.inbox)] = job
         except RequestError as err:
             call.results[index] = job.result(Completion([], None, "error", str(err)))
@@ -325,25 +407,28 @@ class LLM:
     def _params_of_each(
         self,
         num_prompts: int,
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        max_new_tokens: int | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        keywords: SamplingKeywords,
     ) -> list[SamplingParams]:
-        if sampling is None:
-            sampling = self.default_sampling
-        if isinstance(sampling, SamplingParams):
-            params = [sampling] * num_prompts
+        given = self.default_sampling if sampling_params is None else sampling_params
+        if isinstance(given, SamplingParams):
+            params = [given] * num_prompts
         else:
-            params = list(sampling) if isinstance(sampling, Iterable) else []
-            if not isinstance(sampling, Iterable) or not all(isinstance(p, SamplingParams) for p in params):
-                raise RequestError(f"sampling must be SamplingParams, one or several, got {sampling!r:.80}.")
+            params = list(given) if isinstance(given, Iterable) else []
+            if not isinstance(given, Iterable) or not all(isinstance(p, SamplingParams) for p in params):
+                raise RequestError(
+                    f"sampling_params must be SamplingParams, one or several, got {given!r:.80}."
+                )
         if len(params) != num_prompts:
             raise RequestError(
-                f"sampling must be one SamplingParams or one for each of the {num_prompts} prompts, "
+                f"sampling_params must be one SamplingParams or one for each of the {num_prompts} prompts, "
                 f"got {len(params)}."
             )
-        if max_new_tokens is None:
-            return params
-        return [replace(p, max_new_tokens=max_new_tokens) for p in params]
+        known = ["sampling_params", *(each.name for each in fields(SamplingParams))]
+        for name in keywords:
+            if name not in known[1:]:
+                raise RequestError(f"unknown keyword {name!r}; {nearest(name, known)}")
+        return [replace(p, **keywords) for p in params] if keywords else params
 
     def _warn_of_cut(self, num_cut: int, num_texts: int) -> None:
         if num_cut:
@@ -375,3 +460,15 @@ def _as_list(prompts: str | Sequence[int] | Sequence[Prompt]) -> list[Prompt]:
     # Token ids have no length; of prompts at least one has.
     is_one_prompt = bool(items) and not any(hasattr(item, "__len__") for item in items)
     return [items] if is_one_prompt else items
+
+
+def _as_chats(messages: Messages | Sequence[Messages]) -> list[Messages]:
+    """One chat a place; what is in it is looked at later.
+
+    Raises:
+        RequestError: it is no list.
+    """
+    items: Any = messages
+    if not isinstance(items, list | tuple):
+        raise RequestError(f"messages must be a list of messages, or of such lists, got {messages!r:.80}.")
+    return [items] if items and isinstance(items[0], Mapping) else list(items)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -102,6 +102,23 @@ class SamplingParams:
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of ``SamplingParams`` as keywords of a call, for type checkers and editors."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    suppress_tokens: Sequence[int]
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from ad_flashinfer_pass import (
 )
 from ad_flashinfer_pass.pipeline import transform_module
 from tests.faults.harness import TIMES, refusal_of
+from tests.runtime import toy_tokenizers
 from tests.runtime.toy_model import NAN_TOKEN, VOCAB_SIZE, ToyModel, greedy_alone
 
 
@@ -83,7 +84,7 @@ def test_requests_that_end_in_all_ways(seed: int) -> None:
         prompts = [[dice.randrange(NAN_TOKEN) for _ in range(dice.randrange(1, 9))] for _ in range(4)]
         at = dice.randrange(5)
         prompts.insert(at, BAD_PROMPTS[dice.choice(list(BAD_PROMPTS))])
-        results = llm.generate(prompts, max_new_tokens=5)
+        results = llm.generate_iter(prompts, max_new_tokens=5)
         for index in range(dice.randrange(6)):
             result = next(results)
             assert (result.index, result.error is None) == (index, index != at)
@@ -94,7 +95,7 @@ def test_requests_that_end_in_all_ways(seed: int) -> None:
             llm.engine.add_request([1], SamplingParams(max_new_tokens=2))
             while llm.engine.has_work and model.fail_next is not None:
                 llm.engine.step()
-        results.close()  # type: ignore[attr-defined]
+        results.close()
         while llm.engine.has_work:
             llm.engine.step()
         assert llm.engine.metrics.pages_in_use == llm.engine.metrics.num_running == 0
@@ -121,7 +122,7 @@ def test_a_sampling_parameter_of_a_wrong_type(name: str, value: Any) -> None:
     if _refusal(lambda: SamplingParams(**{name: value}), value, name) is None:
         llm = LLM(ToyModel())
         sampling = SamplingParams(**{"max_new_tokens": 3, name: value})
-        (result,) = llm.generate([[1, 2]], sampling=sampling)
+        (result,) = llm.generate([[1, 2]], sampling_params=sampling)
         assert result.error is None or "needs" in result.error
         assert llm.engine.metrics.pages_in_use == 0
 
@@ -131,9 +132,10 @@ def _key(make: Callable[..., Any], name: str) -> Callable[[Any], Any]:
 
 
 def _cache_key(name: str) -> Callable[[Any], Any]:
-    return lambda value: AutoDeployConfig(kv_cache_config={name: value})
+    return lambda value: _key(AutoDeployConfig, "kv_cache_config")({name: value})
 
 
+CHATTING = toy_tokenizers.chatting()
 SESSION = ("max_batch_size", "max_seq_len", "max_num_tokens", "device", "kv_cache_config")
 CALLS: dict[str, Callable[[Any], Any]] = {
     "LLM": lambda value: LLM(value),
@@ -141,15 +143,17 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "LLM: eos_token_ids": lambda value: LLM(ToyModel(), eos_token_ids=value),
     "LLM: steps_ahead": lambda value: LLM(ToyModel(), steps_ahead=value),
     "LLM: prefill_chunk_tokens": lambda value: LLM(ToyModel(), prefill_chunk_tokens=value),
-    "generate": lambda value: list(LLM(ToyModel()).generate(value, max_new_tokens=1)),
-    "generate: sampling": lambda value: list(
-        LLM(ToyModel()).generate([[1], [2]], sampling=value, max_new_tokens=1)
+    "generate": lambda value: LLM(ToyModel()).generate(value, max_new_tokens=1),
+    "generate: sampling_params": lambda value: list(
+        LLM(ToyModel()).generate([[1], [2]], sampling_params=value, max_new_tokens=1)
     ),
     "generate: max_new_tokens": lambda value: list(
         LLM(ToyModel(), default_sampling=SamplingParams(max_new_tokens=1)).generate(
             [[1]], max_new_tokens=value
         )
     ),
+    "chat": lambda value: LLM(ToyModel(), CHATTING).chat(value, max_new_tokens=1),
+    "stream: max_new_tokens": lambda value: list(LLM(ToyModel(), CHATTING).stream([1], max_new_tokens=value)),
     "add_request": lambda value: LLM(ToyModel()).engine.add_request(value),
     "cancel": lambda value: LLM(ToyModel()).engine.cancel(value),
     "build_model": lambda value: build_model(value),
@@ -160,6 +164,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "restore": lambda value: exported.restore(value),
     **{f"AutoDeployConfig: {name}": _key(AutoDeployConfig, name) for name in AutoDeployConfig.model_fields},
     **{f"kv_cache_config: {name}": _cache_key(name) for name in KvCacheConfig.model_fields},
+    **{f"KvCacheConfig: {name}": _key(KvCacheConfig, name) for name in KvCacheConfig.model_fields},
     **{f"CacheSession: {name}": _key(CacheSession, name) for name in SESSION},
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, KvCacheConfig
 from ad_flashinfer_pass.inspection.numerics import Prepared, check, check_prepared
 from tests.inspection import test_numerics as cpu
 from tests.inspection.test_numerics import FAULTS, Planted, Sizes
@@ -66,7 +66,7 @@ def test_the_reproducer_shows_the_error_on_the_gpu(gpt_oss: Prepared, tmp_path: 
 )
 @pytest.mark.parametrize("compile_backend", ["torch-simple", "torch-cudagraph", "torch-opt"])
 def test_a_llama_of_8b_agrees_in_every_way_of_running_it(
-    compile_backend: str, cache: dict[str, Any], tmp_path: Path
+    compile_backend: CompileBackend, cache: dict[str, Any], tmp_path: Path
 ) -> None:
     """Few layers of its real widths, fused and tuned as it is served, captured."""
     transformers.LlamaConfig(
@@ -84,7 +84,7 @@ def test_a_llama_of_8b_agrees_in_every_way_of_running_it(
         skip_loading_weights=True,
         device="cuda",
         compile_backend=compile_backend,
-        kv_cache_config=cache,
+        kv_cache_config=KvCacheConfig(**cache),
     )
     report = check(config, reproducer_dir=tmp_path)
     print([(site.prefill, site.decode, site.errors) for site in report.sites])

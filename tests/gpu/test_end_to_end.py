@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, KvCacheConfig, KvDtype
 from ad_flashinfer_pass.kernels import fa, select
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
@@ -53,7 +53,7 @@ def model_of(name: str, **changes: Any) -> nn.Module:
 
 
 def transformed(
-    model: nn.Module, backend: str, kv_dtype: str = "auto", **options: Any
+    model: nn.Module, backend: CompileBackend, kv_dtype: KvDtype = "auto", **options: Any
 ) -> tuple[CachedModel, list[TransformReport]]:
     config = AutoDeployConfig(
         device="cuda",
@@ -63,7 +63,7 @@ def transformed(
         max_seq_len=128,
         max_num_tokens=128,
         cuda_graph_batch_sizes=[1, 3, 8] if backend == "torch-cudagraph" else None,
-        kv_cache_config={"dtype": kv_dtype},
+        kv_cache_config=KvCacheConfig(dtype=kv_dtype),
         **options,
     )
     return transform_module(model, config)
@@ -91,7 +91,7 @@ def generate(model: CachedModel) -> list[list[int]]:
 
 @pytest.mark.parametrize("backend", ["torch-simple", "torch-cudagraph"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generates_the_tokens_of_the_uncached_model(name: str, backend: str) -> None:
+def test_generates_the_tokens_of_the_uncached_model(name: str, backend: CompileBackend) -> None:
     """Each token is the uncached model's best, or as good to within the rounding of its logits."""
     model = model_of(name)
     cached, reports = transformed(model, backend)
@@ -168,7 +168,7 @@ def pages_of(index: int) -> list[int]:
     ("name", "kv_dtype"),
     [*((name, "auto") for name in CONFIGS), ("LlamaConfig", "fp8"), ("Qwen3Config", "fp8")],
 )
-def test_captured_equals_eager_exactly(name: str, kv_dtype: str) -> None:
+def test_captured_equals_eager_exactly(name: str, kv_dtype: KvDtype) -> None:
     """Every replay of a whole generation gives the bits of the eager graph on the same padded inputs."""
     cached, reports = transformed(model_of(name), "torch-cudagraph", kv_dtype)
     print(*(note for report in reports for note in report.notes if "sites: " in note), sep="\n")

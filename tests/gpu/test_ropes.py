@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
@@ -59,7 +59,7 @@ def without_cache(model: nn.Module, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("backend", ["torch-simple", "torch-cudagraph", "torch-opt"])
-def test_each_sequence_has_the_factors_of_its_own_length(model: nn.Module, backend: str) -> None:
+def test_each_sequence_has_the_factors_of_its_own_length(model: nn.Module, backend: CompileBackend) -> None:
     """In float32, so that every token is that of the module without a cache."""
     config = AutoDeployConfig(
         device="cuda",

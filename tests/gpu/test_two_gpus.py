@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 import torch
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from tests.gpu.test_end_to_end import generate, model_of
@@ -64,7 +64,10 @@ def _generated(device: str) -> list[list[int]]:
         max_num_tokens=128,
         cuda_graph_batch_sizes=[1, 3, 8],
         # Which kernel is chosen by its time is not the same in both processes.
-        transforms={"tune_attention": {"enabled": False}, "fuse_small_batch": {"enabled": False}},
+        transforms={
+            "tune_attention": TransformConfig(enabled=False),
+            "fuse_small_batch": TransformConfig(enabled=False),
+        },
     )
     cached, _ = transform_module(model_of("LlamaConfig").to(device), config)
     assert {cache.device for cache in cached.caches.values()} == {torch.device(device)}

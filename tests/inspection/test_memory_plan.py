@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.cli import main
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, ConfigError
 from ad_flashinfer_pass.inspection import memory_plan
 from ad_flashinfer_pass.inspection.graph_data import NodeNames
@@ -47,7 +47,7 @@ def test_the_plan_is_what_is_allocated(
     config = AutoDeployConfig(
         max_seq_len=300,
         max_batch_size=6,
-        kv_cache_config=cache,
+        kv_cache_config=KvCacheConfig(**cache),
         model_kwargs={"num_hidden_layers": 2, "max_position_embeddings": 400},
         skip_loading_weights=True,
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 
 from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.cli import main
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.inspection import float64
 from ad_flashinfer_pass.inspection.numerics import CheckReport, Prepared, check, check_prepared, prepare
@@ -65,7 +66,7 @@ class Linear(torch.nn.Module):
         return x @ self.weight, None
 
 
-def prepared(sizes: Sizes, *, stage: str | None = "insert_cached_attention", **cache: object) -> Prepared:
+def prepared(sizes: Sizes, *, stage: str | None = "insert_cached_attention", **cache: Any) -> Prepared:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     config = transformers.GptOssConfig(
         **{
@@ -85,7 +86,7 @@ def prepared(sizes: Sizes, *, stage: str | None = "insert_cached_attention", **c
         layer.mlp = Linear(config.hidden_size)
         layer.self_attn.sinks.data.fill_(1.0)
     keys = {"tokens_per_block": sizes.page, **cache}
-    deploy = AutoDeployConfig(max_seq_len=64, device=sizes.device, kv_cache_config=keys)
+    deploy = AutoDeployConfig(max_seq_len=64, device=sizes.device, kv_cache_config=KvCacheConfig(**keys))
     module: torch.nn.Module = model
     module = module.to(sizes.device, sizes.dtype)
     return prepare(module, deploy, stage=stage)

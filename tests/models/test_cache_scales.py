@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass.build import build_model
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.models.loading import load_model
@@ -54,7 +54,9 @@ def checkpoint(
 
 
 def scales(model: str, cache: dict[str, Any], **keys: Any) -> tuple[Any, Any]:
-    found = load_model(AutoDeployConfig(model=model, kv_cache_config=cache, **keys)).resolved.kv_cache_config
+    found = load_model(
+        AutoDeployConfig(model=model, kv_cache_config=KvCacheConfig(**cache), **keys)
+    ).resolved.kv_cache_config
     return found.k_scale, found.v_scale
 
 
@@ -79,7 +81,7 @@ def test_they_reach_the_caches(tmp_path: Path) -> None:
     """A cache holds the K of transformers divided by the scale of its layer, rounded to 8 bits."""
     model = checkpoint(tmp_path, PAIRS["projections"], nothing, num_layers=1)
     ids = [5, 9, 2, 44]
-    cache = {"dtype": "fp8", "tokens_per_block": 16}
+    cache = KvCacheConfig(dtype="fp8", tokens_per_block=16)
     llm = build_model(AutoDeployConfig(model=model, kv_cache_config=cache, max_batch_size=1))
     llm.model.step([SequenceStep(ids, 0, range(1, 2))])
     (pool,) = llm.model.caches.values()
@@ -141,4 +143,4 @@ def test_refuses_to_guess_which_cache(tmp_path: Path) -> None:
 
     model = checkpoint(tmp_path, PAIRS["attention"], first_left_out, num_layers=2)
     with pytest.raises(ConfigError, match=r"2 caches, got 1; the checkpoint's are taken"):
-        build_model(AutoDeployConfig(model=model, kv_cache_config={"dtype": "fp8"}))
+        build_model(AutoDeployConfig(model=model, kv_cache_config=KvCacheConfig(dtype="fp8")))

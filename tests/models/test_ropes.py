@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.exported import restore, to_program
 from ad_flashinfer_pass.metadata import SequenceStep
@@ -88,7 +88,7 @@ def served(name: str, max_seq_len: int = 64) -> CachedModel:
         max_batch_size=8,
         max_seq_len=max_seq_len,
         max_num_tokens=64,
-        kv_cache_config={"tokens_per_block": 8, "max_tokens": 8 * 17},
+        kv_cache_config=KvCacheConfig(tokens_per_block=8, max_tokens=8 * 17),
     )
     return transform_module(model_of(name), config)[0]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from ad_flashinfer_pass import AutoDeployConfig, SamplingParams, build_model
+from ad_flashinfer_pass import AutoDeployConfig, KvCacheConfig, SamplingParams, build_model
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -55,7 +55,7 @@ def served(model: Any) -> CachedModel:
         max_batch_size=4,
         max_num_tokens=8,
         max_seq_len=64,
-        kv_cache_config={"tokens_per_block": 4, "max_tokens": 36},
+        kv_cache_config=KvCacheConfig(tokens_per_block=4, max_tokens=36),
     )
     return transform_module(model, config)[0]
 
@@ -138,7 +138,7 @@ def test_same_tokens_as_generate(model: Any, served: CachedModel, values: dict[s
     served.generation_config = config
     for steps_ahead in (0, 2):
         llm = LLM(served, steps_ahead=steps_ahead)
-        results = list(llm.generate(PROMPTS, max_new_tokens=NUM_NEW_TOKENS))
+        results = llm.generate(PROMPTS, max_new_tokens=NUM_NEW_TOKENS)
         assert [result.token_ids for result in results] == expected
         assert llm.engine.metrics.num_preemptions > 0
         assert llm.engine.metrics.pages_in_use == 0
@@ -155,7 +155,7 @@ def test_the_file_decides_and_what_is_given_wins(model: Any, tmp_path: Path) -> 
     config: dict[str, Any] = {"model": str(tmp_path), "max_seq_len": 64, "max_batch_size": 1}
     llm = build_model(AutoDeployConfig(**config))
     assert [r.token_ids for r in llm.generate(prompt)] == [with_file]
-    (given,) = llm.generate(prompt, sampling=SamplingParams(max_new_tokens=9))
+    (given,) = llm.generate(prompt, sampling_params=SamplingParams(max_new_tokens=9))
     assert given.token_ids != with_file
     plain = build_model(AutoDeployConfig(**config, generation_config="none"))
     assert [r.token_ids for r in plain.generate(prompt, max_new_tokens=9)] == [given.token_ids]

@@ -162,7 +162,7 @@ def test_streams_and_stop_strings_give_the_same_text(steps_ahead: int) -> None:
         llm = LLM(ToyModel(), tokenizer, steps_ahead=ahead)
         params = SamplingParams(max_new_tokens=12, stop=[whole[5:7]])
         results.append(
-            (list(llm.stream([1, 2, 3], sampling=params)), list(llm.stream([9], max_new_tokens=8)))
+            (list(llm.stream([1, 2, 3], sampling_params=params)), list(llm.stream([9], max_new_tokens=8)))
         )
         assert not llm.engine.has_work
     assert results[0] == results[1]

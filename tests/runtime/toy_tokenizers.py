@@ -48,3 +48,19 @@ def metaspace() -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **_SPECIAL)
+
+
+_TEMPLATE = """\
+{% for message in messages %}
+{%- if message.role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}
+{{- message.role[0] + message.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}a{% endif %}"""
+
+
+def chatting() -> PreTrainedTokenizerBase:
+    """Letters a to z as 1 to 26, and a chat template: each role's first letter before what it says."""
+    vocab = {"<unk>": 0, **{chr(ord("a") + i): i + 1 for i in range(26)}}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", chat_template=_TEMPLATE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ad_flashinfer_pass import pipeline, registry, transforms
-from ad_flashinfer_pass.config import AutoDeployConfig, default_transforms
+from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig, default_transforms
 from ad_flashinfer_pass.registry import TransformReport, register
 from tests.transforms.small_models import SmallModel, context, sdpa
 
@@ -44,7 +44,7 @@ def test_transforms_run_in_the_order_of_their_stages() -> None:
 
 def test_a_transform_can_be_switched_off() -> None:
     """A transform that others do not need is left out."""
-    config = AutoDeployConfig(max_seq_len=64, transforms={"fuse_gemms": {"enabled": False}})
+    config = AutoDeployConfig(max_seq_len=64, transforms={"fuse_gemms": TransformConfig(enabled=False)})
     announced: list[str] = []
     pipeline.transform_module(SmallModel(sdpa), config, on_event=announced.append)
     assert announced == [name for name in default_transforms() if name != "fuse_gemms"]

@@ -65,14 +65,6 @@ def _choose(node: fx.Node, kv_dtype: torch.dtype, page_size: int) -> tuple[Site,
     return site, kernels
 
 
-def _tell_causal(node: fx.Node) -> None:
-    """Once a graph: transformers passes no ``is_causal`` where AutoDeploy replaces its attention."""
-    nodes = [n for n in node.graph.nodes if g.is_op(n, _ops.torch_attention)]
-    count = sum(not g.op_args(n)["is_causal"] for n in nodes)
-    if vars(node.graph).setdefault(BACKEND, node) is node and count:
-        _log.info("is_causal=False without a mask, in %d layers: they attend causally", count)
-
-
 @interface.attention.AttentionRegistry.register(BACKEND)
 class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
     """What AutoDeploy asks of a backend; see ``AttentionDescriptor`` there."""
@@ -81,7 +73,7 @@ class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
     get_num_qkv_args = staticmethod(lambda: 3)
     get_source_attention_op = staticmethod(lambda: _ops.torch_attention)
     get_cached_attention_op = staticmethod(lambda: _ops.flashinfer_trtllm_attention_mha_with_cache.default)
-    get_prepare_extra_metadata_info = staticmethod(
+    get_prepare_extra_metadata_info: Any = staticmethod(
         lambda node: (_ops.flashinfer_trtllm_attention_prepare_metadata.default, 3, [])
     )
     # Device tensors where there is a choice: for ``_host`` twins a step may wait for the device.
@@ -93,12 +85,18 @@ class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
     @classmethod
     def get_cache_initializers(cls, source_attn_node: fx.Node, cache_config: Any) -> dict[str, Any]:
         """One cache for K and V of a layer; here the layer is checked and its kernels are chosen."""
-        kv_dtype = cls.resolve_cache_dtype(cache_config.dtype, g.value(source_attn_node.args[1]).dtype)
-        site, _ = chosen = _choose(source_attn_node, kv_dtype, cache_config.tokens_per_block)
-        source_attn_node.meta[BACKEND] = chosen
-        _tell_causal(source_attn_node)
-        options = {"sliding_window": site.sliding_window or 0} if interface.has_window_pools() else {}
-        options |= {"dtype": kv_dtype, "kv_factor": 2, "kv_layout": "HND"}
+        key: Any = source_attn_node.args[1]
+        kv_dtype = cls.resolve_cache_dtype(cache_config.dtype, g.value(key).dtype)
+        source_attn_node.meta[BACKEND] = _choose(source_attn_node, kv_dtype, cache_config.tokens_per_block)
+        site, _ = source_attn_node.meta[BACKEND]
+        graph = source_attn_node.graph
+        nodes = [node for node in graph.nodes if g.is_op(node, _ops.torch_attention)]
+        count = sum(not g.op_args(node)["is_causal"] for node in nodes)  # transformers passes none
+        if vars(graph).setdefault(BACKEND, source_attn_node) is source_attn_node and count:
+            _log.info("is_causal=False without a mask, in %d layers: they attend causally", count)
+        options: Any = {"dtype": kv_dtype, "kv_factor": 2, "kv_layout": "HND"}
+        if interface.has_window_pools():
+            options["sliding_window"] = site.sliding_window or 0
         handler = interface.attention.KVPagedResourceHandler(site.num_kv_heads, site.head_dim, **options)
         return {"kv_cache": handler}
 
@@ -113,8 +111,7 @@ class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
             meta[BACKEND] = _choose(source_attn_node, owner.kv_dtype, owner.page_size)
         kept = [args[name] for name in (*_NUMBERS, "sinks")]
         # What fuse_trtllm_attn_quant_fp8 left: the input scale of the FP8 linears that alone read the result.
-        scale = meta.get("trtllm_attention_input_scale")
-        is_constant = isinstance(scale, fx.Node) and scale.op == "get_attr"
-        out_scale = float(g.attribute(scale)) if is_constant else None
+        scale: Any = meta.get("trtllm_attention_input_scale")
+        out_scale = float(g.attribute(scale)) if scale is not None and scale.op == "get_attr" else None
         rope = rotation.take(source_attn_node)
         return [*kept, shared is not None, *meta[BACKEND][1], *rope, out_scale]

@@ -70,7 +70,8 @@ def prepare_metadata(
     if needed > room:
         raise UnsupportedError(f"flashinfer_trtllm needs a cache_loc of {needed} pages or more, got {room}.")
     if (key := (cache_loc.data_ptr(), room)) not in _buffers:
-        _buffers[key] = torch.zeros(3, room, dtype=torch.int32, device=cache_loc.device).unbind()
+        a, b, c = torch.zeros(3, room, dtype=torch.int32, device=cache_loc.device)
+        _buffers[key] = (a, b, c)
     metadata = (cu_seqlen, seq_len_with_cache, cache_loc, cu_num_pages)
     ragged.prepare(counts.num_seqs, *metadata, counts.table(_buffers[key][0]), *_buffers[key][1:])
     return _buffers[key]
@@ -128,8 +129,8 @@ def mha_with_cache(
             rope = (*(x.flatten(0, -2)[:n].chunk(2, -1)[0] for x in (rope_cos, rope_sin)), None)
         query = ragged.append(query, key, value, *places, (1.0, 1.0), rope, rope_interleaved)
     metadata = (batch_info_host[:6], cu_seqlen, seq_len_with_cache, table)
-    window = (sliding_window, logit_cap, None, sinks, None)
-    kernels = (prefill_kernel, decode_kernel, 1.0, 1.0, counts.max_extend_len)
+    window: Any = (sliding_window, logit_cap, None, sinks, None)
+    kernels: Any = (prefill_kernel, decode_kernel, 1.0, 1.0, counts.max_extend_len)
     attended = cached_attention(query, kv_cache, *metadata, scale, v.shape[3], *window, *kernels)[0]
     if out is None and out_scale is None and n == q.shape[0] * q.shape[1]:
         return attended.view(*q.shape[:3], v.shape[3])

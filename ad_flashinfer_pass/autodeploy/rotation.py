@@ -25,10 +25,11 @@ def take(attention: fx.Node) -> tuple[Any, ...]:
     args = g.op_args(attention)
     query, key = args["query"], args["key"]
     found = [_rotation(query), _rotation(key)]
-    if found[0] is None or found[1] is None or found[0][1] != found[1][1] or _shares(attention):
+    if found[0] is None or found[1] is None or found[0][1] != found[1][1]:
         return NONE
-    # Who reads the cache of another layer is given that layer's K, and does not look at it.
-    if set(query.users) != {attention} or not all(n is attention or _shares(n) for n in key.users):
+    if args.get("shared_kv_source_layer_idx") is not None:
+        return NONE
+    if not all(_ignores(reader, query, key) for reader in {*query.users, *key.users} - {attention}):
         return NONE
     # An alias, in place: the insertion holds the nodes of q and k already.
     for rotated, (source, _) in zip((query, key), found, strict=True):  # type: ignore[misc]
@@ -36,9 +37,14 @@ def take(attention: fx.Node) -> tuple[Any, ...]:
     return found[0][1]
 
 
-def _shares(node: fx.Node) -> bool:
-    is_attention = g.is_op(node, torch.ops.auto_deploy.torch_attention)
-    return is_attention and g.op_args(node).get("shared_kv_source_layer_idx") is not None
+def _ignores(node: fx.Node, query: fx.Node, key: fx.Node) -> bool:
+    """Whether nothing that comes of ``node`` depends on these two, which are among its arguments."""
+    if g.is_op(node, torch.ops.auto_deploy.torch_attention):  # whose K and V are the cache of another layer
+        args = g.op_args(node)
+        return args.get("shared_kv_source_layer_idx") is not None and args["query"] not in (query, key)
+    used = ["k" if pick.args[1:] == (1,) else "q" for pick in node.users]  # of a rotation
+    is_rope = g.is_op(node, torch.ops.auto_deploy.torch_rope_with_explicit_cos_sin)
+    return is_rope and all(g.op_args(node)[name] not in (query, key) for name in used)
 
 
 def _rotation(rotated: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:

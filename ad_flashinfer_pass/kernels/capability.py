@@ -51,7 +51,7 @@ class Site:
     def of(cls, query: Tensor, key: Tensor, value: Tensor, **items: Any) -> Site:
         """The site of a query [b, s, num_heads, head_dim], and a key and value [b, s, num_kv_heads, ...]."""
         (num_heads, head_dim), (num_kv_heads, v_head_dim) = query.shape[2:], value.shape[2:]
-        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        sizes: Any = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         return cls(dtype=query.dtype, **sizes, head_dim=head_dim, v_head_dim=v_head_dim, **items)
 
 

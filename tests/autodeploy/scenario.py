@@ -54,7 +54,8 @@ class Attention(nn.Module):
             tables = (torch.ops.aten.to.dtype_layout(x, **kind) for x in (cos, sin))
             cos, sin = (torch.ops.aten.index.Tensor(x, [positions]) for x in tables)
         if self.rope == "two_calls":  # as for Gemma4, whose K some layers do not have
-            return explicit(q, q, cos, sin, 2)[0], explicit(k, k, cos, sin, 2)[0]
+            q = explicit(q, q, cos, sin, 2)[0]
+            return q, explicit(q, k, cos, sin, 2)[1]
         return _pair(explicit(q, k, cos, sin, 2))
 
 
@@ -95,6 +96,7 @@ class Model(nn.Module):
         self.head = nn.Linear(width, VOCAB, bias=False)
         inverse = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         angles = torch.arange(MAX_SEQ_LEN)[:, None] * inverse
+        self.table: Tensor
         self.register_buffer("table", torch.cat((angles.cos(), angles.sin()), -1))
         self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1))
         self.register_buffer("sin", torch.cat((angles.sin(), angles.sin()), -1))
@@ -267,7 +269,9 @@ def schedule(requests: Requests, draw: random.Random, *, decode: Any, mixed: dic
         left = [i for i, length in enumerate(lengths) if requests.done[i] < length]
         chosen = draw.sample(left, draw.randint(1, len(left)))
         room = draw.randint(len(chosen), max(mixed))
-        prefill, extend, decodes = {}, {}, {}
+        prefill: dict[int, int] = {}
+        extend: dict[int, int] = {}
+        decodes: dict[int, int] = {}
         for at, i in enumerate(chosen):
             rest = lengths[i] - requests.done[i]
             n = min(

@@ -168,7 +168,9 @@ def test_angles_that_are_not_shown_to_repeat_are_left_alone() -> None:
         class Other(scenario.Model):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
-                self.sin[:, 0] *= -1
+                self.register_buffer(
+                    "sin", torch.cat((-self.table.chunk(2, -1)[1], self.table.chunk(2, -1)[1]), -1)
+                )
 
         model = scenario.Deployment(E6, rope="indexed", model_class=Other)
         assert model.num_rotations == 2
@@ -225,8 +227,9 @@ def test_the_cap_of_a_transformers_model_reaches_the_op(ad: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register("recorded", wrapper)
     config = Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, attn_logit_softcapping=30.0, attn_implementation="recorded",
+        num_key_value_heads=2, head_dim=16, attn_logit_softcapping=30.0,
     )  # fmt: skip
+    config._attn_implementation = "recorded"
     with torch.no_grad():
         Gemma2ForCausalLM(config)(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
     assert [found["logit_cap"] for found in passed] == [30.0, 30.0]
@@ -245,7 +248,7 @@ def test_counts_on_the_device_are_refused(ad: Any) -> None:
 def test_a_result_for_fp8_linears_is_quantized(ad: Any) -> None:
     """The transform fuse_trtllm_attn_quant_fp8 leaves their input scale at the attention."""
     node = attention_node(E6)
-    owner = torch.nn.Module()
+    owner: Any = torch.nn.Module()
     owner.scale = torch.tensor(0.125)
     node.graph.owning_module = owner
     with node.graph.inserting_before(node):

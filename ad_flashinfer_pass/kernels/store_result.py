@@ -5,9 +5,12 @@ Copy, quantization and the zeros of padding tokens, which are three kernels and 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ad_flashinfer_pass.kernels.append import _converted
 
 _BLOCK = 1024
 
@@ -21,38 +24,13 @@ def store_result(attended: Tensor, out: Tensor, scale: float) -> None:
             numbers beyond its range are saturated.
         scale: multiplied as its reciprocal, in float32; see ``ops.append_kv``.
     """
-    import torch
-
-    limit = torch.finfo(out.dtype).max
-    _store[(triton.cdiv(out.numel(), _BLOCK),)](
-        attended,
-        out,
-        attended.numel(),
-        out.numel(),
-        1.0 / scale,
-        limit,
-        IS_SCALED=scale != 1.0,
-        SATURATES=out.dtype.itemsize == 1,
-        BLOCK=_BLOCK,
-    )
+    limit = torch.finfo(out.dtype).max if out.dtype.itemsize == 1 else None
+    grid = (triton.cdiv(out.numel(), _BLOCK),)
+    _store[grid](attended, out, attended.numel(), out.numel(), 1.0 / scale, LIMIT=limit, BLOCK=_BLOCK)
 
 
 @triton.jit(do_not_specialize=["factor"])
-def _store(  # type: ignore[no-untyped-def]
-    attended,
-    out,
-    num_attended,
-    num_out,
-    factor,
-    limit,
-    IS_SCALED: tl.constexpr,
-    SATURATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _store(attended, out, num_attended, num_out, factor, LIMIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(attended + at, mask=at < num_attended, other=0.0)
-    if IS_SCALED:
-        value = value.to(tl.float32) * factor
-    if SATURATES:
-        value = tl.clamp(value.to(tl.float32), -limit, limit)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < num_out)
+    tl.store(out + at, _converted(value, factor, out.dtype.element_ty, LIMIT), mask=at < num_out)

@@ -70,10 +70,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None
     [
         ((7, 0), {}, {}),
         ((9, 0), {"dim": 72}, {}),
-        ((9, 0), {}, {"tokens_per_block": 24}),
         ((9, 0), {"heads": 512, "dim": 128}, {}),
     ],
-    ids=["SM", "head size", "page size", "group"],
+    ids=["SM", "head size", "group"],
 )
 def test_what_the_kernels_of_a_gpu_lack_is_refused(
     ad: Any,

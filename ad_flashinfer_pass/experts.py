@@ -32,8 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import UnsupportedError
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.ops.experts import ACTIVATIONS, gated
 
 aten = torch.ops.aten

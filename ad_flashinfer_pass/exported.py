@@ -23,17 +23,17 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes_config
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import ops, pipeline, saved_program
 from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.experts import offer_to_transformers
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.kernels.capability import Site
-from ad_flashinfer_pass.kernels.select import Choice
-from ad_flashinfer_pass.metadata import SequenceInfo
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, SiteNotes, TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 from ad_flashinfer_pass.transforms.export_model import plain_module
 
 offer_to_transformers()

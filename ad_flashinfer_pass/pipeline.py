@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import prebuild, registry, transforms
+from ad_flashinfer_pass import registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, check_type
+from ad_flashinfer_pass.deployment import prebuild
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.inspection.stages import StageWriter
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.metadata import SequenceInfo
+from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.registry import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 assert transforms.__name__ == "ad_flashinfer_pass.transforms"  # importing it registers them
 

@@ -6,7 +6,7 @@ A transform is a function of one file in ``transforms/``, registered under the n
     def match_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
 
 It edits the graph in place and reports what it matched, and what it skipped and why. If it changed
-the graph it calls ``graph.finish``.
+the graph it calls ``graph.edit.finish``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.kernels.capability import Site
-from ad_flashinfer_pass.kernels.select import Choice
-from ad_flashinfer_pass.metadata import SequenceInfo
+from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.select import Choice
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from flashinfer.xqa import xqa as raw_xqa
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels import append, fa, fa2, fa3, fmha_v2, split_decode, xqa
-from ad_flashinfer_pass.kernels.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, split_decode, xqa
+from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.cache import append
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
 MIN_LAYERS, MAX_LAYERS = 8, 128

@@ -40,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ad_flashinfer_pass import CacheSession
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 
 _SHAPES: dict[str, dict[str, Any]] = {

@@ -30,11 +30,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from ad_flashinfer_pass import build
-from ad_flashinfer_pass.bench import as_table, bench
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
-from ad_flashinfer_pass.metadata import RowParams, SequenceStep
+from ad_flashinfer_pass.deployment.bench import as_table, bench
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.llm import LLM
+from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
 
 DEVICE = torch.device("cuda", 0)
 # The first that a kernel's name contains says what the kernel is for.

@@ -37,11 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype, TransformConfig
-from ad_flashinfer_pass.kernels import fa
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.kernels.attention import fa
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
 from tests import architectures

@@ -25,7 +25,7 @@ from ad_flashinfer_pass import masks
 from ad_flashinfer_pass.errors import MaskError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script can only import from its own folder
-from tests.mask_programs import is_right, random_mask, truth
+from tests.masks.mask_programs import is_right, random_mask, truth
 
 RIGHT, WRONG = "right class", "wrong class"
 REFUSED, MISSED = "refused, has no class", "refused, has a class"

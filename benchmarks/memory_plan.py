@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.inspection.memory_plan import MemoryPlan, plan
+from ad_flashinfer_pass.inspection.plan import MemoryPlan, plan
 from ad_flashinfer_pass.models.loading import load_model
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 

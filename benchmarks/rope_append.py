@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import append, rope_append
+from ad_flashinfer_pass.kernels.cache import append, rope_append
 
 HEADS, KV_HEADS, DIM, PAGE, LAYERS, CALLS = 32, 8, 128, 32, 8, 20
 DEVICE = torch.device("cuda", 0)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
-from ad_flashinfer_pass.kernels import reference
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.kernels.attention import reference
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests import architectures
 
 NUM_NEW_TOKENS = 64

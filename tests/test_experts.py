@@ -15,9 +15,9 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ExportError, PackingError, UnsupportedError
 from ad_flashinfer_pass.experts import as_one_op
 from ad_flashinfer_pass.models.weightless import load_weightless
-from ad_flashinfer_pass.pieces import Piece
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.inductor import Piece
 from tests import architectures
 from tests.transforms.small_models import context, run
 

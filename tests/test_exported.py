@@ -17,11 +17,11 @@ from torch.export import Dim, ExportedProgram
 from ad_flashinfer_pass import AutoDeployConfig, exported, restore, to_program, transform
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.kernels import modules
-from ad_flashinfer_pass.kernels.capability import Site
-from ad_flashinfer_pass.kernels.select import Choice
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.registry import CachedSite, SiteNotes
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests import architectures
 from tests.torch_compile.capture_on_cpu import capturing
 
@@ -118,7 +118,7 @@ def test_a_saved_program_is_loaded_in_another_process(tmp_path: Path) -> None:
     torch.export.save(to_program(cached()), tmp_path / "cached.pt2")
     code = (
         "import sys, torch, ad_flashinfer_pass\n"
-        "from ad_flashinfer_pass.metadata import SequenceStep\n"
+        "from ad_flashinfer_pass.runtime.sequence_info import SequenceStep\n"
         f"model = ad_flashinfer_pass.restore(torch.export.load(sys.argv[1]), **{SETTINGS})\n"
         f"tokens, length = {PROMPTS[0]}, 0\n"
         "for _ in range(12):\n"

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass import axes, masks, matching, registry
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass import masks, matching, registry
 from ad_flashinfer_pass.config import STAGES
 from ad_flashinfer_pass.errors import TransformError
+from ad_flashinfer_pass.graph import axes
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.matching import eager as written_out
 from ad_flashinfer_pass.matching import logits, operands, parts
 from ad_flashinfer_pass.registry import TransformContext, TransformReport

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests import architectures
 
 LENGTHS = (13, 5, 17)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.axes import Axis, Dims, Size
 from ad_flashinfer_pass.errors import PackingError
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.axes import Axis, Dims, Size
 from ad_flashinfer_pass.ops import TOKEN_BY_TOKEN
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 

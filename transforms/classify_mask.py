@@ -16,9 +16,9 @@ from collections.abc import Hashable
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import masks
 from ad_flashinfer_pass.errors import MaskError
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 

@@ -14,16 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.kernels.capability import Phase
-from ad_flashinfer_pass.metadata import SequenceStep
-from ad_flashinfer_pass.pieces import compile_pieces
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.capability import Phase
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 from ad_flashinfer_pass.runtime.cuda_graph import (
     CudaGraphModule,
     bucket_sizes,
 )
+from ad_flashinfer_pass.runtime.inductor import compile_pieces
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 _MANY = 128
 """Tokens of the largest step of the warm-up."""
@@ -50,7 +50,7 @@ class _BySize(nn.Module):
 
     def __init__(self, small: nn.Module, large: nn.Module) -> None:
         super().__init__()
-        from ad_flashinfer_pass.kernels import small_gemm  # needs triton
+        from ad_flashinfer_pass.kernels.linear import small_gemm  # needs triton
 
         self.small, self.large, self.limit = small, large, small_gemm.MAX_TOKENS
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import SymInt, fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import UnsupportedError
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 aten = torch.ops.aten

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ExportError, UnsupportedError
 from ad_flashinfer_pass.experts import as_one_op
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 # Large enough that sizes are not confused with small constants, distinct, and not 0 or 1, which

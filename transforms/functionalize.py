@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import SymInt, fx, nn
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ExportError
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
 
 aten = torch.ops.aten

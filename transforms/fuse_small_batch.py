@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
@@ -35,7 +35,7 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
         return model, report
     small, report.num_matches, report.skipped = with_fused_linears(model)
     ctx.small_batch_model = small
-    from ad_flashinfer_pass.kernels import tune  # needs triton
+    from ad_flashinfer_pass.kernels.linear import tune  # needs triton
 
     sizes, buckets = bucket_sizes(ctx.config)
     linears = []

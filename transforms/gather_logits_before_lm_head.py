@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
 
 aten = torch.ops.aten

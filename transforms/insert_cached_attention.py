@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ConfigError, NoAttentionError
-from ad_flashinfer_pass.kernels import select, xqa
-from ad_flashinfer_pass.kernels.capability import Site
-from ad_flashinfer_pass.metadata import METADATA_ARGS
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.attention import select, xqa
+from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.registry import (
     CachedSite,
     KvCacheResource,
@@ -35,6 +34,7 @@ from ad_flashinfer_pass.registry import (
     TransformReport,
     register,
 )
+from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 
 _DTYPES = {
     "fp8": torch.float8_e4m3fn,

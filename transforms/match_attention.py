@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import matching, ops
-from ad_flashinfer_pass.axes import Dims
 from ad_flashinfer_pass.errors import NoAttentionError, UnsupportedError
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.axes import Dims
 from ad_flashinfer_pass.matching import AttentionMatch, MaskTerm, Operand
 from ad_flashinfer_pass.registry import SiteNotes, Skip, TransformContext, TransformReport, register
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.kernels.capability import Site
-from ad_flashinfer_pass.kernels.select import Choice
-from ad_flashinfer_pass.kernels.tune_attention import kind_of, tune_decode
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.select import Choice
+from ad_flashinfer_pass.kernels.attention.tune import kind_of, tune_decode
 from ad_flashinfer_pass.registry import CachedSite, TransformContext, TransformReport, register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 

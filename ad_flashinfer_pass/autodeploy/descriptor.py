@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.autodeploy import interface, rotation
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.kernels.capability import Phase, Site
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
 
 BACKEND = "flashinfer_trtllm"
 _ops: Any = torch.ops.auto_deploy

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.autodeploy.interface import attention
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import xqa
+from ad_flashinfer_pass.kernels.attention import xqa
 from ad_flashinfer_pass.ops import cached_attention, ragged
 
 PREPARE = "auto_deploy::flashinfer_trtllm_attention_prepare_metadata"
@@ -56,7 +56,7 @@ def prepare_metadata(
     cache_loc: Tensor,
     cu_num_pages: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Block table, and row and position of each token; see ``kernels.ragged_metadata``.
+    """Block table, and row and position of each token; see ``cache.prepare_ragged_metadata``.
 
     The past length is that of ``seq_len_with_cache``, never ``input_pos``: in the pool of a sliding window
     both pages and length are those of the window (transform/library/kvcache.py, "front-eviction").

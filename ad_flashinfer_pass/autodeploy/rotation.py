@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 
 NONE = (None, None, None, False)
 

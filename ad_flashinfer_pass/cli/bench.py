@@ -28,8 +28,8 @@ from ad_flashinfer_pass.cli.options import (
     option,
     settings,
 )
+from ad_flashinfer_pass.cli.progress import Reporter
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.progress import Reporter
 
 _LOAD = "Load"
 EXAMPLES = f"""
@@ -105,12 +105,12 @@ def bench(
             "generation_config": "none",
         }
         deploy = settings(config, keys, tokens_per_block)
-        from ad_flashinfer_pass.generation import libraries_quiet
+        from ad_flashinfer_pass.cli.generation import libraries_quiet
 
         with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
             reporter.phase("load_libraries")
-            from ad_flashinfer_pass import bench as measure
             from ad_flashinfer_pass import build
+            from ad_flashinfer_pass.deployment import bench as measure
 
             llm = build.build_model(deploy, on_event=reporter.phase)
             result = measure.bench(

@@ -24,10 +24,10 @@ from ad_flashinfer_pass.cli.options import (
     option,
     settings,
 )
+from ad_flashinfer_pass.cli.progress import Reporter
+from ad_flashinfer_pass.cli.prompts import read_prompts
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.output import OutputFile, Stdout
-from ad_flashinfer_pass.progress import Reporter
-from ad_flashinfer_pass.prompts import read_prompts
+from ad_flashinfer_pass.files import OutputFile, Stdout
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -91,9 +91,9 @@ def calibrate(
         with OutputFile(output) if output is not None else Stdout() as out:
             with Reporter(quiet=quiet, live=True, debug=debug) as reporter:
                 reporter.phase("load_libraries")
-                from ad_flashinfer_pass import calibration
+                from ad_flashinfer_pass.cli.generation import libraries_quiet
                 from ad_flashinfer_pass.config import read_yaml
-                from ad_flashinfer_pass.generation import libraries_quiet
+                from ad_flashinfer_pass.deployment import calibrate as calibration
 
                 contents: list[Any] = [prompt.content for prompt in given]
                 with libraries_quiet(not debug):

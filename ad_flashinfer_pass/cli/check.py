@@ -57,9 +57,10 @@ def check(
     with float64 over its own queries, keys and values, so that an error is found where it is; the logits are
     compared with those of the source. Exit code 0 if all agrees, 1 if not.
     """
-    from ad_flashinfer_pass.inspection import numerics
+    from ad_flashinfer_pass import inspection
+    from ad_flashinfer_pass.inspection.check.check import as_tables
 
-    found = numerics.check(
+    found = inspection.check(
         given.config,
         graph=given.graph,
         stage=given.stage,
@@ -67,4 +68,4 @@ def check(
         reproducer_dir=reproducer,
         on_event=given.on_event,
     )
-    return Answer(found, lambda: numerics.as_tables(found), failed=not found.is_ok)
+    return Answer(found, lambda: as_tables(found), failed=not found.is_ok)

@@ -42,9 +42,10 @@ def diff(
     Layer by layer, with layers that changed alike folded into one; then how often each op is called, and the
     bytes of intermediate results. Exit code 0 if the graphs are the same, 1 if they differ or on an error.
     """
-    from ad_flashinfer_pass.inspection import graph_diff
+    from ad_flashinfer_pass import inspection
+    from ad_flashinfer_pass.inspection.diff import as_tables
 
-    found = graph_diff.diff(
+    found = inspection.diff(
         given.config, before, after, graph=given.graph, sm=sm, batch=batch, seq=seq, on_event=given.on_event
     )
-    return Answer(found, lambda: graph_diff.as_tables(found), failed=not found.is_empty)
+    return Answer(found, lambda: as_tables(found), failed=not found.is_empty)

@@ -35,7 +35,7 @@ def doctor(
     is compiled or installed.
     """
     with error_border(debug):
-        from ad_flashinfer_pass import doctor as examining
+        from ad_flashinfer_pass.deployment import doctor as examining
 
         with warnings.catch_warnings():  # what works without transformers, which may be broken or too old
             if not debug:

@@ -64,14 +64,14 @@ def dump(
     inserted it. Names are stable: a node is called after its module, so that a change in one layer renames
     nothing in another and two dumps can be compared with diff. No weights are read.
     """
-    from ad_flashinfer_pass.inspection import graph_dump
+    from ad_flashinfer_pass import inspection
     from ad_flashinfer_pass.inspection.formats import FORMATS
 
     by_suffix = _BY_SUFFIX.get(output.suffix if output else "", "text")
     name = output_format or ("json" if given.as_json else by_suffix)
     if name not in FORMATS:
         raise ConfigError(f"--format {name}: must be one of {', '.join(FORMATS)}.")
-    found = graph_dump.dump(
+    found = inspection.dump(
         given.config,
         graph=given.graph,
         stage=given.stage,

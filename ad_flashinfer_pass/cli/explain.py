@@ -32,10 +32,11 @@ def explain(given: Given, sm: SmOption = None) -> Answer:
     refuses: the node, its shapes and source, the first place where a mask differs, and what can be
     done; the exit code is then 1. No weights are read.
     """
-    from ad_flashinfer_pass import explain as explaining
+    from ad_flashinfer_pass import inspection
+    from ad_flashinfer_pass.inspection.explain import as_tables
 
-    found = explaining.explain(
+    found = inspection.explain(
         given.config, graph=given.graph, stage=given.stage, sm=sm, on_event=given.on_event
     )
     error = None if found.refusal is None else TransformError(found.refusal.message)
-    return Answer(found, lambda: explaining.as_tables(found), error=error)
+    return Answer(found, lambda: as_tables(found), error=error)

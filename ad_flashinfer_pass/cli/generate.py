@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ad_flashinfer_pass.cli.generation import Job, run
 from ad_flashinfer_pass.cli.options import (
     LIMITS,
     OUTPUT,
@@ -28,11 +29,10 @@ from ad_flashinfer_pass.cli.options import (
     option,
     settings,
 )
+from ad_flashinfer_pass.cli.progress import Reporter
+from ad_flashinfer_pass.cli.prompts import read_prompts
 from ad_flashinfer_pass.errors import ConfigError, RequestError
-from ad_flashinfer_pass.generation import Job, run
-from ad_flashinfer_pass.output import OutputFile, Stdout
-from ad_flashinfer_pass.progress import Reporter
-from ad_flashinfer_pass.prompts import read_prompts
+from ad_flashinfer_pass.files import OutputFile, Stdout
 
 HELP = (
     "Continue texts, or answer chats.\n\n"

@@ -33,8 +33,8 @@ from ad_flashinfer_pass.cli.options import (
     error_border,
     settings,
 )
-from ad_flashinfer_pass.output import write_file
-from ad_flashinfer_pass.progress import Reporter
+from ad_flashinfer_pass.cli.progress import Reporter
+from ad_flashinfer_pass.files import write_file
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -122,7 +122,7 @@ def inspecting(*without: str) -> Callable[[Callable[..., Answer]], Callable[...,
             mine = {name: value for name, value in options.items() if name in names and name not in keys}
             with error_border(debug):
                 check_folder("--output", options.get("output"))
-                from ad_flashinfer_pass.generation import libraries_quiet
+                from ad_flashinfer_pass.cli.generation import libraries_quiet
 
                 deploy = settings(
                     config, {k: None if v is False else v for k, v in keys.items()}, tokens_per_block

@@ -37,11 +37,12 @@ def lint(
 
     The graph is read, not run, and no weights are. Exit code 0 if nothing was found, 1 if something was.
     """
-    from ad_flashinfer_pass.inspection import capture_lint
+    from ad_flashinfer_pass import inspection
+    from ad_flashinfer_pass.inspection.lint import as_tables, rules_as_data, rules_table
 
     if rules:
-        return Answer(capture_lint.rules_as_data(), lambda: [capture_lint.rules_table()])
-    found = capture_lint.lint(
+        return Answer(rules_as_data(), lambda: [rules_table()])
+    found = inspection.lint(
         given.config,
         graph=given.graph,
         stage=given.stage,
@@ -49,4 +50,4 @@ def lint(
         suppress=suppress or (),
         on_event=given.on_event,
     )
-    return Answer(found, lambda: capture_lint.as_tables(found), failed=bool(found))
+    return Answer(found, lambda: as_tables(found), failed=bool(found))

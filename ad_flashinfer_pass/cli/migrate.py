@@ -10,7 +10,7 @@ import typer
 
 from ad_flashinfer_pass.cli.options import OUTPUT, PROG, DebugOption, QuietOption, error_border, option
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.output import write_file
+from ad_flashinfer_pass.files import write_file
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -40,7 +40,7 @@ def migrate(
     Comments stay.
     """
     with error_border(debug):
-        from ad_flashinfer_pass import migrate as pass_migrate
+        from ad_flashinfer_pass.deployment import migrate as pass_migrate
 
         try:
             result = pass_migrate.migrate(file.read_text(encoding="utf-8"))

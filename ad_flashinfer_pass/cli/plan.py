@@ -46,9 +46,10 @@ def plan(
     pages are counted by the function that allocates them.
     """
     limit = memory_bytes(memory)
-    from ad_flashinfer_pass.inspection import memory_plan
+    from ad_flashinfer_pass import inspection
+    from ad_flashinfer_pass.inspection.plan import as_tables
 
-    found = memory_plan.plan(
+    found = inspection.plan(
         given.config, graph=given.graph, stage=given.stage, memory=limit, sm=sm, on_event=given.on_event
     )
-    return Answer(found, lambda: memory_plan.as_tables(found))
+    return Answer(found, lambda: as_tables(found))

@@ -23,8 +23,8 @@ from ad_flashinfer_pass.cli.options import (
     option,
     settings,
 )
+from ad_flashinfer_pass.cli.progress import Reporter
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.progress import Reporter
 
 KERNELS = "Kernels"
 EXAMPLES = f"""
@@ -88,7 +88,7 @@ def prebuild(
         "max_seq_len": max_seq_len,
     }
     with error_border(debug):
-        from ad_flashinfer_pass.generation import libraries_quiet
+        from ad_flashinfer_pass.cli.generation import libraries_quiet
 
         if (output is None) != list_only:
             raise ConfigError("give --output FOLDER, or --list to compile nothing.")
@@ -97,7 +97,7 @@ def prebuild(
         deploy = settings(config, keys, tokens_per_block)
         with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
             reporter.phase("load_libraries")
-            from ad_flashinfer_pass import prebuild as building
+            from ad_flashinfer_pass.deployment import prebuild as building
 
             if output is None:
                 _, found, notes = building.needed_modules(deploy, sm, skip or (), reporter.phase)

@@ -56,11 +56,12 @@ def report(
     limit = memory_bytes(memory)
     from pydantic_core import to_json
 
-    from ad_flashinfer_pass.inspection import html_report
+    from ad_flashinfer_pass import inspection
+    from ad_flashinfer_pass.inspection.report import to_html
 
-    found = html_report.report(
+    found = inspection.report(
         given.config, graph=given.graph, stage=given.stage, memory=limit, sm=sm, on_event=given.on_event
     )
-    text = to_json(found, indent=2).decode() if given.as_json else html_report.to_html(found)
+    text = to_json(found, indent=2).decode() if given.as_json else to_html(found)
     file = output if output is not None or given.as_json else Path("report.html")
     return Answer(found, text=text, file=None if str(file) == "-" else file)

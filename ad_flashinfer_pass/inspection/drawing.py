@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import networkx as nx
 
-from ad_flashinfer_pass.inspection.graph_data import GraphData, Kind, NodeData
-from ad_flashinfer_pass.inspection.text_format import value_text
+from ad_flashinfer_pass.graph.data import GraphData, Kind, NodeData
+from ad_flashinfer_pass.graph.text_format import value_text
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _LANE = 136, 38, 14, 32, 18
 _SWEEPS = 8

@@ -10,8 +10,8 @@ from typing import Any
 import networkx as nx
 
 from ad_flashinfer_pass.errors import AdFlashinferError
-from ad_flashinfer_pass.inspection.graph_data import GraphData, Kind, NodeData
-from ad_flashinfer_pass.inspection.text_format import to_text, value_text
+from ad_flashinfer_pass.graph.data import GraphData, Kind, NodeData
+from ad_flashinfer_pass.graph.text_format import to_text, value_text
 
 # Fill and border; readable with black text on light and on dark pages.
 COLORS: dict[Kind, tuple[str, str]] = {

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ad_flashinfer_pass.inspection.graph_data import NodeData, Size, TensorType
+from ad_flashinfer_pass.graph.data import NodeData, Size, TensorType
 
 _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,

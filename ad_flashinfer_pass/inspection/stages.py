@@ -15,10 +15,10 @@ from torch import fx, nn
 
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError, LoadError
-from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeNames
-from ad_flashinfer_pass.inspection.text_format import FIRST_LINE, from_text, to_text
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.output import write_file
+from ad_flashinfer_pass.files import write_file
+from ad_flashinfer_pass.graph.data import GraphData, NodeNames
+from ad_flashinfer_pass.graph.text_format import FIRST_LINE, from_text, to_text
+from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.saved_program import load_module
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ def short(text: str) -> str:
 
 
 def source_line(where: str) -> str:
-    """The source line in ``graph.where``'s words about a node."""
+    """The source line in ``graph.edit.where``'s words about a node."""
     return short(where.partition(" (")[2].rstrip(")"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.output import write_file
+from ad_flashinfer_pass.files import write_file
 
 _LAUNCHES = 16
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.axes import Axis, Dims, Size
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.axes import Axis, Dims, Size
 from ad_flashinfer_pass.matching.logits import LogitsReader
 from ad_flashinfer_pass.matching.nodes import (
     CASTS,

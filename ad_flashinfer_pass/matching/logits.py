@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import masks
-from ad_flashinfer_pass.axes import Dims, Size
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.axes import Dims, Size
 from ad_flashinfer_pass.matching.nodes import (
     CASTS,
     COPIES,

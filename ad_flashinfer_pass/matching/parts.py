@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ad_flashinfer_pass.axes import Axis, Dims
+from ad_flashinfer_pass.graph.axes import Axis, Dims
 
 
 class NotAttention(Exception):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.axes import Axis, Dims, Size
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.axes import Axis, Dims, Size
 from ad_flashinfer_pass.matching.nodes import constant, refuse
 from ad_flashinfer_pass.matching.operands import matched, walk
 from ad_flashinfer_pass.matching.parts import AttentionMatch, MaskTerm, Operand

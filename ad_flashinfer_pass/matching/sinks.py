@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
-from ad_flashinfer_pass.axes import Dims
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.axes import Dims
 from ad_flashinfer_pass.matching.nodes import refuse, source_node
 from ad_flashinfer_pass.matching.operands import walk_all_casts
 from ad_flashinfer_pass.matching.parts import Operand, Place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.kernels.attention import reference
 from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::append_kv"
@@ -43,7 +43,7 @@ def append_kv(
         v_scale: likewise for V.
     """
     if kv_cache.device.type == "cuda":
-        from ad_flashinfer_pass.kernels import append  # needs triton
+        from ad_flashinfer_pass.kernels.cache import append  # needs triton
 
         with launching(kv_cache.device, key=key, value=value, slot_mapping=slot_mapping):
             append.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.kernels.attention import reference
 
 _NAME = "ad_flashinfer::attention"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import select
-from ad_flashinfer_pass.kernels.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
 from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::cached_attention"
@@ -49,7 +49,7 @@ def cached_attention(
     Args:
         query: [b, s, num_heads, head_dim] with b * s tokens, padding last.
         kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)]; read only.
-        batch_info_host: int32, host, see ``metadata.BatchInfo``.
+        batch_info_host: int32, host, see ``sequence_info.BatchInfo``.
         cu_seqlen: int32 [max_batch_size + 1], exclusive prefix sum of new tokens.
         seq_len_with_cache: int32 [max_batch_size], cached and new tokens.
         block_table: int32 [max_batch_size, max_blocks_per_seq].

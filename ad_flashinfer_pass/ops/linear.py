@@ -29,7 +29,7 @@ def linear(
 ) -> Tensor:
     """residual + swiglu(rms_norm(x) weight^T + bias), each part but the product if it is asked for.
 
-    On CUDA by the kernel that ``kernels.tune`` chose for the shape and the number of tokens, elsewhere, and
+    On CUDA by the kernel that ``linear.tune`` chose for the shape and the number of tokens, elsewhere, and
     where it chose none, by torch.
 
     Args:
@@ -49,7 +49,7 @@ def linear(
     around = (bias, norm, eps, flat_residual, gated)
     run = partial(by_torch, tokens, weight, *around)
     if x.device.type == "cuda":
-        from ad_flashinfer_pass.kernels import small_gemm, tune  # needs triton
+        from ad_flashinfer_pass.kernels.linear import small_gemm, tune  # needs triton
 
         config = tune.chosen_linear(tokens.shape[0], weight, norm is not None, residual is not None, gated)
         if config is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.kernels.attention import reference
 from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::prepare_metadata"
@@ -35,7 +35,7 @@ def prepare_metadata(
 
     Args:
         position_ids: [b, s]; only its number of elements, the padded token count T, is used.
-        batch_info_host: int32, host, see ``metadata.BatchInfo``.
+        batch_info_host: int32, host, see ``sequence_info.BatchInfo``.
         cu_seqlen: int32 [max_batch_size + 1].
         input_pos: int32 [max_batch_size].
         cache_loc: int32 [*], page ids of all sequences, concatenated.
@@ -60,7 +60,7 @@ def prepare_metadata(
     )
     if cache_loc.device.type != "cuda":
         return reference.prepare_metadata(*args)
-    from ad_flashinfer_pass.kernels import metadata  # needs triton
+    from ad_flashinfer_pass.kernels.cache import prepare_metadata as metadata  # needs triton
 
     inputs = {"cu_seqlen": cu_seqlen, "input_pos": input_pos, "cu_num_pages": cu_num_pages}
     with launching(cache_loc.device, **inputs):

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.kernels.attention import reference
 
 
 def prepare(num_seqs: int, *args: Tensor) -> None:
-    """Block table, and row and position of each token; see ``kernels.ragged_metadata``."""
+    """Block table, and row and position of each token; see ``cache.prepare_ragged_metadata``."""
     if args[0].device.type == "cpu":
         return reference.prepare_ragged_metadata(num_seqs, *args)
-    from ad_flashinfer_pass.kernels import ragged_metadata  # needs triton
+    from ad_flashinfer_pass.kernels.cache import prepare_ragged_metadata  # needs triton
 
-    return ragged_metadata.prepare(num_seqs, *args)
+    return prepare_ragged_metadata.prepare(num_seqs, *args)
 
 
 def append(
@@ -39,13 +39,13 @@ def append(
     """K and V to their pages; returns the query, rotated like K if ``rope`` is given.
 
     Args:
-        query: [1, tokens, num_heads, head_dim]; for this and what follows see ``kernels.rope_append``.
+        query: [1, tokens, num_heads, head_dim]; for this and what follows see ``cache.rope_append``.
         clear_before: see there; on CUDA alone, whose kernels need it.
         scales: k_scale and v_scale.
         rope: cos and sin [rows, rotary_dim // 2], and the row of each token, or None if row i is token i's.
     """
     if kv_cache.device.type != "cpu":
-        from ad_flashinfer_pass.kernels import rope_append  # needs triton
+        from ad_flashinfer_pass.kernels.cache import rope_append  # needs triton
 
         options: Any = {"block_table": block_table, "table_rows": token_rows, "clear_before": clear_before}
         options |= {"k_scale": scales[0], "v_scale": scales[1]}
@@ -65,9 +65,9 @@ def append(
 
 
 def store(attended: Tensor, out: Tensor, scale: float) -> None:
-    """The result, quantized if ``out`` is; see ``kernels.store_result``."""
+    """The result, quantized if ``out`` is; see ``attention.store_result``."""
     if out.device.type == "cpu":
         return reference.store_result(attended, out, scale)
-    from ad_flashinfer_pass.kernels import store_result  # needs triton
+    from ad_flashinfer_pass.kernels.attention import store_result  # needs triton
 
     return store_result.store_result(attended, out, scale)

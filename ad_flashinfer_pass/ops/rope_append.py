@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.kernels.attention import reference
 from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::rope_append"
@@ -51,7 +51,7 @@ def rope_append(
     half = cos.shape[-1] // 2
     cos, sin = (x.expand(*query.shape[:2], -1)[..., :half] for x in (cos, sin))
     if kv_cache.device.type == "cuda":
-        from ad_flashinfer_pass.kernels import rope_append as kernel  # needs triton
+        from ad_flashinfer_pass.kernels.cache import rope_append as kernel  # needs triton
 
         cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
         inputs = {"query": query, "key": key, "value": value, "slot_mapping": slot_mapping, "cos": cos}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass.metadata import RowParams, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, SequenceStep
 
 if TYPE_CHECKING:
     from transformers.generation.configuration_utils import GenerationConfig
@@ -61,7 +61,7 @@ class CachedModel:
         """Write the metadata of a step, padded to the shape of a captured graph if there is one.
 
         Args:
-            sequences: ordered prefill, extend, decode; see ``metadata.SequenceStep``.
+            sequences: ordered prefill, extend, decode; see ``sequence_info.SequenceStep``.
             row_params: see ``SequenceInfo.nest_sequences``.
 
         Raises:
@@ -131,7 +131,7 @@ class CachedModel:
         """Run the graph once; K and V of the new tokens are written to their pages.
 
         Args:
-            sequences: ordered prefill, extend, decode; see ``metadata.SequenceStep``.
+            sequences: ordered prefill, extend, decode; see ``sequence_info.SequenceStep``.
 
         Returns:
             Logits [number of sequences with gather, vocab_size], in order, on the device.

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.kernels import fa, workspaces
-from ad_flashinfer_pass.kernels.capability import Phase
-from ad_flashinfer_pass.metadata import BatchInfo, Bucket, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.attention import fa
+from ad_flashinfer_pass.kernels.attention.capability import Phase
 from ad_flashinfer_pass.runtime.sampling import most_likely
+from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.detokenize import TextDecoder, TextStream
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner
 from ad_flashinfer_pass.runtime.turns import Turns
 from ad_flashinfer_pass.runtime.values import as_int, as_ints, as_token_ids

@@ -35,7 +35,7 @@ class SequenceState:
     max_len: int = sys.maxsize
     """Tokens at which the sequence ends: with so many it is in no further step."""
     first_len: int = 0
-    """See ``metadata.SequenceStep``."""
+    """See ``sequence_info.SequenceStep``."""
     pages: list[int] = field(default_factory=list)
     """Pages of positions 0 .. num_tokens - 1 at least while running, empty while waiting."""
 

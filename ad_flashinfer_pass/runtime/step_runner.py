@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.metadata import RowParams, SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sampling import SampledSequence, Sampler, as_int64
+from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
 
 _MAX_TOP_K = 2**31 - 1
 
@@ -44,7 +44,7 @@ class PendingTokens:
             self._tokens = tokens.clone()
 
     def read(self) -> list[int]:
-        """Wait for the step and give its tokens; see ``Sampler.sample`` and ``metadata.IDLE``."""
+        """Wait for the step and give its tokens; see ``Sampler.sample`` and ``sequence_info.IDLE``."""
         if self._event is not None:
             self._event.synchronize()
         return self._tokens.tolist()

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import STAGES, nearest
 from ad_flashinfer_pass.errors import (
@@ -31,6 +30,7 @@ from ad_flashinfer_pass.errors import (
     SessionError,
     TransformError,
 )
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.batch import Batch

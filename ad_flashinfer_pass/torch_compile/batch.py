@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import SessionError
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.torch_compile.sequences import Entries, kind
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.errors import ConfigError, SessionError, UnsupportedError
-from ad_flashinfer_pass.metadata import METADATA_ARGS
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.registry import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 from ad_flashinfer_pass.torch_compile.batch import Batch
 from ad_flashinfer_pass.torch_compile.session import CacheSession, CompileRecord
 

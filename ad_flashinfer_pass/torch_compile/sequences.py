@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ad_flashinfer_pass.errors import CapacityError, SessionError
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.page_pool import PagePool
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
 
 _KINDS = ("prefill", "extend", "decode")
 

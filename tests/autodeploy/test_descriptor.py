@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import reference, select
+from ad_flashinfer_pass.kernels.attention import reference, select
 from tests.autodeploy import scenario, standin
 from tests.autodeploy.standin import GENERATIONS
 from tests.autodeploy.test_prototype_flaws import CONFIG, MIXED, Batch, attention_node

@@ -99,7 +99,7 @@ def test_python_starts_without_importing_torch(python: Path, value: str | None) 
 
 def test_doctor_is_told_whether_the_hook_is_active(python: Path) -> None:
     """Where the file is, what the variable says, and what follows."""
-    code = "from ad_flashinfer_pass.doctor import _autodeploy; print(*_autodeploy(), sep='\\n')"
+    code = "from ad_flashinfer_pass.deployment.doctor import _autodeploy; print(*_autodeploy(), sep='\\n')"
     assert "is imported with AutoDeploy" not in run(python, code, None)
     installed, active = run(python, code, "1").splitlines()
     assert installed.endswith(f"site-packages/{PTH}")

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ad_flashinfer_pass.autodeploy_hook import PACKAGES
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels import select
+from ad_flashinfer_pass.kernels.attention import select
 from tests.autodeploy import scenario, standin
 from tests.autodeploy.standin import GENERATIONS, Generation, capture, interface
 
@@ -310,7 +310,8 @@ class WithoutData:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lengths: list[tuple[int, int]]) -> None:
         pytest.importorskip("triton", reason="triton is not installed")
         from ad_flashinfer_pass.autodeploy import ops
-        from ad_flashinfer_pass.kernels import fmha_v2, ragged_metadata, rope_append, xqa
+        from ad_flashinfer_pass.kernels.attention import fmha_v2, xqa
+        from ad_flashinfer_pass.kernels.cache import prepare_ragged_metadata, rope_append
 
         self.launches: list[str] = []
         self.ops: Any = ops
@@ -324,7 +325,7 @@ class WithoutData:
             return call
 
         monkeypatch.setattr(ops, "_buffers", {})
-        monkeypatch.setattr(ragged_metadata, "prepare", launch("prepare", False))
+        monkeypatch.setattr(prepare_ragged_metadata, "prepare", launch("prepare", False))
         monkeypatch.setattr(rope_append, "append", launch("append", False))
         monkeypatch.setattr(xqa, "decode", launch("decode", True))
         monkeypatch.setattr(fmha_v2, "prefill", launch("prefill", True))

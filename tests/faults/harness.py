@@ -116,7 +116,7 @@ def at_step(
 
 def _is_of_tests(file: str) -> bool:
     """Of the code that may go on working: all but the writer."""
-    return not file.endswith(os.path.join("ad_flashinfer_pass", "output.py"))
+    return not file.endswith(os.path.join("ad_flashinfer_pass", "files.py"))
 
 
 def raising(number: int) -> Callable[[], None]:

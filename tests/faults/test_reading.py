@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from ad_flashinfer_pass import exported, prebuild
+from ad_flashinfer_pass import exported
+from ad_flashinfer_pass.deployment import prebuild
 from ad_flashinfer_pass.errors import ConfigError, LoadError
+from ad_flashinfer_pass.graph.text_format import to_text
 from ad_flashinfer_pass.inspection.stages import read_graph
-from ad_flashinfer_pass.inspection.text_format import to_text
 from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.saved_program import load, load_module
 from tests import saved_programs

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from ad_flashinfer_pass import calibration
-from ad_flashinfer_pass.inspection import graph_dump, html_report, stages
-from ad_flashinfer_pass.inspection.graph_data import GraphData
+from ad_flashinfer_pass import inspection
+from ad_flashinfer_pass.deployment import calibrate
+from ad_flashinfer_pass.files import write_file
+from ad_flashinfer_pass.graph.data import GraphData
+from ad_flashinfer_pass.inspection import stages
 from ad_flashinfer_pass.inspection.stages import StageWriter, read_graph
-from ad_flashinfer_pass.output import write_file
 from tests import saved_programs
 from tests.faults import harness
 from tests.faults.harness import Runner, assert_one_line, at_step, contents, raising
@@ -52,11 +54,15 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
 def writing(run: Runner, graph: GraphData, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """The command, with what it would write at hand."""
     scales: dict[str, Any] = {"k_scale": [0.5], "v_scale": [0.5]}
-    monkeypatch.setattr(calibration, "calibrate", lambda *args, **kwargs: scales)
-    monkeypatch.setattr(calibration, "as_yaml", lambda data, scales: f"{data} {scales}\n")
-    monkeypatch.setattr(graph_dump, "dump", lambda *args, **kwargs: graph)
-    monkeypatch.setattr(html_report, "report", lambda *args, **kwargs: {"title": "a report"})
-    monkeypatch.setattr(html_report, "to_html", lambda found: f"<html>{found}</html>")
+    monkeypatch.setattr(calibrate, "calibrate", lambda *args, **kwargs: scales)
+    monkeypatch.setattr(calibrate, "as_yaml", lambda data, scales: f"{data} {scales}\n")
+    monkeypatch.setattr(inspection, "dump", lambda *args, **kwargs: graph)
+    monkeypatch.setattr(inspection, "report", lambda *args, **kwargs: {"title": "a report"})
+    monkeypatch.setattr(
+        import_module("ad_flashinfer_pass.inspection.report"),
+        "to_html",
+        lambda found: f"<html>{found}</html>",
+    )
     return run
 
 

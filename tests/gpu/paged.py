@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels.capability import Site
-from ad_flashinfer_pass.kernels.reference import AttentionSpec, visibility_bias
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec, visibility_bias
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
 
 DEVICE = torch.device("cuda")
 SPARE_PAGES = 3

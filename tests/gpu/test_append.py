@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels import reference
+from ad_flashinfer_pass.kernels.attention import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

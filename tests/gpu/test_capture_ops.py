@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ad_flashinfer_pass.inspection.capture_lint import lint_graph
+from ad_flashinfer_pass.inspection.lint import lint_graph
 
 pytestmark = pytest.mark.gpu
 

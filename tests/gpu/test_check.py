@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, KvCacheConfig
-from ad_flashinfer_pass.inspection.numerics import Prepared, check, check_prepared
-from tests.inspection import test_numerics as cpu
-from tests.inspection.test_numerics import FAULTS, Planted, Sizes
+from ad_flashinfer_pass.inspection.check.check import Prepared, check, check_prepared
+from tests.inspection.check import test_check as cpu
+from tests.inspection.check.test_check import FAULTS, Planted, Sizes
 
 pytestmark = pytest.mark.gpu
 

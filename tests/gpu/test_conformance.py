@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import fa, fa2, fa3, fmha_v2, select, trtllm_gen, workspaces, xqa
-from ad_flashinfer_pass.kernels.capability import Phase
+from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, select, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels.attention.capability import Phase
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 
 PLAIN = Shape()

@@ -11,14 +11,14 @@ import transformers
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, KvCacheConfig, KvDtype
-from ad_flashinfer_pass.kernels import fa, select
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.kernels.attention import fa, select
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.registry import TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, VOCAB, compared
 from tests import architectures
 from tests.gpu.test_conformance import skipped_if_not_built

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import fa, select
-from ad_flashinfer_pass.kernels.capability import Phase
-from ad_flashinfer_pass.kernels.reference import AttentionSpec
-from ad_flashinfer_pass.metadata import Bucket, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.kernels.attention import fa, select
+from ad_flashinfer_pass.kernels.attention.capability import Phase
+from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.sequence_info import Bucket, SequenceInfo, SequenceStep
 from tests.gpu.paged import DEVICE, Shape, attend, bound, bound_of_8_bits, site_of
 from tests.runtime.two_layers import Sizes, TwoLayers, changed_slots, random_step
 

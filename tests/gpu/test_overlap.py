@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import overlap, rope_append, small_gemm, split_decode
-from ad_flashinfer_pass.kernels.reference import AttentionSpec
-from ad_flashinfer_pass.kernels.small_gemm import Around, Config
+from ad_flashinfer_pass.kernels import overlap
+from ad_flashinfer_pass.kernels.attention import split_decode
+from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.cache import rope_append
+from ad_flashinfer_pass.kernels.linear import small_gemm
+from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config
 
 DEVICE = torch.device("cuda")
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, DIM, PAGE, MAX_LEN = 6, 1024, 2048, 16, 4, 64, 16, 256

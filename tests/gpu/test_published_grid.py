@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import fmha_v2, xqa
+from ad_flashinfer_pass.kernels.attention import fmha_v2, xqa
 from tests.gpu.paged import PagedBatch, Shape
 from tests.gpu.test_conformance import assert_decodes, assert_within_bound, prefilled, skip_unless_it_runs
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels import split_decode, workspaces
+from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.attention import split_decode
 from tests.gpu.paged import DEVICE, PagedBatch, site_of
 from tests.gpu.test_conformance import DECODE, DECODE_FP8, FP8, PLAIN, Shape, assert_within_bound, edges
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ad_flashinfer_pass.kernels import select, tune_attention
+from ad_flashinfer_pass.kernels.attention import select, tune
 from tests.gpu.paged import PagedBatch, site_of
 from tests.gpu.test_conformance import FP8, PLAIN, Shape, assert_within_bound
 
@@ -18,7 +18,7 @@ def test_what_was_measured_decodes(shape: Shape, monkeypatch: pytest.MonkeyPatch
     batch = PagedBatch([(n - 1, 1) for n in (300, 31, 32, 700)], shape)
     before = batch.kv_cache.clone()
     width = batch.block_table.shape[1]
-    choice, notes = tune_attention.tune_decode(site_of(shape), [batch.kv_cache] * 2, [1, 4], width)
+    choice, notes = tune.tune_decode(site_of(shape), [batch.kv_cache] * 2, [1, 4], width)
     assert all("xqa " in note and "split_decode " in note for note in notes), notes
     assert batch.kv_cache.float().equal(before.float())
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]

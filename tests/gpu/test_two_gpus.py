@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests.gpu.test_end_to_end import generate, model_of
 from tests.gpu.test_graphs import PLAIN, check_replays, graphs
 

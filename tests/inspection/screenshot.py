@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ad_flashinfer_pass import AutoDeployConfig, inspection
-from ad_flashinfer_pass.inspection.html_report import to_html
+from ad_flashinfer_pass.inspection.report import to_html
 from tests.inspection.browser import Page
 
 FILE = Path(__file__).parents[2] / "docs" / "report.png"

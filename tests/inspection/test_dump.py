@@ -20,14 +20,14 @@ from pydantic import TypeAdapter
 from torch import fx
 
 from ad_flashinfer_pass import CacheSession, pipeline
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, LoadError
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.data import GraphData, NodeNames
+from ad_flashinfer_pass.graph.text_format import from_text, to_text
 from ad_flashinfer_pass.inspection import formats
-from ad_flashinfer_pass.inspection.graph_data import GraphData, NodeNames
-from ad_flashinfer_pass.inspection.graph_dump import dump
+from ad_flashinfer_pass.inspection.dump import dump
 from ad_flashinfer_pass.inspection.stages import Stages, read_graph, run_stages
-from ad_flashinfer_pass.inspection.text_format import from_text, to_text
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 from tests import architectures
 from tests.transforms.small_models import SmallModel, causal, context, eager, exported, sdpa

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.metadata import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
 
 # Stands in every slot that no sequence owns: a kernel that reads one gives a wrong number, not NaN,
 # because a pool holds no NaN (its pages are zeroed when they change hands).

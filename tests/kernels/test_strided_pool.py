@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ad_flashinfer_pass.kernels.fmha_v2 import _pages
+from ad_flashinfer_pass.kernels.attention.fmha_v2 import _pages
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

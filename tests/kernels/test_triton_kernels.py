@@ -12,9 +12,11 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ad_flashinfer_pass.kernels import advance, append, metadata, reference  # noqa: E402
-from ad_flashinfer_pass.metadata import Bucket, RowParams, SequenceInfo, SequenceStep  # noqa: E402
+from ad_flashinfer_pass.kernels import sampling  # noqa: E402
+from ad_flashinfer_pass.kernels.attention import reference  # noqa: E402
+from ad_flashinfer_pass.kernels.cache import append, prepare_metadata  # noqa: E402
 from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams, most_likely  # noqa: E402
+from ad_flashinfer_pass.runtime.sequence_info import Bucket, RowParams, SequenceInfo, SequenceStep  # noqa: E402
 
 INPUT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CACHE_DTYPES = [*INPUT_DTYPES, torch.float8_e4m3fn]
@@ -136,7 +138,7 @@ def test_metadata_is_that_of_the_reference(
         info.max_blocks_per_seq,
         page_size,
     )
-    ours, theirs = metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs)
+    ours, theirs = prepare_metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs)
     for got, expected in zip(ours, theirs, strict=True):
         assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
         assert torch.equal(got, expected)
@@ -158,7 +160,7 @@ def test_metadata_of_long_sequences() -> None:
         2,
     )
     for got, expected in zip(
-        metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs), strict=True
+        prepare_metadata.prepare_metadata(*inputs), reference.prepare_metadata(*inputs), strict=True
     ):
         assert torch.equal(got, expected)
 
@@ -236,7 +238,7 @@ def test_samples_what_the_filters_leave_as_the_sampler_does(
 
     In one part and in five, the last of which is not full.
     """
-    monkeypatch.setattr(advance, "_PART", part)
+    monkeypatch.setattr(sampling, "_PART", part)
     params = [SamplingParams(temperature=0.4 + i % 3, **f) for i, f in enumerate(FILTERS.values())]
     params.append(SamplingParams())
     vocab_size, generator = 300, torch.Generator().manual_seed(0)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ConfigError, LoadError
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 LAYERS = 11  # enough that 10 comes after 9, not after 1
 K = [0.01 * (layer + 1) for layer in range(LAYERS)]

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.exported import restore, to_program
-from ad_flashinfer_pass.metadata import SequenceStep
 from ad_flashinfer_pass.models import ropes
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests import architectures
 
 LIMIT = 24

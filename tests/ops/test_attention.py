@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
+from tests.kernels.attention.test_reference import FEATURES
 from tests.kernels.paged_batch import Features, dense_attention
-from tests.kernels.test_reference import FEATURES
 
 B, S, D = 2, 9, 8
 

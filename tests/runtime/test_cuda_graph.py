@@ -11,8 +11,8 @@ from torch import Tensor
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.metadata import BatchInfo, Bucket, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 from tests.runtime.two_layers import Sizes, TwoLayers, changed_slots, random_step
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.metadata import RowParams, SequenceStep
 from ad_flashinfer_pass.runtime.engine import Completion, Engine, StepOutput
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
 from tests.runtime import toy_tokenizers
 from tests.runtime.toy_model import NAN_TOKEN, ToyModel, greedy_alone
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.metadata import BatchInfo, SequenceInfo, SequenceStep
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, SequenceInfo, SequenceStep
 
 VOCAB_SIZE = 48
 NAN_TOKEN = VOCAB_SIZE - 1

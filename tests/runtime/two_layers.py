@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.metadata import METADATA_ARGS, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS, SequenceInfo, SequenceStep
 
 NUM_TOKEN_IDS = 97
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ExportError
+from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.serving import assert_serves_like, cached
 from tests.transforms.small_models import (
     HEAD_DIM,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.small_models import (
     HEAD_DIM,
     HEADS,

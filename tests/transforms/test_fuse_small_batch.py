@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.metadata import SequenceStep
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.pipeline import context, run, transform_module
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
 from tests import architectures
 from tests.transforms.small_models import SmallModel, exported, find

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.small_models import (
     VOCAB,
     SmallModel,

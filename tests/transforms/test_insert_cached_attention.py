@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, UnsupportedError
-from ad_flashinfer_pass.kernels import reference, select
-from ad_flashinfer_pass.kernels.capability import Capability
-from ad_flashinfer_pass.metadata import METADATA_ARGS
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.attention import reference, select
+from ad_flashinfer_pass.kernels.attention.capability import Capability
 from ad_flashinfer_pass.registry import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 from tests.transforms.serving import assert_serves_like, cached
 from tests.transforms.small_models import (
     ATTENTION,

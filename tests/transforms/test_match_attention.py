@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ad_flashinfer_pass import graph as g
 from ad_flashinfer_pass.errors import NoAttentionError, UnsupportedError
+from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.small_models import (
     ATTENTION,
     GROUP,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.small_models import (
     ATTENTION,
     GROUP,

@@ -19,8 +19,8 @@ from torch import SymInt, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ad_flashinfer_pass import axes as ax
-from ad_flashinfer_pass import graph as g
+from ad_flashinfer_pass.graph import axes as ax
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.transforms import check_packing
 
 aten = torch.ops.aten

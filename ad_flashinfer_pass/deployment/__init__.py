@@ -1,0 +1,1 @@
+"""Before and beside a run: bench, calibrate, doctor, migrate, prebuild."""

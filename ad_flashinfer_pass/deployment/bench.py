@@ -1,0 +1,285 @@
+"""Throughput and latency of a model under a number of concurrent requests, beside the floor of the memory.
+
+The floor of a decode step is the time in which the device's memory delivers what every step must read: each
+weight once, and K and V of every token in the batch. Its bandwidth is measured in the same run, by a large
+copy. No step that reads all of that can be faster; one that is close to it has nothing left to gain.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ad_flashinfer_pass import __version__
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.files import write_file
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.llm import LLM
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COPY_BYTES = {"cuda": 2**32, "cpu": 2**28}
+"""Far more than a cache holds."""
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Of times in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Percentiles:
+        """Percentiles of times in seconds, at least one."""
+        ordered = sorted(seconds)
+        return cls(*(1e3 * ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.5, 0.9, 0.99)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured at one concurrency."""
+
+    concurrency: int
+    num_requests: int
+    output_tokens_per_s: float
+    prompt_tokens_per_s: float
+    """Prompt tokens over the time to the last first token; of use where output_len is 1."""
+    step_ms: float | None
+    """Median time between two tokens of a request: a decode step of ``concurrency`` sequences. None where
+    ``output_len`` is 1."""
+    floor_ms: float
+    """Weights, and K and V at the middle of the output, over the bandwidth of a copy."""
+    first_token: Percentiles
+    between_tokens: Percentiles | None
+    request: Percentiles
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run of ``bench``."""
+
+    machine: str
+    versions: dict[str, str]
+    date: str
+    copy_bytes_per_s: float
+    """Bytes read plus bytes written by a large copy."""
+    input_len: int
+    output_len: int
+    rows: list[Row]
+    eager_steps: dict[str, int]
+    """Steps that ran eagerly although graphs were captured, by reason."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Timeline:
+    """Host times at which tokens of one request were known."""
+
+    start: float
+    tokens: list[float]
+
+
+def bench(
+    llm: LLM,
+    *,
+    input_len: int,
+    output_len: int,
+    concurrencies: Sequence[int],
+    requests_each: int = 1,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> Result:
+    """Measure a model at several concurrencies.
+
+    Args:
+        llm: the model; nothing else may use it meanwhile.
+        input_len: random tokens of each prompt.
+        output_len: tokens that each request generates, whatever they are.
+        concurrencies: requests that run at once; as soon as one ends, another starts.
+        requests_each: requests for each of those places. 1 gives steps of exactly that batch size.
+        on_progress: called with (concurrency, requests done, requests in all).
+
+    Returns:
+        A row for each concurrency, in order, after a short round that is not counted.
+
+    Raises:
+        ConfigError: a number does not fit the limits that the model was built for.
+    """
+    model = llm.model
+    assert isinstance(model, CachedModel)
+    info = model.sequence_info
+    limits = [("input_len + output_len", input_len + output_len, info.max_seq_len, "max_seq_len")]
+    limits += [("concurrency", number, info.max_batch_size, "max_batch_size") for number in concurrencies]
+    for name, number, limit, key in limits:
+        if not 1 <= number <= limit:
+            raise ConfigError(f"{name} must lie within 1..{key}={limit}, got {number}; raise {key}.")
+    bandwidth = copy_bandwidth(model.device)
+    rows = []
+    for number in concurrencies:
+        warm = _Load(llm.engine, model.vocab_size, min(input_len, 16), min(output_len, 4))
+        warm.run(number, number, None)
+        load = _Load(llm.engine, model.vocab_size, input_len, output_len)
+        start = time.perf_counter()
+        timelines = load.run(number, number * requests_each, on_progress)
+        floor = step_bytes(model, number, input_len + output_len // 2) / bandwidth
+        rows.append(_row(number, input_len, start, timelines, floor))
+    return Result(
+        machine=machine(model.device),
+        versions={"ad-flashinfer-pass": __version__, **{n: version(n) for n in ("torch", "transformers")}},
+        date=datetime.date.today().isoformat(),
+        copy_bytes_per_s=bandwidth,
+        input_len=input_len,
+        output_len=output_len,
+        rows=rows,
+        eager_steps=model.eager_steps,
+    )
+
+
+class _Load:
+    """Requests of one kind."""
+
+    def __init__(self, engine: Engine, vocab_size: int, input_len: int, output_len: int) -> None:
+        self.engine = engine
+        self.generator = torch.Generator().manual_seed(0)
+        self.vocab_size, self.input_len = vocab_size, input_len
+        self.params = SamplingParams(max_new_tokens=output_len, ignore_eos=True)
+
+    def run(
+        self, concurrency: int, num_requests: int, on_progress: Callable[[int, int, int], None] | None
+    ) -> list[_Timeline]:
+        """Keep ``concurrency`` requests running until all are done."""
+        timelines: dict[int, _Timeline] = {}
+        done = 0
+        while done < num_requests:
+            while len(timelines) < min(num_requests, done + concurrency):
+                timelines[self._add()] = _Timeline(time.perf_counter(), [])
+            outputs = self.engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                if output.token_id is not None:
+                    timelines[output.request_id].tokens.append(now)
+                if output.completion is not None:
+                    if output.completion.error is not None:
+                        raise RuntimeError(f"a request of the benchmark failed: {output.completion.error}")
+                    done += 1
+                    if on_progress is not None:
+                        on_progress(concurrency, done, num_requests)
+        return list(timelines.values())
+
+    def _add(self) -> int:
+        prompt = torch.randint(self.vocab_size, (self.input_len,), generator=self.generator)
+        return self.engine.add_request(prompt.tolist(), self.params)
+
+
+def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeline], floor: float) -> Row:
+    gaps = [b - a for line in timelines for a, b in zip(line.tokens, line.tokens[1:], strict=False)]
+    end = max(line.tokens[-1] for line in timelines)
+    last_first = max(line.tokens[0] for line in timelines)
+    return Row(
+        concurrency=concurrency,
+        num_requests=len(timelines),
+        output_tokens_per_s=sum(len(line.tokens) for line in timelines) / (end - start),
+        prompt_tokens_per_s=len(timelines) * input_len / (last_first - start),
+        step_ms=1e3 * statistics.median(gaps) if gaps else None,
+        floor_ms=1e3 * floor,
+        first_token=Percentiles.of([line.tokens[0] - line.start for line in timelines]),
+        between_tokens=Percentiles.of(gaps) if gaps else None,
+        request=Percentiles.of([line.tokens[-1] - line.start for line in timelines]),
+    )
+
+
+def step_bytes(model: CachedModel, batch_size: int, context: int) -> int:
+    """Bytes that a decode step must read: weights, and K and V of ``context`` tokens of each sequence."""
+    page_bytes = sum(cache[0].nbytes for cache in model.caches.values())
+    return model.weight_bytes + page_bytes * context * batch_size // model.sequence_info.tokens_per_block
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read plus bytes written in a second by a large copy, the best of five."""
+    source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the processor's kind and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def as_table(result: Result) -> Table:
+    """A row for each concurrency."""
+    from rich.table import Table
+
+    title = f"{result.machine}: {result.input_len} tokens in, {result.output_len} out"
+    table = Table(title=title, caption=f"a copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s")
+    for name in ("at once", "step ms", "floor ms", "of floor", "tokens/s", "prompt tokens/s"):
+        table.add_column(name, justify="right")
+    for name in ("first token ms", "between tokens ms", "request ms"):
+        table.add_column(f"{name}\np50 / p90 / p99", justify="right")
+    for row in result.rows:
+        times = (row.first_token, row.between_tokens, row.request)
+        table.add_row(
+            str(row.concurrency),
+            "-" if row.step_ms is None else f"{row.step_ms:.2f}",
+            f"{row.floor_ms:.2f}",
+            "-" if row.step_ms is None else f"{row.floor_ms / row.step_ms:.0%}",
+            f"{row.output_tokens_per_s:,.0f}",
+            f"{row.prompt_tokens_per_s:,.0f}",
+            *("-" if p is None else f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
+        )
+    return table
+
+
+def draw(result: Result, file: Path) -> None:
+    """Step time by concurrency with the floor, as .png or .svg; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [row.concurrency for row in result.rows]
+    steps = [float("nan") if row.step_ms is None else row.step_ms for row in result.rows]
+    axes.plot(numbers, steps, marker="o", label="decode step")
+    axes.plot(
+        numbers, [row.floor_ms for row in result.rows], linestyle="--", color="gray", label="floor: memory"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("sequences in a step")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(f"{result.machine}, {result.input_len} tokens in, {result.output_len} out", fontsize=10)
+    axes.legend()
+    drawn = BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:], dpi=150)
+    write_file(file, drawn.getvalue(), f"--plot {file}")

@@ -1,0 +1,1 @@
+"""What knows FX alone: edits, axes, graphs as data and as text."""

@@ -1,0 +1,92 @@
+"""Which nodes return a view of one of their inputs, so that they take no memory of their own.
+
+For some ops that depends on strides: reshape copies after an expand and does not after a linear. So the
+ops that may return a view are run on meta tensors, which have strides and storages but no memory, for
+an example of the batch and sequence.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch.fx.node import map_arg
+
+from ad_flashinfer_pass.graph import edit as g
+
+# Distinct, and neither 0 nor 1, for which anything is contiguous. Other symbols get the last.
+_EXAMPLE = (2, 13, 5)
+
+
+def views(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose results, all of them, lie in the memory of an input."""
+    sizes = _Sizes(gm)
+    values: dict[fx.Node, Any] = {}
+    found = set()
+    for node in gm.graph.nodes:
+        value = g.value(node)
+        values[node] = _map(lambda item: _like(item, sizes), value)
+        if node.op != "call_function" or not _may_alias(node):
+            continue
+        sources = {_storage(tensor) for source in node.all_input_nodes for tensor in _tensors(values[source])}
+        try:
+            args = map_arg(node.args, values.__getitem__)
+            values[node] = node.target(*args, **map_arg(node.kwargs, values.__getitem__))
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            continue  # for the example's sizes the op is not defined: counted as new memory
+        results = list(_tensors(values[node]))
+        if results and all(_storage(tensor) in sources for tensor in results):
+            found.add(node)
+    return found
+
+
+class _Sizes:
+    """Numbers for symbols."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        ids = next((n for n in gm.graph.find_nodes(op="placeholder") if n.name == "input_ids"), None)
+        shape = g.shape(ids) if ids is not None and g.is_tensor(ids) else ()
+        self._examples = {str(size): example for size, example in zip(shape, _EXAMPLE[:2], strict=False)}
+        self._known: dict[str, int] = {}
+
+    def __call__(self, size: int | SymInt) -> int:
+        if isinstance(size, int):
+            return size
+        text = str(size)
+        if text not in self._known:
+            expression = size.node.expr
+            examples = {s: self._examples.get(str(s), _EXAMPLE[-1]) for s in expression.free_symbols}
+            self._known[text] = int(expression.xreplace(examples))
+        return self._known[text]
+
+
+def _like(value: Any, sizes: _Sizes) -> Any:
+    """A meta tensor of the same layout, or a number."""
+    if isinstance(value, Tensor):
+        shape, strides = (tuple(map(sizes, each)) for each in (value.shape, value.stride()))
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+    return sizes(value) if isinstance(value, SymInt) else value
+
+
+def _map(function: Any, value: Any) -> Any:
+    return type(value)(map(function, value)) if isinstance(value, (list, tuple)) else function(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, Tensor):
+            yield item
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _may_alias(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)

@@ -1,0 +1,547 @@
+"""``check``: the cached model beside its source, on the same tokens.
+
+A few sequences go through prefill, mixed, decode and padded steps. At each attention site the queries, keys
+and values of every token are recorded as the graph computes them, and the site's result is compared with
+attention in float64 over them, as rounded to the dtype of the cache, with the scale, window, cap and sinks
+that stand in the graph before the insertion. So an error is found at its own site, whatever it does to later
+ones. The logits are compared with those of the source module; once more for captured steps, which
+``compile_backend`` runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, computed_field
+from torch import Tensor, fx, nn
+
+from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.inspection.check import float64
+from ad_flashinfer_pass.inspection.check import steps as check_steps
+from ad_flashinfer_pass.inspection.check.recording import CachedGraph, Recorder, SiteValues, record, sites_of
+from ad_flashinfer_pass.inspection.check.reproducer import write_reproducer
+from ad_flashinfer_pass.inspection.check.steps import Phase, Step
+from ad_flashinfer_pass.inspection.stages import resolve, transform_order
+from ad_flashinfer_pass.inspection.tables import table
+from ad_flashinfer_pass.models.few_layers import Layers, first_layers
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from ad_flashinfer_pass.saved_program import load_module
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ad_flashinfer_pass.registry import TransformContext, TransformReport
+
+# Share of the largest value of a site's result. Sums in another order, and rounding of what is summed.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+# Kernels that read 8 bits round the queries, and the weights, to 8 bits too.
+_TOLERANCE_8_BITS = 0.15
+# Nats a token, on average; a wrong site costs more in all but the largest models.
+_KL = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class SiteCheck(_Data):
+    """One attention site against float64."""
+
+    index: int
+    module: str
+    where: str
+    prefill: str
+    """Kernel."""
+    decode: str
+    errors: dict[str, float]
+    """By phase: the largest error, as a share of the largest value of the site's result."""
+    tolerance: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def is_ok(self) -> bool:
+        """Whether every error is within the tolerance; NaN is not."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+
+class LogitsCheck(_Data):
+    """Logits of one phase against those of the source module."""
+
+    phase: Phase
+    tokens: int
+    top1_agreement: float
+    """Share of tokens with the same most likely next token."""
+    mean_kl: float
+    """Kullback-Leibler divergence from the source, in nats."""
+    max_kl: float
+    tolerance: float | None
+    """Of ``mean_kl``; None: not judged, since a cache of 8 bits changes the logits."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def is_ok(self) -> bool:
+        """Whether the divergence is within the tolerance; NaN is not."""
+        return self.mean_kl <= (float("inf") if self.tolerance is None else self.tolerance)
+
+
+class CheckReport(_Data):
+    """The comparison of a cached model with its source."""
+
+    model: str
+    layers: Layers | None
+    """Which of its layers were taken, and why; None: it is as it was given."""
+    stage: str
+    """The last transform that ran; captured steps were run by ``compile_backend``."""
+    lengths: tuple[int, ...]
+    """Tokens of the sequences."""
+    sites: tuple[SiteCheck, ...]
+    logits: tuple[LogitsCheck, ...]
+    first: str | None
+    """What departs first, None if all agrees."""
+    replayed: int
+    """Captured steps that a CUDA graph ran, or what stands for one on a CPU."""
+    eager: dict[str, int]
+    """Captured steps that no graph could run, by reason."""
+    reproducer: str | None
+    """Script that shows the first wrong site alone."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def is_ok(self) -> bool:
+        """Whether all sites and all logits are within their tolerances."""
+        return self.first is None
+
+
+_GATHER = "gather_logits_before_lm_head"
+
+
+@dataclass
+class Prepared:
+    """A model on the way through the pass, as far as a check needs it."""
+
+    module: nn.Module
+    """The source; its parameters are shared with the graphs."""
+    exported: fx.GraphModule
+    source: fx.GraphModule
+    """Dense, with attention in its canonical form: the last graph before the insertion."""
+    cached: fx.GraphModule | None
+    """None: the check ends before the insertion."""
+    compiled: nn.Module | None
+    """What ``compile_backend`` makes of it; None: it is still to be captured as it is."""
+    lengths: list[int]
+    """Tokens of the sequences that are checked."""
+    stage: str
+    ctx: TransformContext
+
+
+def check(
+    config: AutoDeployConfig,
+    *,
+    graph: Path | None = None,
+    stage: str | None = None,
+    layers: int | None = None,
+    reproducer_dir: Path | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Load a model, transform it and compare it with its source.
+
+    Args:
+        config: the model and the settings of the pass; its limits are lowered to what the check needs.
+        graph: a saved ExportedProgram in place of the model.
+        stage: stop after this transform or stage. Before the insertion the dense graph is compared with the
+            source. Default: all of them, and ``compile_backend``.
+        layers: only the first ones. Default: all, but of a model whose weights are drawn as few as show each
+            kind of layer twice; see ``models.few_layers``.
+        reproducer_dir: where to write the first wrong site's tensors and a script that runs it; default: not.
+        on_event: called with a line of text as each phase begins.
+
+    Raises:
+        ConfigError: max_seq_len is too short, no such stage, or no such number of layers.
+        LoadError: the model cannot be read.
+        TransformError: the pass refuses the model.
+    """
+    from ad_flashinfer_pass.models.loading import load_model
+
+    tell = on_event or (lambda text: None)
+    if stage is not None:
+        resolve(stage, config)
+    tell("load_model")
+    taken = None
+    if graph is not None:
+        if layers is not None:
+            raise ConfigError("--layers: a saved graph has the layers that it has; give the model itself.")
+        module: nn.Module = load_module(graph, config.device)
+    else:
+        if layers is not None or config.skip_loading_weights:
+            config, taken = first_layers(config, layers)
+            tell(f"load_model, {taken}")
+        loaded = load_model(config)
+        module, config = loaded.module, loaded.resolved
+    if config.sequence_limit < check_steps.SHORTEST:
+        raise ConfigError(
+            f"max_seq_len must be at least {check_steps.SHORTEST} for a check, got {config.sequence_limit}."
+        )
+    prepared = prepare(module, config, stage=stage, on_event=tell)
+    if graph is not None:
+        # The pass edits the graph that it is given: the source is the copy that was taken first.
+        prepared.module = prepared.exported
+    return check_prepared(
+        prepared, str(graph or config.model), layers=taken, reproducer_dir=reproducer_dir, on_event=tell
+    )
+
+
+def prepare(
+    module: nn.Module,
+    config: AutoDeployConfig,
+    *,
+    stage: str | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Transform a module and keep the graphs that it is on the way."""
+    from ad_flashinfer_pass import pipeline
+
+    order = transform_order(config)
+    last = order[-1] if stage is None else resolve(stage, config)
+    is_dense = order.index(last) < order.index("insert_cached_attention")
+    last_dense = last if is_dense else order[order.index("insert_cached_attention") - 1]
+    stages = {name: settings.stage for name, settings in config.transforms.items()}
+    late = [name for name, each in stages.items() if STAGES.index(each) >= STAGES.index("compile")]
+    # A cached graph can be called once it returns the rows of logits that a step asks for.
+    after = [name for name in order[order.index(last) + 1 :] if is_dense or name != _GATHER]
+    kept: dict[str, fx.GraphModule] = {}
+
+    def keep(model: nn.Module, report: TransformReport) -> None:
+        if report.name in ("export_model", last_dense):
+            assert isinstance(model, fx.GraphModule)
+            kept[report.name] = _copy(model)
+
+    ctx = pipeline.context(_small(config))
+    skip = ["initialize_cache", *late, *after]
+    gm, _ = pipeline.run(module, ctx, on_event, skip=skip, after=keep)
+    assert isinstance(gm, fx.GraphModule)
+    lengths = check_steps.lengths([site.site for site in ctx.sites], config.sequence_limit)
+    dense = Prepared(module, kept["export_model"], kept[last_dense], None, None, lengths, last, ctx)
+    if is_dense:
+        return dense
+    # The pools are as small as the check lets them be, whatever the config wants.
+    ctx.num_pages = check_steps.num_pages(lengths, ctx.sequence_info.tokens_per_block)
+    ctx.caches = {each.name: each.allocate(ctx.num_pages, ctx.device) for each in ctx.resources}
+
+    def keep_cached(model: nn.Module, report: TransformReport) -> None:
+        if report.name != "compile_model":
+            assert isinstance(model, fx.GraphModule)
+            kept["cached"] = _copy(model)
+
+    kept["cached"] = _copy(gm)
+    captures = stage is None and config.compile_backend != "torch-simple"
+    runs_late = stage is None or last in late
+    skip = [name for name in stages if name not in late or name in after or not runs_late]
+    skip += [] if captures else ["compile_model"]
+    compiled, _ = pipeline.run(gm, ctx, on_event, skip=skip, after=keep_cached)
+    dense.cached, dense.compiled = kept["cached"], compiled if captures else None
+    return dense
+
+
+def _small(config: AutoDeployConfig) -> AutoDeployConfig:
+    """With limits that the steps of a check just need, so that few graphs are captured."""
+    return config.model_copy(
+        update={
+            "max_batch_size": check_steps.BATCH,
+            "max_num_tokens": check_steps.BUDGET,
+            "cuda_graph_batch_sizes": [check_steps.BATCH],
+            "cuda_graph_token_buckets": [16, check_steps.BUDGET],
+        }
+    )
+
+
+def _vocab_size(prepared: Prepared) -> int:
+    (output,) = prepared.exported.graph.find_nodes(op="output")
+    return int(g.shape(g.args(output)[0])[-1])
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as it is now, with the same parameters."""
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+
+
+def check_prepared(
+    prepared: Prepared,
+    title: str,
+    *,
+    layers: Layers | None = None,
+    reproducer_dir: Path | None = None,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> CheckReport:
+    """Compare the graphs of a model; see ``check``."""
+    ctx = prepared.ctx
+    tokens = check_steps.random_tokens(prepared.lengths, _vocab_size(prepared), ctx.device)
+    report = CheckReport(
+        model=title,
+        layers=layers,
+        stage=prepared.stage,
+        lengths=tuple(prepared.lengths),
+        sites=(),
+        logits=(),
+        first=None,
+        replayed=0,
+        eager={},
+        reproducer=None,
+    )
+    with torch.inference_mode():
+        on_event("compare: the source")
+        dense = [_dense_logits(prepared.module, ids) for ids in tokens]
+        if prepared.cached is None:
+            found = _check_dense(prepared, tokens, dense)
+        else:
+            found = _check_cached(prepared, prepared.cached, tokens, dense, reproducer_dir, on_event)
+        compared: Sequence[LogitsCheck] = found["logits"]
+        if "first" not in found and not all(each.is_ok for each in compared):
+            found["first"] = _first_departure(prepared, tokens[1], compared)
+    return report.model_copy(update=found)
+
+
+def _check_dense(prepared: Prepared, tokens: Sequence[Tensor], dense: Sequence[Tensor]) -> dict[str, Any]:
+    """The graph before the insertion beside the source."""
+    found = [_dense_logits(prepared.source, ids) for ids in tokens]
+    dtype = next(each.dtype for each in prepared.exported.parameters() if each.is_floating_point())
+    compared = _compare_logits("dense", list(zip(found, dense, strict=True)), _KL[dtype])
+    return {"logits": (compared,)}
+
+
+def _check_cached(
+    prepared: Prepared,
+    gm: fx.GraphModule,
+    tokens: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    reproducer_dir: Path | None,
+    on_event: Callable[[str], None],
+) -> dict[str, Any]:
+    """Sites beside float64, logits beside the source's, captured steps too."""
+    ctx = prepared.ctx
+    steps = check_steps.steps(tokens, ctx.sequence_info.tokens_per_block)
+    sites = sites_of(prepared.source, gm)
+    cached = CachedGraph(gm, ctx.sequence_info, ctx.caches)
+    logits = record(cached, steps, sites, lambda done: on_event(f"compare: step {done + 1} of {len(steps)}"))
+    on_event("compare: captured steps")
+    captured, replayed, eager = _run_captured(prepared, gm, steps)
+    on_event("compare: attention in float64")
+    expected = [float64.expected(each.site, site, steps) for each, site in zip(ctx.sites, sites, strict=True)]
+    checked = [_check_site(ctx, i, site, expected[i], steps) for i, site in enumerate(sites)]
+    found: dict[str, Any] = {
+        "sites": tuple(checked),
+        "logits": (
+            *_check_logits(ctx, steps, logits, dense),
+            *_check_logits(ctx, steps, captured, dense, "captured"),
+        ),
+        "replayed": replayed,
+        "eager": eager,
+    }
+    wrong = next((each for each in checked if not each.is_ok), None)
+    if wrong is not None:
+        found["first"] = _describe(wrong)
+        if reproducer_dir is not None:
+            fresh = CachedGraph(gm, ctx.sequence_info, ctx.caches)
+            site, name = sites[wrong.index], (wrong.index, wrong.module)
+            found["reproducer"] = str(
+                write_reproducer(
+                    fresh, steps, site, expected[wrong.index], wrong.tolerance, name, reproducer_dir
+                )
+            )
+    return found
+
+
+def _dense_logits(module: nn.Module, ids: Tensor) -> Tensor:
+    """[tokens, vocab] of the source."""
+    from ad_flashinfer_pass.transforms.export_model import Logits
+
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logits: Tensor = Logits(module)(ids, positions)
+    return logits[0].float()
+
+
+def _run_captured(
+    prepared: Prepared, gm: fx.GraphModule, steps: Sequence[Step]
+) -> tuple[list[Tensor], int, dict[str, int]]:
+    """The steps through captured graphs; on a CPU through what stands for them there.
+
+    Returns:
+        The logits of each step, how many were replays, and why the others were not.
+    """
+    from ad_flashinfer_pass.transforms.compile_model import host_kernels
+
+    ctx = prepared.ctx
+    module = prepared.compiled
+    if module is None:
+        small = _small(ctx.config)
+        sizes, buckets = small.cuda_graph_batch_sizes, small.cuda_graph_token_buckets
+        module = CudaGraphModule(gm, sizes or [], buckets or [], host_kernels(ctx))
+        module.capture(ctx.sequence_info, ctx.caches)
+    for cache in ctx.caches.values():
+        cache.zero_()
+    model = CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size)
+    logits = [model.step(step.sequences).float() for step in steps]
+    if isinstance(module, CudaGraphModule):
+        return logits, module.num_replays, dict(module.fallbacks)
+    return logits, 0, {f"{ctx.config.compile_backend} captures nothing on {ctx.device}": len(steps)}
+
+
+def _check_site(
+    ctx: TransformContext, index: int, site: SiteValues, expected: Tensor, steps: Sequence[Step]
+) -> SiteCheck:
+    what = ctx.sites[index]
+    found = site.rows()["out"].double()
+    error = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
+    phases = [step.phase for step in steps for s in step.sequences for _ in s.token_ids]
+    errors: dict[str, float] = {}
+    for phase, each in zip(phases, error.tolist(), strict=True):
+        # A NaN stays: comparing with it is false.
+        errors[phase] = each if not each <= errors.get(phase, 0.0) else errors.get(phase, 0.0)
+    prefill, decode = (g.op_args(site.cached)[f"{phase}_kernel"] for phase in ("prefill", "decode"))
+    rounds = what.site.kv_dtype.itemsize == 1 and {prefill, decode} != {"reference"}
+    return SiteCheck(
+        index=index,
+        module=what.module,
+        where=what.where,
+        prefill=prefill,
+        decode=decode,
+        errors=errors,
+        tolerance=_TOLERANCE_8_BITS if rounds else _TOLERANCES[what.site.dtype],
+    )
+
+
+def _check_logits(
+    ctx: TransformContext,
+    steps: Sequence[Step],
+    found: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    phase: Phase | None = None,
+) -> list[LogitsCheck]:
+    """By phase, or all under one name."""
+    rows: dict[Phase, list[tuple[Tensor, Tensor]]] = {}
+    for step, logits in zip(steps, found, strict=True):
+        wanted = [
+            dense[owner][s.input_pos + len(s.token_ids) - 1]
+            for owner, s in zip(step.owners, step.sequences, strict=True)
+        ]
+        rows.setdefault(phase or step.phase, []).append((logits, torch.stack(wanted)))
+    site = ctx.sites[0].site
+    tolerance = None if site.kv_dtype.itemsize == 1 else _KL[site.dtype]
+    return [_compare_logits(name, parts, tolerance) for name, parts in rows.items()]
+
+
+def _compare_logits(
+    phase: Phase, parts: Sequence[tuple[Tensor, Tensor]], tolerance: float | None
+) -> LogitsCheck:
+    found, wanted = (torch.cat(each) for each in zip(*parts, strict=True))
+    p, q = (torch.log_softmax(logits.double(), -1) for logits in (wanted, found))
+    kl = (p.exp() * (p - q)).sum(-1)
+    return LogitsCheck(
+        phase=phase,
+        tokens=len(kl),
+        top1_agreement=(found.argmax(-1) == wanted.argmax(-1)).double().mean().item(),
+        mean_kl=kl.mean().item(),
+        max_kl=kl.max().item(),
+        tolerance=tolerance,
+    )
+
+
+def _describe(site: SiteCheck) -> str:
+    phase = max(site.errors, key=lambda name: (site.errors[name] != site.errors[name], site.errors[name]))
+    kernel = site.decode if phase == "decode" else site.prefill
+    return (
+        f"attention site {site.index} ({site.module}, {site.where}): in {phase} steps its result is off by "
+        f"{site.errors[phase]:.2g} of its largest value (at most {site.tolerance:g}), run by {kernel}"
+    )
+
+
+def _first_departure(prepared: Prepared, ids: Tensor, compared: Sequence[LogitsCheck]) -> str:
+    """The first node whose value differs between the graphs of one sequence, from the export on."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+
+    def run_dense(gm: fx.GraphModule) -> dict[str, Any]:
+        recorder = Recorder(gm, (node.name for node in gm.graph.nodes if node.op == "call_function"))
+        recorder.run(ids, positions)
+        return recorder.kept
+
+    exported, source = run_dense(prepared.exported), run_dense(prepared.source)
+    pairs = [("before the insertion", prepared.source, exported, source)]
+    if prepared.cached is not None:
+        info = prepared.ctx.sequence_info
+        pages = list(range(1, -(-ids.shape[1] // info.tokens_per_block) + 1))
+        step = Step("prefill", [SequenceStep(ids[0].tolist(), 0, pages)], [0])
+        recorder = Recorder(prepared.cached, source)
+        CachedGraph(prepared.cached, info, prepared.ctx.caches).run(step, recorder)
+        pairs.append(("after the insertion", prepared.cached, source, recorder.kept))
+    for where, gm, wanted, found in pairs:
+        for node in gm.graph.nodes:
+            a, b = wanted.get(node.name), found.get(node.name)
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and not _agrees(a, b):
+                return (
+                    f"{g.where(node)} in {g.module_path(node)}, {where}: its inputs agree with the source's"
+                )
+    phases = ", ".join(each.phase for each in compared if not each.is_ok)
+    return (
+        f"the logits of {phases} steps alone: in a prefill of one sequence all nodes agree that the graphs "
+        "have in common"
+    )
+
+
+def _agrees(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = _TOLERANCES.get(a.dtype, 1e-4)
+    return bool(((a - b).abs().max() <= tolerance * a.abs().max()).item())
+
+
+def as_tables(found: CheckReport) -> list[RenderableType]:
+    """The comparison for a terminal."""
+    parts: list[RenderableType] = []
+    if found.layers is not None:
+        parts.append(f"Checked: {found.layers}.")
+    phases = list(dict.fromkeys(phase for site in found.sites for phase in site.errors))
+    sites = table(
+        "#", "module", "prefill", "decode", *phases, "at most", "", title="Attention against float64"
+    )
+    for site in found.sites:
+        errors = [f"{site.errors[phase]:.1e}" for phase in phases]
+        sites.add_row(
+            str(site.index),
+            site.module,
+            site.prefill,
+            site.decode,
+            *errors,
+            f"{site.tolerance:.0e}",
+            "ok" if site.is_ok else "WRONG",
+        )
+    logits = table(
+        "steps", "tokens", "same top token", "KL, mean", "KL, most", "mean at most", "", title="Logits"
+    )
+    for each in found.logits:
+        logits.add_row(
+            each.phase,
+            str(each.tokens),
+            f"{each.top1_agreement:.1%}",
+            f"{each.mean_kl:.1e}",
+            f"{each.max_kl:.1e}",
+            "-" if each.tolerance is None else f"{each.tolerance:.0e}",
+            "WRONG" if not each.is_ok else "not judged" if each.tolerance is None else "ok",
+        )
+    if found.sites:
+        parts.append(sites)
+    parts.append(logits)
+    if found.replayed or found.eager:
+        reasons = "".join(f"; {count} not: {why}" for why, count in found.eager.items())
+        parts.append(f"{found.replayed} of the captured steps were replays{reasons}")
+    judged = "all" if all(each.tolerance is not None for each in found.logits) else "every attention"
+    verdict = f"{judged} agrees" if found.first is None else f"first departure: {found.first}"
+    parts.append(verdict)
+    return parts if found.reproducer is None else [*parts, f"run it alone: python {found.reproducer}"]

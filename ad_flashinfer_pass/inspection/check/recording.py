@@ -1,0 +1,141 @@
+"""Runs the steps of a check through a cached graph, node by node, and keeps what its attention sites saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.inspection.check.steps import Step
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
+
+
+@dataclass
+class SiteValues:
+    """What is recorded of an attention: rows in the order of the steps."""
+
+    node: fx.Node
+    """In the source graph."""
+    cached: fx.Node
+    values: dict[str, list[Tensor]] = field(
+        default_factory=lambda: {"query": [], "key": [], "value": [], "out": []}
+    )
+
+    def rows(self) -> dict[str, Tensor]:
+        """[tokens, heads, size] of each."""
+        return {name: torch.cat(values) for name, values in self.values.items()}
+
+
+class CachedGraph:
+    """A cached graph with pools of its own, zeroed."""
+
+    def __init__(self, gm: fx.GraphModule, info: SequenceInfo, caches: Mapping[str, Tensor]) -> None:
+        self.gm, self._info = gm, info
+        self._caches = {name: torch.zeros_like(cache) for name, cache in caches.items()}
+
+    def run(self, step: Step, interpreter: fx.Interpreter) -> Tensor:
+        """One step; returns float32 logits [sequences, vocab]."""
+        self._info.nest_sequences(step.sequences, pad_to=step.bucket)
+        inputs = {**self._info.named_args(), **self._caches}
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        logits: Tensor = interpreter.run(*(inputs[node.name] for node in placeholders))[0]
+        return logits[: len(step.sequences)].float()
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps the results of some nodes, by name."""
+
+    def __init__(self, gm: fx.GraphModule, wanted: Iterable[str]) -> None:
+        super().__init__(gm)
+        self._wanted = set(wanted)
+        self.kept: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As in the base class."""
+        result = super().run_node(n)
+        if n.name in self._wanted:
+            self.kept[n.name] = result
+        return result
+
+
+class ArgumentRecorder(fx.Interpreter):
+    """Runs a graph and keeps the arguments of one node as they are when it runs, and its result."""
+
+    def __init__(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        super().__init__(gm)
+        self._node = node
+        self.arguments: dict[str, Any] = {}
+        self.result = torch.empty(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As in the base class."""
+        if n is self._node:
+            args = map_arg(g.op_args(n), lambda source: self.env[source])
+            self.arguments = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()
+            }
+        result = super().run_node(n)
+        if n is self._node:
+            self.result = result
+        return result
+
+
+def sites_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[SiteValues]:
+    """The attention sites of a dense graph, each with what replaced it."""
+    ops = torch.ops.ad_flashinfer
+    dense = source.graph.find_nodes(op="call_function", target=ops.attention.default)
+    replaced = cached.graph.find_nodes(op="call_function", target=ops.cached_attention.default)
+    return [SiteValues(*pair) for pair in zip(dense, replaced, strict=True)]
+
+
+def record(
+    cached: CachedGraph,
+    steps: Sequence[Step],
+    sites: Sequence[SiteValues],
+    on_step: Callable[[int], None] = lambda done: None,
+) -> list[Tensor]:
+    """Run the steps, fill in the sites, and return each step's logits."""
+    present = {node.name for node in cached.gm.graph.nodes}
+    parts = [_operands(site.node) for site in sites]
+    wanted = {site.cached.name for site in sites}
+    for operands in parts:
+        wanted |= {name for node in operands.values() for name in _needed(node, present)}
+    logits = []
+    for done, step in enumerate(steps):
+        on_step(done)
+        recorder = Recorder(cached.gm, wanted)
+        logits.append(cached.run(step, recorder))
+        rows = step.rows()
+        for site, operands in zip(sites, parts, strict=True):
+            found = {name: _resolve(node, recorder.kept, present) for name, node in operands.items()}
+            found["out"] = recorder.kept[site.cached.name]
+            for name, value in found.items():
+                site.values[name].append(value.flatten(0, 1)[rows])
+    return logits
+
+
+def _operands(node: fx.Node) -> dict[str, fx.Node]:
+    args = g.op_args(node)
+    return {name: args[name] for name in ("query", "key", "value")}
+
+
+def _needed(node: fx.Node, present: set[str]) -> set[str]:
+    """The nodes of the cached graph from which a node of the source graph can be computed."""
+    if node.name in present:
+        return {node.name}
+    return {name for source in node.all_input_nodes for name in _needed(source, present)}
+
+
+def _resolve(node: fx.Node, kept: dict[str, Any], present: set[str]) -> Any:
+    """The value of a node of the source graph: as the cached graph computed it, or from what it computed."""
+    if node.name in present:
+        return kept[node.name]
+    assert callable(node.target)
+    args = map_arg(node.args, lambda source: _resolve(source, kept, present))
+    kwargs = map_arg(node.kwargs, lambda source: _resolve(source, kept, present))
+    return node.target(*args, **kwargs)

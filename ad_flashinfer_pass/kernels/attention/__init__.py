@@ -1,0 +1,1 @@
+"""Attention over pages: a provider a file, what each can do, and who gets a site."""

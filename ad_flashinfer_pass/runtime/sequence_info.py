@@ -1,0 +1,466 @@
+"""The per-step metadata: which token belongs to which sequence and page.
+
+Names, dtypes and formulas are those of AutoDeploy's ``SequenceInfo``, so that a graph made here and a
+graph made in AutoDeploy take the same inputs. All tensors are views of one device buffer, allocated once at
+full capacity; a step writes them into pinned memory and copies that in one go. Entries past the current
+length are stale and must not be read. R is ``max_rows``, room for sequences and padding rows.
+
+====================  ============  =======================================================================
+name                  dtype         content, for sequences 0..n-1 ordered prefill, extend, decode
+====================  ============  =======================================================================
+input_ids             int64         tokens of this step: [b, 1] if every sequence decodes, else [1, total]
+position_ids          int64         absolute position of each token, shaped as input_ids
+batch_info_host       int32 [12]    host only, see ``BatchInfo``
+cu_seqlen             int32 [R+1]   exclusive prefix sum of the new tokens of each sequence
+input_pos             int32 [R]     tokens already in the cache
+seq_len_with_cache    int32 [R]     input_pos + new tokens
+cache_loc             int32 [*]     page ids of all sequences, concatenated
+cu_num_pages          int32 [R+1]   exclusive prefix sum of the pages of each sequence
+token_gather_indices  int64 [n]     rows of the flattened tokens whose logits are wanted
+sequence_lengths      int64         length of its sequence when a token is first computed, shaped as
+                                    input_ids; only for graphs that take it (``has_lengths``)
+====================  ============  =======================================================================
+
+Source: TensorRT-LLM ``_torch/auto_deploy/custom_ops/attention_interface.py`` (the 12-int generation).
+
+Decode steps can follow one another without the host: ``advance`` takes the tokens that were sampled and
+writes the metadata of the next step on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+METADATA_ARGS = (
+    "batch_info_host",
+    "cu_seqlen",
+    "input_pos",
+    "seq_len_with_cache",
+    "cache_loc",
+    "cu_num_pages",
+)
+
+
+IDLE = -2
+"""In place of a token: the sequence had stopped before this step."""
+_MAX_STOP_TOKENS = 8
+_STAGES = 4
+_ALIGNMENT = 16
+
+
+class SequenceStep(NamedTuple):
+    """What one sequence does in one step."""
+
+    token_ids: Sequence[int]
+    """New tokens, at least one. -1 - i is the i-th token that the step before sampled, whatever it is."""
+    input_pos: int
+    """Tokens of the sequence that are already in the cache."""
+    pages: Sequence[int]
+    """Page ids that hold positions 0 .. input_pos + len(token_ids) - 1 at least, none of them page 0."""
+    gather: bool = True
+    """Whether the logits of the last token are wanted."""
+    first_len: int = 0
+    """Tokens that the sequence began with, to which rotary frequencies may go, although a chunk or a second
+    computation of it has fewer or more; 0: those up to the end of this step. For a generated token its own
+    place decides."""
+
+
+class RowParams(NamedTuple):
+    """How the token of one row of logits is chosen on the device; see ``runtime.sampling.SamplingParams``."""
+
+    stop_token_ids: Sequence[int] = ()
+    """After one of them the sequence rests; only the first eight are used."""
+    temperature: float = 0.0
+    top_k: int = 0
+    tail_mass: float = -1.0
+    """1 - top_p; negative keeps all."""
+    min_p: float = 0.0
+    seed: int = 0
+    """int64."""
+    num_generated: int = 0
+    """Tokens that the sequence has generated before this one."""
+
+
+class Bucket(NamedTuple):
+    """The shape to which a step is padded, so that a captured graph can run it.
+
+    Padding rows use page 0. With ``num_tokens`` there are ``SequenceInfo.max_prefill_rows`` prefill and
+    extend sequences, the last of them without tokens, and max_batch_size rows of logits; without, each
+    sequence has its row of logits.
+    """
+
+    num_tokens: int
+    """Tokens of prefill and extend sequences; 0 in a bucket of decode steps."""
+    num_decode: int
+    """Decode sequences, of one token each."""
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens} tokens" if self.num_tokens else f"batch size {self.num_decode}"
+
+
+class BatchInfo(NamedTuple):
+    """The integers of ``batch_info_host``, in order; the only metadata that the host may read."""
+
+    num_prefill: int
+    num_prefill_tokens: int
+    num_extend: int
+    num_extend_tokens: int
+    num_decode: int
+    num_decode_tokens: int
+    max_context_length: int
+    max_blocks_per_seq: int
+    block_offset_multiplier: int
+    max_batch_size: int
+    num_tokens_to_gather: int
+    gather_required: int
+
+
+class _Layout(NamedTuple):
+    """A step as it is written."""
+
+    sequences: Sequence[SequenceStep]
+    """Padding rows included."""
+    counts: list[int]
+    """The first six of ``BatchInfo``."""
+    gather: list[int]
+    num_real: int
+    """How many of ``gather`` belong to sequences that are no padding."""
+
+
+class SequenceInfo:
+    """Owner of the metadata tensors.
+
+    Args:
+        max_seq_len: tokens of one sequence, at most.
+        max_batch_size: sequences of one step, at most.
+        max_num_tokens: new tokens of one step, at most.
+        tokens_per_block: tokens of one page.
+        device: where the graph runs.
+    """
+
+    def __init__(
+        self,
+        max_seq_len: int,
+        max_batch_size: int,
+        max_num_tokens: int,
+        tokens_per_block: int,
+        device: torch.device,
+    ) -> None:
+        self.max_seq_len = max_seq_len
+        self.max_batch_size = max_batch_size
+        self.max_num_tokens = max_num_tokens
+        self.tokens_per_block = tokens_per_block
+        self.max_extend_len = 0
+        """If not 0, extends of more tokens are counted as prefill; see ``ops.cached_attention``."""
+        self.has_lengths = False
+        """Whether the graph takes ``sequence_lengths``."""
+        self.recompute_at: int | None = None
+        """If not None, a sequence that grows beyond so many tokens is to be computed anew, as one that began
+        with one token more."""
+        self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
+        self.device = device
+        # Every prompt of a batch and the padding of a token bucket, which counts as prompts too.
+        self.max_prefill_rows = max_batch_size + -(-max_num_tokens // max_seq_len)
+        self.max_rows = self.max_prefill_rows + max_batch_size
+        self._batch_info_host = torch.zeros(len(BatchInfo._fields), dtype=torch.int32)
+        self._buffer = _StagedBuffer(
+            {
+                "input_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "sequence_lengths": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "token_gather_indices": (torch.int64, (max_batch_size,)),
+                "stop_token_ids": (torch.int64, (max_batch_size, _MAX_STOP_TOKENS)),
+                "seed": (torch.int64, (max_batch_size,)),
+                "num_generated": (torch.int64, (max_batch_size,)),
+                "temperature": (torch.float32, (max_batch_size,)),
+                "tail_mass": (torch.float32, (max_batch_size,)),
+                "min_p": (torch.float32, (max_batch_size,)),
+                "top_k": (torch.int32, (max_batch_size,)),
+                "is_stopped": (torch.int32, (max_batch_size,)),
+                "cu_seqlen": (torch.int32, (self.max_rows + 1,)),
+                "input_pos": (torch.int32, (self.max_rows,)),
+                "seq_len_with_cache": (torch.int32, (self.max_rows,)),
+                "cu_num_pages": (torch.int32, (self.max_rows + 1,)),
+                # Last, because only the part that is used is copied. One more, as in AutoDeploy: where the
+                # first page of a padding row would stand.
+                "cache_loc": (torch.int32, (max_batch_size * self.max_blocks_per_seq + 1,)),
+            },
+            device,
+        )
+        self.tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        """Tokens sampled in the last step for which ``advance`` was called, in the order of its logits."""
+        self._shape = (1, 0)
+        self._num_gather = 0
+
+    def nest_sequences(
+        self,
+        sequences: Sequence[SequenceStep],
+        *,
+        pad_to: Bucket | None = None,
+        row_params: Sequence[RowParams] = (),
+    ) -> None:
+        """Write the metadata of one step. Never waits for the device.
+
+        Args:
+            sequences: ordered prefill (many tokens, no past), extend (many tokens, a past), decode (one
+                token).
+            pad_to: add padding rows up to this shape. There may be no sequences then.
+            row_params: for each row of logits what ``advance`` and ``sample_and_advance`` go by; else that of
+                the step before stands.
+
+        Raises:
+            ValueError: the step is empty, out of order, too large, or its pages do not cover it.
+        """
+        step = self._layout(sequences, pad_to)
+        sequences, lens = step.sequences, [len(seq.token_ids) for seq in step.sequences]
+        ends = list(accumulate(lens))
+        total, self._num_gather = ends[-1], len(step.gather)
+        limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
+        info = BatchInfo._make((*step.counts, *limits, self._num_gather, 1))
+        self._batch_info_host.numpy()[:] = info
+        ids = [t for seq in sequences for t in seq.token_ids]
+        spans = [(seq.input_pos, seq.input_pos + n) for seq, n in zip(sequences, lens, strict=True)]
+        pages = [page for seq in sequences for page in seq.pages]
+        write = self._buffer.next_stage()
+        write("input_ids", ids)
+        write("position_ids", [position for span in spans for position in range(*span)])
+        if self.has_lengths:
+            firsts = [seq.first_len or end for seq, (_, end) in zip(sequences, spans, strict=True)]
+            write(
+                "sequence_lengths",
+                [max(n, at + 1) for n, span in zip(firsts, spans, strict=True) for at in range(*span)],
+            )
+        write("token_gather_indices", step.gather)
+        write("is_stopped", [0] * step.num_real + [1] * (self._num_gather - step.num_real))
+        if row_params:
+            stops, *columns = map(list, zip(*row_params, strict=True))
+            unused = [-1] * _MAX_STOP_TOKENS
+            write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stops])
+            for name, column in zip(RowParams._fields[1:], columns, strict=True):
+                write(name, column)
+        write("cu_seqlen", [0, *ends])
+        write("input_pos", [start for start, _ in spans])
+        write("seq_len_with_cache", [end for _, end in spans])
+        write("cu_num_pages", [0, *accumulate(len(seq.pages) for seq in sequences)])
+        write("cache_loc", pages)
+        self._buffer.copy_to_device(len(pages))
+        if ids and min(ids) < 0:
+            self._fill_in_tokens(total)
+        self._shape = (total, 1) if info.num_decode == total else (1, total)
+
+    def named_args(self) -> dict[str, Tensor]:
+        """The inputs of the graph by name; shapes as in the module docstring."""
+        total = prod(self._shape)
+        views = self._buffer.views
+        args = {name: views[name] for name in METADATA_ARGS if name in views}
+        args["batch_info_host"] = self._batch_info_host
+        args["input_ids"] = views["input_ids"][:total].view(self._shape)
+        args["position_ids"] = views["position_ids"][:total].view(self._shape)
+        if self.has_lengths:
+            args["sequence_lengths"] = views["sequence_lengths"][:total].view(self._shape)
+        args["token_gather_indices"] = views["token_gather_indices"][: self._num_gather]
+        return args
+
+    def advance(self, sampled: Tensor) -> None:
+        """Take the sampled tokens, and make the metadata that of the next step if all sequences decode.
+
+        Runs on the device alone, so that it can be captured. A sequence whose token stops it, or is none,
+        rests from then on: it is one token on page 0, and its token is ``IDLE``. The pages of the others must
+        hold one token more. After a step with prefill the next one must be nested.
+
+        Args:
+            sampled: int64 [n], tokens of the first n rows of logits; negative for none.
+        """
+        n = sampled.shape[0]
+        views = self._buffer.views
+        is_stopped = views["is_stopped"][:n]
+        tokens = torch.where(is_stopped > 0, IDLE, sampled)
+        self.tokens[:n] = tokens
+        if self._shape[1] != 1:
+            return
+        is_stop = (tokens[:, None] == views["stop_token_ids"][:n]).any(1)
+        goes_on = ~(is_stop | (tokens < 0))
+        is_stopped.copy_(~goes_on)
+        views["input_ids"][:n] = tokens * goes_on
+        input_pos = (views["input_pos"][:n] + 1) * goes_on
+        views["input_pos"][:n] = input_pos
+        views["position_ids"][:n] = input_pos
+        views["sequence_lengths"][:n] = input_pos + 1
+        torch.add(input_pos, 1, out=views["seq_len_with_cache"][:n])
+        first_page = views["cu_num_pages"][:n].long()
+        cache_loc = views["cache_loc"]
+        cache_loc[first_page] = cache_loc[first_page] * goes_on
+
+    def sample_and_advance(self, scores: Tensor, *, is_greedy: bool = False) -> None:
+        """Choose tokens as ``row_params`` say, and ``advance``, by Triton kernels.
+
+        Args:
+            scores: floating [n, vocab_size], the first n rows of logits, penalised if they are to be.
+            is_greedy: no temperature is above 0, so that the filters need not be looked at.
+        """
+        from ad_flashinfer_pass.kernels import sampling as advance  # needs triton
+
+        views, is_decode = self._buffer.views, self._shape[1] == 1
+        with torch.cuda.device_of(scores):
+            kinds = {"advances": is_decode, "is_greedy": is_greedy}
+        advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, **kinds)
+
+    def _fill_in_tokens(self, num_tokens: int) -> None:
+        ids = self._buffer.views["input_ids"][:num_tokens]
+        ids.copy_(torch.where(ids < 0, self.tokens[(-1 - ids).clamp(min=0)].clamp(min=0), ids))
+
+    def _layout(self, sequences: Sequence[SequenceStep], bucket: Bucket | None) -> _Layout:
+        """The step as it is written: with padding, if to a bucket."""
+        lens = [len(seq.token_ids) for seq in sequences]
+        kinds = [_kind(seq) for seq in sequences]
+        self._check(sequences, lens, kinds, may_be_empty=bucket is not None)
+        gather = [end - 1 for seq, end in zip(sequences, accumulate(lens), strict=True) if seq.gather]
+        kinds = self._short_extends(kinds, lens)
+        counts = [value for kind in range(3) for value in _count(kinds, lens, kind)]
+        if bucket is None:
+            return _Layout(sequences, counts, gather, len(gather))
+        num_long, long_tokens = counts[0] + counts[2], counts[1] + counts[3]
+        rows = self._padding_prompts(sequences[:num_long], bucket.num_tokens - long_tokens, bucket)
+        decodes = sequences[num_long:]
+        if len(decodes) > bucket.num_decode or bucket.num_decode > self.max_batch_size:
+            raise ValueError(
+                f"{len(decodes)} decode sequences cannot be padded to {bucket.num_decode} "
+                f"(max_batch_size={self.max_batch_size})"
+            )
+        padding = SequenceStep((0,), 0, ())
+        padded = [*rows, *decodes, *[padding] * (bucket.num_decode - len(decodes))]
+        shift = bucket.num_tokens - long_tokens
+        moved = [row if row < long_tokens else row + shift for row in gather]
+        if bucket.num_tokens:
+            moved += [0] * (self.max_batch_size - len(gather))
+        else:
+            moved = list(range(bucket.num_decode))
+        counts = [len(rows), bucket.num_tokens, 0, 0, bucket.num_decode, bucket.num_decode]
+        return _Layout(padded, counts, moved, len(gather))
+
+    def _short_extends(self, kinds: list[int], lens: list[int]) -> list[int]:
+        """The kinds, with 0 for extends up to the last one that is too long to be one."""
+        is_long = [kind == 1 and n > self.max_extend_len > 0 for kind, n in zip(kinds, lens, strict=True)]
+        lead = len(kinds) - is_long[::-1].index(True) if any(is_long) else 0
+        return [0] * lead + kinds[lead:]
+
+    def _padding_prompts(
+        self, prompts: Sequence[SequenceStep], num_missing: int, bucket: Bucket
+    ) -> list[SequenceStep]:
+        """The prompts, then prompts on page 0 that fill up the tokens, then rows without tokens."""
+        if num_missing < 0:
+            raise ValueError(
+                f"{bucket.num_tokens - num_missing} tokens of prompts cannot be padded to {bucket}"
+            )
+        if bucket.num_tokens == 0:
+            return []
+        starts = range(0, num_missing, self.max_seq_len)
+        sizes = [min(num_missing - start, self.max_seq_len) for start in starts]
+        rows = [*prompts, *(SequenceStep((0,) * size, 0, ()) for size in sizes)]
+        return rows + [SequenceStep((), 0, ())] * (self.max_prefill_rows - len(rows))
+
+    def _check(
+        self, sequences: Sequence[SequenceStep], lens: list[int], kinds: list[int], *, may_be_empty: bool
+    ) -> None:
+        if min(lens, default=int(may_be_empty)) == 0:
+            raise ValueError("a step must hold at least one sequence, each with at least one token")
+        if len(sequences) > self.max_batch_size or sum(lens) > self.max_num_tokens:
+            raise ValueError(
+                f"a step must hold at most max_batch_size={self.max_batch_size} sequences and "
+                f"max_num_tokens={self.max_num_tokens} tokens, got {len(sequences)} and {sum(lens)}"
+            )
+        if kinds != sorted(kinds):
+            raise ValueError("sequences must be ordered prefill, extend, decode")
+        for index, (seq, n) in enumerate(zip(sequences, lens, strict=True)):
+            end = seq.input_pos + n
+            if not 0 <= seq.input_pos < end <= self.max_seq_len:
+                raise ValueError(
+                    f"sequence {index}: positions {seq.input_pos}..{end - 1} must lie within "
+                    f"max_seq_len={self.max_seq_len}"
+                )
+            num_pages = -(-end // self.tokens_per_block)
+            if not num_pages <= len(seq.pages) <= self.max_blocks_per_seq or min(seq.pages) < 1:
+                raise ValueError(
+                    f"sequence {index}: {end} tokens need {num_pages} pages or more, up to "
+                    f"{self.max_blocks_per_seq}, other than page 0, got {list(seq.pages)}"
+                )
+
+
+def _kind(seq: SequenceStep) -> int:
+    """0 prefill, 1 extend, 2 decode."""
+    if len(seq.token_ids) == 1:
+        return 2
+    return 1 if seq.input_pos else 0
+
+
+def _count(kinds: list[int], lens: list[int], kind: int) -> tuple[int, int]:
+    chosen = [n for k, n in zip(kinds, lens, strict=True) if k == kind]
+    return len(chosen), sum(chosen)
+
+
+class _StagedBuffer:
+    """One device buffer with named parts, and pinned copies of it that are written in turn.
+
+    On a CPU they are the same memory. Elsewhere a copy may still wait on the device for the steps before it,
+    while the next one is written: it has another stage.
+
+    Args:
+        fields: dtype and shape of each part; of the last one only what is used is copied.
+        device: where the buffer is.
+    """
+
+    def __init__(self, fields: dict[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
+        sizes = [_round_up(dtype.itemsize * prod(shape)) for dtype, shape in fields.values()]
+        starts = [0, *accumulate(sizes)]
+        is_cuda = device.type == "cuda"
+        num_stages = 1 if device.type == "cpu" else _STAGES
+        self._stages = torch.zeros(num_stages, starts[-1], dtype=torch.uint8, pin_memory=is_cuda)
+        self._on_device = self._stages[0] if device.type == "cpu" else self._stages[0].to(device)
+        self._events = [torch.cuda.Event() for _ in range(num_stages)] if is_cuda else []
+        self._last = (starts[-2], next(reversed(fields.values()))[0].itemsize)
+        self._stage = 0
+
+        def views_of(buffer: Tensor) -> dict[str, Tensor]:
+            return {
+                name: buffer[start : start + dtype.itemsize * prod(shape)].view(dtype).view(shape)
+                for start, (name, (dtype, shape)) in zip(starts, fields.items(), strict=False)
+            }
+
+        self.views = views_of(self._on_device)
+        # numpy takes a short list ten times faster than torch.
+        self._arrays = [
+            {name: view.numpy() for name, view in views_of(stage).items()} for stage in self._stages
+        ]
+
+    def next_stage(self) -> Callable[[str, Sequence[Any]], None]:
+        """What writes the first elements of a part. Waits for the copy ``_STAGES`` steps ago, if it must."""
+        self._stage = (self._stage + 1) % len(self._stages)
+        if self._events:
+            self._events[self._stage].synchronize()
+        arrays = self._arrays[self._stage]
+
+        def write(name: str, values: Sequence[Any]) -> None:
+            if values:
+                arrays[name][: len(values)] = values
+
+        return write
+
+    def copy_to_device(self, num_last: int) -> None:
+        """Copy what was written, with this many elements of the last part."""
+        stage = self._stages[self._stage]
+        if stage.data_ptr() == self._on_device.data_ptr():
+            return
+        end = self._last[0] + num_last * self._last[1]
+        self._on_device[:end].copy_(stage[:end], non_blocking=True)
+        if self._events:
+            self._events[self._stage].record(torch.cuda.current_stream(self._on_device.device))
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

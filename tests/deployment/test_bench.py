@@ -1,0 +1,102 @@
+"""``bench``: what it counts, what it refuses, and its picture. No assertion is about time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ad_flashinfer_pass import build
+from ad_flashinfer_pass.cli import main
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.deployment import bench
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.llm import LLM
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return build.build_model(AutoDeployConfig(max_batch_size=3, max_seq_len=24))
+
+
+@pytest.fixture(scope="module")
+def result(llm: LLM) -> bench.Result:
+    seen: list[tuple[int, int, int]] = []
+    found = bench.bench(
+        llm,
+        input_len=12,
+        output_len=5,
+        concurrencies=[1, 3],
+        requests_each=2,
+        on_progress=lambda *args: seen.append(args),
+    )
+    assert seen == [(n, i + 1, 2 * n) for n in (1, 3) for i in range(2 * n)]
+    return found
+
+
+def test_every_request_is_counted_once(result: bench.Result) -> None:
+    assert [(row.concurrency, row.num_requests) for row in result.rows] == [(1, 2), (3, 6)]
+    for row in result.rows:
+        times = (row.first_token, row.between_tokens, row.request)
+        assert all(p is not None and 0 < p.p50 <= p.p90 <= p.p99 for p in times)
+        assert row.first_token.p50 < row.request.p50
+        # The last request ends no earlier than the slowest takes.
+        assert row.num_requests * 5 / row.output_tokens_per_s >= row.request.p99 / 1e3
+
+
+def test_bytes_of_a_step_are_weights_and_cache(llm: LLM) -> None:
+    model = llm.model
+    assert isinstance(model, CachedModel)
+    tensors = [*model.module.parameters(), *model.module.buffers()]
+    weights = {id(tensor): tensor.nbytes for tensor in tensors}
+    layers = len(model.caches)
+    _, _, heads, _, dim = next(iter(model.caches.values())).shape
+    kv = 2 * layers * heads * dim * 4
+    assert bench.step_bytes(model, 3, 10) == model.weight_bytes + 3 * 10 * kv
+    # All weights are read but tables of which only the tokens' rows are.
+    assert 0.5 * sum(weights.values()) < model.weight_bytes <= sum(weights.values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "limit"), [((20, 5, [1]), "max_seq_len=24"), ((4, 4, [4]), "max_batch_size=3")]
+)
+def test_what_the_model_was_not_built_for_is_refused(
+    llm: LLM, keys: tuple[int, int, list[int]], limit: str
+) -> None:
+    input_len, output_len, numbers = keys
+    with pytest.raises(ConfigError, match=limit):
+        bench.bench(llm, input_len=input_len, output_len=output_len, concurrencies=numbers)
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_picture(result: bench.Result, tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"steps.{ending}"
+    bench.draw(result, file)
+    assert file.stat().st_size > 5000
+
+
+def test_one_new_token_has_no_step(llm: LLM) -> None:
+    """What was not measured is null in JSON and a dash in the table."""
+    found = bench.bench(llm, input_len=4, output_len=1, concurrencies=[1])
+    assert (found.rows[0].step_ms, found.rows[0].between_tokens) == (None, None)
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert list(bench.as_table(found).columns[3].cells) == ["-"]
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--input-len", "4", "--output-len", "3", "--concurrency", "1,2", "--json", "-q"])
+    assert not end.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert [row["concurrency"] for row in found["rows"]] == [1, 2]
+    assert torch.__version__.startswith(found["versions"]["torch"].partition("+")[0])
+
+
+def test_command_refuses_a_bad_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--concurrency", "1,x"])
+    assert end.value.code == 2
+    assert "--concurrency" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""The kernels for linears of few tokens, against float64; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+pytest.importorskip("triton", reason="triton is not installed")
+
+from ad_flashinfer_pass.kernels.linear import small_gemm  # noqa: E402
+from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config  # noqa: E402
+from ad_flashinfer_pass.ops.linear import by_torch  # noqa: E402
+
+# The interpreter multiplies bfloat16 by its bits.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+CASES = [
+    (1, 36, 96, Config(4, 64, 1, 2, 1)),
+    (1, 8, 200, Config(2, 128, 1, 2, 1)),
+    (2, 36, 128, Config(16, 64, 1, 2, 3)),
+    (16, 48, 256, Config(32, 64, 2, 2, 3)),
+    (17, 50, 512, Config(16, 128, 4, 4, 3)),
+    (64, 34, 128, Config(16, 64, 2, 4, 3)),
+]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DTYPE).to(DEVICE)
+
+
+def assert_close(found: Tensor, x: Tensor, weight: Tensor, around: Around) -> None:
+    """Within two roundings to DTYPE of the inputs' products: of the normed x, and of the result."""
+    wide: list[Any] = [value.double() if isinstance(value, Tensor) else value for value in around]
+    expected = by_torch(x.double(), weight.double(), *wide)
+    norm = None if around.norm is None else around.norm.double()
+    v = x.double() if norm is None else F.rms_norm(x.double(), norm.shape, norm, around.eps)
+    terms = v.abs() @ weight.double().abs().T + 1
+    if around.gated:
+        gate, up = terms.chunk(2, -1)
+        terms = gate * up
+    eps = torch.finfo(DTYPE).eps
+    assert ((found.double() - expected).abs() <= 2 * eps * expected.abs() + (eps / 8) * terms).all()
+
+
+@pytest.mark.parametrize("parts", ["", "bias", "norm", "residual", "gated", "bias norm residual gated"])
+@pytest.mark.parametrize(("tokens", "rows", "depth", "config"), CASES)
+def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str) -> None:
+    gated = "gated" in parts
+    if gated:
+        config = config._replace(split=1)
+    x, weight = random(tokens, depth, seed=0), random(rows, depth, seed=1)
+    around = Around(
+        bias=random(rows, seed=2) if "bias" in parts else None,
+        norm=random(depth, seed=3) if "norm" in parts else None,
+        eps=1e-5,
+        residual=random(tokens, rows // (1 + gated), seed=4) if "residual" in parts else None,
+        gated=gated,
+    )
+    for _ in range(2):  # the second launch finds the counters as the first one left them
+        out = small_gemm.run(x, weight, around, config)
+        assert_close(out, x, weight, around)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 32, 64])
+def test_candidates_fit_the_shape(tokens: int, gated: bool) -> None:
+    found = small_gemm.candidates(tokens, 6144, 4096, gated)
+    assert found
+    assert all(4096 % (config.depth * config.split) == 0 for config in found)
+    assert small_gemm.candidates(small_gemm.MAX_TOKENS + 1, 6144, 4096) == []

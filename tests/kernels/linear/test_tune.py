@@ -1,0 +1,87 @@
+"""Kernels of linears chosen by times, which are given here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from ad_flashinfer_pass.kernels.linear import tune
+from ad_flashinfer_pass.kernels.linear.small_gemm import Config, all_candidates
+
+FIRST, SECOND, SLOW, *_ = all_candidates(8)
+WIDE, TALL = torch.zeros(4096, 1024, dtype=torch.bfloat16), torch.zeros(1024, 4096, dtype=torch.bfloat16)
+
+
+class Clock:
+    """Stands for ``microseconds``: torch takes 20 us, candidates more, but for those that are named."""
+
+    def __init__(self, alone: dict[Config, float], after_another: dict[Config, float]) -> None:
+        self.alone, self.after_another = alone, after_another
+        self.calls = 0
+
+    def __call__(self, launches: Sequence[Callable[[], object]]) -> float:
+        self.calls += 1
+        shapes = {self._weight(launch).shape for launch in launches}
+        known = self.alone if len(shapes) == 1 else self.after_another
+        return sum(self._time(launch, known) for launch in launches) / len(launches)
+
+    @staticmethod
+    def _weight(launch: Callable[[], object]) -> Tensor:
+        assert isinstance(launch, partial)
+        weight = launch.args[1]
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @staticmethod
+    def _time(launch: Callable[[], object], known: dict[Config, float]) -> float:
+        assert isinstance(launch, partial)
+        config = next((arg for arg in launch.args if isinstance(arg, Config)), None)
+        return 20.0 if config is None else known.get(config, 40.0)
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Clock], Callable[..., object]]:
+    """Runs ``tune_linears`` by a clock, over two kinds of linears in turn."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tune, "_CHOSEN", {})
+
+    def run(clock: Clock) -> Callable[..., object]:
+        monkeypatch.setattr(tune, "microseconds", clock)
+        tune._CHOSEN.clear()
+        notes = tune.tune_linears([(WIDE, True, False, False), (TALL, False, True, False)] * 8, [8, 512])
+        assert len(notes) == 3, "none for 512 tokens"
+        return partial(tune.chosen_linear, 8)
+
+    return run
+
+
+def test_the_fastest_alone_is_kept(tuned: Callable[[Clock], Callable[..., object]]) -> None:
+    """And torch's where nothing is faster; a second run reads what the first one found."""
+    times = {FIRST: 10.0, SECOND: 12.0}
+    chosen = tuned(Clock(times, times))
+    assert chosen(WIDE, True, False, False) == chosen(TALL, False, True, False) == FIRST
+    again = Clock({}, {})
+    assert tuned(again)(WIDE, True, False, False) == FIRST
+    assert again.calls == 0
+
+
+def test_torch_is_kept_where_nothing_is_faster(tuned: Callable[[Clock], Callable[..., object]]) -> None:
+    """A gain below what noise makes is none."""
+    assert tuned(Clock({FIRST: 19.9}, {FIRST: 19.9}))(WIDE, True, False, False) is None
+
+
+def test_what_is_faster_among_the_others_replaces_it(
+    tuned: Callable[[Clock], Callable[..., object]],
+) -> None:
+    """Only what is nearly as fast alone is tried."""
+    alone = {FIRST: 10.0, SECOND: 12.0, SLOW: 19.0}
+    chosen = tuned(Clock(alone, {FIRST: 11.0, SECOND: 10.5, SLOW: 1.0}))
+    assert chosen(WIDE, True, False, False) == chosen(TALL, False, True, False) == SECOND

@@ -1,0 +1,80 @@
+"""``torch-opt`` on the CPU: what Inductor makes of the pieces gives the same tokens, in few compilations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import UnsupportedError
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.inductor import Piece, compile_pieces
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from tests import architectures
+
+PROMPTS = architectures.random_prompts((1, 2, 9, 14), vocab_size=128)
+NUM_NEW_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def source() -> nn.Module:
+    return architectures.random_model(architectures.CONFIGS["qwen3"](), "sdpa")
+
+
+@pytest.fixture(scope="module")
+def model(source: nn.Module) -> CachedModel:
+    config = AutoDeployConfig(
+        max_batch_size=4, max_seq_len=64, max_num_tokens=32, compile_backend="torch-opt"
+    )
+    return transform_module(source, config)[0]
+
+
+def pieces(model: CachedModel) -> list[Piece]:
+    return [module for module in model.module.modules() if isinstance(module, Piece)]
+
+
+def test_equal_layers_share_a_piece(model: CachedModel) -> None:
+    """Before the first attention, between two (of three layers), and after the last."""
+    assert [piece.num_calls for piece in pieces(model)] == [1, 2, 1]
+
+
+def test_tokens_are_those_of_transformers(source: nn.Module, model: CachedModel) -> None:
+    engine = Engine(model)
+    for prompt in PROMPTS:
+        engine.add_request(prompt, SamplingParams(max_new_tokens=NUM_NEW_TOKENS))
+    tokens = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.completion is not None:
+                tokens[output.request_id] = output.completion.token_ids
+    expected = architectures.generated_by_transformers(source, PROMPTS, NUM_NEW_TOKENS)
+    assert [tokens[i] for i in sorted(tokens)] == expected
+
+
+def test_steps_of_all_sizes_share_the_variants_of_the_warm_up(model: CachedModel) -> None:
+    """One token and many, and for the last piece also no, one and several rows of logits."""
+    assert [piece.num_variants for piece in pieces(model)] == [2, 2, 4]
+
+
+def test_a_part_that_torch_compile_refuses_is_named() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch._dynamo.graph_break)
+    graph.output((x,))
+    piece = Piece(fx.GraphModule(nn.Module(), graph), [(0, 0)], "node break (model.py:12)")
+    with pytest.raises(UnsupportedError, match=r"node break \(model.py:12\).*compile_backend"):
+        piece(torch.ones(3))
+
+
+def test_sizes_in_a_piece_are_read_of_its_inputs(source: nn.Module) -> None:
+    config = AutoDeployConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=32)
+    eager = transform_module(source, config)[0].module
+    assert isinstance(eager, fx.GraphModule)
+    flat, _ = compile_pieces(eager)
+    passed = {
+        type(node.meta.get("val")) for call in flat.graph.find_nodes(op="call_module") for node in call.args
+    }
+    assert torch.SymInt not in passed

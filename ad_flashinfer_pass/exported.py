@@ -31,7 +31,7 @@ from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
-from ad_flashinfer_pass.registry import CachedSite, KvCacheResource, SiteNotes, TransformContext
+from ad_flashinfer_pass.records import CachedSite, KvCacheResource, SiteNotes, TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 from ad_flashinfer_pass.transforms.export_model import plain_module

@@ -29,11 +29,11 @@ from torch import fx, nn
 
 from ad_flashinfer_pass import registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, check_type
-from ad_flashinfer_pass.deployment import prebuild
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
-from ad_flashinfer_pass.inspection.stages import StageWriter
+from ad_flashinfer_pass.graph.stage_writer import StageWriter
+from ad_flashinfer_pass.kernels import prebuilt
 from ad_flashinfer_pass.kernels.attention import select
-from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
@@ -87,7 +87,7 @@ def context(config: AutoDeployConfig) -> TransformContext:
             raise ConfigError(f"device: got {config.device}, the GPUs here are cuda:0 to cuda:{count - 1}.")
         torch.cuda.set_device(device)  # streams, events and graphs are those of the current device
     if config.kernel_dir is not None and device.type == "cuda":
-        prebuild.use(Path(config.kernel_dir), device)
+        prebuilt.use(Path(config.kernel_dir), device)
     _check_metadata_fits(config, device)
     info = SequenceInfo(
         max_seq_len=config.sequence_limit,

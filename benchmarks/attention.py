@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, split_decode, xqa
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.cache import append
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32

@@ -19,7 +19,7 @@ from ad_flashinfer_pass.errors import ConfigError, ExportError
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
-from ad_flashinfer_pass.registry import CachedSite, SiteNotes
+from ad_flashinfer_pass.records import CachedSite, SiteNotes
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests import architectures

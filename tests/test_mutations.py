@@ -24,7 +24,7 @@ from ad_flashinfer_pass.graph import axes
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.matching import eager as written_out
 from ad_flashinfer_pass.matching import logits, operands, parts
-from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.transforms import (
     check_packing,
     classify_mask,

@@ -8,7 +8,8 @@ import pytest
 
 from ad_flashinfer_pass import pipeline, registry, transforms
 from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig, default_transforms
-from ad_flashinfer_pass.registry import TransformReport, register
+from ad_flashinfer_pass.records import TransformReport
+from ad_flashinfer_pass.registry import register
 from tests.transforms.small_models import SmallModel, context, sdpa
 
 

@@ -24,7 +24,8 @@ from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.axes import Axis, Dims, Size
 from ad_flashinfer_pass.ops import TOKEN_BY_TOKEN
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
 _BY_PLACE = "numbers the tokens by their place in the batch; the model must take positions from position_ids"

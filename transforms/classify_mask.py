@@ -19,7 +19,8 @@ from torch import fx, nn
 from ad_flashinfer_pass import masks
 from ad_flashinfer_pass.errors import MaskError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 
 @register("classify_mask")

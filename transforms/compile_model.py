@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Phase
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import (
     CudaGraphModule,
     bucket_sizes,

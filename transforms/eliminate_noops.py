@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
 

@@ -20,7 +20,8 @@ from torch import SymInt, fx, nn
 
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention

@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass.errors import ExportError, UnsupportedError
 from ad_flashinfer_pass.experts import as_one_op
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 # Large enough that sizes are not confused with small constants, distinct, and not 0 or 1, which
 # torch.export specialises.

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
 

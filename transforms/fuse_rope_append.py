@@ -16,7 +16,8 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import Skip, TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
 _END = 2**63 - 1

@@ -15,7 +15,8 @@ from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import CapacityError
-from ad_flashinfer_pass.registry import TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 

@@ -26,14 +26,14 @@ from ad_flashinfer_pass.errors import ConfigError, NoAttentionError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Site
-from ad_flashinfer_pass.registry import (
+from ad_flashinfer_pass.records import (
     CachedSite,
     KvCacheResource,
     SiteNotes,
     TransformContext,
     TransformReport,
-    register,
 )
+from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 
 _DTYPES = {

@@ -22,7 +22,8 @@ from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.axes import Dims
 from ad_flashinfer_pass.matching import AttentionMatch, MaskTerm, Operand
-from ad_flashinfer_pass.registry import SiteNotes, Skip, TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import SiteNotes, Skip, TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 
 assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
 aten = torch.ops.aten

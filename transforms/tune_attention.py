@@ -20,7 +20,8 @@ from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.kernels.attention.tune import kind_of, tune_decode
-from ad_flashinfer_pass.registry import CachedSite, TransformContext, TransformReport, register
+from ad_flashinfer_pass.records import CachedSite, TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 _Place = tuple[fx.Node, CachedSite]

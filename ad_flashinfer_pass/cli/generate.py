@@ -29,10 +29,11 @@ from ad_flashinfer_pass.cli.options import (
     option,
     settings,
 )
+from ad_flashinfer_pass.cli.output import Stdout
 from ad_flashinfer_pass.cli.progress import Reporter
 from ad_flashinfer_pass.cli.prompts import read_prompts
 from ad_flashinfer_pass.errors import ConfigError, RequestError
-from ad_flashinfer_pass.files import OutputFile, Stdout
+from ad_flashinfer_pass.files import OutputFile
 
 HELP = (
     "Continue texts, or answer chats.\n\n"

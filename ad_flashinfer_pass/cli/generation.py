@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ad_flashinfer_pass.cli.output import Stdout, as_json, as_text
 from ad_flashinfer_pass.cli.progress import Reporter
 from ad_flashinfer_pass.cli.prompts import GivenPrompt, model_inputs
 from ad_flashinfer_pass.errors import RequestError
-from ad_flashinfer_pass.files import OutputFile, Stdout, as_json, as_text
+from ad_flashinfer_pass.files import OutputFile
 
 if TYPE_CHECKING:
     from ad_flashinfer_pass.config import AutoDeployConfig

@@ -17,9 +17,8 @@ from packaging.version import Version
 from pydantic import BaseModel
 
 from ad_flashinfer_pass import autodeploy_hook
-from ad_flashinfer_pass.deployment import prebuild
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.kernels import modules
+from ad_flashinfer_pass.kernels import modules, prebuilt
 from ad_flashinfer_pass.kernels.attention import select, trtllm_gen
 from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
 
@@ -203,7 +202,7 @@ _PREBUILD = (
 def _folder_check(folder: Path, gpus: list[Gpu]) -> Check:
     """Whether ``kernel_dir: folder`` would be accepted on every GPU of this machine."""
     try:
-        made = prebuild.read_manifest(folder)
+        made = prebuilt.read_manifest(folder)
     except ConfigError as err:
         return Check(name="kernel_dir", state="missing", found=str(err), remedy=_PREBUILD)
     what = f"{len(made.modules)} modules for SM{made.sm} of flashinfer-python {made.flashinfer}"

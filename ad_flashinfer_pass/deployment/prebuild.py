@@ -1,7 +1,7 @@
 """``prebuild``: the FlashInfer modules that a config needs on a kind of GPU, compiled without one.
 
 The result is a folder: one library a module, and ``manifest.json``. A machine that has no compiler and no
-network uses it with ``kernel_dir: FOLDER``.
+network uses it with ``kernel_dir: FOLDER``; see ``kernels.prebuilt``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, KernelError
@@ -27,13 +26,13 @@ from ad_flashinfer_pass.files import write_file
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention import select, trtllm_gen
 from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
+from ad_flashinfer_pass.kernels.prebuilt import MANIFEST, Manifest, NeededModule, read_manifest
 
 if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpec
     from rich.console import RenderableType
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-_MANIFEST = "manifest.json"
 # What FlashInfer's modules take from the driver. They are linked with it, and on a machine without a driver
 # there may be no stub of it either.
 _DRIVER_SYMBOLS = (
@@ -42,33 +41,6 @@ _DRIVER_SYMBOLS = (
     "cuLibraryGetKernel cuLibraryLoadData cuModuleGetFunction cuModuleLoadData cuModuleUnload "
     "cuTensorMapEncodeIm2col cuTensorMapEncodeTiled"
 ).split()
-
-
-class NeededModule(BaseModel):
-    """One FlashInfer module, and what needs it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    provider: str
-    phases: list[Phase]
-    num_sites: int
-    seconds: float | None = None
-    """That it took to compile; None if it was not compiled, or had been before."""
-
-
-class Manifest(BaseModel):
-    """What a folder of prebuilt kernels holds."""
-
-    sm: int
-    """Compute capability, major and minor: 90 is 9.0."""
-    flashinfer: str
-    """Version of flashinfer-python, which must be the same where the folder is used."""
-    nvcc: str
-    """Last line of nvcc --version."""
-    modules: list[NeededModule]
-    notes: list[str]
-    """What the config needs beside modules."""
 
 
 def needed_modules(
@@ -215,7 +187,7 @@ def prebuild(
                 continue
             kept[record.name] = record
             made = made.model_copy(update={"modules": list(kept.values())})
-            write_file(folder / _MANIFEST, made.model_dump_json(indent=1) + "\n")
+            write_file(folder / MANIFEST, made.model_dump_json(indent=1) + "\n")
             if on_line is not None:
                 on_line(f"{index + 1} of {len(todo)}: {record.name}: {record.seconds:.0f} s")
     if failed:
@@ -239,7 +211,7 @@ def _built(record: NeededModule, spec: JitSpec, folder: Path) -> NeededModule:
 
 def _kept(folder: Path, wanted: Manifest) -> list[NeededModule]:
     """Modules that the folder has already; it must be of the same kind."""
-    if not (folder / _MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         return []
     found = read_manifest(folder)
     if (found.sm, found.flashinfer) != (wanted.sm, wanted.flashinfer):
@@ -248,45 +220,6 @@ def _kept(folder: Path, wanted: Manifest) -> list[NeededModule]:
             f"{wanted.sm} of {wanted.flashinfer}: give another folder."
         )
     return [module for module in found.modules if (folder / module.name / f"{module.name}.so").exists()]
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """What a folder holds.
-
-    Raises:
-        ConfigError: it is not a folder that ``prebuild`` made.
-    """
-    try:
-        return Manifest.model_validate(json.loads((folder / _MANIFEST).read_text()))
-    except (OSError, ValueError) as err:
-        raise ConfigError(
-            f"{folder}: not a folder of prebuilt kernels ({' '.join(str(err).split())})."
-        ) from None
-
-
-def use(folder: Path, device: torch.device) -> None:
-    """Let FlashInfer load its modules from a folder that ``prebuild`` made.
-
-    Args:
-        folder: it takes the place of FlashInfer's own folder of prebuilt modules.
-        device: a CUDA device, of the compute capability that they are for.
-
-    Raises:
-        ConfigError: the folder is for another GPU or FlashInfer, or none that ``prebuild`` made.
-    """
-    problem = modules.problem()
-    if problem is not None:
-        raise ConfigError(f"kernel_dir: {problem}.")
-    found, major_minor = read_manifest(folder), torch.cuda.get_device_capability(device)
-    here = (major_minor[0] * 10 + major_minor[1], version("flashinfer-python"))
-    if (found.sm, found.flashinfer) != here:
-        raise ConfigError(
-            f"kernel_dir: {folder} is for compute capability {found.sm} and flashinfer-python "
-            f"{found.flashinfer}, here are {here[0]} and {here[1]}: prebuild again, with --sm {here[0]}."
-        )
-    from flashinfer.jit import env
-
-    env.FLASHINFER_AOT_DIR = folder.resolve()
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from torch import fx
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import (
-    ConfigError,
     ExportError,
     MaskError,
     NoAttentionError,
@@ -23,18 +22,19 @@ from ad_flashinfer_pass.errors import (
     UnsupportedError,
 )
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.inspection.lint import lint_graph
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import folded, ranges, short, source_line, table
-from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.inspection.target import check_target, site_choices
 from ad_flashinfer_pass.kernels.attention.capability import ledger
 from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.matching import SDPA
-from ad_flashinfer_pass.registry import SiteNotes
+from ad_flashinfer_pass.records import SiteNotes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ad_flashinfer_pass.registry import CachedSite, TransformContext, TransformReport
+    from ad_flashinfer_pass.records import CachedSite, TransformContext, TransformReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,6 @@ def _source_lines(node: fx.Node) -> list[str]:
 
 def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explanation:
     """The explanation of a run; see ``explain``."""
-    from ad_flashinfer_pass.inspection.lint import lint_graph
-
     assert isinstance(run.module, fx.GraphModule)
     if run.ctx.sites:
         sites = _sites(run.ctx, config, sm)
@@ -200,34 +198,6 @@ def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explan
         sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
     outside = [f"{f.where}: {f.message} ({f.rule})" for f in lint_graph(run.module, suppress=["host-plan"])]
     return Explanation(sites=sites, transforms=_notes(run.reports), not_captured=outside)
-
-
-def check_target(config: AutoDeployConfig, sm: int | None) -> None:
-    """Refuse to choose kernels for a GPU of which nothing is known.
-
-    Raises:
-        ConfigError: the device is a GPU that is not here and ``sm`` is not given, or that is none.
-    """
-    if sm is not None:
-        select.check_sm(sm)
-    select.torch_device(config.device)
-    if config.device.startswith("cuda") and sm is None and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {config.device} is not here, so give its compute capability, as in --sm 90."
-        )
-
-
-def site_choices(site: CachedSite, config: AutoDeployConfig, sm: int | None) -> tuple[Choice, Choice]:
-    """The kernels for prefill and decode of a site, on ``config.device`` or on a GPU elsewhere.
-
-    Raises:
-        UnsupportedError: no kernel covers the site.
-    """
-    device = torch.device(config.device)
-    return (
-        select.choose(site.site, "prefill", device, site.where, sm),
-        select.choose(site.site, "decode", device, site.where, sm),
-    )
 
 
 def _sites(ctx: TransformContext, config: AutoDeployConfig, sm: int | None) -> list[SiteExplanation]:

@@ -19,9 +19,9 @@ from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.config import AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.inspection.explain import check_target, site_choices
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import folded, source_line, table
+from ad_flashinfer_pass.inspection.target import check_target, site_choices
 from ad_flashinfer_pass.kernels.attention import select
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from ad_flashinfer_pass.errors import CapacityError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.data import GraphData, NodeData, layer_of
 from ad_flashinfer_pass.graph.text_format import value_text
-from ad_flashinfer_pass.inspection.explain import check_target, site_choices
 from ad_flashinfer_pass.inspection.sizes import allocated_bytes
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import table
+from ad_flashinfer_pass.inspection.target import check_target, site_choices
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.tune import timed_providers
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
@@ -31,7 +31,7 @@ from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ad_flashinfer_pass.registry import KvCacheResource, TransformContext
+    from ad_flashinfer_pass.records import KvCacheResource, TransformContext
     from ad_flashinfer_pass.transforms.initialize_cache import Pages
 
 

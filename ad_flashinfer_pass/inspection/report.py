@@ -15,19 +15,14 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph.data import GraphData
 from ad_flashinfer_pass.inspection.diff import GraphDiff, LayerDiff, diff_graphs
 from ad_flashinfer_pass.inspection.drawing import draw_layer
-from ad_flashinfer_pass.inspection.explain import (
-    Explanation,
-    KernelUse,
-    check_target,
-    explain_run,
-    kernel_uses,
-)
+from ad_flashinfer_pass.inspection.explain import Explanation, KernelUse, explain_run, kernel_uses
 from ad_flashinfer_pass.inspection.lint import RULES, Finding, lint_run
 from ad_flashinfer_pass.inspection.plan import MemoryPlan, answers, gib, plan_run
 from ad_flashinfer_pass.inspection.stages import run_stages
 from ad_flashinfer_pass.inspection.tables import ranges, short
+from ad_flashinfer_pass.inspection.target import check_target
 from ad_flashinfer_pass.kernels.attention import select
-from ad_flashinfer_pass.registry import TransformReport
+from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 

@@ -9,7 +9,6 @@ model has it.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,24 +17,11 @@ from transformers import PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError
+from ad_flashinfer_pass.models.layers import Layers
 from ad_flashinfer_pass.models.source import first_line
 from ad_flashinfer_pass.models.weightless import load_weightless
 
 _ENOUGH = 2
-
-
-@dataclass(frozen=True)
-class Layers:
-    """How many of a model's layers are taken, the first ones."""
-
-    taken: int
-    of: int
-    why: str
-
-    def __str__(self) -> str:
-        if self.taken == self.of:
-            return f"all {self.of} layers ({self.why})"
-        return f"the first {self.taken} of {self.of} layers ({self.why}; --layers {self.of} takes all)"
 
 
 def first_layers(config: AutoDeployConfig, wanted: int | None = None) -> tuple[AutoDeployConfig, Layers]:

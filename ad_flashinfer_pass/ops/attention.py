@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 _NAME = "ad_flashinfer::attention"
 
@@ -62,7 +63,7 @@ def attention(
         )
     if not is_causal and (sliding_window is not None or chunk is not None):
         raise ValueError("sliding_window and chunk narrow a causal mask: set is_causal, or give a mask.")
-    spec = reference.AttentionSpec(
+    spec = AttentionSpec(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         sliding_window=sliding_window,
         logit_cap=logit_cap,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import select
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.ops.launch import launching
 
 _NAME = "ad_flashinfer::cached_attention"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 
 _NAME = "ad_flashinfer::linear"
 
@@ -57,25 +58,6 @@ def linear(
     with torch.cuda.device_of(x):
         out = run()
     return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def by_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """The same by torch's kernels; x [tokens, depth]."""
-    if norm is not None:
-        x = F.rms_norm(x, norm.shape, norm, eps)
-    out = F.linear(x, weight, bias)
-    if gated:
-        gate, up = out.chunk(2, -1)
-        out = F.silu(gate) * up
-    return out if residual is None else residual + out
 
 
 torch.library.impl(_NAME, "default", linear)

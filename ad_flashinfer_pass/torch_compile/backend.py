@@ -31,9 +31,9 @@ from ad_flashinfer_pass.errors import (
     TransformError,
 )
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import CachedSite, TransformContext
+from ad_flashinfer_pass.records import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
-from ad_flashinfer_pass.torch_compile.batch import Batch
+from ad_flashinfer_pass.torch_compile.batch import Batch, CacheGroup
 from ad_flashinfer_pass.torch_compile.pieces import (
     Piece,
     Source,
@@ -43,7 +43,7 @@ from ad_flashinfer_pass.torch_compile.pieces import (
     has_own_cache,
     sources,
 )
-from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession, CompileRecord
+from ad_flashinfer_pass.torch_compile.session import CacheSession, CompileRecord
 from ad_flashinfer_pass.transforms.insert_cached_attention import cache_pair
 
 aten = torch.ops.aten

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import SessionError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
-from ad_flashinfer_pass.torch_compile.sequences import Entries, kind
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
+from ad_flashinfer_pass.torch_compile.sequences import Entries, Sequences, kind
 
-if TYPE_CHECKING:
-    from ad_flashinfer_pass.torch_compile.session import CacheGroup, CacheSession
+
+class Session(Protocol):
+    """What a batch needs of its session."""
+
+    sequence_info: SequenceInfo
+    sequences: Sequences
+    open_batch: Batch | None
+    last_decoder: CachedModel | None
+
+    def refuse_if_open(self) -> None:
+        """Refuse what cannot be done within a batch."""
+
+    def release(self, pages: list[int]) -> None:
+        """Give pages back, zeroed."""
 
 
 class Batch:
@@ -27,7 +40,7 @@ class Batch:
 
     def __init__(
         self,
-        session: CacheSession,
+        session: Session,
         entries: Entries,
         *,
         sort: bool = False,
@@ -171,3 +184,41 @@ class Batch:
             length = self._session.sequences.commit(sequence, self.packed[sequence])
             for group in self.ran:
                 group.lengths[sequence] = length
+
+
+class CacheGroup:
+    """The caches of the attention layers that one graph has, with what they hold.
+
+    Two graphs with the same layers, say of a model that was compiled twice, have the same group.
+    """
+
+    def __init__(
+        self, keys: tuple[Hashable, ...], caches: list[Tensor], where: str, weights: Sequence[Tensor]
+    ) -> None:
+        self.keys = keys
+        self.caches = caches
+        self.weights = weights
+        self.where = where
+        """The first layer, for messages."""
+        self.lengths: dict[int, int] = {}
+        """Tokens in these caches, by sequence."""
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch that does not continue what the caches hold.
+
+        Raises:
+            SessionError: names the sequence, its length and that of the batch.
+        """
+        if self in batch.ran:
+            raise SessionError(
+                f"{self.where} has already run in this batch. Call a compiled model once a batch; layers "
+                "that share their weights across a graph break cannot be told apart (use fullgraph=True)."
+            )
+        for sequence, step in batch.packed.items():
+            held = self.lengths.get(sequence, 0)
+            if held != step.input_pos:
+                raise SessionError(
+                    f"sequence {sequence} has {step.input_pos} tokens and the caches of {self.where} hold "
+                    f"{held} of them: run every step of a sequence through every model that serves it, in "
+                    "order."
+                )

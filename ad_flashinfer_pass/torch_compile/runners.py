@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.errors import ConfigError, SessionError, UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext
+from ad_flashinfer_pass.records import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 from ad_flashinfer_pass.torch_compile.batch import Batch

@@ -20,10 +20,10 @@ from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError, SessionError
 from ad_flashinfer_pass.experts import offer_to_transformers
-from ad_flashinfer_pass.registry import KvCacheResource
+from ad_flashinfer_pass.records import KvCacheResource
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.page_pool import PagePool
-from ad_flashinfer_pass.torch_compile.batch import Batch
+from ad_flashinfer_pass.torch_compile.batch import Batch, CacheGroup
 from ad_flashinfer_pass.torch_compile.sequences import Schedule, Sequences
 from ad_flashinfer_pass.transforms.initialize_cache import free_bytes, pages_wanted
 
@@ -42,44 +42,6 @@ class CompileRecord(NamedTuple):
     """The token counts for which it holds."""
     seconds: float
     """0 for dynamo, which does not say."""
-
-
-class CacheGroup:
-    """The caches of the attention layers that one graph has, with what they hold.
-
-    Two graphs with the same layers, say of a model that was compiled twice, have the same group.
-    """
-
-    def __init__(
-        self, keys: tuple[Hashable, ...], caches: list[Tensor], where: str, weights: Sequence[Tensor]
-    ) -> None:
-        self.keys = keys
-        self.caches = caches
-        self.weights = weights
-        self.where = where
-        """The first layer, for messages."""
-        self.lengths: dict[int, int] = {}
-        """Tokens in these caches, by sequence."""
-
-    def check(self, batch: Batch) -> None:
-        """Refuse a batch that does not continue what the caches hold.
-
-        Raises:
-            SessionError: names the sequence, its length and that of the batch.
-        """
-        if self in batch.ran:
-            raise SessionError(
-                f"{self.where} has already run in this batch. Call a compiled model once a batch; layers "
-                "that share their weights across a graph break cannot be told apart (use fullgraph=True)."
-            )
-        for sequence, step in batch.packed.items():
-            held = self.lengths.get(sequence, 0)
-            if held != step.input_pos:
-                raise SessionError(
-                    f"sequence {sequence} has {step.input_pos} tokens and the caches of {self.where} hold "
-                    f"{held} of them: run every step of a sequence through every model that serves it, in "
-                    "order."
-                )
 
 
 class CacheSession:

@@ -13,9 +13,9 @@ from packaging.version import Version
 
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.deployment import doctor
-from ad_flashinfer_pass.deployment.prebuild import Manifest, NeededModule
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.prebuilt import Manifest, NeededModule
 
 
 @pytest.fixture

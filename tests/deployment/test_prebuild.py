@@ -21,7 +21,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype
 from ad_flashinfer_pass.deployment import prebuild
 from ad_flashinfer_pass.errors import ConfigError, KernelError
 from ad_flashinfer_pass.inspection import stages
-from ad_flashinfer_pass.kernels import modules
+from ad_flashinfer_pass.kernels import modules, prebuilt
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 
@@ -78,6 +78,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(modules, "problem", lambda: None)
     monkeypatch.setattr(modules, "nvcc", lambda: str(nvcc))
     monkeypatch.setattr(prebuild, "version", lambda name: "0.7.2")
+    monkeypatch.setattr(prebuilt, "version", lambda name: "0.7.2")
     core, env = ModuleType("flashinfer.jit.core"), ModuleType("flashinfer.jit.env")
     context = ModuleType("flashinfer.compilation_context")
     context.CompilationContext = CompilationContext  # type: ignore[attr-defined]
@@ -162,7 +163,7 @@ def test_compiles_into_a_folder_and_keeps_what_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     made = prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
     assert sorted(Spec.compiled) == ["fa3_bfloat16_9", "xqa_bfloat16_9"]
-    assert prebuild.read_manifest(folder) == made
+    assert prebuilt.read_manifest(folder) == made
     assert (made.sm, made.flashinfer, made.nvcc) == (90, "0.7.2", "release 13.0")
     for name in Spec.compiled:
         assert (folder / name / f"{name}.so").read_text() == name
@@ -190,7 +191,7 @@ def test_what_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "kernels"
     with pytest.raises(KernelError, match="module broken does not compile: nvcc failed"):
         prebuild.prebuild(CONFIG, 90, folder, jobs=1)
-    assert [module.name for module in prebuild.read_manifest(folder).modules] == ["fmha_v2_bfloat16_9"]
+    assert [module.name for module in prebuilt.read_manifest(folder).modules] == ["fmha_v2_bfloat16_9"]
 
 
 def test_an_unknown_provider_lists_the_known() -> None:
@@ -211,14 +212,14 @@ def test_a_folder_is_used_only_where_it_fits(tmp_path: Path, monkeypatch: pytest
     folder, device = tmp_path / "kernels", torch.device("cuda")
     prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    prebuild.use(folder, device)
+    prebuilt.use(folder, device)
     assert folder == sys.modules["flashinfer.jit.env"].FLASHINFER_AOT_DIR
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ConfigError, match=r"here are 89 and 0.7.2: prebuild again, with --sm 89"):
-        prebuild.use(folder, device)
+        prebuilt.use(folder, device)
     with pytest.raises(ConfigError, match="not a folder of prebuilt kernels"):
-        prebuild.use(tmp_path, device)
+        prebuilt.use(tmp_path, device)
 
 
 def test_modules_of_another_flashinfer_are_not_loaded(
@@ -228,16 +229,18 @@ def test_modules_of_another_flashinfer_are_not_loaded(
     folder, env = tmp_path / "kernels", sys.modules["flashinfer.jit.env"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(prebuild, "version", lambda name: "0.7.2.post1")
+    monkeypatch.setattr(prebuilt, "version", lambda name: "0.7.2.post1")
     made = prebuild.prebuild(CONFIG, 90, folder, skip=["fmha_v2"])
     for name in ("0.7.4", "0.7.2", "0.7.2.post1+local"):
         monkeypatch.setattr(prebuild, "version", lambda package, name=name: name)
+        monkeypatch.setattr(prebuilt, "version", lambda package, name=name: name)
         said = f"flashinfer-python 0.7.2.post1, here are 90 and {name}: prebuild again"
         with pytest.raises(ConfigError, match=re.escape(said)):
-            prebuild.use(folder, torch.device("cuda"))
+            prebuilt.use(folder, torch.device("cuda"))
         with pytest.raises(ConfigError, match=re.escape(f"FlashInfer 0.7.2.post1, not 90 of {name}")):
             prebuild.prebuild(CONFIG, 90, folder)
     assert not hasattr(env, "FLASHINFER_AOT_DIR")
-    assert prebuild.read_manifest(folder) == made
+    assert prebuilt.read_manifest(folder) == made
 
 
 def test_the_command_lists_and_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

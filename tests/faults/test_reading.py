@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ad_flashinfer_pass import exported
-from ad_flashinfer_pass.deployment import prebuild
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.graph.text_format import to_text
 from ad_flashinfer_pass.inspection.stages import read_graph
-from ad_flashinfer_pass.kernels import measure
+from ad_flashinfer_pass.kernels import measure, prebuilt
+from ad_flashinfer_pass.kernels.prebuilt import Manifest
 from ad_flashinfer_pass.saved_program import load, load_module
 from tests import saved_programs
 from tests.faults.harness import TIMES, Runner, assert_no_bug, assert_one_line, damaged, refusal_of
@@ -102,9 +102,9 @@ def test_damaged_dump(
 
 @pytest.mark.parametrize("seed", range(30 * TIMES))
 def test_damaged_manifest(seed: int, tmp_path: Path) -> None:
-    made = prebuild.Manifest(sm=90, flashinfer="0.7.2", nvcc="12", modules=[], notes=["a note"])
-    (tmp_path / prebuild._MANIFEST).write_bytes(damaged(made.model_dump_json(indent=1).encode(), seed))
-    refusal_of(lambda: prebuild.read_manifest(tmp_path), str(tmp_path))
+    made = Manifest(sm=90, flashinfer="0.7.2", nvcc="12", modules=[], notes=["a note"])
+    (tmp_path / prebuilt.MANIFEST).write_bytes(damaged(made.model_dump_json(indent=1).encode(), seed))
+    refusal_of(lambda: prebuilt.read_manifest(tmp_path), str(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(20 * TIMES))

@@ -14,8 +14,9 @@ from ad_flashinfer_pass import inspection
 from ad_flashinfer_pass.deployment import calibrate
 from ad_flashinfer_pass.files import write_file
 from ad_flashinfer_pass.graph.data import GraphData
+from ad_flashinfer_pass.graph.stage_writer import StageWriter
 from ad_flashinfer_pass.inspection import stages
-from ad_flashinfer_pass.inspection.stages import StageWriter, read_graph
+from ad_flashinfer_pass.inspection.stages import read_graph
 from tests import saved_programs
 from tests.faults import harness
 from tests.faults.harness import Runner, assert_one_line, at_step, contents, raising

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.kernels.attention.capability import Site
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec, visibility_bias
+from ad_flashinfer_pass.kernels.attention.reference import visibility_bias
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
 
 DEVICE = torch.device("cuda")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, KvCacheConfig, KvDtype
 from ad_flashinfer_pass.kernels.attention import fa, select
 from ad_flashinfer_pass.pipeline import transform_module
-from ad_flashinfer_pass.registry import TransformReport
+from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.engine import Engine

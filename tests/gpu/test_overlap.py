@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap
 from ad_flashinfer_pass.kernels.attention import split_decode
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.cache import rope_append
 from ad_flashinfer_pass.kernels.linear import small_gemm
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config

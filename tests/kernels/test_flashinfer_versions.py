@@ -25,7 +25,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import modules, workspaces
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, select, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Site
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 RECORD = json.loads(Path(__file__).with_name("flashinfer_signatures.json").read_text())
 VERSIONS: list[str] = RECORD["versions"]

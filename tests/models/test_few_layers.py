@@ -10,7 +10,8 @@ import transformers
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.models.few_layers import Layers, first_layers, kinds_of_layers
+from ad_flashinfer_pass.models.few_layers import first_layers, kinds_of_layers
+from ad_flashinfer_pass.models.layers import Layers
 from ad_flashinfer_pass.models.weightless import load_weightless
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 100}

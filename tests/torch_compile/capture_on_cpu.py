@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass import registry
-from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.transforms import compile_model, fuse_rope_append, fuse_small_batch
 
 Result = tuple[nn.Module, TransformReport]

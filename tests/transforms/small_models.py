@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass import registry, transforms
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 assert transforms.__name__ == "ad_flashinfer_pass.transforms"  # importing it registers them

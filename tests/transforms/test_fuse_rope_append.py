@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.pipeline import context, run
-from ad_flashinfer_pass.registry import Skip, TransformContext
+from ad_flashinfer_pass.records import Skip, TransformContext
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_rope_append import fuse
 from tests import architectures

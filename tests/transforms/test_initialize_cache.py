@@ -8,7 +8,7 @@ from torch import nn
 
 from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.errors import CapacityError
-from ad_flashinfer_pass.registry import KvCacheResource, TransformContext
+from ad_flashinfer_pass.records import KvCacheResource, TransformContext
 from ad_flashinfer_pass.transforms import initialize_cache
 from tests.transforms.small_models import context
 

@@ -16,7 +16,7 @@ from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, Unsupported
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.kernels.attention.capability import Capability
-from ad_flashinfer_pass.registry import TransformContext
+from ad_flashinfer_pass.records import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 from tests.transforms.serving import assert_serves_like, cached

@@ -8,7 +8,7 @@ from torch import fx
 
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.registry import TransformContext, TransformReport
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from tests.transforms.small_models import SmallModel, context, exported, find, run, sdpa
 
 

@@ -30,7 +30,7 @@ from ad_flashinfer_pass.inspection.check.reproducer import write_reproducer
 from ad_flashinfer_pass.inspection.check.steps import Phase, Step
 from ad_flashinfer_pass.inspection.stages import resolve, transform_order
 from ad_flashinfer_pass.inspection.tables import table
-from ad_flashinfer_pass.models.few_layers import Layers, first_layers
+from ad_flashinfer_pass.models.layers import Layers
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
@@ -39,7 +39,7 @@ from ad_flashinfer_pass.saved_program import load_module
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ad_flashinfer_pass.registry import TransformContext, TransformReport
+    from ad_flashinfer_pass.records import TransformContext, TransformReport
 
 # Share of the largest value of a site's result. Sums in another order, and rounding of what is summed.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -169,6 +169,7 @@ def check(
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model.
     """
+    from ad_flashinfer_pass.models.few_layers import first_layers
     from ad_flashinfer_pass.models.loading import load_model
 
     tell = on_event or (lambda text: None)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.modules import has, target
 
 if TYPE_CHECKING:

@@ -8,30 +8,16 @@ padding.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention.capability import Capability
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}), run_on=frozenset({90}))
-
-
-class AttentionSpec(NamedTuple):
-    """What an attention site computes; see ``ops.cached_attention`` for the meaning of each."""
-
-    scale: float
-    sliding_window: int | None = None
-    logit_cap: float | None = None
-    chunk: int | None = None
-    k_scale: float = 1.0
-    v_scale: float = 1.0
-    v_head_dim: int | None = None
-    """None: that of the query."""
-    sinks: Tensor | None = None
-    alibi_slopes: Tensor | None = None
 
 
 def num_sequences(batch_info_host: Tensor) -> int:

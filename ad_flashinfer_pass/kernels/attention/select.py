@@ -6,7 +6,7 @@ A provider is a module with a ``CAPABILITY`` and, for the phases that it declare
     prefill(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec)
 
 Their arguments are those of ``ops.cached_attention`` cut to the sequences of the phase, with query
-[tokens, num_heads, head_dim] and ``reference.AttentionSpec`` for what the site computes; the result,
+[tokens, num_heads, head_dim] and ``spec.AttentionSpec`` for what the site computes; the result,
 [tokens, num_heads, v_head_dim], is a new tensor. ``decode`` may take an integer more, which changes how it is
 launched, not what it computes: the module gives its name as ``DECODE_OPTION``, and
 ``decode_options(site, batch, device)`` those worth timing. A provider may also have ``extend``, which is

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Site
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 MAX_SPLITS = 32
 _SUMS, _PAIRS = 2**22, 2**13

@@ -20,7 +20,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site, ledger
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 _MIN_GAIN = 0.98
 """What replaces the provider that stands first must take less than this share of its time."""

@@ -19,9 +19,9 @@ import triton
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.linear import small_gemm
+from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config
 from ad_flashinfer_pass.kernels.measure import microseconds, read_choices, write_choices
-from ad_flashinfer_pass.ops.linear import by_torch
 
 _MIN_GAIN = 0.99
 """A kernel of ours must take less than this share of torch's time, or noise would decide."""

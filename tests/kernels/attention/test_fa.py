@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, reference
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, WIDTH = 4, 2, 16, 8, 40, 6
 SPECS = {

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass.kernels import workspaces  # noqa: E402
 from ad_flashinfer_pass.kernels.attention import reference, split_decode  # noqa: E402
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec  # noqa: E402
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.split_decode import Config  # noqa: E402
 from tests.kernels.paged_batch import Features, PagedBatch, Shape  # noqa: E402
 

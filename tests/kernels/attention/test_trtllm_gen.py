@@ -11,7 +11,7 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention import reference, trtllm_gen
-from ad_flashinfer_pass.kernels.attention.reference import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")
 if not (modules.has("0.6.18") and not modules.has("0.7.4")):

@@ -16,8 +16,8 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass.kernels.linear import small_gemm  # noqa: E402
+from ad_flashinfer_pass.kernels.linear.by_torch import by_torch  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config  # noqa: E402
-from ad_flashinfer_pass.ops.linear import by_torch  # noqa: E402
 
 # The interpreter multiplies bfloat16 by its bits.
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16

@@ -1,0 +1,119 @@
+"""What transforms report, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.select import Choice
+from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that a transform looked at and left alone."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class TransformReport:
+    """What one transform did."""
+
+    name: str
+    num_matches: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Evidence and numbers, one line each."""
+    removed: list[str] = field(default_factory=list)
+    """Names of the nodes that it took out of the graph; ``pipeline.run`` fills in this and the next two."""
+    added: list[str] = field(default_factory=list)
+    rewired: list[str] = field(default_factory=list)
+    """Nodes that it gave other arguments or another target."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class KvCacheResource:
+    """A pool that the runtime must own: the pages of one layer.
+
+    Shape: [num_pages, 2, num_kv_heads, page_size, head_dim], K at [:, 0], V at [:, 1].
+    """
+
+    name: str
+    """The graph input that takes it."""
+    num_kv_heads: int
+    head_dim: int
+    """The larger of the head sizes of K and V."""
+    page_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page of this layer, K and V together."""
+        return 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
+
+    def allocate(self, num_pages: int, device: torch.device) -> torch.Tensor:
+        """The pool; zeroed, because kernels multiply what they do not need by zero."""
+        shape = (num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+
+@dataclass
+class SiteNotes:
+    """What was found about an attention on its way; its node carries it as ``meta["site_notes"]``."""
+
+    form: str
+    """How it stood in the graph."""
+    folded: list[str] = field(default_factory=list)
+    """What the op took over from nodes around it."""
+    mask: str = "causal, as the graph says"
+    """The mask's certificate."""
+
+
+@dataclass
+class CachedSite:
+    """One attention site after insertion: what it needs and who does it."""
+
+    where: str
+    module: str
+    """Path of the module that made it."""
+    notes: SiteNotes
+    site: Site
+    prefill: Choice
+    decode: Choice
+    cache: str
+    """Name of the cache resource."""
+
+
+@dataclass
+class TransformContext:
+    """What transforms share: settings on the way in, what was found on the way out."""
+
+    config: AutoDeployConfig
+    device: torch.device
+    sequence_info: SequenceInfo
+    resources: list[KvCacheResource] = field(default_factory=list)
+    sites: list[CachedSite] = field(default_factory=list)
+    caches: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Allocated pools by the name of their graph input."""
+    vocab_size: int = 0
+    """Width of the logits."""
+    small_batch_model: fx.GraphModule | None = None
+    """The graph for steps of few tokens, where there is another one."""
+    weight_bytes: int = 0
+    """Bytes of the weights that every step reads whole: all but tables of which it reads its tokens' rows."""
+    num_pages: int = 0
+    """Pages of each pool, the scratch page included."""
+    target: torch.device | None = None
+    """The device that will run the graph, if it is not ``device``: one can look at it elsewhere."""
+    sm: int | None = None
+    """Compute capability of the target, 90 for 9.0, if it is not here."""
+    on_event: Callable[[str], None] = lambda text: None
+    """Takes a line of progress from a transform that takes long."""

@@ -70,7 +70,7 @@ def prepare_metadata(
     if needed > room:
         raise UnsupportedError(f"flashinfer_trtllm needs a cache_loc of {needed} pages or more, got {room}.")
     if (key := (cache_loc.data_ptr(), room)) not in _buffers:
-        a, b, c = torch.zeros(3, room, dtype=torch.int32, device=cache_loc.device)
+        a, b, c = (torch.zeros_like(cache_loc) for _ in range(3))
         _buffers[key] = (a, b, c)
     metadata = (cu_seqlen, seq_len_with_cache, cache_loc, cu_num_pages)
     ragged.prepare(counts.num_seqs, *metadata, counts.table(_buffers[key][0]), *_buffers[key][1:])

@@ -131,7 +131,7 @@ class PiecewiseGraph:
     """Prefill and mixed steps, split at dynamic ops; one capture of each static segment a token bucket.
 
     ``split_graph_at_dynamic_ops``, ``ADPiecewiseRunner``, ``DynamicOpWrapper``, ``MetadataWrapper``. The
-    inputs of a replay have the size of the step, not of the bucket (``DualModeCapturedGraph``, 51914789652).
+    inputs of a replay have the size of the step, not of the bucket (``DualModeCapturedGraph``).
     """
 
     def __init__(self, gm: fx.GraphModule, utils: Any, named_args: Callable[[], dict[str, Tensor]]) -> None:

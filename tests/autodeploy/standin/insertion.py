@@ -23,7 +23,7 @@ def kvcache(generation: Generation) -> dict[str, Any]:
 
 
 class InsertByHandlers:
-    """kvcache.py of E5 (51824791103): handlers, placeholders r{n}_{key}.
+    """kvcache.py of E5: handlers, placeholders r{n}_{key}.
 
     q, k, v, *standard metadata, *extra metadata, *caches, *constants; q, k and v are taken before
     ``prepare_node_for_cache_insertion``, and a mask comes last.

@@ -206,7 +206,7 @@ class BatchInfo:
 
 
 class BatchInfoWithDrafts(BatchInfo):
-    """Of E6, as shim/interface.py (56110065239) uses it; where its integer stands was not read."""
+    """Of E6, as shim/interface.py uses it; where its integer stands was not read."""
 
     def get_max_draft_len(self) -> int:
         """Draft tokens of one request, at most."""

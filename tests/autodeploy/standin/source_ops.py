@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# AD/export/library/unified_attn.py (19301576759): of what transformers passes to an attention function, what
+# AD/export/library/unified_attn.py: of what transformers passes to an attention function, what
 # is handed on; is_causal is not among the former, softcap not among the latter.
 HF_ATTN_KWARGS_MAPPING = {
     "dropout": "dropout_p",

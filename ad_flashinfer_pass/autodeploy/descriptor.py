@@ -39,10 +39,10 @@ def _checked(node: fx.Node) -> dict[str, Any]:
         refused.append("a rotation left to the backend trtllm (disable fuse_rope_into_trtllm_attention)")
     if refused:
         raise UnsupportedError(f"{_where(node)}: {BACKEND} cannot honour {', '.join(refused)}. {_WAY_OUT}.")
-    # AutoDeploy counts only windows above 0 (transform/library/kvcache.py).
-    window = args["sliding_window"] if (args["sliding_window"] or 0) > 0 else None
+    # AutoDeploy counts only windows and caps above 0 (transform/library/kvcache.py, torch_attention.py).
+    limits = {name: args[name] if (args[name] or 0) > 0 else None for name in ("sliding_window", "logit_cap")}
     scale = g.value(args["query"]).shape[3] ** -0.5 if args["scale"] is None else float(args["scale"])
-    return {**args, "scale": scale, "sliding_window": window}
+    return {**args, "scale": scale, **limits}
 
 
 def _choose(node: fx.Node, kv_dtype: torch.dtype, page_size: int) -> tuple[Site, list[str]]:
@@ -113,5 +113,4 @@ class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
         # What fuse_trtllm_attn_quant_fp8 left: the input scale of the FP8 linears that alone read the result.
         scale: Any = meta.get("trtllm_attention_input_scale")
         out_scale = float(g.attribute(scale)) if scale is not None and scale.op == "get_attr" else None
-        rope = rotation.take(source_attn_node)
-        return [*kept, shared is not None, *meta[BACKEND][1], *rope, out_scale]
+        return [*kept, shared is not None, *meta[BACKEND][1], *rotation.take(source_attn_node), out_scale]

@@ -126,7 +126,8 @@ def mha_with_cache(
         if rope_positions is not None and rope_cos is not None:
             rope = (*rope_cos.chunk(2, -1), rope_positions.flatten()[:n])
         elif rope_sin is not None and rope_cos is not None:
-            rope = (*(x.flatten(0, -2)[:n].chunk(2, -1)[0] for x in (rope_cos, rope_sin)), None)
+            halves = (x.chunk(2, -1)[0].expand(*q.shape[:2], -1) for x in (rope_cos, rope_sin))
+            rope = (*(x.flatten(0, 1)[:n] for x in halves), None)
         query = ragged.append(query, key, value, *places, (1.0, 1.0), rope, rope_interleaved)
     metadata = (batch_info_host[:6], cu_seqlen, seq_len_with_cache, table)
     window: Any = (sliding_window, logit_cap, None, sinks, None)

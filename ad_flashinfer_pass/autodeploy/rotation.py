@@ -27,7 +27,7 @@ def take(attention: fx.Node) -> tuple[Any, ...]:
     found = [_rotation(query), _rotation(key)]
     if found[0] is None or found[1] is None or found[0][1] != found[1][1]:
         return NONE
-    if args.get("shared_kv_source_layer_idx") is not None:
+    if args.get("shared_kv_source_layer_idx") is not None or args["value"] in (query, key):
         return NONE
     if not all(_ignores(reader, query, key) for reader in {*query.users, *key.users} - {attention}):
         return NONE
@@ -49,7 +49,7 @@ def _ignores(node: fx.Node, query: fx.Node, key: fx.Node) -> bool:
 
 def _rotation(rotated: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     """What was rotated, and by what."""
-    if rotated.target is not operator.getitem:
+    if rotated.target is not operator.getitem or rotated.args[1] not in (0, 1):
         return None
     rope: Any = rotated.args[0]
     is_table = g.is_op(rope, torch.ops.auto_deploy.flashinfer_rope)

@@ -174,9 +174,12 @@ def halves_repeat(node: fx.Node) -> bool:
     """Whether the second half of the last dimension is shown to repeat the first.
 
     Shown are cat(f, f), a buffer whose values say so, rows that an index takes from such, and pointwise
-    functions of such, with constants.
+    functions of such, with constants. What the graph writes to is not shown.
     """
-    while not is_op(node, torch.ops.aten.cat.default):
+    while not is_written(node):
+        if is_op(node, torch.ops.aten.cat.default):
+            parts, dim = args(node)[0], (*args(node)[1:], 0)[0]
+            return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, len(shape(node)) - 1)
         if node.op == "get_attr":
             table = attribute(node)
             is_known = isinstance(table, Tensor) and type(table) is not FakeTensor and not table.is_meta
@@ -189,13 +192,26 @@ def halves_repeat(node: fx.Node) -> bool:
         if len(inputs) != 1 or not (is_pointwise(node) or is_op(node, *copies)):
             return False
         node = inputs[0]
-    parts, dim = args(node)[0], (*args(node)[1:], 0)[0]
-    return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, len(shape(node)) - 1)
+    return False
 
 
 def mutates_input(node: fx.Node) -> bool:
     """Whether the op writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether an op of the graph writes to the memory of a tensor, itself or a view that is made of it."""
+    same = node.graph.find_nodes(op="get_attr", target=node.target) if node.op == "get_attr" else [node]
+    for user in {user for one in same for user in one.users}:
+        if not isinstance(user.target, torch._ops.OpOverload):
+            continue
+        given = op_args(user)
+        takes = {arg.name: arg.alias_info for arg in user.target._schema.arguments if arg.alias_info}
+        aliases = [info for name, info in takes.items() if given.get(name) in same]
+        if any(info.is_write for info in aliases) or (aliases and is_written(user)):
+            return True
+    return False
 
 
 def source_line(node: fx.Node) -> str:

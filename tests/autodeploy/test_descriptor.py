@@ -178,6 +178,113 @@ def test_angles_that_are_not_shown_to_repeat_are_left_alone() -> None:
         scenario.morning(requests)
 
 
+class Attention(scenario.Attention):
+    """Whose rotation a test writes."""
+
+    def explicit(self, *args: Any) -> Any:
+        return torch.ops.auto_deploy.torch_rope_with_explicit_cos_sin.default(*args)
+
+    def rows(self, positions: Tensor, *tables: Tensor) -> Any:
+        return (torch.ops.aten.index.Tensor(table, [positions]) for table in tables)
+
+
+class Written(Attention):
+    """The halves of sin repeat until the graph turns the second one round, in a view."""
+
+    def rotated(
+        self, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, cos: Tensor, sin: Tensor
+    ) -> Any:
+        cos, sin = self.rows(positions, cos, sin)
+        torch.ops.aten.neg_.default(torch.ops.aten.slice.Tensor(sin, -1, scenario.HEAD_DIM // 2))
+        return scenario._pair(self.explicit(q, k, cos, sin, 2))
+
+
+class WrittenBuffer(Attention):
+    """As ``Written``, in a table that another node reads."""
+
+    table: Tensor
+
+    def rotated(
+        self, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, cos: Tensor, sin: Tensor
+    ) -> Any:
+        torch.ops.aten.fill_.Scalar(torch.ops.aten.slice.Tensor(self.table, -1, scenario.HEAD_DIM // 2), 0.5)
+        cos, sin = self.rows(positions, cos, self.table)
+        return scenario._pair(self.explicit(q, k, cos, sin, 2))
+
+
+class Backwards(Attention):
+    """The results of the rotation are counted from the end."""
+
+    def rotated(
+        self, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, cos: Tensor, sin: Tensor
+    ) -> Any:
+        rotated = self.explicit(q, k, *self.rows(positions, cos, sin), 2)
+        return rotated[-2], rotated[-1]
+
+
+class KeyIsValue(Attention):
+    """The rotated K is V too."""
+
+    def forward(self, x: Tensor, positions: Tensor, tables: Any, kv: Any) -> tuple[Tensor, Any]:
+        sizes = [scenario.HEADS, scenario.KV_HEADS, scenario.KV_HEADS]
+        q, k, _ = self.qkv(x).unflatten(-1, (-1, scenario.HEAD_DIM)).split(sizes, 2)
+        q, k = self.rotated(q, k, positions, *tables)
+        out = torch.ops.auto_deploy.torch_attention.default(
+            q, k, k, sliding_window=self.window, layout="bsnd", **self.options
+        )
+        return self.out(out.flatten(2)), (k, k)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=str)
+@pytest.mark.parametrize("kind", [Written, WrittenBuffer, Backwards, KeyIsValue], ids=lambda k: k.__name__)
+def test_a_rotation_that_cannot_be_taken_out_is_left_alone(
+    kind: type[Attention], generation: standin.Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op stays, and the answer is that of the model."""
+    monkeypatch.setattr(scenario, "Attention", kind)
+
+    class WithTables(scenario.Model):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for layer in self.layers:
+                layer.register_buffer("table", self.get_buffer("sin").clone())
+
+    with standin.installed(generation), torch.no_grad():
+        model = scenario.Deployment(generation, rope="indexed", model_class=WithTables)
+        assert model.num_rotations == 2
+        model.cm.initialize(24)
+        requests = scenario.Requests(model, [75, 80, 140, 40], 24, seed=5)
+        scenario.morning(requests)
+
+
+def test_one_angle_for_all_sequences(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The explicit rotation spreads cos and sin [1, 1, dim] over the batch: a row for each token."""
+    from ad_flashinfer_pass.autodeploy import ops
+
+    seen: list[Any] = []
+    append = ops.ragged.append
+
+    def recorded(*args: Any) -> Tensor:
+        seen.append(args[9])
+        return append(*args)
+
+    monkeypatch.setattr(ops.ragged, "append", recorded)
+    batch = Batch([(9, 1), (8, 1), (3, 1)])
+    angles = torch.full((1, 1, batch.q.shape[3]), 0.5)
+    batch.attend(rope_cos=angles.cos(), rope_sin=angles.sin())
+    assert [tuple(x.shape) for x in seen[0][:2]] == [(3, batch.q.shape[3] // 2)] * 2
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0])
+def test_a_cap_that_is_none_for_autodeploy_is_none(ad: Any, cap: float) -> None:
+    """Its ops cap logits only above 0."""
+    node = attention_node(E6, logit_cap=cap)
+    ad.FlashInferTrtllmAttention.get_cache_initializers(node, CONFIG)
+    site, _ = node.meta[ad.BACKEND]
+    assert site.logit_cap is None
+    assert ad.FlashInferTrtllmAttention.get_constants(node)[:3] == [site.scale, None, None]
+
+
 def test_a_rotation_that_something_else_reads_is_left_alone(ad: Any) -> None:
     """It could not be taken out."""
 

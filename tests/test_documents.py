@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import runpy
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -12,3 +16,23 @@ def test_the_page_of_keys_is_what_the_script_writes() -> None:
     """Whoever changes a key or its docstring runs ``python docs/generate.py``."""
     script = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert script["updated"]() == (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+
+
+def test_the_errors_that_are_explained_are_those_of_the_sources() -> None:
+    """A message that is worded anew is worded anew in docs/troubleshooting.md."""
+    files = [*(ROOT / "ad_flashinfer_pass").rglob("*.py"), *(ROOT / "transforms").glob("*.py")]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(explained) == page.count("\n### ") > 0
+    assert [part for part in explained if not any(part in text for text in texts)] == []
+
+
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name
+)
+def test_links_lead_to_files(page: Path) -> None:
+    """Within the repository."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

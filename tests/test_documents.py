@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,3 +37,12 @@ def test_links_lead_to_files(page: Path) -> None:
     """Within the repository."""
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_hooks_before_a_commit_are_what_ci_runs() -> None:
+    """Lint and types, in the same words."""
+    (local,) = OmegaConf.load(ROOT / ".pre-commit-config.yaml").repos
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert [hook.entry for hook in local.hooks] == [
+        "".join(command) for command in re.findall(r'^    "\$bin/(ruff|mypy)"(.*)$', ci, re.MULTILINE)
+    ]

@@ -50,6 +50,7 @@ def _choose(node: fx.Node, kv_dtype: torch.dtype, page_size: int) -> tuple[Site,
     args = _checked(node)
     qkv = (g.value(args[name]) for name in ("query", "key", "value"))
     items = {name: args[name] for name in _NUMBERS} | {"has_sinks": args["sinks"] is not None}
+    items["shares_kv"] = args.get("shared_kv_source_layer_idx") is not None
     site = Site.of(*qkv, kv_dtype=kv_dtype, page_size=page_size, **items)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choices = {phase: select.choose(site, phase, device, _where(node)) for phase in _UNFIT}
@@ -89,10 +90,9 @@ class FlashInferTrtllmAttention(interface.attention.AttentionDescriptor):
         kv_dtype = cls.resolve_cache_dtype(cache_config.dtype, g.value(key).dtype)
         source_attn_node.meta[BACKEND] = _choose(source_attn_node, kv_dtype, cache_config.tokens_per_block)
         site, _ = source_attn_node.meta[BACKEND]
-        graph = source_attn_node.graph
-        nodes = [node for node in graph.nodes if g.is_op(node, _ops.torch_attention)]
+        nodes = [node for node in source_attn_node.graph.nodes if g.is_op(node, _ops.torch_attention)]
         count = sum(not g.op_args(node)["is_causal"] for node in nodes)  # transformers passes none
-        if vars(graph).setdefault(BACKEND, source_attn_node) is source_attn_node and count:
+        if vars(source_attn_node.graph).setdefault(BACKEND, source_attn_node) is source_attn_node and count:
             _log.info("is_causal=False without a mask, in %d layers: they attend causally", count)
         options: Any = {"dtype": kv_dtype, "kv_factor": 2, "kv_layout": "HND"}
         if interface.has_window_pools():

@@ -41,8 +41,8 @@ class Counts:
         self.num_seqs, self.long_tokens = info[0] + info[2] + info[4], info[1] + info[3]
         self.num_tokens = self.long_tokens + info[5]
         self.table_shape = info[9], info[7]  # max_batch_size, max_blocks_per_seq
-        max_draft_len = getattr(attention.BatchInfo(batch_info_host), "get_max_draft_len", int)()  # E5: none
-        self.max_extend_len = max_draft_len + 1 if 1 <= max_draft_len < xqa.MAX_EXTEND else 0
+        drafts = getattr(attention.BatchInfo(batch_info_host), "get_max_draft_len", int)() if info[2] else 0
+        self.max_extend_len = drafts + 1 if 1 <= drafts < xqa.MAX_EXTEND else 0
 
     def table(self, block_table: Tensor) -> Tensor:
         """``prepare_metadata``'s block_table in the shape that kernels take, contiguous."""

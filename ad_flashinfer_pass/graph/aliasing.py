@@ -86,7 +86,4 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _may_alias(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return node.target is operator.getitem or g.is_view(node)

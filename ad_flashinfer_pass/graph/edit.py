@@ -200,6 +200,12 @@ def mutates_input(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a result of the op may lie in the memory of an argument, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
 def is_written(node: fx.Node) -> bool:
     """Whether an op of the graph writes to the memory of a tensor, itself or a view that is made of it."""
     same = node.graph.find_nodes(op="get_attr", target=node.target) if node.op == "get_attr" else [node]

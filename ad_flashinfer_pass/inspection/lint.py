@@ -363,17 +363,12 @@ def _input_mutation(node: fx.Node, graph: _Graph) -> str | None:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         written = args[argument.name]
-        while isinstance(written, fx.Node) and written.op == "call_function" and _is_view(written):
+        while isinstance(written, fx.Node) and written.op == "call_function" and g.is_view(written):
             written = g.args(written)[0]
         is_input = isinstance(written, fx.Node) and written.op == "placeholder"
         if is_input and written.name not in graph.static_inputs:
             return f"{_name(node)} writes the input {written.name}, of which a replay has a copy"
     return None
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def _python_scalar(node: fx.Node, graph: _Graph) -> str | None:

@@ -135,8 +135,9 @@ class _Planned:
         """
         if block_table.is_cuda and torch.cuda.is_current_stream_capturing():
             raise KernelError(
-                f"{self._shape.backend} plans each step on the host, and this one is being captured: use "
-                "kv_cache_config.dtype: auto, whose kernels need no plan, or compile_backend: torch-simple."
+                f"{self._shape.backend} plans each step on the host, and this one is being captured: use a "
+                "cache of the model's dtype with fmha_v2 built (ad-flashinfer-pass prebuild), which needs no "
+                "plan, or compile_backend: torch-simple."
             )
         if self._block_table is not None and self._block_table.data_ptr() == block_table.data_ptr():
             return

@@ -197,6 +197,28 @@ def test_no_command_runs_it(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "--graph"],
+        ["dump", "--stage", "export", "--graph"],
+        ["plan", "--graph"],
+        ["diff"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_command_unpickles_the_examples(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not needed: what the file holds beside them is read."""
+    marker = tmp_path / "marker"
+    file = str(saved_programs.write(tmp_path / "evil.pt2", attacks(marker)["sample_inputs"]))
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, file, file, "-q"] if command == ["diff"] else [*command, file, "-q"])
+    assert not marker.exists()
+    assert not caught.value.code, capsys.readouterr().err
+
+
 def test_names_that_could_leave_a_comment_or_a_string(tmp_path: Path) -> None:
     """Where a node stands in the source is shown, and goes into a script: it has no quotes."""
 

@@ -15,6 +15,7 @@ from ad_flashinfer_pass.deployment import bench
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.llm import LLM
+from tests.faults.harness import contents, disk_full_after
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,15 @@ def test_picture(result: bench.Result, tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"steps.{ending}"
     bench.draw(result, file)
     assert file.stat().st_size > 5000
+
+
+def test_a_picture_on_a_full_disk_leaves_the_old_one(result: bench.Result, tmp_path: Path) -> None:
+    file = tmp_path / "steps.svg"
+    file.write_text("old")
+    with disk_full_after(100), pytest.raises(OSError, match="File too large") as caught:
+        bench.draw(result, file)
+    assert str(file) in str(caught.value.filename)
+    assert contents(tmp_path) == {"steps.svg": b"old"}
 
 
 def test_one_new_token_has_no_step(llm: LLM) -> None:

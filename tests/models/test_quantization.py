@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ad_flashinfer_pass import cli
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.models.loading import load_model
@@ -53,6 +54,18 @@ def scaled(dtype: torch.dtype, largest: float, scale: str) -> Edit:
     return edit
 
 
+def expert_in_fp8(tensors: dict[str, Tensor]) -> None:
+    """One expert of a mixture, with its scale, among weights that are stored plainly."""
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors[name] = torch.ones(8, 8).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale"] = torch.ones(())
+
+
+def in_fp8_without_scales(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
 def beside_query(name: str, tensor: Tensor) -> Edit:
     return lambda tensors: tensors.update({QUERY.replace("weight", name): tensor})
 
@@ -83,6 +96,8 @@ def refusal(directory: Path) -> str:
             ),
             "MXFP4 .*up_blocks",
         ),
+        (expert_in_fp8, "fp8 .*experts.3.up_proj.weight', F8_E4M3"),
+        (in_fp8_without_scales, "fp8 .*_proj.weight', F8_E4M3"),
     ],
 )
 def test_refuses_quantized_tensors(tmp_path: Path, edit: Edit, message: str) -> None:
@@ -142,6 +157,21 @@ def test_reads_files_of_quantizers(tmp_path: Path, name: str, content: Any, form
     """A file beside config.json says it as well."""
     (demo(tmp_path) / name).write_text(json.dumps(content))
     assert f"quantized as {form} ({tmp_path / name}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("command", [["generate", "Once"], ["check"]], ids=lambda command: command[0])
+def test_no_command_computes_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """As modelopt writes FP8: unscaled weights would give a text, and agree with themselves."""
+    demo(tmp_path, scaled(torch.float8_e4m3fn, 448, "weight_scale"))
+    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "-m", str(tmp_path), "-q"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (1, "", 1)
+    assert "quantized as modelopt FP8" in err
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,28 @@ def test_the_file_decides_and_what_is_given_wins(model: Any, tmp_path: Path) -> 
     assert [r.token_ids for r in plain.generate(prompt, max_new_tokens=9)] == [given.token_ids]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 1.8, "top_k": 0}, {"top_k": 4}, {"top_k": 0, "top_p": 0.7}],
+    ids=lambda values: list(values)[-1] if len(values) == 1 else "-".join(values),
+)
+def test_a_file_that_samples_draws_what_generate_draws(
+    model: Any, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """Several tokens, all of them among those that transformers keeps."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **values}))
+    prompt = PROMPTS[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1:]
+    scores = transformers_scores(model, GenerationConfig.from_pretrained(tmp_path), prompt, logits)
+    config = {"model": str(tmp_path), "max_seq_len": 64, "max_batch_size": 64}
+    llm = build_model(AutoDeployConfig(**config))
+    drawn = {token for r in llm.generate([prompt] * 200, max_new_tokens=1) for token in r.token_ids}
+    assert len(drawn) > 1
+    assert drawn <= {token for token in range(VOCAB_SIZE) if scores[0, token].isfinite()}
+
+
 def test_defaults_of_a_file_that_samples() -> None:
     """top_k is 50 where the file names none; what greedy generate does not look at is not taken."""
     drawn = default_sampling(GenerationConfig(do_sample=True, temperature=0.6))

@@ -87,6 +87,12 @@ def test_a_model_written_by_hand() -> None:
     assert [record.what for record in of.compiles] == ["dynamo", "pass"]
 
 
+def test_a_factor_that_is_written_in_place_is_applied_once() -> None:
+    """Into K: as part of the scale alone, or of K alone."""
+    model, of = Net(1, inside=lambda k: k.mul_(0.35)), session()
+    assert generate(of, compiled(model, of)) == expected(model)
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_dynamic_may_be_set(dynamic: bool) -> None:
     """With True, Dynamo also makes inputs of the model's floats; a new value of one is used."""

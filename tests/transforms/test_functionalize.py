@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ad_flashinfer_pass import transform
 from ad_flashinfer_pass.errors import ExportError
 from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.serving import assert_serves_like, cached
@@ -26,6 +27,7 @@ from tests.transforms.small_models import (
     context,
     run,
     sdpa,
+    tokens,
 )
 
 WIDTH = HEADS * HEAD_DIM
@@ -166,6 +168,15 @@ def test_operands_that_were_written_are_read_as_written(attend: Attend) -> None:
     """A factor is applied once, and a rotation is not lost, when they are written into query and key."""
     model = SmallModel(attend, attend).eval()
     assert_serves_like(cached(model), model)
+
+
+@pytest.mark.parametrize("attend", [query_times_a_number, query_turned_in_part])
+def test_so_they_are_in_a_program_of_the_users(attend: Attend) -> None:
+    """torch.export keeps what is written in place as it is, until it is asked to decompose."""
+    model = SmallModel(attend, attend).eval()
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, tokens(2, 13), dynamic_shapes=(dynamic,) * 2, strict=False)
+    assert_serves_like(transform(program, context().config), model)
 
 
 def test_writes_that_outlive_a_step_are_refused() -> None:

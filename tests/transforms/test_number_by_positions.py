@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.errors import PackingError
@@ -94,6 +95,18 @@ def test_rotations_by_place_are_served(by_table: bool) -> None:
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
         form = eager(mask=lambda logits, _: logits.masked_fill(~mask, float("-inf")))
         return form(layer, rotated(q, by_table), rotated(k, by_table), v, p)  # type: ignore[arg-type]
+
+    model = Numbered(attend, lambda table, x: torch.zeros(()))
+
+    assert_serves_like(cached(model), WithPositions(model))
+
+
+def test_queries_and_keys_of_mean_0_are_served() -> None:
+    """What a mean over the head does not show, and each token's logits do."""
+
+    def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        q, k = (F.layer_norm(rotated(x, False), (HEAD_DIM,)) for x in (q, k))
+        return sdpa(layer, q, k, v, p)  # type: ignore[arg-type]
 
     model = Numbered(attend, lambda table, x: torch.zeros(()))
 

@@ -34,6 +34,8 @@ SAME_TOKENS = {
     "gpt_neo": "no scale, window on some layers",
     "gpt_oss": "sinks, window on some layers, experts",
     "granitemoe": "experts, and a forward that has a cache but no use_cache",
+    "granitemoe_swa": "the same with a window and sinks",
+    "granitemoeshared": "the same with an expert that all tokens pass",
     "gptj": "parallel residual, no sdpa",
     "llama4_text": "chunked layers, layers without rotary, temperature by position",
     "minimax_m2": "qk-norm over all heads, partial rotary, experts",
@@ -51,6 +53,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_temperature": (
         "llama4_text",
         {"floor_scale": 8, "attn_scale": 2.0, "attn_temperature_tuning": True},
+    ),
+    # From a position on that no step has so many tokens for.
+    "llama4_late_temperature": (
+        "llama4_text",
+        {"floor_scale": 33, "attn_scale": 2.0, "attn_temperature_tuning": True},
     ),
 }
 """Settings of a family under which its code takes another path."""

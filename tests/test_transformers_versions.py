@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.architectures import changed, render, try_family
@@ -36,6 +37,11 @@ def test_a_family_that_a_version_changed_is_as_listed(family: str, listed: dict[
         pytest.skip(f"transformers {HERE} has no {family}")
     row = try_family(family)
     assert row.outcome == listed[family], row.detail
+
+
+def test_the_readme_names_the_versions_that_were_tried() -> None:
+    first, *_, last = sorted(OUTCOMES, key=Version)
+    assert f"transformers {first} to {last}" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_what_differs_between_versions_is_found_and_shown() -> None:

@@ -165,6 +165,8 @@ def test_no_command_computes_with_them(
 ) -> None:
     """As modelopt writes FP8: unscaled weights would give a text, and agree with themselves."""
     demo(tmp_path, scaled(torch.float8_e4m3fn, 448, "weight_scale"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
     content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit) as stop:
@@ -192,6 +194,19 @@ def test_takes_plain_weights(tmp_path: Path, config: dict[str, Any]) -> None:
     module = load_model(AutoDeployConfig(model=str(demo(tmp_path, **config)))).module
     stored = load_file(DEMO / "model.safetensors")[QUERY]
     torch.testing.assert_close(module.state_dict()[QUERY], stored.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("command", ["explain", "lint", "plan"])
+def test_commands_that_read_no_weights_take_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Whose answer is that of the unquantized model, said before it."""
+    model = demo(tmp_path, quantization_config={"quant_method": "fp8"})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "-m", str(model), "--max-seq-len", "64", "--json", "-q"])
+    assert isinstance(json.loads(capsys.readouterr().out), dict | list)
+    assert stop.value.code in (None, 0, 1 if command == "lint" else 0)  # lint found something
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "gptq", "bits": 4}, "fp8"], ids=str)

@@ -52,6 +52,18 @@ _SHORT: dict[str, Any] = {"max_position_embeddings": LIMIT}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"original_max_position_embeddings": LIMIT, "rope_parameters": _LONGROPE}),
+    "phi4_mini": (
+        "Phi3Config",
+        {
+            "original_max_position_embeddings": LIMIT,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {
+                **_LONGROPE,
+                **{name: factors[:6] for name, factors in _FACTORS.items()},
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
     "minicpm3": ("MiniCPM3Config", {**_MLA, "num_key_value_heads": 4, "rope_parameters": _LONGROPE}),
     "llama_longrope": ("LlamaConfig", {"rope_parameters": _LONGROPE}),
     "llama_dynamic": ("LlamaConfig", {**_SHORT, "rope_parameters": _DYNAMIC}),
@@ -74,7 +86,7 @@ def expected(name: str) -> list[list[int]]:
             architectures._config(config, num_hidden_layers=2, **changes)(), "eager"
         )
         # Phi-3's generate computes its cache anew, in old versions of transformers from the last token alone.
-        options = {"use_cache": False} if name == "phi3" else {}
+        options = {"use_cache": False} if name.startswith("phi") else {}
         found += architectures.generated_by_transformers(fresh, [prompt], NUM_NEW_TOKENS, **options)
     return found
 
@@ -121,7 +133,7 @@ def test_requests_on_both_sides_and_across_are_those_of_transformers(name: str) 
         assert generated(engine, PROMPTS, apart=2) == expected(name)
         assert engine.metrics.num_preemptions > 0
         assert engine.metrics.pages_in_use == 0
-    assert model.sequence_info.recompute_at == (LIMIT if name == "phi3" else None)
+    assert model.sequence_info.recompute_at == (LIMIT if name.startswith("phi") else None)
 
 
 @pytest.mark.parametrize("name", MODELS)

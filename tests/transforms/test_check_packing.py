@@ -12,6 +12,7 @@ from ad_flashinfer_pass.errors import PackingError
 from tests.transforms.small_models import (
     HEAD_DIM,
     HEADS,
+    VOCAB,
     Layer,
     Mix,
     SmallModel,
@@ -414,6 +415,25 @@ def test_logits_by_token_and_batch_are_refused() -> None:
     gm = exported(Transposed(), "match_attention")
     with pytest.raises(PackingError, match=r"takes the logits of shape .* which is not by batch and token"):
         run(gm, context(), "check_packing")
+
+
+class OfTheLastToken(nn.Module):
+    """A head that reads one token, found by a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x[:, [-1]])
+        return out
+
+
+def test_logits_of_the_last_token_alone_are_refused() -> None:
+    model = SmallModel(sdpa)
+    model.lm_head = OfTheLastToken().requires_grad_(False)  # type: ignore[assignment]
+    with pytest.raises(PackingError, match="index looks tokens up by index"):
+        run(exported(model, "match_attention"), context(), "check_packing")
 
 
 class Transposed(nn.Module):

@@ -105,7 +105,12 @@ def test_queries_and_keys_of_mean_0_are_served() -> None:
     """What a mean over the head does not show, and each token's logits do."""
 
     def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
-        q, k = (F.layer_norm(rotated(x, False), (HEAD_DIM,)) for x in (q, k))
+        angles = torch.arange(q.shape[2])[:, None].float() * torch.linspace(1.0, 0.1, HEAD_DIM // 2)
+        cos, sin = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
+        turned = (
+            x * cos + torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1) * sin for x in (q, k)
+        )
+        q, k = (F.layer_norm(x, (HEAD_DIM,)) for x in turned)
         return sdpa(layer, q, k, v, p)  # type: ignore[arg-type]
 
     model = Numbered(attend, lambda table, x: torch.zeros(()))

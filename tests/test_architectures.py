@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # From a position on that no step has so many tokens for.
     "llama4_late_temperature": (
         "llama4_text",
-        {"floor_scale": 33, "attn_scale": 2.0, "attn_temperature_tuning": True},
+        {"floor_scale": 33, "attn_scale": 20.0, "attn_temperature_tuning": True},
     ),
 }
 """Settings of a family under which its code takes another path."""

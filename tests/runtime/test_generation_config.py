@@ -176,7 +176,7 @@ def test_a_file_that_samples_draws_what_generate_draws(
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1:]
     scores = transformers_scores(model, GenerationConfig.from_pretrained(tmp_path), prompt, logits)
-    config = {"model": str(tmp_path), "max_seq_len": 64, "max_batch_size": 64}
+    config: dict[str, Any] = {"model": str(tmp_path), "max_seq_len": 64, "max_batch_size": 64}
     llm = build_model(AutoDeployConfig(**config))
     drawn = {token for r in llm.generate([prompt] * 200, max_new_tokens=1) for token in r.token_ids}
     assert len(drawn) > 1

@@ -31,17 +31,6 @@ from yaml import YAMLError
 from ad_flashinfer_pass import autodeploy_keys
 from ad_flashinfer_pass.errors import ConfigError
 
-# Stages in the order in which they run: AutoDeploy's names, less those that have no transform here.
-STAGES = (
-    "factory",
-    "export",
-    "post_export",
-    "pattern_matcher",
-    "weight_load",
-    "post_load_fusion",
-    "cache_init",
-    "compile",
-)
 # Transforms without which there is no model to run: each takes what the one before it made.
 _NEEDED = (
     "export_model",
@@ -54,6 +43,7 @@ _NEEDED = (
     "initialize_cache",
     "compile_model",
 )
+# In the order in which they run: AutoDeploy's names, less those that have no transform here.
 Stage = Literal[
     "factory",
     "export",
@@ -64,6 +54,7 @@ Stage = Literal[
     "cache_init",
     "compile",
 ]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 CompileBackend = Literal["torch-simple", "torch-cudagraph", "torch-opt"]
 KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 

@@ -156,12 +156,7 @@ def restore(
     first = next(iter(gm.graph.find_nodes(op="call_function", target=attention)))
     ctx.sequence_info.max_extend_len = g.op_args(first)["max_extend_len"]
     _check_settings(gm, ctx)
-    wanted = [
-        name
-        for name, transform in ctx.config.transforms.items()
-        if name == "initialize_cache" or transform.stage == "compile"
-    ]
-    module, _ = pipeline.run(gm, ctx, skip=set(ctx.config.transforms) - set(wanted))
+    module, _ = pipeline.Pipeline.of(ctx.config).since("initialize_cache").run(gm, ctx)
     return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
 
 

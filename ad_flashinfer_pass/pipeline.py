@@ -1,26 +1,10 @@
-"""Runs the transforms of a config, stage by stage.
-
-Order, and why each stands where it does:
-
-1. ``export_model``: everything after works on one aten graph.
-2. ``expand_flex_attention``: its block masks die with it, before anything reads the graph.
-   ``functionalize``: everything after takes a node for one value. ``eliminate_noops``: casts, slices and
-   assertions would stand between the nodes that matchers read.
-3. ``match_repeat_kv``: before attention, which is then written in fewer ways.
-4. ``match_attention``: SDPA and eager forms become one op, with the mask still a subgraph.
-5. ``classify_mask``: the mask subgraph becomes attributes of that op, or the pass stops.
-6. ``number_by_positions``, ``check_packing``: after the masks are gone, since they are the part that mixes
-   tokens rightly.
-7. ``insert_cached_attention``, ``gather_logits_before_lm_head``: the graph takes its final inputs.
-8. ``initialize_cache``: the resources are known; plans and allocates them.
-9. ``tune_attention``: the pools are there, to be timed over; captured graphs keep what it chose.
-10. ``fuse_small_batch``, ``compile_model``.
-"""
+"""Runs the transforms of a config, in the order of configs/default.yaml."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass import registry, transforms
-from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, check_type
+from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, Stage, check_type
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.graph.stage_writer import StageWriter
 from ad_flashinfer_pass.kernels import prebuilt
@@ -63,15 +47,19 @@ def transform_module(
         CapacityError: the caches do not fit in memory.
     """
     check_type("module", module, nn.Module)
-    ctx = context(config)
-    transformed, reports = run(module, ctx, on_event)
+    ctx = context(config, on_event)
+    transformed, reports = Pipeline.of(config).run(module, ctx)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
     model.generation_config = getattr(module, "generation_config", None)
     return model, reports
 
 
-def context(config: AutoDeployConfig) -> TransformContext:
+def context(config: AutoDeployConfig, on_event: Callable[[str], None] | None = None) -> TransformContext:
     """What the transforms of a new run share.
+
+    Args:
+        config: says what is built.
+        on_event: called with the name of each transform as it begins, and with its progress.
 
     Raises:
         ConfigError: there is no such device.
@@ -96,7 +84,8 @@ def context(config: AutoDeployConfig) -> TransformContext:
         tokens_per_block=config.kv_cache_config.tokens_per_block,
         device=device,
     )
-    return TransformContext(config=config, device=device, sequence_info=info)
+    on_event = on_event or (lambda text: None)
+    return TransformContext(config=config, device=device, sequence_info=info, on_event=on_event)
 
 
 # Bytes of metadata that are not worth a look at the memory.
@@ -117,54 +106,84 @@ def _check_metadata_fits(config: AutoDeployConfig, device: torch.device) -> None
         )
 
 
-def run(
-    model: nn.Module,
-    ctx: TransformContext,
-    on_event: Callable[[str], None] | None = None,
-    *,
-    skip: Collection[str] = (),
-    after: Callable[[nn.Module, TransformReport], None] | None = None,
-) -> tuple[nn.Module, list[TransformReport]]:
-    """Run every enabled transform; with AD_DUMP_GRAPHS_DIR set, write the graph after each of them there.
+@dataclass(frozen=True)
+class Pipeline:
+    """Transforms in the order in which they run; iterating gives their names.
 
-    Args:
-        model: an eval-mode module that takes input_ids and position_ids, both int64 [b, s].
-        ctx: config and shared records; filled by the transforms.
-        on_event: called with the transform's name before it runs.
-        skip: transforms that are left out, as if they were not enabled.
-        after: called with the module and the report of each transform once it has run.
-
-    Returns:
-        The module that the last transform made, and one report a transform, in the order run.
-
-    Raises:
-        TransformError: a transform refuses the model; see ``errors``.
+    A place in it is a transform, or a stage, which begins with its first transform.
     """
-    if on_event is not None:
-        ctx.on_event = on_event
-    entries = sorted(ctx.config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
-    reports: list[TransformReport] = []
-    writer = StageWriter.from_environment()
-    for name, settings in entries:
-        if not settings.enabled or name in skip:
-            continue
-        if on_event is not None:
-            on_event(name)
-        nodes = _nodes(model)
-        start = time.perf_counter()
-        try:
-            model, report = registry.get(name)(model, ctx)
-        except TransformError as err:
-            err.transform, err.reports = name, reports
-            raise
-        report.seconds = time.perf_counter() - start
-        _note_changes(report, nodes, _nodes(model))
-        reports.append(report)
-        if writer is not None:
-            writer.write(model, settings.stage, name)
-        if after is not None:
+
+    entries: tuple[tuple[str, Stage], ...]
+    """The name of each transform and its stage."""
+
+    @classmethod
+    def of(cls, config: AutoDeployConfig) -> Pipeline:
+        """All that are enabled: by stage, and within a stage as configs/default.yaml has them."""
+        entries = [(name, entry.stage) for name, entry in config.transforms.items() if entry.enabled]
+        return cls(tuple(sorted(entries, key=lambda entry: STAGES.index(entry[1]))))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.entries)
+
+    def before(self, place: str) -> Pipeline:
+        """Those before a place."""
+        return Pipeline(self.entries[: self._index(place)])
+
+    def since(self, place: str) -> Pipeline:
+        """Those from a place on."""
+        return Pipeline(self.entries[self._index(place) :])
+
+    def upto(self, name: str) -> Pipeline:
+        """Those up to a transform, with it."""
+        return Pipeline(self.entries[: self._index(name) + 1])
+
+    def without(self, *names: str) -> Pipeline:
+        """All but some."""
+        return Pipeline(tuple(entry for entry in self.entries if entry[0] not in names))
+
+    def run(
+        self,
+        model: nn.Module,
+        ctx: TransformContext,
+        *,
+        after: Callable[[nn.Module, TransformReport], None] = lambda model, report: None,
+    ) -> tuple[nn.Module, list[TransformReport]]:
+        """Run each; with AD_DUMP_GRAPHS_DIR set, write the graph after each of them there.
+
+        Args:
+            model: an eval-mode module that takes input_ids and position_ids, both int64 [b, s].
+            ctx: config and shared records; filled by the transforms.
+            after: called with the module and the report of each transform once it has run.
+
+        Returns:
+            The module that the last transform made, and one report a transform, in the order run.
+
+        Raises:
+            TransformError: a transform refuses the model; see ``errors``.
+        """
+        reports: list[TransformReport] = []
+        writer = StageWriter.from_environment()
+        for name, stage in self.entries:
+            ctx.on_event(name)
+            nodes = _nodes(model)
+            start = time.perf_counter()
+            try:
+                model, report = registry.get(name)(model, ctx)
+            except TransformError as err:
+                err.transform, err.reports = name, reports
+                raise
+            report.seconds = time.perf_counter() - start
+            _note_changes(report, nodes, _nodes(model))
+            reports.append(report)
+            if writer is not None:
+                writer.write(model, stage, name)
             after(model, report)
-    return model, reports
+        return model, reports
+
+    def _index(self, place: str) -> int:
+        if place in STAGES:
+            return sum(STAGES.index(stage) < STAGES.index(place) for _, stage in self.entries)
+        return list(self).index(place)
 
 
 def _nodes(model: nn.Module) -> dict[fx.Node, tuple[Any, ...]]:

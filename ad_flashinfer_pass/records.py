@@ -32,7 +32,7 @@ class TransformReport:
     notes: list[str] = field(default_factory=list)
     """Evidence and numbers, one line each."""
     removed: list[str] = field(default_factory=list)
-    """Names of the nodes that it took out of the graph; ``pipeline.run`` fills in this and the next two."""
+    """Names of the nodes that it took out of the graph; ``Pipeline.run`` fills in this and the next two."""
     added: list[str] = field(default_factory=list)
     rewired: list[str] = field(default_factory=list)
     """Nodes that it gave other arguments or another target."""

@@ -78,20 +78,11 @@ def measure(config: AutoDeployConfig) -> tuple[Phases, list[tuple[str, int]]]:
     say("weights")
     loaded = load_model(config)
     phases["weights"] = used()
-    ctx = pipeline.context(config)
+    ctx, transforms = pipeline.context(config, say), pipeline.Pipeline.of(config)
     phases["metadata"] = used()
-    gm, _ = pipeline.run(loaded.module, ctx, say, skip=("compile_model",))
+    gm, _ = transforms.without("compile_model").run(loaded.module, ctx)
     phases["pools"] = used()
-    only_compile = config.model_copy(
-        update={
-            "transforms": {
-                name: entry.model_copy(update={"enabled": name == "compile_model"})
-                for name, entry in config.transforms.items()
-            }
-        }
-    )
-    ctx.config = only_compile
-    compiled, _ = pipeline.run(gm, ctx, say)
+    compiled, _ = transforms.since("compile_model").run(gm, ctx)
     phases["graphs"] = used()
     assert isinstance(compiled, CudaGraphModule)
     return phases, [(str(cost.bucket), cost.bytes) for cost in compiled.costs]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import fx
 
 from ad_flashinfer_pass import pipeline, registry, transforms
 from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig, default_transforms
+from ad_flashinfer_pass.pipeline import Pipeline
 from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.registry import register
 from tests.transforms.small_models import SmallModel, context, sdpa
@@ -54,6 +56,34 @@ def test_a_transform_can_be_switched_off() -> None:
 def test_a_transform_can_be_moved_to_another_stage() -> None:
     """The stage of the config decides when a transform runs; within a stage the YAML's order holds."""
     ctx = context(transforms={"match_repeat_kv": {"stage": "post_export"}})
-    announced: list[str] = []
-    pipeline.run(SmallModel(sdpa), ctx, announced.append)
+    announced = list(Pipeline.of(ctx.config))
+    _, reports = Pipeline.of(ctx.config).run(SmallModel(sdpa), ctx)
+    assert [report.name for report in reports] == announced
     assert announced.index("match_repeat_kv") == announced.index("eliminate_noops") + 1
+
+
+def test_parts_of_the_pipeline() -> None:
+    """A part begins or ends at a transform or at a stage; parts of parts keep the order."""
+    names = list(default_transforms())
+    whole = Pipeline.of(AutoDeployConfig(transforms={"fuse_gemms": {"enabled": False}}))  # type: ignore[dict-item]
+    names.remove("fuse_gemms")
+    assert list(whole) == names
+    fusion = names.index("insert_cached_attention")  # the stage post_load_fusion is empty here
+    assert list(whole.before("post_load_fusion")) == list(whole.before("cache_init")) == names[:fusion]
+    assert list(whole.since("post_load_fusion")) == names[fusion:]
+    assert list(whole.since("post_export").before("pattern_matcher")) == names[1:4]
+    assert list(whole.upto("functionalize").without("export_model")) == names[1:3]
+    assert list(whole.since("tune_attention").before("compile_model")) == names[-3:-1]
+
+
+def test_a_run_of_a_part_goes_on_where_the_last_one_ended() -> None:
+    """Two parts one after the other make the graph that the whole makes."""
+    ctx, both = context(), context()
+    whole = Pipeline.of(ctx.config).before("compile")
+    at_once, _ = whole.run(SmallModel(sdpa), ctx)
+    first, _ = whole.before("cache_init").run(SmallModel(sdpa), both)
+    then, reports = whole.since("cache_init").run(first, both)
+    assert isinstance(at_once, fx.GraphModule)
+    assert isinstance(then, fx.GraphModule)
+    assert str(then.graph) == str(at_once.graph)
+    assert [report.name for report in reports] == list(whole.since("cache_init"))

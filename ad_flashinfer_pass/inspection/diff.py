@@ -23,7 +23,6 @@ from ad_flashinfer_pass.inspection.stages import (
     read_graph,
     resolve,
     run_stages,
-    transform_order,
 )
 from ad_flashinfer_pass.inspection.tables import ranges, table
 
@@ -128,7 +127,7 @@ def diff(
         LoadError: the model or a file cannot be read.
         TransformError: the pass refuses the model before the stages are reached.
     """
-    names = (before, after or transform_order(config)[-1])
+    names = (before, after or resolve(None, config))
     sides = {name: read_graph(Path(name)) for name in names if is_file_name(name)}
     wanted = {name: resolve(name, config) for name in names if name not in sides}
     if wanted:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph.data import GraphData
-from ad_flashinfer_pass.inspection.stages import run_stages, transform_order
+from ad_flashinfer_pass.inspection.stages import resolve, run_stages
 
 
 def dump(
@@ -38,7 +38,7 @@ def dump(
         LoadError: the model or the file cannot be read.
         TransformError: the pass refuses the model before the stage is reached.
     """
-    run = run_stages(config, graph, [stage or transform_order(config)[-1]], on_event, sm=sm)
+    run = run_stages(config, graph, [resolve(stage, config)], on_event, sm=sm)
     (found,) = run.graphs.values()
     if layer is not None:
         found = found.layer(layer)

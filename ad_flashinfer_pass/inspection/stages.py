@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from torch import fx, nn
@@ -15,10 +14,9 @@ from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.graph.data import GraphData, NodeNames
 from ad_flashinfer_pass.graph.text_format import from_text
 from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.pipeline import Pipeline, context
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.saved_program import load_module
-
-if TYPE_CHECKING:
-    from ad_flashinfer_pass.records import TransformContext, TransformReport
 
 # They allocate pools, time kernels and capture graphs, for which a graph without weights has no use.
 _NOT_RUN = ("initialize_cache", "tune_attention", "compile_model")
@@ -59,55 +57,51 @@ def run_stages(
         LoadError: the model or the file cannot be read.
         TransformError: the pass refuses the model at a transform that has to run.
     """
-    from ad_flashinfer_pass import pipeline
-
-    order = transform_order(config)
-    wanted = order if stages is None else [resolve(stage, config) for stage in stages]
-    last = max(order.index(name) for name in wanted)
+    order = graph_transforms(config)
+    wanted = list(order) if stages is None else [resolve(stage, config) for stage in stages]
     if on_event is not None:
         on_event("load_model")
     target = select.torch_device(config.device if sm is None else "cuda")
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
     module, config = (load_module(graph), config) if graph is not None else _load_model(config)
-    run, names = Stages(pipeline.context(config)), NodeNames()
+    run, names = Stages(context(config, on_event)), NodeNames()
     run.ctx.target, run.ctx.sm = target, sm
 
     def keep(model: nn.Module, report: TransformReport) -> None:
         if isinstance(model, fx.GraphModule):
-            names.see(model, report.name if report.name != order[0] else None)
+            names.see(model, report.name if report.name != "export_model" else None)
             if report.name in wanted:
                 run.graphs[report.name] = names.data(model, f"{title} after {report.name}")
 
-    skip = [*_NOT_RUN, *order[last + 1 :]]
-    run.module, run.reports = pipeline.run(module, run.ctx, on_event, skip=skip, after=keep)
+    last = max(wanted, key=list(order).index)
+    run.module, run.reports = order.upto(last).run(module, run.ctx, after=keep)
     return run
 
 
-def transform_order(config: AutoDeployConfig) -> list[str]:
-    """The enabled transforms that change a graph, in the order in which they run."""
-    entries = sorted(config.transforms.items(), key=lambda entry: STAGES.index(entry[1].stage))
-    return [name for name, entry in entries if entry.enabled and name not in _NOT_RUN]
+def graph_transforms(config: AutoDeployConfig) -> Pipeline:
+    """The enabled transforms that change a graph."""
+    return Pipeline.of(config).without(*_NOT_RUN)
 
 
-def resolve(stage: str, config: AutoDeployConfig) -> str:
-    """The transform that a name of a stage or a transform stands for.
+def resolve(stage: str | None, config: AutoDeployConfig) -> str:
+    """The transform that a name of a stage or a transform stands for; without a name, the last.
 
     Raises:
         ConfigError: there is none that runs.
     """
-    order = transform_order(config)
-    if stage in order:
-        return stage
-    in_stage = [name for name in order if config.transforms[name].stage == stage]
+    order = graph_transforms(config)
+    if stage in (None, *order):
+        return stage or list(order)[-1]
+    in_stage = [name for name, each in order.entries if each == stage]
     if in_stage:
         return in_stage[-1]
     if stage in (*STAGES, *config.transforms):
         raise ConfigError(
             f"--stage {stage}: no transform of it makes a new graph here; there are {', '.join(order)}."
         )
-    known = [*order, *(config.transforms[name].stage for name in order)]
-    raise ConfigError(f"--stage {stage}: no such stage or transform; {nearest(stage, sorted(set(known)))}")
+    known = {name for entry in order.entries for name in entry}
+    raise ConfigError(f"--stage {stage}: no such stage or transform; {nearest(str(stage), sorted(known))}")
 
 
 def is_file_name(name: str) -> bool:

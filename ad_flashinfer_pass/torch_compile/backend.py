@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass import pipeline
-from ad_flashinfer_pass.config import STAGES, nearest
+from ad_flashinfer_pass.config import nearest
 from ad_flashinfer_pass.errors import (
     ConfigError,
     ExportError,
@@ -31,6 +30,7 @@ from ad_flashinfer_pass.errors import (
     TransformError,
 )
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.pipeline import Pipeline
 from ad_flashinfer_pass.records import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
 from ad_flashinfer_pass.torch_compile.batch import Batch, CacheGroup
@@ -50,11 +50,7 @@ aten = torch.ops.aten
 _OPTIONS = ("session", "compile_backend", "mode", "cuda_graph_batch_sizes")
 _ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask")
 # What this module and a session do in their place.
-_NOT_HERE = (
-    "export_model",
-    "gather_logits_before_lm_head",
-    "initialize_cache",
-)
+_NOT_HERE = ("export_model", "gather_logits_before_lm_head", "initialize_cache")
 
 _RECURRENT = "The state of a recurrent layer is no KV cache and cannot be served."
 _SPLIT = (
@@ -264,22 +260,19 @@ def _transform(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
 
     Gives the keys of the layers, in order; none if there is no attention.
     """
-    stages = {name: STAGES.index(settings.stage) for name, settings in ctx.config.transforms.items()}
-    fusion, compiling = STAGES.index("post_load_fusion"), STAGES.index("compile")
-    early = [name for name, stage in stages.items() if stage < fusion]
-    late = [name for name, stage in stages.items() if stage >= fusion]
-    last = [name for name, stage in stages.items() if stage >= compiling]
+    transforms = Pipeline.of(ctx.config).without(*_NOT_HERE)
+    early = transforms.before("post_load_fusion")
     try:
-        pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *late))
+        early.run(gm, ctx)
     except NoAttentionError as nothing:
         # A piece between graph breaks, or a model without attention, which the batch refuses when it ends.
         try:
-            pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *_ATTENTION_TRANSFORMS, *late))
+            early.without(*_ATTENTION_TRANSFORMS).run(gm, ctx)
         except PackingError as err:
             raise PackingError(f"{err} There is no attention in this graph. {_SPLIT}") from nothing
         return []
     keys = _layer_keys(gm, ctx)  # while each layer has weights of its own
-    pipeline.run(gm, ctx, ctx.on_event, skip=(*_NOT_HERE, *early, *last))
+    transforms.since("post_load_fusion").before("compile").run(gm, ctx)
     return keys
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.errors import ConfigError, SessionError, UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.pipeline import Pipeline
 from ad_flashinfer_pass.records import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
@@ -50,10 +50,10 @@ def runner(
         weights: the model's parameters and buffers, as it names them.
     """
     if backend == INDUCTOR:
-        compiled = _Inductor(gm, session, mode)
-        return _Packed(gm, caches, session, compiled)
+        return _Packed(gm, caches, session, _Inductor(gm, session, mode))
     if backend == "torch-simple":
-        return _Packed(gm, caches, session, _compile_stage(gm, ctx))
+        compiled, _ = Pipeline.of(ctx.config).since("compile").run(gm, ctx)
+        return _Packed(gm, caches, session, compiled)
     return _Captured(gm, ctx, caches, session, backend, weights)
 
 
@@ -87,13 +87,6 @@ class _Packed:
         first = [named[name].view(1, batch.num_tokens) for name in ("input_ids", "position_ids")]
         metadata = [named[name] for name in METADATA_ARGS] if self._caches else []
         return [*first, *extra, *metadata, *self._caches]
-
-
-def _compile_stage(gm: fx.GraphModule, ctx: TransformContext) -> nn.Module:
-    stages = {name: settings.stage for name, settings in ctx.config.transforms.items()}
-    skip = [name for name, stage in stages.items() if stage != "compile"]
-    module, _ = pipeline.run(gm, ctx, ctx.on_event, skip=skip)
-    return module
 
 
 def _token_dims(node: Any) -> list[int]:
@@ -207,7 +200,7 @@ class _Captured:
         _as_served(gm, ctx)
         # Its warm-up runs on page 1, which may have an owner here.
         kept = [cache[1].clone() for cache in caches]
-        module = _compile_stage(gm, ctx)
+        module, _ = Pipeline.of(ctx.config).since("compile").run(gm, ctx)
         for cache, page in zip(caches, kept, strict=True):
             cache[1] = page
         self._model = CachedModel(module, ctx.caches, session.sequence_info, ctx.vocab_size)

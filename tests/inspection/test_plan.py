@@ -98,8 +98,8 @@ def test_intermediate_results_are_those_of_a_run(tokens: int) -> None:
     """The most bytes alive in a prefill of the demo, of which the graph is run node by node."""
     config = AutoDeployConfig(max_seq_len=128, max_batch_size=1, max_num_tokens=128)
     ctx = pipeline.context(config)
-    skip = ("compile_model",)
-    gm, _ = pipeline.run(load_model(config).module, ctx, skip=skip)
+    without = pipeline.Pipeline.of(config).without("compile_model")
+    gm, _ = without.run(load_model(config).module, ctx)
     assert isinstance(gm, fx.GraphModule)
     model = CachedModel(gm, ctx.caches, ctx.sequence_info, ctx.vocab_size)
     pages = list(range(1, -(-tokens // 32) + 1))

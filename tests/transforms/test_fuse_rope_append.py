@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.pipeline import context, run
+from ad_flashinfer_pass.pipeline import Pipeline, context
 from ad_flashinfer_pass.records import Skip, TransformContext
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_rope_append import fuse
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 def transformed(name: str) -> tuple[fx.GraphModule, TransformContext]:
     model = architectures.random_model(architectures.CONFIGS[name](), "eager")
     ctx = context(AutoDeployConfig(max_batch_size=3, max_seq_len=64))
-    gm, _ = run(model, ctx, skip=("compile_model",))
+    gm, _ = Pipeline.of(ctx.config).without("compile_model").run(model, ctx)
     assert isinstance(gm, fx.GraphModule)
     return gm, ctx
 

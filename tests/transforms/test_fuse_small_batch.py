@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.pipeline import context, run, transform_module
+from ad_flashinfer_pass.pipeline import Pipeline, context, transform_module
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
 from tests import architectures
@@ -111,7 +111,7 @@ def test_logits_of_real_models(name: str) -> None:
     with torch.no_grad():
         exact = deepcopy(model).float()(torch.tensor([tokens])).logits[0, -1]
     ctx = context(AutoDeployConfig(max_batch_size=2, max_seq_len=64))
-    gm, _ = run(model, ctx, skip=("compile_model", "fuse_small_batch"))
+    gm, _ = Pipeline.of(ctx.config).without("compile_model", "fuse_small_batch").run(model, ctx)
     assert isinstance(gm, fx.GraphModule)
 
     def error(graph: fx.GraphModule) -> float:
@@ -136,7 +136,7 @@ def test_steps_go_to_the_graph_of_their_size(monkeypatch: pytest.MonkeyPatch) ->
     config = AutoDeployConfig(max_batch_size=4, max_seq_len=128)
     one = transform_module(model, config)[0]
     ctx = context(config)
-    both, _ = run(model, ctx, skip=("compile_model", "fuse_small_batch"))
+    both, _ = Pipeline.of(ctx.config).without("compile_model", "fuse_small_batch").run(model, ctx)
     assert isinstance(both, fx.GraphModule)
     ctx.small_batch_model = with_fused_linears(both)[0]
     calls: list[int] = []

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, fx, nn
 
-from ad_flashinfer_pass.config import STAGES, AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.inspection.check import float64
@@ -28,9 +28,11 @@ from ad_flashinfer_pass.inspection.check import steps as check_steps
 from ad_flashinfer_pass.inspection.check.recording import CachedGraph, Recorder, SiteValues, record, sites_of
 from ad_flashinfer_pass.inspection.check.reproducer import write_reproducer
 from ad_flashinfer_pass.inspection.check.steps import Phase, Step
-from ad_flashinfer_pass.inspection.stages import resolve, transform_order
+from ad_flashinfer_pass.inspection.stages import graph_transforms, resolve
 from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.models.layers import Layers
+from ad_flashinfer_pass.pipeline import Pipeline, context
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
@@ -38,8 +40,6 @@ from ad_flashinfer_pass.saved_program import load_module
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from ad_flashinfer_pass.records import TransformContext, TransformReport
 
 # Share of the largest value of a site's result. Sums in another order, and rounding of what is summed.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -173,8 +173,7 @@ def check(
     from ad_flashinfer_pass.models.loading import load_model
 
     tell = on_event or (lambda text: None)
-    if stage is not None:
-        resolve(stage, config)
+    resolve(stage, config)
     tell("load_model")
     taken = None
     if graph is not None:
@@ -208,16 +207,16 @@ def prepare(
     on_event: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Transform a module and keep the graphs that it is on the way."""
-    from ad_flashinfer_pass import pipeline
-
-    order = transform_order(config)
-    last = order[-1] if stage is None else resolve(stage, config)
-    is_dense = order.index(last) < order.index("insert_cached_attention")
-    last_dense = last if is_dense else order[order.index("insert_cached_attention") - 1]
-    stages = {name: settings.stage for name, settings in config.transforms.items()}
-    late = [name for name, each in stages.items() if STAGES.index(each) >= STAGES.index("compile")]
-    # A cached graph can be called once it returns the rows of logits that a step asks for.
-    after = [name for name in order[order.index(last) + 1 :] if is_dense or name != _GATHER]
+    last = resolve(stage, config)
+    dense_names = list(graph_transforms(config).before("insert_cached_attention"))
+    is_dense = last in dense_names
+    last_dense = last if is_dense else dense_names[-1]
+    captures = stage is None and config.compile_backend != "torch-simple"
+    wanted = Pipeline.of(config).without("initialize_cache", *([] if captures else ["compile_model"]))
+    if stage is not None:
+        # A cached graph can be called once it returns the rows of logits that a step asks for.
+        needed = {*wanted.upto(last), *([] if is_dense else [_GATHER])}
+        wanted = wanted.without(*{*wanted} - needed)
     kept: dict[str, fx.GraphModule] = {}
 
     def keep(model: nn.Module, report: TransformReport) -> None:
@@ -225,9 +224,8 @@ def prepare(
             assert isinstance(model, fx.GraphModule)
             kept[report.name] = _copy(model)
 
-    ctx = pipeline.context(_small(config))
-    skip = ["initialize_cache", *late, *after]
-    gm, _ = pipeline.run(module, ctx, on_event, skip=skip, after=keep)
+    ctx = context(_small(config), on_event)
+    gm, _ = wanted.before("compile").run(module, ctx, after=keep)
     assert isinstance(gm, fx.GraphModule)
     lengths = check_steps.lengths([site.site for site in ctx.sites], config.sequence_limit)
     dense = Prepared(module, kept["export_model"], kept[last_dense], None, None, lengths, last, ctx)
@@ -243,11 +241,7 @@ def prepare(
             kept["cached"] = _copy(model)
 
     kept["cached"] = _copy(gm)
-    captures = stage is None and config.compile_backend != "torch-simple"
-    runs_late = stage is None or last in late
-    skip = [name for name in stages if name not in late or name in after or not runs_late]
-    skip += [] if captures else ["compile_model"]
-    compiled, _ = pipeline.run(gm, ctx, on_event, skip=skip, after=keep_cached)
+    compiled, _ = wanted.since("compile").run(gm, ctx, after=keep_cached)
     dense.cached, dense.compiled = kept["cached"], compiled if captures else None
     return dense
 

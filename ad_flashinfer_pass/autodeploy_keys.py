@@ -9,7 +9,7 @@ Sources: TensorRT-LLM ``_torch/auto_deploy/llm_args.py``, ``config/default.yaml`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 Keys = dict[str, Any]
@@ -100,13 +100,13 @@ _BACKENDS = ("trtllm", "flashinfer", "triton", "triton_paged", "torch")
 
 
 def taken(
-    data: Mapping[str, Any], transforms: Mapping[str, Mapping[str, Any]], default_batch_size: int
+    data: Mapping[str, Any], transforms: Mapping[str, Collection[str]], default_batch_size: int
 ) -> tuple[Keys, list[str], list[str]]:
     """Our keys of a mapping, what was done with the others, and why it is refused.
 
     Args:
         data: keys of AutoDeploy, ours among them; not changed.
-        transforms: ours, by name, with their settings.
+        transforms: ours, by name, with the keys that they take.
         default_batch_size: max_batch_size where none is given.
 
     Returns:
@@ -188,7 +188,7 @@ def _take_graphs(ours: Keys, default_batch_size: int, notes: list[str], refused:
 
 
 def _transforms(
-    given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], unused: list[str]
+    given: Mapping[str, Any], known: Mapping[str, Collection[str]], unused: list[str]
 ) -> dict[str, Any]:
     """The transforms of ours, with our settings."""
     ours = {}

@@ -13,7 +13,7 @@ import logging
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -31,18 +32,6 @@ from yaml import YAMLError
 from ad_flashinfer_pass import autodeploy_keys
 from ad_flashinfer_pass.errors import ConfigError
 
-# Transforms without which there is no model to run: each takes what the one before it made.
-_NEEDED = (
-    "export_model",
-    "functionalize",
-    "eliminate_noops",
-    "match_attention",
-    "classify_mask",
-    "insert_cached_attention",
-    "gather_logits_before_lm_head",
-    "initialize_cache",
-    "compile_model",
-)
 # In the order in which they run: AutoDeploy's names, less those that have no transform here.
 Stage = Literal[
     "factory",
@@ -75,9 +64,7 @@ class _Strict(BaseModel):
             try:
                 super().__init__(**data)
             except ValidationError as err:
-                # Of a key that can be of two types, pydantic tells an error for each.
-                errors = {(each["loc"][:2], _shown(each["input"])): each for each in reversed(err.errors())}
-                raise ConfigError(" ".join(_said(each) for each in reversed(errors.values()))) from None
+                raise ConfigError(" ".join(_sentences(err))) from None
 
         # A field of this type is not made by __init__: its errors are told with those of the other fields.
         __init__.__pydantic_base_init__ = True
@@ -127,7 +114,7 @@ class KvCacheConfig(_Strict):
 
 
 class TransformConfig(_Strict):
-    """One entry of ``transforms``; further keys are arguments of that transform.
+    """One entry of ``transforms``; further keys are those of that transform's class below.
 
     Raises:
         ConfigError: a value is not of its type.
@@ -142,6 +129,34 @@ class TransformConfig(_Strict):
     if TYPE_CHECKING:
 
         def __init__(self, *, stage: Stage = ..., enabled: bool = ..., **settings: Any) -> None: ...
+
+
+class InsertCachedAttention(TransformConfig):
+    """Settings of ``insert_cached_attention``."""
+
+    max_extend_len: int = 0
+    """If not 0, sequences with a past and 2 to that many new tokens, 32 at most, go to xqa.extend."""
+
+    @field_validator("max_extend_len", mode="before")
+    @classmethod
+    def _check_length(cls, value: object) -> object:
+        if value != 0 and not (isinstance(value, int) and 2 <= value <= 32):
+            raise ValueError("must be 0 or within 2..32")
+        return value
+
+
+class TuneAttention(TransformConfig):
+    """Settings of ``tune_attention``."""
+
+    decode: Literal["auto", "xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "fa2", "reference"] = (
+        "auto"
+    )
+    """The provider that decodes at all sites; auto takes the fastest by measurement, for each batch size."""
+
+
+# They stand here, and not with their transforms, because a config is made before torch is imported.
+SETTINGS = {"insert_cached_attention": InsertCachedAttention, "tune_attention": TuneAttention}
+_T = TypeVar("_T", bound=TransformConfig)
 
 
 class AutoDeployConfig(_Strict):
@@ -197,7 +212,7 @@ class AutoDeployConfig(_Strict):
     kernel_dir: str | None = None
     """Folder that ``prebuild`` made: on a GPU, FlashInfer's modules are loaded from it, not compiled."""
     kv_cache_config: KvCacheConfig = KvCacheConfig()
-    transforms: dict[str, TransformConfig] = {}
+    transforms: dict[str, SerializeAsAny[TransformConfig]] = {}
     """Changes to the pipeline of configs/default.yaml, by transform name."""
 
     if not TYPE_CHECKING:
@@ -251,26 +266,23 @@ class AutoDeployConfig(_Strict):
 
     @model_validator(mode="after")
     def _check_transforms(self) -> AutoDeployConfig:
-        for name in _NEEDED:
-            if not self.transforms[name].enabled:
+        for name, transform in self.transforms.items():
+            if name in needed() and not transform.enabled:
                 raise ValueError(
                     f"transforms.{name}: cannot be left out, got enabled: false; others take what it makes. "
-                    f"What can be: {', '.join(sorted(set(self.transforms) - {*_NEEDED}))}"
+                    f"What can be: {', '.join(sorted(self.transforms.keys() - needed()))}"
                 )
-        for name, transform in self.transforms.items():
-            if STAGES.index(transform.stage) < STAGES.index(self.transforms["export_model"].stage):
-                raise ValueError(
-                    f"transforms.{name}.stage: {transform.stage} comes before the stage of export_model, "
-                    "whose graph it takes; leave the stage as it is"
-                )
-        in_order = sorted(_NEEDED, key=lambda name: STAGES.index(self.transforms[name].stage))
-        for name, before in zip(in_order, _NEEDED, strict=True):
-            if name != before:
-                raise ValueError(
-                    f"transforms.{name}.stage: {self.transforms[name].stage} comes before the stage of "
-                    f"{before}, whose result it takes; leave the stage as it is"
-                )
+            for before in needs(name):
+                if STAGES.index(transform.stage) < STAGES.index(self.transforms[before].stage):
+                    raise ValueError(
+                        f"transforms.{name}.stage: {transform.stage} comes before the stage of {before}, "
+                        "whose result it takes; leave the stage as it is"
+                    )
         return self
+
+    def settings(self, kind: type[_T]) -> _T:
+        """The entry of the transform whose settings are of that class."""
+        return next(entry for entry in self.transforms.values() if isinstance(entry, kind))
 
     @property
     def steps_ahead(self) -> int:
@@ -329,9 +341,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def default_transforms() -> dict[str, dict[str, Any]]:
-    """The pipeline of configs/default.yaml: transform name to its settings, in order."""
-    return {name: {**settings} for name, settings in _pipeline().items()}
+def default_transforms() -> dict[str, TransformConfig]:
+    """The pipeline of configs/default.yaml: the entries by name, in order."""
+    stages = {name: entry["stage"] for name, entry in _pipeline().items()}
+    return {name: SETTINGS.get(name, TransformConfig)(stage=stage) for name, stage in stages.items()}
+
+
+@cache
+def needs(name: str) -> tuple[str, ...]:
+    """The transforms whose results a transform takes, in order."""
+    last = _pipeline()[name].get("needs")
+    return (*needs(last), last) if last else ()
+
+
+@cache
+def needed() -> frozenset[str]:
+    """The transforms that cannot be left out: what others need, and the last one."""
+    return frozenset(("compile_model",)).union(*map(needs, _pipeline()))
 
 
 @cache
@@ -359,7 +385,8 @@ def _ours(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         ConfigError: keys are unknown, or would change the answer.
     """
     transforms, default = default_transforms(), AutoDeployConfig.model_fields["max_batch_size"].default
-    data, notes, refused = autodeploy_keys.taken(data, transforms, default)
+    keys = {name: type(entry).model_fields for name, entry in transforms.items()}
+    data, notes, refused = autodeploy_keys.taken(data, keys, default)
     data["transforms"], unknown = _merged_transforms(data.get("transforms") or {}, transforms)
     unknown = [*_unknown_keys(data), *unknown]
     if refused or unknown:
@@ -380,33 +407,45 @@ def _unknown_keys(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _merged_transforms(changes: Any, default: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """The pipeline with changes, and a sentence for each name or setting that is unknown."""
+def _merged_transforms(
+    changes: Any, default: dict[str, TransformConfig]
+) -> tuple[dict[str, TransformConfig], list[str]]:
+    """The pipeline with changes, and a sentence for each name or setting that is unknown or wrong."""
     if not isinstance(changes, dict):
         raise ConfigError(f"transforms: must be a mapping of transform names, got {changes!r}.")
-    merged: dict[str, Any] = {**default}
-    unknown = []
+    merged, wrong = {**default}, []
     for name, change in changes.items():
         if isinstance(change, TransformConfig):
             change = change.model_dump(exclude_unset=True)
         if name not in default:
-            unknown.append(f"transforms: unknown transform {name!r}; {nearest(str(name), list(default))}")
+            wrong.append(f"transforms: unknown transform {name!r}; {nearest(str(name), list(default))}")
         elif not isinstance(change, dict):
             raise ConfigError(f"transforms.{name}: must be a mapping, got {change!r}.")
         else:
-            keys = list(default[name])
-            unknown += [
+            # A copy of default.yaml is a config too.
+            change = {k: v for k, v in change.items() if (k, v) != ("needs", _pipeline()[name].get("needs"))}
+            keys = list(type(default[name]).model_fields)
+            wrong += [
                 f"transforms.{name}: unknown key {key!r}; {nearest(str(key), keys)}"
                 for key in change
                 if key not in keys
             ]
-            merged[name] = {**default[name], **change}
-    return merged, unknown
+            try:
+                merged[name] = default[name].model_validate({"stage": default[name].stage, **change})
+            except ValidationError as err:
+                wrong += _sentences(err, f"transforms.{name}.")
+    return merged, wrong
 
 
-def _said(error: Any) -> str:
+def _sentences(error: ValidationError, prefix: str = "") -> list[str]:
+    # Of a key that can be of two types, pydantic tells an error for each.
+    errors = {(each["loc"][:2], _shown(each["input"])): each for each in reversed(error.errors())}
+    return [_said(each, prefix) for each in reversed(errors.values())]
+
+
+def _said(error: Any, prefix: str) -> str:
     """One error of pydantic's in a sentence that names the key and the value."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = prefix + ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not where:
         return message

@@ -4,10 +4,11 @@ import ast
 import inspect
 import itertools
 import json
-import re
 import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
 
 from ad_flashinfer_pass import autodeploy_keys, config, transforms
 
@@ -33,7 +34,7 @@ def updated() -> str:
     return page
 
 
-def _keys(model: type[config.AutoDeployConfig | config.KvCacheConfig]) -> list[str]:
+def _keys(model: type[BaseModel]) -> list[str]:
     docstrings = {
         field.target.id: text.value.value
         for field, text in itertools.pairwise(ast.parse(inspect.getsource(model)).body[0].body)
@@ -41,7 +42,8 @@ def _keys(model: type[config.AutoDeployConfig | config.KvCacheConfig]) -> list[s
     }
     signs = {"ge": "at least", "gt": "more than", "le": "at most"}
     lines = []
-    for name, field in model.model_fields.items():
+    for name in inspect.get_annotations(model):
+        field = model.model_fields[name]
         limits = [f", {signs[k]} {getattr(m, k):,}" for m in field.metadata for k in signs if hasattr(m, k)]
         default = f"; default {_values([field.default])}" if name in docstrings else ""
         lines.append(f"- **`{name}`** ({_type(field.annotation)}{''.join(limits)}{default}): ")
@@ -50,16 +52,13 @@ def _keys(model: type[config.AutoDeployConfig | config.KvCacheConfig]) -> list[s
 
 
 def _transforms() -> list[str]:
-    pipeline = PAGE.parents[1] / "configs" / "default.yaml"
-    comments = dict(re.findall("\n    ([a-z_]+): .*?# (.*)", pipeline.read_text(encoding="utf-8")))
     lines = []
-    for name, settings in config.default_transforms().items():
+    for name, entry in config.default_transforms().items():
         text = getattr(transforms, name).__doc__.split("\n\n")[0]
-        needed = ", cannot be left out" * (name in config._NEEDED)
-        lines.append(f"- **`{name}`** ({settings['stage']}{needed}): {text}")
-        lines += [
-            f"  - **`{k}`** (default `{settings[k]}`): {comments[k]}" for k in settings if k in comments
-        ]
+        lines.append(
+            f"- **`{name}`** ({entry.stage}{', cannot be left out' * (name in config.needed())}): {text}"
+        )
+        lines += [f"  {line}" for line in _keys(config.SETTINGS[name])] if name in config.SETTINGS else []
     return lines
 
 

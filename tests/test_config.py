@@ -14,9 +14,12 @@ from ad_flashinfer_pass import config as config_module
 from ad_flashinfer_pass.config import (
     STAGES,
     AutoDeployConfig,
+    InsertCachedAttention,
     KvCacheConfig,
     TransformConfig,
+    TuneAttention,
     default_transforms,
+    needs,
 )
 from ad_flashinfer_pass.errors import ConfigError
 
@@ -63,8 +66,16 @@ def test_defaults_are_valid_and_resolve() -> None:
             {"transforms": {"match_attention": {"enable": False}}},
             "transforms.match_attention: unknown key 'enable'; did you mean 'enabled'?",
         ),
+        (
+            {"transforms": {"tune_attention": {"kernel": "xqa"}}},
+            "transforms.tune_attention: unknown key 'kernel'; known: decode, enabled, stage.",
+        ),
+        (
+            {"transforms": {"classify_mask": {"needs": "export_model"}}},
+            "transforms.classify_mask: unknown key 'needs'; known: enabled, stage.",
+        ),
     ],
-    ids=["top", "nested", "nothing_near", "transform", "transform_key"],
+    ids=["top", "nested", "nothing_near", "transform", "transform_key", "setting", "need"],
 )
 def test_unknown_key_names_the_nearest(keys: dict[str, Any], message: str) -> None:
     """An unknown key is an error with its full path and the nearest known key, or all of them."""
@@ -301,6 +312,17 @@ def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
             "transforms.match_attention.enabled: input should be a valid boolean, unable to interpret input, "
             "got 'maybe'.",
         ),
+        (
+            {
+                "transforms": {
+                    "insert_cached_attention": TransformConfig(max_extend_len=33),
+                    "fuse_gemms": {"enabled": "maybe"},
+                }
+            },
+            "transforms.insert_cached_attention.max_extend_len: must be 0 or within 2..32, got 33. "
+            "transforms.fuse_gemms.enabled: input should be a valid boolean, unable to interpret input, "
+            "got 'maybe'.",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -418,9 +440,28 @@ def test_missing_yaml_says_what_to_give(name: str, says: str, tmp_path: Path) ->
     assert str(raised.value) == f"config {path}: {says}. Give the path of a YAML file."
 
 
+def test_settings_of_a_transform_have_types_and_are_written_out() -> None:
+    """Their class is found by itself, and a dump of the config has them."""
+    config = AutoDeployConfig(transforms={"tune_attention": TransformConfig(decode="xqa")})
+    assert config.settings(TuneAttention).decode == "xqa"
+    assert config.settings(InsertCachedAttention).max_extend_len == 0
+    written = config.model_dump()["transforms"]
+    assert written["tune_attention"] == {"stage": "compile", "enabled": True, "decode": "xqa"}
+    assert AutoDeployConfig(transforms=written) == config
+
+
+def test_what_a_transform_needs_runs_before_it() -> None:
+    """In default.yaml, where needs are declared, all of them stand before it."""
+    names = list(default_transforms())
+    for name in names:
+        assert list(needs(name)) == [other for other in names if other in needs(name)]
+        assert set(needs(name)) < set(names[: names.index(name) + 1])
+    assert {name for name in names if not needs(name)} == {"export_model"}
+
+
 def test_default_pipeline_is_written_in_the_order_in_which_it_runs() -> None:
     """default.yaml is in the order of STAGES, so that reading it from the top is reading the pipeline."""
-    stages = [STAGES.index(entry["stage"]) for entry in default_transforms().values()]
+    stages = [STAGES.index(entry.stage) for entry in default_transforms().values()]
     assert stages == sorted(stages)
 
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ad_flashinfer_pass.config import InsertCachedAttention
 from ad_flashinfer_pass.errors import ConfigError, NoAttentionError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.kernels.attention import select, xqa
+from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.records import (
     CachedSite,
@@ -51,7 +52,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
     Raises:
         UnsupportedError: no kernel covers a site; says which item each kernel lacks.
         NoAttentionError: there is no canonical attention in the graph.
-        ConfigError: k_scale or v_scale has not one number a cache, or max_extend_len is out of range.
+        ConfigError: k_scale or v_scale has not one number a cache.
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("insert_cached_attention")
@@ -61,7 +62,7 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
         raise NoAttentionError(
             "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
         )
-    ctx.sequence_info.max_extend_len = _max_extend_len(ctx)
+    ctx.sequence_info.max_extend_len = ctx.config.settings(InsertCachedAttention).max_extend_len
     scales = _scales(ctx, list(dict.fromkeys(cache_pair(node) for node in sites)))
     inputs, block_table, slot_mapping = _insert_metadata(model, ctx)
     caches: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
@@ -197,17 +198,6 @@ def _choices(sites: list[CachedSite]) -> list[str]:
     """Which kernel runs each phase, of how many sites, and why."""
     counts = Counter((phase, getattr(site, phase)) for site in sites for phase in ("prefill", "decode"))
     return [f"{phase}: {kernel}, {n} sites: {why}" for (phase, (kernel, why)), n in counts.items()]
-
-
-def _max_extend_len(ctx: TransformContext) -> int:
-    settings: dict[str, Any] = ctx.config.transforms["insert_cached_attention"].model_extra or {}
-    limit = settings.get("max_extend_len", 0)
-    if limit != 0 and not (isinstance(limit, int) and 2 <= limit <= xqa.MAX_EXTEND):
-        raise ConfigError(
-            "transforms.insert_cached_attention.max_extend_len must be 0 or within "
-            f"2..{xqa.MAX_EXTEND}, got {limit!r}."
-        )
-    return int(limit)
 
 
 def _extends(ctx: TransformContext) -> list[str]:

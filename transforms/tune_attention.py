@@ -9,12 +9,11 @@ Legal because only providers are timed that cover every item of the site. Only w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
+from ad_flashinfer_pass.config import TuneAttention
+from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
@@ -32,7 +31,6 @@ def tune_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, 
     """Measure the decode kernels of each site, and let the graph use what was found.
 
     Raises:
-        ConfigError: ``decode`` names no provider.
         UnsupportedError: the pinned provider does not cover a site; says which items it lacks.
     """
     assert isinstance(model, fx.GraphModule)
@@ -40,8 +38,8 @@ def tune_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, 
     op = torch.ops.ad_flashinfer.cached_attention.default
     nodes = model.graph.find_nodes(op="call_function", target=op)
     places = list(zip(nodes, ctx.sites, strict=True))
-    pinned = _pinned(ctx)
-    if pinned is not None:
+    pinned = ctx.config.settings(TuneAttention).decode
+    if pinned != "auto":
         for node, site in places:
             _pin(node, site, pinned, ctx)
             report.num_matches += 1
@@ -55,18 +53,6 @@ def tune_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, 
     if report.num_matches:
         g.finish(model)
     return model, report
-
-
-def _pinned(ctx: TransformContext) -> str | None:
-    """The provider of the settings, None for a choice by measurement."""
-    settings: dict[str, Any] = ctx.config.transforms["tune_attention"].model_extra or {}
-    name = settings.get("decode", "auto")
-    known = ["auto", *select.PROVIDERS]
-    if name not in known:
-        raise ConfigError(
-            f"transforms.tune_attention.decode must be one of {', '.join(known)}, got {name!r}."
-        )
-    return None if name == "auto" else str(name)
 
 
 def _pin(node: fx.Node, site: CachedSite, name: str, ctx: TransformContext) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import reference, select
@@ -103,9 +104,9 @@ def test_scales_of_an_8_bit_cache_reach_append_and_attend(k_scale: float | list[
 @pytest.mark.parametrize("limit", [1, 33, "4"])
 def test_a_length_of_extends_that_no_kernel_has_is_refused(limit: object) -> None:
     """XQA's masks hold 2 to 32 tokens."""
-    ctx = context(transforms={"insert_cached_attention": {"max_extend_len": limit}})
-    with pytest.raises(ConfigError, match=rf"max_extend_len must be 0 or within 2\.\.32, got {limit!r}"):
-        inserted(SmallModel(windowed), ctx)
+    settings: Any = {"insert_cached_attention": {"max_extend_len": limit}}
+    with pytest.raises(ConfigError, match=rf"max_extend_len: must be 0 or within 2\.\.32, got {limit!r}"):
+        AutoDeployConfig(transforms=settings)
 
 
 def test_as_many_scales_as_caches_are_needed() -> None:

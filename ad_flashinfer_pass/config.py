@@ -45,6 +45,7 @@ Stage = Literal[
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 CompileBackend = Literal["torch-simple", "torch-cudagraph", "torch-opt"]
+AttentionKernel = Literal["xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "fa2", "reference"]
 KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 
 # Kernels take scales and their reciprocals as float32, whose smallest normal number is 2**-126.
@@ -148,9 +149,7 @@ class InsertCachedAttention(TransformConfig):
 class TuneAttention(TransformConfig):
     """Settings of ``tune_attention``."""
 
-    decode: Literal["auto", "xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "fa2", "reference"] = (
-        "auto"
-    )
+    decode: Literal["auto", AttentionKernel] = "auto"
     """The provider that decodes at all sites; auto takes the fastest by measurement, for each batch size."""
 
 
@@ -422,16 +421,16 @@ def _merged_transforms(
         elif not isinstance(change, dict):
             raise ConfigError(f"transforms.{name}: must be a mapping, got {change!r}.")
         else:
-            # A copy of default.yaml is a config too.
-            change = {k: v for k, v in change.items() if (k, v) != ("needs", _pipeline()[name].get("needs"))}
-            keys = list(type(default[name]).model_fields)
+            fields = list(type(default[name]).model_fields)
             wrong += [
-                f"transforms.{name}: unknown key {key!r}; {nearest(str(key), keys)}"
-                for key in change
-                if key not in keys
+                f"transforms.{name}: unknown key {key!r}; {nearest(str(key), fields)}"
+                for key, value in change.items()
+                # A copy of default.yaml is a config, too.
+                if key not in fields and (key, value) != ("needs", _pipeline()[name].get("needs"))
             ]
+            given = {key: change[key] for key in fields if key in change}
             try:
-                merged[name] = default[name].model_validate({"stage": default[name].stage, **change})
+                merged[name] = default[name].model_validate({"stage": default[name].stage, **given})
             except ValidationError as err:
                 wrong += _sentences(err, f"transforms.{name}.")
     return merged, wrong

@@ -55,11 +55,7 @@ def transform_module(
 
 
 def context(config: AutoDeployConfig, on_event: Callable[[str], None] | None = None) -> TransformContext:
-    """What the transforms of a new run share.
-
-    Args:
-        config: says what is built.
-        on_event: called with the name of each transform as it begins, and with its progress.
+    """What the transforms of a new run share; ``on_event`` takes their names as they begin, and progress.
 
     Raises:
         ConfigError: there is no such device.

@@ -113,10 +113,6 @@ def _slopes_of(
         )
     if values not in known:
         tensor = torch.tensor(values, dtype=torch.float32, device=g.value(query).device)
-        name = f"alibi_slopes_{len(known)}"
-        gm.register_buffer(name, tensor)
-        mode = g.fake_mode(gm)
         with gm.graph.inserting_before(site):
-            known[values] = gm.graph.get_attr(name)
-        known[values].meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+            known[values] = g.add_attribute(gm, f"alibi_slopes_{len(known)}", tensor)
     return known[values]

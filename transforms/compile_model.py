@@ -136,9 +136,6 @@ def _with_flat_attributes(model: fx.GraphModule) -> fx.GraphModule:
         tensor, name = g.attribute(node), str(node.target).replace(".", "_")
         while hasattr(root, name) and getattr(root, name) is not tensor:
             name += "_"
-        if isinstance(tensor, nn.Parameter):
-            root.register_parameter(name, tensor)
-        elif not hasattr(root, name):
-            root.register_buffer(name, tensor, persistent=False)
+        g.register_tensor(root, name, tensor)
         node.target = name
     return fx.GraphModule(root, model.graph)

@@ -45,8 +45,7 @@ def eliminate_noops(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
         if node.target in _ASSERTIONS:
             model.graph.erase_node(node)
         elif node.op == "call_function" and _is_noop(node):
-            node.replace_all_uses_with(g.args(node)[0])
-            model.graph.erase_node(node)
+            g.replace(node, g.args(node)[0])
         else:
             continue
         report.num_matches += 1
@@ -75,8 +74,7 @@ def _read_sizes_of_inputs(gm: fx.GraphModule) -> int:
             inputs = gm.graph.find_nodes(op="placeholder")
             with gm.graph.inserting_after(inputs[-1]):
                 canonical[symbol] = g.call_op(gm.graph, aten.sym_size.int, ids, symbols[symbol])
-        node.replace_all_uses_with(canonical[symbol])
-        gm.graph.erase_node(node)
+        g.replace(node, canonical[symbol])
         count += 1
     return count
 

@@ -65,8 +65,7 @@ class _Expansion:
         (result,) = self.node.users
         with self.graph.inserting_before(self.node):
             out = self._written_out()
-        result.replace_all_uses_with(out)
-        self.graph.erase_node(result)
+        g.replace(result, out)
         self.graph.erase_node(self.node)
 
     def _written_out(self) -> fx.Node:
@@ -140,12 +139,7 @@ class _Expansion:
     def _constant(self, inner: fx.Node) -> fx.Node:
         """A tensor of the body as a buffer of the graph."""
         name = f"{self.node.name}_{inner.target}".replace(".", "_")
-        tensor = g.attribute(inner)
-        self.gm.register_buffer(name, tensor, persistent=False)
-        node = self.graph.get_attr(name)
-        mode = g.fake_mode(self.gm)
-        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
-        return node
+        return g.add_attribute(self.gm, name, g.attribute(inner))
 
     def _index(self, place: int) -> fx.Node:
         """Indices of batch, head, query or key, int32, with the other dimensions of size one."""
@@ -163,8 +157,7 @@ class _Expansion:
 
     def _op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = g.call_op(self.graph, target, *args, **kwargs)
-        for key in ("stack_trace", "nn_module_stack"):
-            node.meta[key] = self.node.meta.get(key)
+        g.copy_origin(node, self.node)
         return node
 
     def _refused(self, what: str) -> UnsupportedError:

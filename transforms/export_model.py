@@ -304,16 +304,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node, body: fx.Node, inputs: list[Any])
     values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
     with gm.graph.inserting_before(node):
         for inner in region.graph.nodes:
-            if inner.op == "get_attr":
-                name = f"{body.target}.{inner.target}"
-                values[inner] = gm.graph.get_attr(name)
-                values[inner].meta = dict(inner.meta)
-            elif inner.op == "call_function":
+            if inner.op in ("get_attr", "call_function"):
                 values[inner] = gm.graph.node_copy(inner, values.__getitem__)
+            if inner.op == "get_attr":
+                values[inner].target = f"{body.target}.{inner.target}"
     results = fx.node.map_arg(g.args(region.graph.output_node())[0], values.__getitem__)
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
-        gm.graph.erase_node(user)
+        g.replace(user, results[g.args(user)[1]])
     gm.graph.erase_node(node)
 
 

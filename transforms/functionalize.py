@@ -48,8 +48,7 @@ def functionalize(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
         if node in live:
             memory.replace(node)
         else:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            model.graph.erase_node(node)
+            g.replace(node, node.all_input_nodes[0])
         report.num_matches += 1
     if report.num_matches:
         for node in model.graph.find_nodes(op="call_function", target=aten.view.default):
@@ -120,8 +119,7 @@ class _Memory:
         for old, new in values.items():
             self.latest.get(old, old).replace_all_uses_with(new, delete_user_cb=later.__contains__)
             self.latest[old], self.traced[new] = new, old
-        write.replace_all_uses_with(values[written])
-        self.gm.graph.erase_node(write)
+        g.replace(write, values[written])
 
     def _origin(self, node: fx.Node) -> fx.Node:
         return self.traced.get(node, node)
@@ -141,8 +139,7 @@ def _replace_by_view(gm: fx.GraphModule, node: fx.Node) -> None:
         nodes = list(gm.graph.nodes)
         later = set(nodes[nodes.index(node) + 1 :])
         g.args(node)[0].replace_all_uses_with(new, delete_user_cb=later.__contains__)
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    g.replace(node, new)
 
 
 def _source(view: fx.Node) -> fx.Node:
@@ -197,8 +194,7 @@ def _is_view(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return _is_view(g.args(node)[0])
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable or not any(arg.alias_info for arg in schema.arguments):
+    if g.mutates_input(node) or not g.is_view(node):
         return False
     # Whether reshape, contiguous and to are views depends on what they are given.
     try:

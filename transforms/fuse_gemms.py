@@ -70,8 +70,7 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
         with gm.graph.inserting_after(after):
             part = after = g.call_op(gm.graph, aten.slice.Tensor, fused, -1, start, end)
         start = end
-        node.replace_all_uses_with(part)
-        gm.graph.erase_node(node)
+        g.replace(node, part)
         for user in list(part.users):
             # A view across rows exists of a tensor without gaps only; reshape is the same where it does.
             if g.is_op(user, aten.view.default, aten._unsafe_view.default):
@@ -85,13 +84,8 @@ def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.No
     if not isinstance(fused, FakeTensor):
         for tensor, rows in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
             tensor.data = rows
-    gm.register_parameter(name, nn.Parameter(fused, requires_grad=False))
-    placeholder = gm.graph.find_nodes(op="placeholder")[0]
-    with gm.graph.inserting_before(placeholder):
-        node = gm.graph.get_attr(name)
-    mode = g.fake_mode(gm)
-    node.meta["val"] = mode.from_tensor(fused, static_shapes=True) if mode else fused
-    return node
+    with gm.graph.inserting_before(gm.graph.find_nodes(op="placeholder")[0]):
+        return g.add_attribute(gm, name, nn.Parameter(fused, requires_grad=False))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

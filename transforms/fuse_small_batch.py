@@ -60,9 +60,7 @@ def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list
     Returns:
         The copy, which shares the weights; how many were replaced, and those that were not.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(model.graph, {}))
-    gm = fx.GraphModule(model, graph)
+    gm = g.copied(model)
     skipped, count = [], 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
         args = g.op_args(node)

@@ -120,8 +120,7 @@ def _insert_lengths(gm: fx.GraphModule, ctx: TransformContext) -> None:
     lengths = g.add_input(gm, "sequence_lengths", ctx.sequence_info.named_args()["sequence_lengths"])
     lengths.meta["val"] = g.value(nodes[0])
     for node in nodes:
-        node.replace_all_uses_with(lengths)
-        gm.graph.erase_node(node)
+        g.replace(node, lengths)
 
 
 def _insert_site(
@@ -177,10 +176,8 @@ def _insert_site(
             **quantized,
             **({"max_extend_len": limit} if (limit := ctx.sequence_info.max_extend_len) else {}),
         )
-    for meta in ("stack_trace", "nn_module_stack"):
-        cached.meta[meta] = node.meta.get(meta)
-    node.replace_all_uses_with(cached)
-    gm.graph.erase_node(node)
+    g.copy_origin(cached, node)
+    g.replace(node, cached)
     ctx.sites.append(
         CachedSite(
             where=g.where(cached),

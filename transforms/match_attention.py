@@ -97,8 +97,7 @@ def _replace(graph: fx.Graph, match: AttentionMatch) -> None:
             match.is_causal,
             **options,
         )
-        for key in ("stack_trace", "nn_module_stack"):
-            attention.meta[key] = last.meta.get(key)
+        g.copy_origin(attention, last)
         attention.meta["site_notes"] = SiteNotes(match.form, _folded(match))
         result = _arranged(graph, match, Operand(attention, axes.result), match.result.dims)
         if g.value(result).dtype != g.value(last).dtype:

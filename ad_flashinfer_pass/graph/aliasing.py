@@ -7,7 +7,6 @@ an example of the batch and sequence.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ def views(gm: fx.GraphModule) -> set[fx.Node]:
     for node in gm.graph.nodes:
         value = g.value(node)
         values[node] = _map(lambda item: _like(item, sizes), value)
-        if node.op != "call_function" or not _may_alias(node):
+        if not g.is_view(node):
             continue
         sources = {_storage(tensor) for source in node.all_input_nodes for tensor in _tensors(values[source])}
         try:
@@ -83,7 +82,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _may_alias(node: fx.Node) -> bool:
-    return node.target is operator.getitem or g.is_view(node)

@@ -6,12 +6,14 @@ docs/invariants.md says what else must hold after every transform.
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from torch import SymInt, Tensor, fx
+from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
@@ -56,23 +58,44 @@ def update_values(changed: fx.Node) -> None:
             stale.add(node)
 
 
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Give the readers of a node another one, and remove it."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
 def replace_op(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
     """Put another op with the same result in a node's place; shapes and source are kept, not computed."""
     with node.graph.inserting_before(node):
         other = node.graph.call_function(target, args)
     other.meta = dict(node.meta)
-    node.replace_all_uses_with(other)
-    node.graph.erase_node(node)
+    replace(node, other)
 
 
 def add_input(gm: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     """A placeholder after the last one; ``example`` gives shape, dtype and device."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     with gm.graph.inserting_after(placeholders[-1]):
-        node = gm.graph.placeholder(name)
-    mode = fake_mode(gm)
-    node.meta["val"] = mode.from_tensor(example, static_shapes=True) if mode else example
-    return node
+        return _with_value(gm, gm.graph.placeholder(name), example)
+
+
+def add_attribute(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """A parameter or buffer of the graph, and a node at the insertion point that reads it."""
+    register_tensor(gm, name, tensor)
+    return _with_value(gm, gm.graph.get_attr(name), tensor.detach())
+
+
+def register_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Enter a tensor as the parameter that it is, or else as a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(name, tensor)
+    else:
+        owner.register_buffer(name, tensor)
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as it is now, with the same parameters."""
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 def token_input(gm: fx.GraphModule) -> fx.Node | None:
@@ -201,9 +224,10 @@ def mutates_input(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a result of the op may lie in the memory of an argument, by its schema."""
+    """Whether a result may lie in the memory of an argument: by the op's schema, or as one of its results."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+    by_schema = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return by_schema or node.target is operator.getitem
 
 
 def is_written(node: fx.Node) -> bool:
@@ -258,6 +282,12 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Nod
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
+
+
+def _with_value(gm: fx.GraphModule, node: fx.Node, example: Tensor) -> fx.Node:
+    mode = fake_mode(gm)
+    node.meta["val"] = mode.from_tensor(example, static_shapes=True) if mode else example
+    return node
 
 
 def _mode(node: fx.Node) -> FakeTensorMode | None:

@@ -363,7 +363,7 @@ def _input_mutation(node: fx.Node, graph: _Graph) -> str | None:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         written = args[argument.name]
-        while isinstance(written, fx.Node) and written.op == "call_function" and g.is_view(written):
+        while isinstance(written, fx.Node) and g.is_view(written):
             written = g.args(written)[0]
         is_input = isinstance(written, fx.Node) and written.op == "placeholder"
         if is_input and written.name not in graph.static_inputs:

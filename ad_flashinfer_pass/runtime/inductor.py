@@ -114,9 +114,8 @@ def compile_pieces(model: fx.GraphModule) -> tuple[fx.GraphModule, list[Piece]]:
 
 def _with_one_row(model: fx.GraphModule) -> fx.GraphModule:
     """A copy that works on input_ids and position_ids [1, T], with its values computed for that."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(model.graph, {}))
-    flat = fx.GraphModule(model, graph)
+    flat = g.copied(model)
+    graph = flat.graph
     inputs = graph.find_nodes(op="placeholder")
     for node, old in zip(inputs, model.graph.find_nodes(op="placeholder"), strict=True):
         node.meta["val"] = g.value(old)
@@ -129,8 +128,7 @@ def _with_one_row(model: fx.GraphModule) -> fx.GraphModule:
         FakeTensorProp(flat, mode).propagate_dont_convert_inputs(*(_fake(node, mode) for node in inputs))
     for node in list(graph.nodes):
         if node.op == "call_function" and isinstance(g.value(node), int):
-            node.replace_all_uses_with(g.value(node))
-            graph.erase_node(node)
+            g.replace(node, g.value(node))
     return flat
 
 

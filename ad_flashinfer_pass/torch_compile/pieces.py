@@ -24,6 +24,7 @@ from torch._guards import TracingContext
 from torch.fx.traceback import preserve_node_meta
 
 from ad_flashinfer_pass.errors import ExportError, SessionError
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.transforms.export_model import failed_guard, plain_module, reason_of
 
 _EXAMPLE_TOKENS = 13
@@ -232,10 +233,7 @@ class Piece(nn.Module):
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor)
+        g.register_tensor(owner, leaf, tensor)
         return name
 
 

@@ -144,7 +144,7 @@ class _Inductor:
             mode.from_tensor(arg, symbolic_context=_symbols(arg, _token_dims(node) if num_tokens > 1 else []))
             for node, arg in zip(placeholders, args, strict=True)
         ]
-        gm = fx.GraphModule(self._gm, self._gm.graph.__deepcopy__({}))  # Inductor edits it
+        gm = g.copied(self._gm)  # Inductor edits it
         try:
             with tracing(TracingContext(mode)):
                 call: Callable[..., Any] = compile_fx(gm, fakes, config_patches=self._config)  # type: ignore[assignment]

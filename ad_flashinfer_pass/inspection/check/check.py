@@ -10,7 +10,6 @@ ones. The logits are compared with those of the source module; once more for cap
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,21 +207,22 @@ def prepare(
 ) -> Prepared:
     """Transform a module and keep the graphs that it is on the way."""
     last = resolve(stage, config)
-    dense_names = list(graph_transforms(config).before("insert_cached_attention"))
-    is_dense = last in dense_names
-    last_dense = last if is_dense else dense_names[-1]
+    before = list(graph_transforms(config).before("insert_cached_attention"))
+    is_dense = last in before
+    last_dense = last if is_dense else before[-1]
     captures = stage is None and config.compile_backend != "torch-simple"
     wanted = Pipeline.of(config).without("initialize_cache", *([] if captures else ["compile_model"]))
     if stage is not None:
         # A cached graph can be called once it returns the rows of logits that a step asks for.
         needed = {*wanted.upto(last), *([] if is_dense else [_GATHER])}
         wanted = wanted.without(*{*wanted} - needed)
+    *_, last_cached = wanted.without("compile_model")
     kept: dict[str, fx.GraphModule] = {}
 
     def keep(model: nn.Module, report: TransformReport) -> None:
-        if report.name in ("export_model", last_dense):
+        if report.name in ("export_model", last_dense, last_cached):
             assert isinstance(model, fx.GraphModule)
-            kept[report.name] = _copy(model)
+            kept[report.name] = g.copied(model)
 
     ctx = context(_small(config), on_event)
     gm, _ = wanted.before("compile").run(module, ctx, after=keep)
@@ -234,15 +234,8 @@ def prepare(
     # The pools are as small as the check lets them be, whatever the config wants.
     ctx.num_pages = check_steps.num_pages(lengths, ctx.sequence_info.tokens_per_block)
     ctx.caches = {each.name: each.allocate(ctx.num_pages, ctx.device) for each in ctx.resources}
-
-    def keep_cached(model: nn.Module, report: TransformReport) -> None:
-        if report.name != "compile_model":
-            assert isinstance(model, fx.GraphModule)
-            kept["cached"] = _copy(model)
-
-    kept["cached"] = _copy(gm)
-    compiled, _ = wanted.since("compile").run(gm, ctx, after=keep_cached)
-    dense.cached, dense.compiled = kept["cached"], compiled if captures else None
+    compiled, _ = wanted.since("compile").run(gm, ctx, after=keep)
+    dense.cached, dense.compiled = kept[last_cached], compiled if captures else None
     return dense
 
 
@@ -261,11 +254,6 @@ def _small(config: AutoDeployConfig) -> AutoDeployConfig:
 def _vocab_size(prepared: Prepared) -> int:
     (output,) = prepared.exported.graph.find_nodes(op="output")
     return int(g.shape(g.args(output)[0])[-1])
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as it is now, with the same parameters."""
-    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 def check_prepared(

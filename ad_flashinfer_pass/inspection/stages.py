@@ -64,7 +64,12 @@ def run_stages(
     target = select.torch_device(config.device if sm is None else "cuda")
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
-    module, config = (load_module(graph), config) if graph is not None else _load_model(config)
+    if graph is None:
+        from ad_flashinfer_pass.models.weightless import load_weightless  # takes seconds to import
+
+        module, config = load_weightless(config)
+    else:
+        module = load_module(graph)
     run, names = Stages(context(config, on_event)), NodeNames()
     run.ctx.target, run.ctx.sm = target, sm
 
@@ -91,11 +96,8 @@ def resolve(stage: str | None, config: AutoDeployConfig) -> str:
         ConfigError: there is none that runs.
     """
     order = graph_transforms(config)
-    if stage in (None, *order):
-        return stage or list(order)[-1]
-    in_stage = [name for name, each in order.entries if each == stage]
-    if in_stage:
-        return in_stage[-1]
+    if found := [name for name, each in order.entries if stage in (None, name, each)]:
+        return found[-1]
     if stage in (*STAGES, *config.transforms):
         raise ConfigError(
             f"--stage {stage}: no transform of it makes a new graph here; there are {', '.join(order)}."
@@ -134,9 +136,3 @@ def read_graph(file: Path) -> GraphData:
         ) from None
     except LoadError as err:
         raise LoadError(f"{file}: {err}") from None
-
-
-def _load_model(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConfig]:
-    from ad_flashinfer_pass.models.weightless import load_weightless
-
-    return load_weightless(config)

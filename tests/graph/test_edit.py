@@ -184,3 +184,45 @@ def test_append_to_a_pool_is_kept() -> None:
 
     assert append in graph.nodes
     assert alive in graph.nodes, "it writes to an input, through a view"
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.detach], ids=["parameter", "buffer"])
+def test_an_attribute_is_kept_and_read(gm: fx.GraphModule, kind: Any) -> None:
+    """A parameter stays one; its node has a fake value in the graph's mode, and gives the tensor."""
+    tensor = kind(torch.arange(3.0))
+    mul = only(gm, aten.mul)
+    with gm.graph.inserting_before(mul):
+        node = g.add_attribute(gm, "scale", tensor)
+    assert g.attribute(node) is tensor
+    kept = gm.named_parameters() if kind is nn.Parameter else gm.named_buffers()
+    assert dict(kept)["scale"] is tensor
+    assert g.value(node).fake_mode is g.fake_mode(gm)
+    assert type(g.value(node)) is type(g.value(mul))
+    mul.args = (mul.args[0], node)
+    g.finish(gm)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(gm(x), (x * tensor + 1.0).double().sum(-1))
+
+
+def test_a_copy_shares_the_weights_and_nothing_of_the_graph(gm: fx.GraphModule) -> None:
+    """What is edited in it, here by a replacement, leaves the original alone."""
+    text, x = str(gm.graph), torch.randn(4, 3)
+    copy = g.copied(gm)
+    add = only(copy, aten.add)
+    g.replace(add, g.args(add)[0])
+    g.finish(copy)
+    assert str(gm.graph) == text
+    assert [id(p) for p in copy.parameters()] == [id(p) for p in gm.parameters()]
+    torch.testing.assert_close(gm(x) - copy(x), torch.full((4,), 3.0, dtype=torch.float64))
+
+
+def test_a_view_is_told_by_the_schema_or_is_one_of_several(gm: fx.GraphModule) -> None:
+    """Pieces of a tensor lie in its memory, a sum does not, and neither does an input."""
+    mul = only(gm, aten.mul)
+    with gm.graph.inserting_after(mul):
+        pieces = g.call_op(gm.graph, aten.split.Tensor, mul, 2, -1)
+    with gm.graph.inserting_after(pieces):
+        piece = g.call_op(gm.graph, operator.getitem, pieces, 0)
+    assert g.is_view(pieces)
+    assert g.is_view(piece)
+    assert not any(g.is_view(node) for node in [mul, *gm.graph.find_nodes(op="placeholder")])

@@ -54,6 +54,11 @@ def _view_written(x: Tensor) -> Tensor:
     return x + 1
 
 
+def _piece_written(x: Tensor) -> Tensor:
+    x.unbind()[0].mul_(2)
+    return x + 1
+
+
 def _fresh_written(x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y.add_(x)
@@ -186,6 +191,7 @@ EXAMPLES: dict[str, Example] = {
     "own_generator": _breaks(_own_generator, "x", "generator"),
     "input_written": _breaks(_written, "x", "input-mutation"),
     "view_of_input_written": _breaks(_view_written, "x", "input-mutation"),
+    "piece_of_input_written": _breaks(_piece_written, "x", "input-mutation"),
     # Last: its failed capture keeps cuSOLVER from the next one.
     "eigenvalues": _breaks(lambda x: torch.linalg.eigvalsh(_positive(x)), "x", "host-sync"),
 }

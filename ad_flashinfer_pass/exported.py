@@ -31,6 +31,7 @@ from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.records import CachedSite, KvCacheResource, SiteNotes, TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
@@ -202,8 +203,8 @@ def _check_versions(sites: list[CachedSite], compute_major: int) -> None:
     """Refuse kernels that the FlashInfer which is installed does not have yet; a newer one chose them."""
     for site in sites:
         for choice in (site.prefill, site.decode):
-            for kernel in {part.split("=")[-1].split("/")[0] for part in choice.kernel.split()}:
-                if reasons := select.provider(kernel).CAPABILITY.too_old(site.site, compute_major):
+            for kernel in KernelPlan.parse(choice.kernel).names:
+                if reasons := select.PROVIDERS[kernel].capability.too_old(site.site, compute_major):
                     raise ConfigError(
                         f"the program runs {kernel} at {site.where}, but {reasons[0]}: transform it here."
                     )

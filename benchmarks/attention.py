@@ -33,9 +33,10 @@ from flashinfer.xqa import xqa as raw_xqa
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, split_decode, xqa
+from ad_flashinfer_pass.kernels.attention import fa2, fa3, fmha_v2, split_decode, xqa
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.cache import append
+from ad_flashinfer_pass.kernels.graph_state import GraphState
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
 MIN_LAYERS, MAX_LAYERS = 8, 128
@@ -119,8 +120,8 @@ class Layers:
         spec = AttentionSpec(DIM**-0.5)
         fa2.decode(self.query[:, 0], pool, self.lens, self.table, spec)
 
-    def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, fa.GraphPlans]:
-        """A graph of that layer, many times, each on the next pool, and the plans that it reads."""
+    def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, GraphState]:
+        """A graph of that layer, many times, each on the next pool, and what its kernels keep."""
 
         def run() -> None:
             for index in range(self.num_layers):
@@ -128,14 +129,15 @@ class Layers:
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with fa.planning() as plans:
+        state = GraphState()
+        with state.begin_capture():
             with torch.cuda.stream(stream):
                 run()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 run()
-        return graph, plans
+        return graph, state
 
 
 class Prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
-from ad_flashinfer_pass.kernels.attention import reference
+from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
@@ -132,7 +133,7 @@ def test_short_extends_give_what_the_uncached_model_gives(monkeypatch: pytest.Mo
         lengths.append(query.shape[0])
         return reference.prefill(query, *args)
 
-    monkeypatch.setattr(reference, "extend", extend)
+    monkeypatch.setitem(select.PROVIDERS, "reference", replace(reference.PROVIDER, extend=extend))
     cached, reports = transform_module(model, config)
     assert "extends of up to 4 tokens: reference, 3 sites" in [n for r in reports for n in r.notes]
     tokens = architectures.random_prompts([40] * 4, vocab_size=128)

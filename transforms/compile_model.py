@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
-from ad_flashinfer_pass.kernels.attention.capability import Phase
+from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import (
@@ -87,13 +87,11 @@ def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) 
 
 def host_kernels(ctx: TransformContext) -> dict[Phase, str]:
     """The kernel that keeps a phase from being captured, for each phase that has one."""
-    phases: tuple[Phase, ...] = ("prefill", "decode")
-    chosen = {phase: {getattr(site, phase).kernel for site in ctx.sites} for phase in phases}
     return {
         phase: kernel
-        for phase, kernels in chosen.items()
-        for kernel in sorted(kernels)
-        if phase in select.provider(kernel).CAPABILITY.host_phases
+        for phase in PHASES
+        for plan in sorted({getattr(site, phase).kernel for site in ctx.sites})
+        for kernel in select.on_host(phase, plan)
     }
 
 

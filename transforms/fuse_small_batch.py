@@ -7,7 +7,7 @@ After:  z = ad_flashinfer.linear(x, w, b, norm, eps, residual, gated)       one,
 Legal because each part is taken in only where nothing else reads what stood between. The sums are the same,
 in float32; what was rounded between two kernels is not rounded any more. Only where steps are captured, for
 up to ``small_gemm.MAX_TOKENS`` tokens: beyond, a linear is bound by arithmetic, and cuBLAS and Inductor are
-better.
+better. The op's ``kernel`` is what was measured to be the fastest, by number of tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.tune import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
@@ -36,22 +37,31 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
         return model, report
     small, report.num_matches, report.skipped = with_fused_linears(model)
     ctx.small_batch_model = small
-    from ad_flashinfer_pass.kernels.linear import tune  # needs triton
+    if report.num_matches:
+        _tune(small, ctx, report)
+    return model, report
+
+
+def _tune(small: fx.GraphModule, ctx: TransformContext, report: TransformReport) -> None:
+    """Measure the kernels of each kind of linear, and let the graph use what was found."""
+    from ad_flashinfer_pass.kernels.linear.tune import LinearKind, Linears  # needs triton
 
     sizes, buckets = bucket_sizes(ctx.config)
-    linears = []
-    for node in small.graph.find_nodes(op="call_function", target=_LINEAR):
-        args = g.op_args(node)
-        has_norm, has_residual = args["norm"] is not None, args["residual"] is not None
-        linears.append((g.attribute(args["weight"]), has_norm, has_residual, args["gated"]))
-    report.notes += tune.tune_linears(
-        linears,
+    nodes = small.graph.find_nodes(op="call_function", target=_LINEAR)
+    row = []
+    for node in nodes:
+        args, weight = g.op_args(node), g.attribute(g.op_args(node)["weight"])
+        around = (args["norm"] is not None, args["residual"] is not None, args["gated"])
+        row.append((LinearKind.of(weight, *around), weight))
+    plans, notes = tune(
+        Linears(row),
         sorted({*sizes, *buckets}),
-        on_progress=lambda done, total: ctx.on_event(
-            f"fuse_small_batch: {done} of {total} numbers of tokens"
-        ),
+        lambda done, total: ctx.on_event(f"fuse_small_batch: {done} of {total} numbers of tokens"),
     )
-    return model, report
+    report.notes += notes
+    for node, (kind, _) in zip(nodes, row, strict=True):
+        node.kwargs = {**node.kwargs, "kernel": plans[kind]}
+    g.finish(small)
 
 
 def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list[Skip]]:

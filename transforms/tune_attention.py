@@ -18,7 +18,8 @@ from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
-from ad_flashinfer_pass.kernels.attention.tune import kind_of, tune_decode
+from ad_flashinfer_pass.kernels.attention.tune import Decode, kind_of
+from ad_flashinfer_pass.kernels.tune import tune
 from ad_flashinfer_pass.records import CachedSite, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
@@ -56,7 +57,7 @@ def tune_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, 
 
 
 def _pin(node: fx.Node, site: CachedSite, name: str, ctx: TransformContext) -> None:
-    refusals = select.provider(name).CAPABILITY.refusals(site.site, "decode", ctx.device)
+    refusals = select.PROVIDERS[name].capability.refusals(site.site, "decode", ctx.device)
     if refusals:
         raise UnsupportedError(
             f"{site.where}: transforms.tune_attention.decode is {name}, which cannot decode this site "
@@ -75,16 +76,13 @@ def _by_kind(places: list[_Place]) -> dict[Site, list[_Place]]:
 
 def _tune(kind: Site, places: list[_Place], ctx: TransformContext, report: TransformReport) -> None:
     sizes, _ = bucket_sizes(ctx.config)
-    choice, notes = tune_decode(
-        kind,
-        list({site.cache: ctx.caches[site.cache] for _, site in places}.values()),
-        sorted(
-            {*sizes, ctx.config.max_batch_size}
-        ),  # steps with prefill are padded to max_batch_size decodes
-        ctx.sequence_info.max_blocks_per_seq,
-        on_progress=lambda done, total: ctx.on_event(f"tune_attention: {done} of {total} batch sizes"),
+    pools = list({site.cache: ctx.caches[site.cache] for _, site in places}.values())
+    plans, notes = tune(
+        Decode(kind, pools, ctx.sequence_info.max_blocks_per_seq),
+        sorted({*sizes, ctx.config.max_batch_size}),  # to which steps with prefill are padded
+        lambda done, total: ctx.on_event(f"tune_attention: {done} of {total} batch sizes"),
     )
     report.notes += [f"{len(places)} sites, {note}" for note in notes]
     for node, _ in places:
-        node.kwargs = {**node.kwargs, "decode_kernel": choice}
+        node.kwargs = {**node.kwargs, "decode_kernel": plans[kind]}
         report.num_matches += 1

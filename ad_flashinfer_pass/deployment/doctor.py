@@ -20,7 +20,7 @@ from ad_flashinfer_pass import autodeploy_hook
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.kernels import modules, prebuilt
 from ad_flashinfer_pass.kernels.attention import select, trtllm_gen
-from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
+from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase, Site
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +40,6 @@ _SITES = {
     )
     for kv, dtype in (("bfloat16", torch.bfloat16), ("fp8", torch.float8_e4m3fn))
 }
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 class Check(BaseModel):
@@ -112,13 +111,13 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
         packages={name: _version(name) for name in PACKAGES},
         checks=[*checks, *([] if kernel_dir is None else [_folder_check(kernel_dir, gpus)])],
         gpus=gpus,
-        run_on_hardware=[_runs(name) for name, module in select.PROVIDERS.items() if name != "reference"],
+        run_on_hardware=[_runs(name) for name in select.PROVIDERS if name != "reference"],
         autodeploy=_autodeploy(),
     )
 
 
 def _runs(name: str) -> str:
-    run_on = select.provider(name).CAPABILITY.run_on
+    run_on = select.PROVIDERS[name].capability.run_on
     where = ", ".join(f"SM{sm}" for sm in sorted(run_on))
     return f"{name}: run on {where} alone" if run_on else f"{name}: never run on hardware"
 
@@ -183,13 +182,10 @@ def _flashinfer_checks(*, has_gpu: bool) -> list[Check]:
 
 def _version_checks() -> list[Check]:
     """What providers would have with a newer FlashInfer; what they refuse goes to the next one."""
-    needed = []
-    for name, module in select.PROVIDERS.items():
-        extend = getattr(module, "EXTEND_SINCE", None)
-        needed += [(name, since) for since in (*module.CAPABILITY.since, *([extend] if extend else []))]
     return [
         Check(name=name, state="note", found=reason, remedy=modules.remedy(since.version))
-        for name, since in needed
+        for name, provider in select.PROVIDERS.items()
+        for since in provider.since
         if modules.problem() is None and (reason := since.lacking()) is not None
     ]
 
@@ -281,7 +277,7 @@ def _gpu(index: int) -> Gpu:
                     kv_dtype=kv,
                     refusals=reasons,
                     is_chosen=name == chosen,
-                    was_run=sm in select.provider(name).CAPABILITY.run_on,
+                    was_run=sm in select.PROVIDERS[name].capability.run_on,
                 )
                 for name, reasons in refused.items()
             ]
@@ -290,7 +286,7 @@ def _gpu(index: int) -> Gpu:
 
 
 def _refusals(name: str, phase: Phase, kv: str, device: torch.device) -> list[str]:
-    return select.provider(name).CAPABILITY.refusals(_SITES[kv], phase, device)
+    return select.PROVIDERS[name].capability.refusals(_SITES[kv], phase, device)
 
 
 def as_tables(found: Diagnosis) -> list[RenderableType]:

@@ -24,15 +24,15 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, KernelError
 from ad_flashinfer_pass.files import write_file
 from ad_flashinfer_pass.kernels import modules
-from ad_flashinfer_pass.kernels.attention import select, trtllm_gen
-from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.prebuilt import MANIFEST, Manifest, NeededModule, read_manifest
 
 if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpec
     from rich.console import RenderableType
 
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 # What FlashInfer's modules take from the driver. They are linked with it, and on a machine without a driver
 # there may be no stub of it either.
 _DRIVER_SYMBOLS = (
@@ -83,13 +83,13 @@ def needed_modules(
             for cached_site in ctx.sites:
                 provider = _provider(cached_site.site, phase, sm, skip)
                 found = _modules(provider, cached_site.site, sm)
-                if phase == "decode" and max_extend_len and found and select.extender(provider):
-                    found += select.provider(provider).extend_modules(cached_site.site, max_extend_len)
+                if phase == "decode" and max_extend_len and select.extender(provider.name):
+                    found += provider.extend_modules(cached_site.site, max_extend_len)
                 if not found:
-                    notes[f"{phase} by {provider}: {_WITHOUT_MODULES.get(provider, 'no module')}"] = None
+                    notes[f"{phase} by {provider.name}: {provider.without_modules}"] = None
                 for spec in found:
                     specs[spec.name] = spec
-                    users.setdefault(spec.name, []).append((provider, phase))
+                    users.setdefault(spec.name, []).append((provider.name, phase))
     records = [
         NeededModule(
             name=name,
@@ -102,26 +102,19 @@ def needed_modules(
     return specs, records, list(notes)
 
 
-_WITHOUT_MODULES = {
-    "reference": "plain torch, nothing to compile, and slow on a GPU",
-    "split_decode": "a Triton kernel, compiled in seconds by the first call",
-    "trtllm_gen": f"binaries that are fetched, not compiled: {trtllm_gen.BINARIES}",
-}
-
-
-def _provider(site: Site, phase: Phase, sm: int, skip: Collection[str]) -> str:
+def _provider(site: Site, phase: Phase, sm: int, skip: Collection[str]) -> Provider:
     """The first provider that declares all of a site, and that this version of FlashInfer has."""
     return next(
-        name
-        for name, module in select.PROVIDERS.items()
+        provider
+        for name, provider in select.PROVIDERS.items()
         if name not in skip
-        and not module.CAPABILITY.refusals(site, phase, torch.device("cpu"), sm)
-        and not module.CAPABILITY.too_old(site, sm // 10)
+        and not provider.capability.refusals(site, phase, torch.device("cpu"), sm)
+        and not provider.capability.too_old(site, sm // 10)
     )
 
 
-def _modules(provider: str, site: Site, sm: int) -> list[JitSpec]:
-    make = select.provider(provider).CAPABILITY.modules
+def _modules(provider: Provider, site: Site, sm: int) -> list[JitSpec]:
+    make = provider.capability.modules
     return [] if make is None else list(make(site, sm // 10))
 
 

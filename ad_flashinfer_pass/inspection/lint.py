@@ -23,6 +23,7 @@ from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import folded, source_line, table
 from ad_flashinfer_pass.inspection.target import check_target, site_choices
 from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.capability import PHASES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -168,9 +169,9 @@ def lint_run(
     if "host-plan" in suppress:
         return found
     for site in run.ctx.sites:
-        for phase, choice in zip(("prefill", "decode"), site_choices(site, config, sm), strict=True):
-            if phase in select.provider(choice.kernel).CAPABILITY.host_phases:
-                message = f"{phase} by {choice.kernel} reads lengths on the host"
+        for phase, choice in zip(PHASES, site_choices(site, config, sm), strict=True):
+            for kernel in select.on_host(phase, choice.kernel):
+                message = f"{phase} by {kernel} reads lengths on the host"
                 node = site.where.split()[1]
                 found.append(
                     Finding(
@@ -347,9 +348,8 @@ def _host_plan(node: fx.Node, graph: _Graph) -> str | None:
     if not g.is_op(node, torch.ops.ad_flashinfer.cached_attention):
         return None
     args = g.op_args(node)
-    for phase in ("prefill", "decode"):
-        kernel = args[f"{phase}_kernel"]
-        if phase in select.provider(kernel).CAPABILITY.host_phases:
+    for phase in PHASES:
+        for kernel in select.on_host(phase, args[f"{phase}_kernel"]):
             return f"{phase} by {kernel} reads lengths on the host"
     return None
 

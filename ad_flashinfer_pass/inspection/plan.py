@@ -311,7 +311,7 @@ def _workspaces(
     rows = [
         PlanRow(name=f"workspace of {kernel}", bytes=size, arithmetic="fixed, shared by all layers")
         for kernel in kernels
-        if (size := select.provider(kernel).CAPABILITY.workspace_bytes)
+        if (size := select.PROVIDERS[kernel].capability.workspace_bytes)
     ]
     if is_captured:
         how = "cuBLAS: 3 streams x 32 MiB; small_gemm: 64 MiB"

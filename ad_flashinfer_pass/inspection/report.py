@@ -131,8 +131,7 @@ def _captures(config: AutoDeployConfig, explanation: Explanation) -> list[Captur
             {
                 kernel
                 for site in explanation.sites
-                for kernel in [getattr(site, phase).partition(":")[0]]
-                if phase in select.provider(kernel).CAPABILITY.host_phases
+                for kernel in select.on_host(phase, getattr(site, phase).partition(":")[0])
             }
         )
         for phase in ("prefill", "decode")

@@ -61,7 +61,7 @@ def cached_attention(
         sinks: [num_heads], one more logit in each softmax, whose value is zero.
         alibi_slopes: float32 [num_heads], slope * (key position - query position) is added.
         prefill_kernel: name of the provider for prefill and extend sequences.
-        decode_kernel: likewise for decode sequences, and others by batch size; see ``select.decode_choice``.
+        decode_kernel: likewise for decode sequences, and others by batch size: a ``KernelPlan``.
         k_scale: what an element of K in the cache is multiplied by; see ``ops.append_kv``.
         v_scale: likewise for V.
         max_extend_len: if not 0, no extend sequence has more tokens than that, as drafts to be verified, and
@@ -102,7 +102,7 @@ def _attend(
     if extend is None:
         num_prefill, prefill_tokens = num_long, long_tokens
     if num_prefill:
-        prefill = select.provider(prefill_kernel).prefill
+        prefill = select.PROVIDERS[prefill_kernel].prefill
         lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
         bounds = cu_seqlen[: num_prefill + 1]
         parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, spec))
@@ -113,10 +113,10 @@ def _attend(
         lens, pages = seq_len_with_cache[rows], block_table[rows]
         parts.append(extend(drafts, kv_cache, bounds, lens, pages, spec, max_len=max_extend_len))
     if num_decode:
-        decode = select.decoder(decode_kernel, num_decode)
         rows = slice(num_long, num_long + num_decode)
         one_each = tokens[long_tokens : long_tokens + num_decode]
-        parts.append(decode(one_each, kv_cache, seq_len_with_cache[rows], block_table[rows], spec))
+        lens, pages = seq_len_with_cache[rows], block_table[rows]
+        parts.append(select.decode(decode_kernel, one_each, kv_cache, lens, pages, spec))
     padding = tokens.shape[0] - long_tokens - num_decode
     if padding:
         parts.append(tokens.new_zeros(padding, query.shape[2], spec.v_head_dim or query.shape[3]))

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 
 _NAME = "ad_flashinfer::linear"
@@ -14,7 +15,7 @@ _NAME = "ad_flashinfer::linear"
 torch.library.define(
     _NAME,
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, Tensor? residual=None, "
-    "bool gated=False) -> Tensor",
+    'bool gated=False, str kernel="torch") -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -27,11 +28,9 @@ def linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
+    kernel: str = "torch",
 ) -> Tensor:
     """residual + swiglu(rms_norm(x) weight^T + bias), each part but the product if it is asked for.
-
-    On CUDA by the kernel that ``linear.tune`` chose for the shape and the number of tokens, elsewhere, and
-    where it chose none, by torch.
 
     Args:
         x: [..., depth].
@@ -41,6 +40,7 @@ def linear(
         eps: of the norm.
         residual: [..., rows of the result], added to the result.
         gated: the result is silu(first half of the rows) * second half.
+        kernel: torch or small_gemm, by the number of tokens: a ``KernelPlan``. On a CPU it is torch.
 
     Returns:
         [..., rows], or [..., rows // 2] if gated, in the dtype of x.
@@ -50,10 +50,11 @@ def linear(
     around = (bias, norm, eps, flat_residual, gated)
     run = partial(by_torch, tokens, weight, *around)
     if x.device.type == "cuda":
-        from ad_flashinfer_pass.kernels.linear import small_gemm, tune  # needs triton
+        name, options = KernelPlan.parse(kernel).at(tokens.shape[0])
+        if name == "small_gemm":
+            from ad_flashinfer_pass.kernels.linear import small_gemm  # needs triton
 
-        config = tune.chosen_linear(tokens.shape[0], weight, norm is not None, residual is not None, gated)
-        if config is not None:
+            config = small_gemm.Config(*options)
             run = partial(small_gemm.run, tokens.contiguous(), weight, small_gemm.Around(*around), config)
     with torch.cuda.device_of(x):
         out = run()
@@ -72,5 +73,6 @@ def _(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
+    kernel: str = "torch",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if gated else 1)))

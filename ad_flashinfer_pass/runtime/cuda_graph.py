@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.attention import fa
 from ad_flashinfer_pass.kernels.attention.capability import Phase
+from ad_flashinfer_pass.kernels.graph_state import GraphState
 from ad_flashinfer_pass.runtime.sampling import most_likely
 from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 
@@ -53,8 +53,8 @@ class _Captured(NamedTuple):
     """Of the inputs, in order."""
     generation: int
     """Of the workspaces."""
-    plans: fa.GraphPlans
-    """What kernels that need a plan read; renewed before each replay."""
+    state: GraphState
+    """What its kernels keep; renewed before each replay."""
 
 
 class CaptureCost(NamedTuple):
@@ -130,19 +130,19 @@ class CudaGraphModule(nn.Module):
         """
         buckets = [Bucket(tokens, sequence_info.max_batch_size) for tokens in reversed(self.token_buckets)]
         buckets += [Bucket(0, size) for size in reversed(self.batch_sizes)]
-        plans = [fa.GraphPlans() for _ in buckets]
+        states = [GraphState() for _ in buckets]
         with torch.inference_mode():
             recorder = _recorder(sequence_info.device)
             for index, bucket in enumerate(buckets):
                 on_progress(f"warm-up {index + 1} of {len(buckets)}: {bucket}")
                 inputs = self._padding_step(bucket, sequence_info, caches)
-                with recorder.warming(), fa.planning(plans[index]):
+                with recorder.warming(), states[index].begin_capture():
                     for is_greedy in (True, False):
                         _sample_and_advance(sequence_info, self.eager(**inputs)[0], is_greedy)
             recorder.release_warm_up()
             for index, bucket in enumerate(buckets):
                 on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
-                self._capture_one(bucket, recorder, sequence_info, caches, plans[index])
+                self._capture_one(bucket, recorder, sequence_info, caches, states[index])
         self._buckets = buckets[::-1]
 
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class CudaGraphModule(nn.Module):
             self.fallbacks[captured] += 1
             return self.eager(**inputs)
         self._last = captured
-        captured.plans.renew(inputs["seq_len_with_cache"], inputs["cu_num_pages"], inputs["cache_loc"])
+        captured.state.before_replay(inputs)
         captured.graph.replay()
         self.num_replays += 1
         return captured.logits
@@ -190,11 +190,11 @@ class CudaGraphModule(nn.Module):
         recorder: _CudaRecorder | _Rerunner,
         sequence_info: SequenceInfo,
         caches: Mapping[str, Tensor],
-        plans: fa.GraphPlans,
+        state: GraphState,
     ) -> None:
         start, free = time.perf_counter(), recorder.free_bytes()
         inputs = self._padding_step(bucket, sequence_info, caches)
-        with fa.planning(plans):
+        with state.begin_capture():
             graph, logits = recorder.record(lambda: self.eager(**inputs))
 
         def choose(is_greedy: bool) -> Tensor:
@@ -211,7 +211,7 @@ class CudaGraphModule(nn.Module):
             inputs["input_ids"].shape,
             _addresses(inputs),
             workspaces.generation(),
-            plans,
+            state,
         )
 
     def _graph_for(self, inputs: dict[str, Tensor]) -> _Captured | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,7 +100,7 @@ def test_kernels_with_a_plan_get_a_new_table_in_every_step(ad: Any, monkeypatch:
         seen.append(args[4])
         return reference.prefill(*args)
 
-    monkeypatch.setitem(select.PROVIDERS, "fa2", SimpleNamespace(prefill=prefill))
+    monkeypatch.setitem(select.PROVIDERS, "fa2", replace(select.PROVIDERS["fa2"], prefill=prefill))
     for seed in range(2):
         batch = Batch([(0, 11), (9, 4), (8, 1)], seed=seed)
         prepared = batch.prepare()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ad_flashinfer_pass.autodeploy_hook import PACKAGES
 from ad_flashinfer_pass.errors import UnsupportedError
-from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention import reference, select
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from tests.autodeploy import scenario, standin
 from tests.autodeploy.standin import GENERATIONS, Generation, capture, interface
 
@@ -203,7 +205,10 @@ def test_flaw_03_positions_from_the_total_of_the_batch(ad: Any) -> None:
 def test_flaw_04_prefill_through_the_decode_kernel(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged prefill is right, and never reaches a decode function."""
     batch = Batch([(0, 11), (0, 3), (9, 4)])
-    monkeypatch.delattr(select.PROVIDERS["reference"], "decode")
+    capability = select.PROVIDERS["reference"].capability
+    monkeypatch.setitem(
+        select.PROVIDERS, "reference", Provider(capability=capability, prefill=reference.prefill)
+    )
     batch.check(batch.attend())
 
 
@@ -327,8 +332,10 @@ class WithoutData:
         monkeypatch.setattr(ops, "_buffers", {})
         monkeypatch.setattr(prepare_ragged_metadata, "prepare", launch("prepare", False))
         monkeypatch.setattr(rope_append, "append", launch("append", False))
-        monkeypatch.setattr(xqa, "decode", launch("decode", True))
-        monkeypatch.setattr(fmha_v2, "prefill", launch("prefill", True))
+        decode = replace(xqa.PROVIDER, decode=launch("decode", True))
+        prefill = replace(fmha_v2.PROVIDER, prefill=launch("prefill", True))
+        monkeypatch.setitem(select.PROVIDERS, "xqa", decode)
+        monkeypatch.setitem(select.PROVIDERS, "fmha_v2", prefill)
 
     def step(self) -> Tensor:
         b = self.batch

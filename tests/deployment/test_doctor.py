@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,15 +33,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     said = SimpleNamespace(stdout="Cuda compilation tools, release 13.0, V13.0.88")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: said)
     spec = SimpleNamespace(is_aot=False, is_compiled=False)
-    for module in select.PROVIDERS.values():
-        if module.CAPABILITY.modules is not None:
-            monkeypatch.setattr(module, "CAPABILITY", replaced(module.CAPABILITY, spec))
-
-
-def replaced(capability: object, spec: object) -> object:
-    from dataclasses import replace
-
-    return replace(capability, modules=lambda site, major: [spec])  # type: ignore[type-var]
+    for name, provider in select.PROVIDERS.items():
+        if provider.capability.modules is not None:
+            capability = replace(provider.capability, modules=lambda site, major: [spec])
+            monkeypatch.setitem(select.PROVIDERS, name, replace(provider, capability=capability))
 
 
 def chosen(found: doctor.Diagnosis) -> dict[tuple[str, str], str]:

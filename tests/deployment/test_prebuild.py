@@ -100,9 +100,8 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         given = {"reference": None, "split_decode": None, "trtllm_gen": lambda site, major: []}.get(
             name, make
         )
-        monkeypatch.setitem(
-            select.PROVIDERS, name, SimpleNamespace(CAPABILITY=replace(provider.CAPABILITY, modules=given))
-        )
+        capability = replace(provider.capability, modules=given)
+        monkeypatch.setitem(select.PROVIDERS, name, replace(provider, capability=capability))
     Spec.compiled = []
 
 
@@ -152,8 +151,10 @@ def test_extends_have_modules_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_
     for sm, expected in ((90, ["fmha_v2_bfloat16_9", "xqa_bfloat16_9", "xqa_4"]), (89, ["fa2_bfloat16_8"])):
         run = sites("auto")
         monkeypatch.setattr(run.ctx.sequence_info, "max_extend_len", 4)
-        provider = select.PROVIDERS["xqa"]
-        provider.extend, provider.extend_modules = ..., lambda site, n: [Spec(f"xqa_{n}", tmp_path)]  # type: ignore[attr-defined]
+        extends = replace(
+            select.PROVIDERS["xqa"], extend_modules=lambda site, n: [Spec(f"xqa_{n}", tmp_path)]
+        )
+        monkeypatch.setitem(select.PROVIDERS, "xqa", extends)
         _, found, _ = prebuild.needed_modules(CONFIG, sm)
         assert [module.name for module in found] == expected
 
@@ -184,10 +185,9 @@ def test_a_folder_is_of_one_gpu(tmp_path: Path) -> None:
 
 def test_what_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's words are in the error, and the other modules in the folder."""
-    broken = replace(
-        select.PROVIDERS["xqa"].CAPABILITY, modules=lambda site, major: [Spec("broken", tmp_path)]
-    )
-    monkeypatch.setitem(select.PROVIDERS, "xqa", SimpleNamespace(CAPABILITY=broken))
+    provider = select.PROVIDERS["xqa"]
+    broken = replace(provider.capability, modules=lambda site, major: [Spec("broken", tmp_path)])
+    monkeypatch.setitem(select.PROVIDERS, "xqa", replace(provider, capability=broken))
     folder = tmp_path / "kernels"
     with pytest.raises(KernelError, match="module broken does not compile: nvcc failed"):
         prebuild.prebuild(CONFIG, 90, folder, jobs=1)

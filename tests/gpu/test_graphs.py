@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels.attention import fa, select
+from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Phase
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.graph_state import GraphState
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.sequence_info import Bucket, SequenceInfo, SequenceStep
 from tests.gpu.paged import DEVICE, Shape, attend, bound, bound_of_8_bits, site_of
@@ -42,7 +43,7 @@ def graphs(
     device: torch.device = DEVICE,
 ) -> tuple[CudaGraphModule, SequenceInfo, dict[str, Tensor]]:
     for phase, kernel in kernels.items():
-        refusals = select.provider(kernel).CAPABILITY.refusals(site_of(shape), phase, device)
+        refusals = select.PROVIDERS[kernel].capability.refusals(site_of(shape), phase, device)
         if refusals:
             pytest.skip(", ".join(refusals))
     torch.manual_seed(0)
@@ -90,7 +91,7 @@ def check_replays(
             after = {name: cache.clone() for name, cache in caches.items()}
             for name, cache in caches.items():
                 cache.copy_(before[name])
-            with fa.planning():  # its plans are those of a graph
+            with GraphState().begin_capture():  # its plans are those of a graph
                 eager = module.eager(**inputs)[0, :n]
             assert bool(torch.isfinite(replayed).all())
             assert torch.equal(replayed, eager)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ad_flashinfer_pass.kernels.attention import select, tune
+from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.tune import Decode
+from ad_flashinfer_pass.kernels.tune import tune
 from tests.gpu.paged import PagedBatch, site_of
 from tests.gpu.test_conformance import FP8, PLAIN, Shape, assert_within_bound
 
@@ -18,10 +20,10 @@ def test_what_was_measured_decodes(shape: Shape, monkeypatch: pytest.MonkeyPatch
     batch = PagedBatch([(n - 1, 1) for n in (300, 31, 32, 700)], shape)
     before = batch.kv_cache.clone()
     width = batch.block_table.shape[1]
-    choice, notes = tune.tune_decode(site_of(shape), [batch.kv_cache] * 2, [1, 4], width)
+    plans, notes = tune(Decode(site_of(shape), [batch.kv_cache] * 2, width), [1, 4])
+    (plan,) = plans.values()
     assert all("xqa " in note and "split_decode " in note for note in notes), notes
     assert batch.kv_cache.float().equal(before.float())
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
-    decode = select.decoder(choice, 4)
-    out = decode(batch.query, batch.kv_cache, lens, table, batch.spec)
+    out = select.decode(plan, batch.query, batch.kv_cache, lens, table, batch.spec)
     assert_within_bound(batch, out, shape.kv_dtype)

@@ -26,6 +26,7 @@ from ad_flashinfer_pass.kernels import modules, workspaces
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, select, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.graph_state import GraphState
 
 RECORD = json.loads(Path(__file__).with_name("flashinfer_signatures.json").read_text())
 VERSIONS: list[str] = RECORD["versions"]
@@ -141,7 +142,9 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionSpec]:
 
 
 def _in_reach(name: str, version: str) -> bool:
-    return all(Version(since.version) <= Version(version) for since in select.provider(name).CAPABILITY.since)
+    return all(
+        Version(since.version) <= Version(version) for since in select.PROVIDERS[name].capability.since
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -163,7 +166,7 @@ def test_all_calls_fit_every_version(version: str, calls: list[str]) -> None:
         provider.CAPABILITY.modules(SITE, 9)
         provider.prefill(query, cache, bounds, lens, table, spec)
     fa2.decode(query, cache, lens, table, spec)
-    with fa.planning():
+    with GraphState().begin_capture():
         fa2.decode(query, cache, lens, table, spec)
     expected = {
         path for path in FUNCTIONS if recorded(path, version) is not None and "trtllm_batch" not in path
@@ -188,7 +191,7 @@ def test_a_call_that_the_version_does_not_have_would_fail(version: str, calls: l
 def test_every_declared_version_was_looked_at() -> None:
     """The oldest, and each from which on something is there; a declaration is no guess."""
     declared = {
-        since.version for name in select.PROVIDERS for since in select.provider(name).CAPABILITY.since
+        since.version for name in select.PROVIDERS for since in select.PROVIDERS[name].capability.since
     }
     declared |= {modules.OLDEST_FLASHINFER, xqa.EXTEND_SINCE.version, "0.7.0"}
     assert declared <= set(VERSIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.pipeline import Pipeline, context, transform_module
+from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
 from tests import architectures
@@ -91,6 +93,34 @@ def test_what_only_looks_like_a_part_stays(change: str) -> None:
     first, *_ = (g.op_args(node) for node in find(small, LINEAR))
     assert first["gated"] if change != "every_second" else not first["gated"]
     assert (first["norm"] is None) == (change != "every_second")
+
+
+def test_each_model_keeps_the_kernels_that_were_measured_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The choice stands in the nodes of a graph, so that a second one in the same process changes nothing."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ad_flashinfer_pass.kernels.linear import tune
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    plans = []
+    for folder, us_of_ours in (("first", 10.0), ("second", 30.0)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+        monkeypatch.setattr(
+            tune,
+            "microseconds",
+            lambda launches, us=us_of_ours: 20.0 if launches[0].func is by_torch else us,
+        )
+        ctx = small_context(compile_backend="torch-opt", max_batch_size=2)
+        model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=Gated()).to(torch.bfloat16)
+        gm, _ = run_transforms(exported(model, ctx=ctx), ctx, "fuse_gemms")
+        ctx.device = torch.device("cuda")  # only asked for its kind: the weights are here
+        run_transforms(gm, ctx, "fuse_small_batch")
+        assert ctx.small_batch_model is not None
+        plans.append([g.op_args(node)["kernel"] for node in find(ctx.small_batch_model, LINEAR)])
+    first, second = plans
+    assert all(plan.startswith("torch 1=small_gemm/1/") for plan in first), first
+    assert set(second) == {"torch"}
 
 
 def test_what_something_else_reads_stays() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from ad_flashinfer_pass.errors import ConfigError, NoAttentionError, Unsupported
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.kernels.attention.capability import Capability
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.records import TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
@@ -201,8 +201,8 @@ def test_report_says_which_kernel_runs_each_phase_and_why() -> None:
 
 def test_each_phase_has_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A provider that declares one phase gets that one, and the reference the other."""
-    fast = SimpleNamespace(CAPABILITY=Capability(name="fast", phases=frozenset({"decode"})))
-    monkeypatch.setattr(select, "PROVIDERS", {"fast": fast, "reference": reference})
+    fast = Provider(capability=Capability(name="fast", phases=frozenset({"decode"})))
+    monkeypatch.setattr(select, "PROVIDERS", {"fast": fast, "reference": reference.PROVIDER})
     gm = inserted(SmallModel(sdpa), context())
     args = g.op_args(find(gm, ATTEND)[0])
     assert (args["prefill_kernel"], args["decode_kernel"]) == ("reference", "fast")
@@ -220,7 +220,7 @@ def test_graph_without_canonical_attention_is_refused_and_unchanged() -> None:
 
 def test_a_site_that_no_kernel_covers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the ledger refuses a site the pass stops with its node, its line and the item."""
-    limited = type("limited", (), {"CAPABILITY": Capability(name="limited", logit_cap=False)})
+    limited = Provider(capability=Capability(name="limited", logit_cap=False))
     monkeypatch.setattr(select, "PROVIDERS", {"limited": limited})
     with pytest.raises(UnsupportedError) as raised:
         inserted(SmallModel(sdpa, everything), context())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpec
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, kw_only=True)

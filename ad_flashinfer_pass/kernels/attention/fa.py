@@ -4,14 +4,13 @@ They are made on the host from the lengths of a step, so that each step waits fo
 
 - Eagerly, the first layer of a step plans for all like it. A step is known by its block table, which must be
   a new tensor in every step; holding it keeps its address from being used again.
-- In a CUDA graph, the plan lies in buffers at fixed addresses. ``planning`` collects the plans of a capture,
-  to be renewed before each replay; only decode can be captured.
+- In a CUDA graph, the plan lies in buffers at fixed addresses. The graph's ``GraphState`` keeps the plans of
+  a capture and renews them before each replay; only decode can be captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import KernelError
-from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels import graph_state, workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.modules import has, target
@@ -206,34 +205,13 @@ class GraphPlans:
         self.planned: dict[_Shape, _Planned] = {}
         self.batch = 0
 
-    def renew(self, seq_len_with_cache: Tensor, cu_num_pages: Tensor, cache_loc: Tensor) -> None:
-        """Plan for the lengths and pages of the next replay; waits for the device if there is a plan.
-
-        Args:
-            seq_len_with_cache: int32 [R].
-            cu_num_pages: int32 [R + 1], prefix sums of the pages of each sequence.
-            cache_loc: int32 [*], page ids of all sequences, concatenated.
-        """
-        if not self.planned:
-            return
+    def before_replay(self, inputs: Mapping[str, Tensor]) -> None:
+        """Plan for the lengths and pages of the next replay; waits for the device."""
         # Reading the lengths waits for the device, so that the last plan's copies from its staging are done.
-        lens, bounds = seq_len_with_cache[: self.batch].tolist(), cu_num_pages[: self.batch + 1].tolist()
+        lens = inputs["seq_len_with_cache"][: self.batch].tolist()
+        bounds = inputs["cu_num_pages"][: self.batch + 1].tolist()
         for planned in self.planned.values():
-            planned.renew(lens, bounds, cache_loc)
-
-
-_graph: GraphPlans | None = None
-
-
-@contextmanager
-def planning(plans: GraphPlans | None = None) -> Iterator[GraphPlans]:
-    """Within it decode runs as in a CUDA graph, from these plans: once to make them, then to be captured."""
-    global _graph
-    _graph = GraphPlans() if plans is None else plans
-    try:
-        yield _graph
-    finally:
-        _graph = None
+            planned.renew(lens, bounds, inputs["cache_loc"])
 
 
 def _planned(phase: Phase, shape: _Shape, device: torch.device) -> _Planned:
@@ -253,7 +231,7 @@ def prefill(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``; the first call of a step waits for the device."""
+    """See ``attention.provider``; the first call of a step waits for the device."""
     planned = _planned("prefill", _shape(backend, query, kv_cache, spec), query.device)
     planned.plan_step(cu_seqlen, seq_len_with_cache, block_table)
     return planned.run(query, kv_cache, spec)
@@ -267,17 +245,19 @@ def decode(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``; outside ``planning`` the first call of a step waits for the device."""
+    """See ``attention.provider``; if not captured, the first call of a step waits for the device."""
     shape = _shape(backend, query, kv_cache, spec)
-    if _graph is None:
+    graph = graph_state.current()
+    if graph is None:
         planned = _planned("decode", shape, query.device)
         planned.plan_step(None, seq_len_with_cache, block_table)
         return planned.run(query, kv_cache, spec)
-    if shape not in _graph.planned:
-        batch = _graph.batch = query.shape[0]
-        planned = _graph.planned[shape] = _Planned(shape, query.device, (batch, block_table.numel()))
+    plans = graph.keep(GraphPlans)
+    if shape not in plans.planned:
+        batch = plans.batch = query.shape[0]
+        planned = plans.planned[shape] = _Planned(shape, query.device, (batch, block_table.numel()))
         planned.plan_step(None, seq_len_with_cache, block_table)
-    return _graph.planned[shape].run(query, kv_cache, spec)
+    return plans.planned[shape].run(query, kv_cache, spec)
 
 
 def _shape(backend: Backend, query: Tensor, kv_cache: Tensor, spec: AttentionSpec) -> _Shape:

@@ -12,6 +12,7 @@ import torch
 
 from ad_flashinfer_pass.kernels.attention import fa
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Since
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 
 CAPABILITY = Capability(
     name="fa2",
@@ -39,3 +40,4 @@ CAPABILITY = Capability(
 )
 prefill = partial(fa.prefill, "fa2")
 decode = partial(fa.decode, "fa2")
+PROVIDER = Provider(capability=CAPABILITY, prefill=prefill, decode=decode, is_timed=False)

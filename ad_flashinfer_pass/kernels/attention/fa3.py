@@ -15,6 +15,7 @@ import torch
 
 from ad_flashinfer_pass.kernels.attention import fa
 from ad_flashinfer_pass.kernels.attention.capability import Capability
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 
 CAPABILITY = Capability(
     name="fa3",
@@ -35,3 +36,4 @@ CAPABILITY = Capability(
     compiles=False,
 )
 prefill = partial(fa.prefill, "fa3")
+PROVIDER = Provider(capability=CAPABILITY, prefill=prefill)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Since, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.modules import claim, target
 
@@ -88,7 +89,7 @@ def prefill(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``."""
+    """See ``attention.provider``."""
     from flashinfer.prefill import trtllm_fmha_v2_prefill
 
     max_kv_len = block_table.shape[1] * kv_cache.shape[3]
@@ -132,3 +133,6 @@ def _pages(kv_cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
     shape = ((kv_cache.shape[0] - 1) * step + 1, *kv_cache.shape[1:])
     pool = kv_cache.as_strided(shape, (size, *kv_cache.stride()[1:]), kv_cache.storage_offset())
     return pool, block_table * step
+
+
+PROVIDER = Provider(capability=CAPABILITY, prefill=prefill)

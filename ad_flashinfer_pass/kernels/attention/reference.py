@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention.capability import Capability
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}), run_on=frozenset({90}))
@@ -146,7 +147,7 @@ def prefill(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``; one sequence after the other, with lengths read on the host."""
+    """See ``attention.provider``; one sequence after the other, with lengths read on the host."""
     bounds, totals = cu_seqlen.tolist(), seq_len_with_cache.tolist()
     outputs = []
     for row, total in enumerate(totals):
@@ -170,7 +171,7 @@ def decode(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``; all sequences at once."""
+    """See ``attention.provider``; all sequences at once."""
     q, last = query[:, None], (seq_len_with_cache - 1)[:, None]
     on_cpu = query.device.type == "cpu"
     # On a GPU reading the longest length would wait for the device: take the whole table.
@@ -323,3 +324,13 @@ def _attend_dense(
     weights = weights.reshape(b, num_kv_heads, -1, t)
     out = torch.matmul(weights, value.float()).view(b, num_heads, n, -1)
     return out.transpose(1, 2).to(query.dtype)
+
+
+PROVIDER = Provider(
+    capability=CAPABILITY,
+    prefill=prefill,
+    decode=decode,
+    extend=extend,
+    is_timed=False,
+    without_modules="plain torch, nothing to compile, and slow on a GPU",
+)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 MAX_SPLITS = 32
@@ -35,7 +36,6 @@ CAPABILITY = Capability(
     max_group=64,
     run_on=frozenset({90}),
 )
-DECODE_OPTION = "splits"
 
 
 class Config(NamedTuple):
@@ -84,7 +84,7 @@ def default_splits(pairs: int, num_processors: int) -> int:
     return max(1, min(MAX_SPLITS, 2 * num_processors // pairs))
 
 
-def decode_options(site: Site, batch: int, device: torch.device) -> list[int]:
+def _options(site: Site, batch: int, device: torch.device) -> list[int]:
     """Fewer and more splits than the default."""
     pairs = batch * site.num_kv_heads
     splits = default_splits(pairs, workspaces.get(_workspace, device).num_processors)
@@ -97,11 +97,11 @@ def decode(
     seq_len_with_cache: Tensor,
     block_table: Tensor,
     spec: AttentionSpec,
-    *,
     splits: int | None = None,
+    *,
     config: Config | None = None,
 ) -> Tensor:
-    """See ``attention.select``; a row of length 0 is zero.
+    """See ``attention.provider``; a row of length 0 is zero.
 
     Args:
         splits: programs that share the keys of a sequence and KV head, at most; default: ``default_splits``.
@@ -161,3 +161,11 @@ def decode(
         **overlap.options(query.device, batch, is_early=False),
     )
     return out
+
+
+PROVIDER = Provider(
+    capability=CAPABILITY,
+    decode=decode,
+    options=_options,
+    without_modules="a Triton kernel, compiled in seconds by the first call",
+)

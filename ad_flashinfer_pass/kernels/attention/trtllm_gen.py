@@ -22,6 +22,7 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Since, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def prefill(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``.
+    """See ``attention.provider``.
 
     Raises:
         KernelError: FlashInfer has no binary for this, or cannot fetch it.
@@ -131,7 +132,7 @@ def decode(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.select``.
+    """See ``attention.provider``.
 
     Raises:
         KernelError: FlashInfer has no binary for this, or cannot fetch it.
@@ -160,3 +161,11 @@ def decode(
             multi_ctas_kv_counter_buffer=counters,
         )
     return out
+
+
+PROVIDER = Provider(
+    capability=CAPABILITY,
+    prefill=prefill,
+    decode=decode,
+    without_modules=f"binaries that are fetched, not compiled: {BINARIES}",
+)

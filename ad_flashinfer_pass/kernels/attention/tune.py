@@ -1,18 +1,16 @@
-"""Decode kernels chosen by measurement, for each batch size that is captured.
+"""Decode kernels chosen by measurement, for each batch size that is captured; see ``kernels.tune``.
 
 For each distinct kind of attention site, every provider that can decode it in a captured graph runs over the
 model's own caches, in a graph, one cache after the other as a decode step does: what fits in the L2 cache
 here fits there, too. They are timed at two lengths, and the one with the smallest sum of times relative to
-the fastest is kept. The times are remembered on disk, by GPU, versions and what was timed.
+the fastest is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +19,10 @@ from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site, ledger
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.tune import Measured, fastest
 
-_MIN_GAIN = 0.98
-"""What replaces the provider that stands first must take less than this share of its time."""
 _LENGTH = 1024
 """Tokens of the shorter of the two lengths."""
-_UNTIMED = frozenset({"fa2", "reference"})
-"""``fa2`` plans on the host before each replay, which a graph's own time does not show."""
 
 
 def kind_of(site: Site) -> Site:
@@ -35,84 +30,53 @@ def kind_of(site: Site) -> Site:
     return replace(site, scale=1.0, k_scale=1.0, v_scale=1.0, shares_kv=False)
 
 
-def tune_decode(
-    site: Site,
-    pools: Sequence[Tensor],
-    batch_sizes: Sequence[int],
-    max_blocks_per_seq: int,
-    *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[str, list[str]]:
-    """Choose for one kind of site and every batch size.
+def timed_providers(site: Site, device: torch.device, sm: int | None = None) -> list[str]:
+    """The providers that are timed for a site, in their order; ``sm`` as in ``select.choose``."""
+    return [
+        name
+        for name, provider in select.PROVIDERS.items()
+        if provider.is_timed
+        and "decode" not in provider.capability.host_phases
+        and not provider.capability.refusals(site, "decode", device, sm)
+    ]
+
+
+class Decode:
+    """The decode steps of one kind of site: a ``Subject``, whose sizes are numbers of sequences.
 
     Args:
         site: what the kernels must do; see ``kind_of``.
         pools: the caches of the model's sites of this kind, on one CUDA device; read only.
-        batch_sizes: the numbers of sequences that will be captured.
         max_blocks_per_seq: width of the block table.
-        on_progress: called with (done, all).
-
-    Returns:
-        The choice, in the form that ``select.decoder`` takes, and a line for each batch size with the times.
     """
-    device = pools[0].device
-    default = select.choose(site, "decode", device, "tune_attention").kernel
-    tokens = max_blocks_per_seq * site.page_size
-    lengths = sorted({min(_LENGTH, tokens), max(1, tokens // 2)})
-    known, notes, by_batch = measure.read_choices(), [], {}
-    for index, batch in enumerate(batch_sizes):
-        kernels = _candidates(site, batch, device)
-        if kernels in ([], [default]):
-            notes.append(f"decode of {batch}: {default}, with no other to compare")
-            continue
-        key = _key(site, batch, lengths, len(pools), kernels, device)
-        if key not in known:
-            with torch.cuda.device_of(pools[0]):
-                launches = _Launches(site, batch, max_blocks_per_seq, pools)
-                known[key] = {name: [launches.microseconds(name, n) for n in lengths] for name in kernels}
-        best = fastest(known[key], default)
-        if best != default:
-            by_batch[batch] = best
-        notes.append(f"decode of {batch}: {best} ({_listed(known[key], lengths)})")
-        on_progress(index + 1, len(batch_sizes))
-    measure.write_choices(known)
-    return select.decode_choice(default, by_batch), notes
 
+    def __init__(self, site: Site, pools: Sequence[Tensor], max_blocks_per_seq: int) -> None:
+        self.kinds, self.device = [site], pools[0].device
+        self.default = select.choose(site, "decode", self.device, "tune_attention").kernel
+        self._site, self._pools, self._width = site, pools, max_blocks_per_seq
+        tokens = max_blocks_per_seq * site.page_size
+        self._lengths = sorted({min(_LENGTH, tokens), max(1, tokens // 2)})
 
-def fastest(times: Mapping[str, Sequence[float]], default: str) -> str:
-    """The kernel with the smallest sum of its times relative to the best at each length.
+    def key(self, size: int) -> str:
+        """See ``Subject``."""
+        items = ", ".join(f"{name} {value}" for name, value in ledger(self._site).items())
+        return f"decode of {size} sequences of {self._lengths} tokens, {len(self._pools)} caches, {items}"
 
-    Args:
-        times: microseconds at each length, by kernel.
-        default: what is kept if nothing is clearly faster.
-    """
-    floors = [min(column) for column in zip(*times.values(), strict=True)]
-    score = {name: sum(t / f for t, f in zip(row, floors, strict=True)) for name, row in times.items()}
-    best = min(score, key=lambda name: score[name])
-    return default if default in score and score[best] > _MIN_GAIN * score[default] else best
+    def candidates(self, size: int) -> list[str]:
+        """The providers in their order, each with its options after it."""
+        found = []
+        for name in timed_providers(self._site, self.device):
+            options = select.PROVIDERS[name].options(self._site, size, self.device)
+            found += [name, *(f"{name}/{option}" for option in options)]
+        return found or [self.default]
 
-
-def timed_providers(site: Site, device: torch.device, sm: int | None = None) -> list[str]:
-    """The providers that are timed for a site, in their order; ``sm`` as in ``select.choose``."""
-    capabilities = {name: module.CAPABILITY for name, module in select.PROVIDERS.items()}
-    return [
-        name
-        for name, capability in capabilities.items()
-        if name not in _UNTIMED
-        and "decode" not in capability.host_phases
-        and not capability.refusals(site, "decode", device, sm)
-    ]
-
-
-def _candidates(site: Site, batch: int, device: torch.device) -> list[str]:
-    """The kernels worth timing, in the order of the providers."""
-    found = []
-    for name in timed_providers(site, device):
-        module = select.provider(name)
-        found.append(name)
-        if hasattr(module, "decode_options"):
-            found += [f"{name}/{option}" for option in module.decode_options(site, batch, device)]
-    return found
+    def measure(self, size: int, kernels: list[str]) -> Measured:
+        """See ``Subject``."""
+        launches = _Launches(self._site, size, self._width, self._pools)
+        times = {name: [launches.microseconds(name, n) for n in self._lengths] for name in kernels}
+        best = fastest(times, self.default)
+        shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"
+        return Measured([best], [f"decode of {size}: {best} ({shown})"])
 
 
 class _Launches:
@@ -146,30 +110,16 @@ class _Launches:
         table = self.pages.new_zeros((self.batch, self.width))
         table[:, :used] = self.pages[: self.batch * used].view(self.batch, used)
         lengths = torch.full((self.batch,), length, dtype=torch.int32, device=table.device)
-        decode = select.decoder(kernel, self.batch)
         rest = (lengths, table, self.spec)
-        return measure.microseconds([partial(decode, self.query, pool, *rest) for pool in self.pools])
+        return measure.microseconds(
+            [partial(select.decode, kernel, self.query, pool, *rest) for pool in self.pools]
+        )
 
 
-def _key(
-    site: Site, batch: int, lengths: list[int], num_pools: int, kernels: list[str], device: torch.device
-) -> str:
-    """What a measurement depends on."""
-    try:
-        flashinfer = version("flashinfer-python")
-    except PackageNotFoundError:
-        flashinfer = "none"
-    items = ", ".join(f"{name} {value}" for name, value in ledger(site).items())
-    return (
-        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__} flashinfer {flashinfer}: decode of "
-        f"{batch} sequences of {lengths} tokens, {num_pools} caches, {items}, by {' '.join(kernels)}"
-    )
-
-
-def _listed(times: dict[str, Any], lengths: list[int]) -> str:
+def _listed(times: Mapping[str, list[float]]) -> str:
+    """The best times of each provider."""
     best: dict[str, list[float]] = {}
     for name, row in times.items():
         provider = name.partition("/")[0]
         best[provider] = [min(pair) for pair in zip(row, best.get(provider, row), strict=True)]
-    shown = [f"{name} {'/'.join(f'{t:.1f}' for t in row)}" for name, row in best.items()]
-    return f"{', '.join(shown)} us at {'/'.join(map(str, lengths))} tokens"
+    return ", ".join(f"{name} {'/'.join(f'{t:.1f}' for t in row)}" for name, row in best.items())

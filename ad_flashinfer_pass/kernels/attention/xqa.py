@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Since, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.modules import claim
 
@@ -91,10 +92,9 @@ CAPABILITY = Capability(
     ),
     run_on=frozenset({90}),
 )
-DECODE_OPTION = "split_factor"
 
 
-def decode_options(site: Site, batch: int, device: torch.device) -> list[int]:
+def _options(site: Site, batch: int, device: torch.device) -> list[int]:
     """Splits beyond the default, which help few sequences."""
     return [2, 3] if batch * site.num_kv_heads <= 256 else []
 
@@ -125,10 +125,9 @@ def decode(
     seq_len_with_cache: Tensor,
     block_table: Tensor,
     spec: AttentionSpec,
-    *,
     split_factor: int = 1,
 ) -> Tensor:
-    """See ``attention.select``; every length must be at least 1, or the row is NaN.
+    """See ``attention.provider``; every length must be at least 1, or the row is NaN.
 
     Args:
         split_factor: the keys of a sequence are split as if the device had this many times its
@@ -231,3 +230,13 @@ def _launch(
         enable_pdl=False,
         **options,
     )
+
+
+PROVIDER = Provider(
+    capability=CAPABILITY,
+    decode=decode,
+    extend=extend,
+    options=_options,
+    extend_modules=extend_modules,
+    extend_since=EXTEND_SINCE,
+)

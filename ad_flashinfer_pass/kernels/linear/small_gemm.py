@@ -13,7 +13,6 @@ outside. Both kernels give each program whole rows of the weight, so that its re
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import overlap
+from ad_flashinfer_pass.kernels import overlap, workspaces
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
 MAX_TOKENS = 64
@@ -151,7 +150,7 @@ def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
         return out
     if around.norm is not None:
         x = rms_norm(x, around.norm, around.eps)
-    space = _workspace(x.device)
+    space = workspaces.get(_workspace, x.device)
     _skinny[(triton.cdiv(rows, config.rows), config.split)](
         x,
         weight,
@@ -204,7 +203,6 @@ class _Workspace(NamedTuple):
     """Zero before and after each launch."""
 
 
-@cache
 def _workspace(device: torch.device) -> _Workspace:
     """For one stream at a time; never grows, so that captured graphs may keep its address."""
     return _Workspace(

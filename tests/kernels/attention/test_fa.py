@@ -13,6 +13,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, reference
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.graph_state import GraphState
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, WIDTH = 4, 2, 16, 8, 40, 6
 SPECS = {
@@ -139,7 +140,8 @@ def test_a_captured_step_is_planned_anew_before_each_replay() -> None:
     """Other lengths and pages, sequences with more pages than they use, and padding rows, which have none."""
     spec = SPECS["plain"]
     query, cache, _, lens, table = batch(spec, [(0, 1)] * 3)
-    with fa.planning() as plans:
+    graph = GraphState()
+    with graph.begin_capture():
         for _ in range(2):
             fa2.decode(query, cache, lens, table, spec)
     assert Wrapper.num_plans == 1
@@ -151,8 +153,9 @@ def test_a_captured_step_is_planned_anew_before_each_replay() -> None:
         cu_num_pages = torch.tensor([0, *owned, 0]).cumsum(0).int()
         for row in range(len(lengths), 3):
             table[row] = 0
-        plans.renew(torch.cat([lens, lens]), cu_num_pages, cache_loc)
-        with fa.planning(plans):  # as the graph runs: from the plans alone
+        inputs = {"cu_num_pages": cu_num_pages, "cache_loc": cache_loc}
+        graph.before_replay({**inputs, "seq_len_with_cache": torch.cat([lens, lens])})
+        with graph.begin_capture():  # as the graph runs: from the plans alone
             found = fa2.decode(query, cache, torch.zeros_like(lens), torch.zeros_like(table), spec)
         expected = reference.decode(query, cache, lens, table, spec)
         torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)

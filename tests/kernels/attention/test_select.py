@@ -16,6 +16,7 @@ from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention import reference, select, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Phase, Site, ledger
+from ad_flashinfer_pass.kernels.attention.provider import Provider, _undeclared
 
 CPU = torch.device("cpu")
 PLAIN = Site(
@@ -92,6 +93,13 @@ def test_phase_and_device_are_judged(capability: Capability, refusal: str) -> No
     assert capability.refusals(PLAIN, "prefill", CPU) == [refusal]
 
 
+def test_providers_have_a_function_for_each_phase_that_they_declare() -> None:
+    """And no other; the table has each under its name."""
+    for name, provider in select.PROVIDERS.items():
+        found = {phase for phase in PHASES if getattr(provider, phase) is not _undeclared}
+        assert (name, found) == (provider.name, provider.capability.phases)
+
+
 def test_a_provider_that_declares_all_refuses_nothing() -> None:
     """The reference covers every item in both phases."""
     site = PLAIN
@@ -120,8 +128,7 @@ def test_ledger_lists_what_must_be_honoured() -> None:
 
 def provide(monkeypatch: pytest.MonkeyPatch, *capabilities: Capability) -> None:
     """Make these the only providers, in this order."""
-    modules = {c.name: SimpleNamespace(CAPABILITY=c) for c in capabilities}
-    monkeypatch.setattr(select, "PROVIDERS", modules)
+    monkeypatch.setattr(select, "PROVIDERS", {c.name: Provider(capability=c) for c in capabilities})
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -270,7 +277,7 @@ def test_what_a_version_lacks_is_refused_with_the_version_that_has_it(
 ) -> None:
     """Each provider's own table, by what the site needs and on which GPU."""
     monkeypatch.setattr(modules, "installed", lambda: Version(version))
-    found = {name: module.CAPABILITY.too_old(site, major) for name, module in select.PROVIDERS.items()}
+    found = {name: p.capability.too_old(site, major) for name, p in select.PROVIDERS.items()}
     reasons = {name: reason for name, reasons in found.items() for reason in reasons}
     assert reasons.keys() == lacking.keys()
     for name, reason in reasons.items():
@@ -287,7 +294,7 @@ def test_what_a_version_lacks_goes_to_the_next_provider(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     spec: Any = SimpleNamespace(is_aot=True)
     built = replace(xqa.CAPABILITY, modules=lambda site, major: [spec])
-    monkeypatch.setitem(select.PROVIDERS, "xqa", SimpleNamespace(CAPABILITY=built))
+    monkeypatch.setitem(select.PROVIDERS, "xqa", replace(xqa.PROVIDER, capability=built))
     choice = select.choose(LLAMA, "decode", torch.device("cuda"), "node a")
     assert choice.kernel == kernel
     assert ("not xqa: flashinfer-python 0.6.16.post4 lacks decode whose" in choice.reason) == (
@@ -302,6 +309,15 @@ def test_extends_are_prefilled_where_the_version_has_no_kernel_for_them(
     """Without FlashInfer the graph is for another machine, which is taken to have it."""
     monkeypatch.setattr(modules, "installed", lambda: version and Version(version))
     assert select.extender("xqa 1=split_decode/4") == (xqa.extend if has_extend else None)
+
+
+def test_a_plan_is_on_the_host_where_one_of_its_kernels_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a measured choice too, which names several."""
+    slow = Capability(name="slow", host_phases=frozenset({"decode"}))
+    monkeypatch.setitem(select.PROVIDERS, "slow", Provider(capability=slow))
+    assert select.on_host("decode", "xqa 1=split_decode/16 4=slow/2") == ["slow"]
+    assert select.on_host("decode", "xqa 1=split_decode/16") == []
+    assert select.on_host("prefill", "reference") == ["reference"]
 
 
 def test_modules_are_asked_only_of_a_site_that_could_run() -> None:
@@ -382,14 +398,14 @@ def test_choices_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(modules, "problem", lambda: None)
     monkeypatch.setattr(modules, "nvcc", lambda: None)
-    for name, module in select.PROVIDERS.items():
+    for name, provider in select.PROVIDERS.items():
         if name == "trtllm_gen":
             continue
         spec = SimpleNamespace(is_aot=name in built.split(), is_compiled=False)
         needs_none = name in ("reference", "split_decode")
         given = None if needs_none else (lambda site, major, spec=spec: [spec])
-        capability = replace(module.CAPABILITY, modules=given)
-        monkeypatch.setitem(select.PROVIDERS, name, SimpleNamespace(CAPABILITY=capability))
+        capability = replace(provider.capability, modules=given)
+        monkeypatch.setitem(select.PROVIDERS, name, replace(provider, capability=capability))
     site, gpu = replace(SERVED, **changes), torch.device("cuda")
     chosen = [select.choose(site, phase, gpu, "node a") for phase in PHASES]
     assert [choice.kernel for choice in chosen] == [prefill, decode]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from ad_flashinfer_pass.kernels import measure
-from ad_flashinfer_pass.kernels.attention import reference, select, tune
+from ad_flashinfer_pass.kernels import measure, tune
+from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Phase, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.attention.tune import Decode
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel, KernelPlan
 
 DECODE_ONLY: frozenset[Phase] = frozenset({"decode"})
 SITE = Site(
@@ -26,19 +31,26 @@ SITE = Site(
 )
 
 
-def test_a_choice_names_a_kernel_for_each_batch_size() -> None:
-    """What decode_choice writes, decoder reads; sizes that it does not name run the default."""
+def test_a_plan_names_a_kernel_for_each_batch_size() -> None:
+    """What a plan writes, the op reads; sizes that it does not name run the default."""
     calls: list[tuple[str, int | None]] = []
-    first = SimpleNamespace(
-        decode=lambda *, splits=None: calls.append(("first", splits)), DECODE_OPTION="splits"
-    )
-    second = SimpleNamespace(decode=lambda: calls.append(("second", None)))
-    choice = select.decode_choice("second", {8: "first/4", 1: "first"})
-    assert choice == "second 1=first 8=first/4"
+
+    def provider(name: str) -> Provider:
+        def decode(
+            query: Tensor, kv: Tensor, lens: Tensor, table: Tensor, spec: Any, *options: int
+        ) -> Tensor:
+            calls.append((name, options[0] if options else None))
+            return query
+
+        return Provider(capability=Capability(name=name), decode=decode)
+
+    plan = str(KernelPlan(Kernel("second"), {8: Kernel("first", (4,)), 1: Kernel("first")}))
+    assert plan == "second 1=first 8=first/4"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "PROVIDERS", {"first": first, "second": second})
+        patch.setattr(select, "PROVIDERS", {name: provider(name) for name in ("first", "second")})
         for batch in (1, 8, 2):
-            select.decoder(choice, batch)()
+            args: Any = (torch.zeros(batch, 1, 8), None, None, None, None)
+            select.decode(plan, *args)
     assert calls == [("first", None), ("first", 4), ("second", None)]
 
 
@@ -60,17 +72,18 @@ def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     ran: list[tuple[str, tuple[int, ...], int]] = []
 
-    def provider(name: str) -> SimpleNamespace:
-        def decode(query: torch.Tensor, pool: torch.Tensor, *rest: object, splits: int = 1) -> torch.Tensor:
-            out = reference.decode(query, pool, *rest)  # type: ignore[arg-type]
+    def provider(name: str) -> Provider:
+        def decode(
+            query: Tensor, pool: Tensor, lens: Tensor, table: Tensor, spec: AttentionSpec, splits: int = 1
+        ) -> Tensor:
+            out = reference.decode(query, pool, lens, table, spec)
             ran.append((name, tuple(out.shape), splits))
             return out
 
-        return SimpleNamespace(
-            CAPABILITY=Capability(name=name, phases=DECODE_ONLY),
+        return Provider(
+            capability=Capability(name=name, phases=DECODE_ONLY),
             decode=decode,
-            DECODE_OPTION="splits",
-            decode_options=lambda site, batch, device: [2] if name == "ours" else [],
+            options=lambda site, batch, device: [2] if name == "ours" else [],
         )
 
     def microseconds(launches: Sequence[object]) -> float:
@@ -85,10 +98,10 @@ def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(select, "PROVIDERS", {"first": provider("first"), "ours": provider("ours")})
     monkeypatch.setattr(measure, "microseconds", microseconds)
     pools = [torch.zeros(6, 2, 2, 8, 16) for _ in range(3)]
-    choice, notes = tune.tune_decode(SITE, pools, [1, 4], 8)
-    assert choice == "first 1=ours/2"
+    plans, notes = tune.tune(Decode(SITE, pools, 8), [1, 4])
+    assert plans == {SITE: "first 1=ours/2"}
     assert len(notes) == 2
     assert "first 10.0/10.0, ours 8.0/8.0 us at 32/64 tokens" in notes[0]
     ran.clear()
-    assert tune.tune_decode(SITE, pools, [1, 4], 8) == (choice, notes)
+    assert tune.tune(Decode(SITE, pools, 8), [1, 4]) == (plans, notes)
     assert not ran

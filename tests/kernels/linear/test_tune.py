@@ -12,8 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ad_flashinfer_pass.kernels.linear import tune
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
+from ad_flashinfer_pass.kernels.linear import tune as of_linears
 from ad_flashinfer_pass.kernels.linear.small_gemm import Config, all_candidates
+from ad_flashinfer_pass.kernels.linear.tune import LinearKind, Linears
+from ad_flashinfer_pass.kernels.tune import tune
 
 FIRST, SECOND, SLOW, *_ = all_candidates(8)
 WIDE, TALL = torch.zeros(4096, 1024, dtype=torch.bfloat16), torch.zeros(1024, 4096, dtype=torch.bfloat16)
@@ -48,17 +51,24 @@ class Clock:
 
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Clock], Callable[..., object]]:
-    """Runs ``tune_linears`` by a clock, over two kinds of linears in turn."""
+    """Tunes by a clock, over two kinds of linears in turn, and gives the choice for 8 tokens."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(tune, "_CHOSEN", {})
 
     def run(clock: Clock) -> Callable[..., object]:
-        monkeypatch.setattr(tune, "microseconds", clock)
-        tune._CHOSEN.clear()
-        notes = tune.tune_linears([(WIDE, True, False, False), (TALL, False, True, False)] * 8, [8, 512])
+        monkeypatch.setattr(of_linears, "microseconds", clock)
+        pair = [
+            (LinearKind.of(WIDE, True, False, False), WIDE),
+            (LinearKind.of(TALL, False, True, False), TALL),
+        ]
+        plans, notes = tune(Linears(pair * 8), [8, 512])
         assert len(notes) == 3, "none for 512 tokens"
-        return partial(tune.chosen_linear, 8)
+
+        def chosen(weight: Tensor, *around: bool) -> Config | None:
+            name, options = KernelPlan.parse(plans[LinearKind.of(weight, *around)]).at(8)
+            return Config(*options) if name == "small_gemm" else None
+
+        return chosen
 
     return run
 

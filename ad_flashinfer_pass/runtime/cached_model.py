@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.cuda_graph import Steps
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, SequenceStep
 
 if TYPE_CHECKING:
@@ -44,18 +45,23 @@ class CachedModel:
         self.weight_bytes = weight_bytes
         self.generation_config: GenerationConfig | None = None
         """What transformers' ``generate`` would go by, of a model of theirs."""
-        graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
-        self._takes_vectors = any(n.name == "inputs_embeds" for n in graph.find_nodes(op="placeholder"))
+        self._steps = module if isinstance(module, Steps) else Steps()
+        self._takes_vectors = "inputs_embeds" in inspect.signature(module.forward).parameters
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether some steps are replays of captured graphs."""
+        return self._steps.is_captured
 
     @property
     def num_replays(self) -> int:
         """Steps that were replays of captured graphs."""
-        return self.module.num_replays if isinstance(self.module, CudaGraphModule) else 0
+        return self._steps.num_replays
 
     @property
     def eager_steps(self) -> dict[str, int]:
         """Steps that ran eagerly although graphs were captured, by reason."""
-        return dict(self.module.fallbacks) if isinstance(self.module, CudaGraphModule) else {}
+        return dict(self._steps.fallbacks)
 
     def nest(self, sequences: Sequence[SequenceStep], row_params: Sequence[RowParams] = ()) -> None:
         """Write the metadata of a step, padded to the shape of a captured graph if there is one.
@@ -67,7 +73,7 @@ class CachedModel:
         Raises:
             ValueError: the step is empty, out of order or too large.
         """
-        bucket = self.module.bucket(sequences) if isinstance(self.module, CudaGraphModule) else None
+        bucket = self._steps.bucket(sequences)
         self.sequence_info.nest_sequences(sequences, pad_to=bucket, row_params=row_params)
 
     def forward(self) -> Tensor:
@@ -93,9 +99,7 @@ class CachedModel:
         Returns:
             Whether a captured graph did it; if not, nothing was done.
         """
-        return isinstance(self.module, CudaGraphModule) and self.module.sample_and_advance(
-            is_greedy=is_greedy
-        )
+        return self._steps.sample_and_advance(is_greedy=is_greedy)
 
     def step_with(self, sequences: Sequence[SequenceStep], **inputs: Tensor) -> Tensor:
         """``step`` with inputs of one's own in place of the metadata's, of a graph that is not captured.
@@ -108,7 +112,7 @@ class CachedModel:
         Raises:
             ValueError: as ``step``; the graph is captured, or an input has another number of tokens.
         """
-        if isinstance(self.module, CudaGraphModule):
+        if self.is_captured:
             raise ValueError(
                 "a captured graph reads the metadata alone; set compile_backend to torch-simple."
             )
@@ -141,7 +145,7 @@ class CachedModel:
         """
         self.nest(sequences)
         logits = self.forward()[: sum(seq.gather for seq in sequences)]
-        return logits.clone() if isinstance(self.module, CudaGraphModule) else logits
+        return logits.clone() if self.is_captured else logits
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Zero some pages: NaN left behind in one would reach the sequence that owns it next."""

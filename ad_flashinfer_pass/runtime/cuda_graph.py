@@ -66,7 +66,32 @@ class CaptureCost(NamedTuple):
     """Of device memory that the graph keeps; buckets share one pool, so most of it is the first one's."""
 
 
-class CudaGraphModule(nn.Module):
+class Steps:
+    """How the steps of a transformed graph run: here, each as it comes."""
+
+    is_captured = False
+    """Whether some are replays, which read the metadata alone and overwrite the last one's result."""
+    num_replays = 0
+    fallbacks: Mapping[str, int] = {}
+    """Steps that ran eagerly although graphs were captured, by reason."""
+
+    def bucket(self, sequences: Sequence[SequenceStep]) -> Bucket | None:
+        """The shape to which a step should be padded; None if no graph can run it."""
+        return None
+
+    def sample_and_advance(self, *, is_greedy: bool) -> bool:
+        """Choose tokens from the logits of the last call as they are, and advance, by a replay.
+
+        Args:
+            is_greedy: whether all rows take the most likely token. On a CPU nothing else has a graph.
+
+        Returns:
+            Whether there is a graph that does it; if not, nothing was done.
+        """
+        return False
+
+
+class CudaGraphModule(Steps, nn.Module):
     """A transformed graph that replays its steps.
 
     Args:
@@ -75,6 +100,8 @@ class CudaGraphModule(nn.Module):
         token_buckets: buckets of steps with prefill, in tokens of prefill and extend sequences.
         host_kernels: for a phase that cannot be captured, which kernel it is that reads lengths on the host.
     """
+
+    is_captured = True
 
     def __init__(
         self,
@@ -88,9 +115,7 @@ class CudaGraphModule(nn.Module):
         self.host_kernels = dict(host_kernels or {})
         self.batch_sizes = [] if "decode" in self.host_kernels else sorted(set(batch_sizes))
         self.token_buckets = [] if self.host_kernels else sorted(set(token_buckets))
-        self.num_replays = 0
         self.fallbacks: Counter[str] = Counter()
-        """Steps that ran eagerly, by reason."""
         self.costs: list[CaptureCost] = []
         """In the order of capture."""
         self._captured: dict[tuple[int, ...], _Captured] = {}
@@ -101,7 +126,7 @@ class CudaGraphModule(nn.Module):
         """What the last call replayed."""
 
     def bucket(self, sequences: Sequence[SequenceStep]) -> Bucket | None:
-        """The shape to which a step should be padded; None if no graph can run it."""
+        """See ``Steps``."""
         num_tokens = sum(len(seq.token_ids) for seq in sequences if len(seq.token_ids) > 1)
         num_decode = sum(len(seq.token_ids) == 1 for seq in sequences)
         if num_tokens == 0 and not all(seq.gather for seq in sequences):
@@ -164,14 +189,7 @@ class CudaGraphModule(nn.Module):
         return captured.logits
 
     def sample_and_advance(self, *, is_greedy: bool) -> bool:
-        """Choose tokens from the logits of the last call as they are, and advance, by a replay.
-
-        Args:
-            is_greedy: whether all rows take the most likely token. On a CPU nothing else has a graph.
-
-        Returns:
-            Whether there is a graph that does it; if not, nothing was done.
-        """
+        """See ``Steps``."""
         if self._last is None or not (is_greedy or self._last.logits.device.type == "cuda"):
             return False
         self._last.tails[is_greedy].replay()

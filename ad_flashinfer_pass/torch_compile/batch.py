@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
 from types import TracebackType
 from typing import Protocol
@@ -50,8 +50,7 @@ class Batch:
         self.entries = entries
         self._sort = sort
         self._sampled = sampled
-        self._is_nested = False
-        self._nested_for: CachedModel | None = None
+        self._nested_by: Callable[[Sequence[SequenceStep]], None] | None = None
         self._stack = contextlib.ExitStack()
         self._new_pages: list[int] = []
         self._inputs: dict[str, Tensor] | None = None
@@ -106,27 +105,19 @@ class Batch:
             return logits[0, : len(rows)]
         return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
 
-    def nest(self, model: CachedModel | None) -> None:
-        """Write the metadata of the step, unless that was done.
-
-        Args:
-            model: with captured graphs, to the shape of one of which the step is padded; None: not padded.
-        """
-        if self._is_nested and self._nested_for is model:
+    def nest_by(self, nest: Callable[[Sequence[SequenceStep]], None]) -> None:
+        """Write the metadata of the step by a function that does, unless it did."""
+        if self._nested_by == nest:
             return
         info = self._session.sequence_info
         if self._sampled is not None:
             info.tokens[: len(self._sampled)] = self._sampled
-        steps = list(self.packed.values())
-        if model is None:
-            info.nest_sequences(steps)
-        else:
-            model.nest(steps)
-        self._is_nested, self._nested_for = True, model
+        nest(list(self.packed.values()))
+        self._nested_by = nest
 
     def was_overwritten(self) -> None:
         """The metadata are those of another step: capture writes its own."""
-        self._is_nested = False
+        self._nested_by = None
 
     def __enter__(self) -> Batch:
         session = self._session
@@ -169,8 +160,9 @@ class Batch:
     def _written(self) -> dict[str, Tensor]:
         """Write the metadata, and give the inputs of a model."""
         is_decode = all(len(step.token_ids) == 1 for step in self.packed.values())
-        self.nest(self._session.last_decoder if is_decode else None)
-        args = self._session.sequence_info.named_args()
+        info, decoder = self._session.sequence_info, self._session.last_decoder
+        self.nest_by(decoder.nest if is_decode and decoder is not None else info.nest_sequences)
+        args = info.named_args()
         times = 2 if self.num_tokens == 1 else 1
         inputs = {}
         for name in ("input_ids", "position_ids"):

@@ -82,7 +82,7 @@ class _Packed:
         return [_repeated(x, dims, 2) for x, dims in zip(outputs, self._output_dims, strict=True)]
 
     def _args(self, batch: Batch, extra: Sequence[Tensor]) -> list[Tensor]:
-        batch.nest(None)
+        batch.nest_by(self._info.nest_sequences)
         named = self._info.named_args()
         first = [named[name].view(1, batch.num_tokens) for name in ("input_ids", "position_ids")]
         metadata = [named[name] for name in METADATA_ARGS] if self._caches else []
@@ -220,7 +220,7 @@ class _Captured:
                 f"{names[0]} is elsewhere in memory than when its steps were captured, which read the old "
                 "place. Write new weights into it (load_state_dict, copy_), or call torch._dynamo.reset()."
             )
-        batch.nest(self._model)
+        batch.nest_by(self._model.nest)
         self._session.last_decoder = self._model
         logits = self._model.forward()[None, : batch.num_tokens]
         # A copy, since the next replay overwrites its own result.

@@ -372,8 +372,8 @@ def _run_captured(
         cache.zero_()
     model = CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size)
     logits = [model.step(step.sequences).float() for step in steps]
-    if isinstance(module, CudaGraphModule):
-        return logits, module.num_replays, dict(module.fallbacks)
+    if model.is_captured:
+        return logits, model.num_replays, model.eager_steps
     return logits, 0, {f"{ctx.config.compile_backend} captures nothing on {ctx.device}": len(steps)}
 
 

@@ -36,7 +36,7 @@ from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.kernels.attention import fa2, fa3, fmha_v2, split_decode, xqa
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.cache import append
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
 MIN_LAYERS, MAX_LAYERS = 8, 128

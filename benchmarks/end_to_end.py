@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype, TransformConfig
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule

@@ -19,10 +19,7 @@ from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
-from ad_flashinfer_pass.runtime.cuda_graph import (
-    CudaGraphModule,
-    bucket_sizes,
-)
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, bucket_sizes
 from ad_flashinfer_pass.runtime.inductor import compile_pieces
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 

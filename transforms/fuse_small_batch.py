@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.kernels.tune import tune
+from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
@@ -44,22 +44,22 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
 
 def _tune(small: fx.GraphModule, ctx: TransformContext, report: TransformReport) -> None:
     """Measure the kernels of each kind of linear, and let the graph use what was found."""
-    from ad_flashinfer_pass.kernels.linear.tune import LinearKind, Linears  # needs triton
+    from ad_flashinfer_pass.kernels.linear.tune import Linears  # needs triton
 
     sizes, buckets = bucket_sizes(ctx.config)
     nodes = small.graph.find_nodes(op="call_function", target=_LINEAR)
-    row = []
-    for node in nodes:
-        args, weight = g.op_args(node), g.attribute(g.op_args(node)["weight"])
+    found = []
+    for args in map(g.op_args, nodes):
         around = (args["norm"] is not None, args["residual"] is not None, args["gated"])
-        row.append((LinearKind.of(weight, *around), weight))
+        found.append((g.attribute(args["weight"]), *around))
+    linears = Linears(found)
     plans, notes = tune(
-        Linears(row),
+        linears,
         sorted({*sizes, *buckets}),
         lambda done, total: ctx.on_event(f"fuse_small_batch: {done} of {total} numbers of tokens"),
     )
     report.notes += notes
-    for node, (kind, _) in zip(nodes, row, strict=True):
+    for node, (kind, _) in zip(nodes, linears.row, strict=True):
         node.kwargs = {**node.kwargs, "kernel": plans[kind]}
     g.finish(small)
 

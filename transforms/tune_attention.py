@@ -19,7 +19,7 @@ from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.kernels.attention.tune import Decode, kind_of
-from ad_flashinfer_pass.kernels.tune import tune
+from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import CachedSite, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes

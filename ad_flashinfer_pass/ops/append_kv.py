@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
+from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
-
-_NAME = "ad_flashinfer::append_kv"
-
-torch.library.define(
-    _NAME,
-    "(Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) kv_cache, "
-    "float k_scale=1.0, float v_scale=1.0) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def append_kv(
@@ -51,9 +42,4 @@ def append_kv(
         reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
 
 
-torch.library.impl(_NAME, "default", append_kv)
-
-
-@torch.library.register_fake(_NAME)
-def _(key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor, *scales: float) -> None:
-    return None
+define(append_kv, fake=lambda **_: None, mutates=("kv_cache",))

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
-
-_NAME = "ad_flashinfer::attention"
-
-torch.library.define(
-    _NAME,
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
-    "float? scale=None, Tensor? sinks=None, int? sliding_window=None, float? logit_cap=None, "
-    "int? chunk=None, Tensor? alibi_slopes=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from ad_flashinfer_pass.ops.define import define
 
 
 def attention(
@@ -74,9 +64,4 @@ def attention(
     return reference.dense_attention(query, key, value, spec, attn_mask, is_causal)
 
 
-torch.library.impl(_NAME, "default", attention)
-
-
-@torch.library.register_fake(_NAME)
-def _(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+define(attention, fake=lambda query, value, **_: query.new_empty((*query.shape[:-1], value.shape[-1])))

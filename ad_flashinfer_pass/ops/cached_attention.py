@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
 
-_NAME = "ad_flashinfer::cached_attention"
-
-torch.library.define(
-    _NAME,
-    "(Tensor query, Tensor kv_cache, Tensor batch_info_host, Tensor cu_seqlen, "
-    "Tensor seq_len_with_cache, Tensor block_table, float scale, int v_head_dim, "
-    "int? sliding_window=None, float? logit_cap=None, int? chunk=None, Tensor? sinks=None, "
-    'Tensor? alibi_slopes=None, str prefill_kernel="reference", str decode_kernel="reference", '
-    "float k_scale=1.0, float v_scale=1.0, int max_extend_len=0) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_HERE = nullcontext()
+"""Of a CPU, where there is no device to be made the current one."""
 
 
 def cached_attention(
@@ -73,27 +67,10 @@ def cached_attention(
     spec = AttentionSpec(
         scale, sliding_window, logit_cap, chunk, k_scale, v_scale, v_head_dim, sinks, alibi_slopes
     )
-    kernels = (prefill_kernel, decode_kernel, max_extend_len)
-    metadata = (batch_info_host, cu_seqlen, seq_len_with_cache, block_table)
-    if query.device.type != "cuda":
-        return _attend(query, kv_cache, *metadata, spec, *kernels)
-    inputs = {"kv_cache": kv_cache, "seq_len_with_cache": seq_len_with_cache, "block_table": block_table}
-    with launching(query.device, cu_seqlen=cu_seqlen, **inputs):
-        return _attend(query, kv_cache, *metadata, spec, *kernels)
-
-
-def _attend(
-    query: Tensor,
-    kv_cache: Tensor,
-    batch_info_host: Tensor,
-    cu_seqlen: Tensor,
-    seq_len_with_cache: Tensor,
-    block_table: Tensor,
-    spec: AttentionSpec,
-    prefill_kernel: str,
-    decode_kernel: str,
-    max_extend_len: int,
-) -> Tensor:
+    device: AbstractContextManager[object] = _HERE
+    if query.device.type == "cuda":
+        inputs = {"kv_cache": kv_cache, "seq_len_with_cache": seq_len_with_cache, "block_table": block_table}
+        device = launching(query.device, cu_seqlen=cu_seqlen, **inputs)
     num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
     tokens = query.flatten(0, 1)
@@ -101,43 +78,31 @@ def _attend(
     extend = select.extender(decode_kernel) if num_extend and max_extend_len else None
     if extend is None:
         num_prefill, prefill_tokens = num_long, long_tokens
-    if num_prefill:
-        prefill = select.PROVIDERS[prefill_kernel].prefill
-        lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
-        bounds = cu_seqlen[: num_prefill + 1]
-        parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, spec))
-    if extend is not None:
-        rows, bounds = slice(num_prefill, num_long), cu_seqlen[num_prefill : num_long + 1]
-        bounds = bounds - prefill_tokens if prefill_tokens else bounds
-        drafts = tokens[prefill_tokens:long_tokens]
-        lens, pages = seq_len_with_cache[rows], block_table[rows]
-        parts.append(extend(drafts, kv_cache, bounds, lens, pages, spec, max_len=max_extend_len))
-    if num_decode:
-        rows = slice(num_long, num_long + num_decode)
-        one_each = tokens[long_tokens : long_tokens + num_decode]
-        lens, pages = seq_len_with_cache[rows], block_table[rows]
-        parts.append(select.decode(decode_kernel, one_each, kv_cache, lens, pages, spec))
-    padding = tokens.shape[0] - long_tokens - num_decode
-    if padding:
-        parts.append(tokens.new_zeros(padding, query.shape[2], spec.v_head_dim or query.shape[3]))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.contiguous().view(*query.shape[:-1], out.shape[-1])
+    with device:
+        if num_prefill:
+            prefill = select.PROVIDERS[prefill_kernel].prefill
+            lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
+            bounds = cu_seqlen[: num_prefill + 1]
+            parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, spec))
+        if extend is not None:
+            rows, bounds = slice(num_prefill, num_long), cu_seqlen[num_prefill : num_long + 1]
+            bounds = bounds - prefill_tokens if prefill_tokens else bounds
+            drafts = tokens[prefill_tokens:long_tokens]
+            lens, pages = seq_len_with_cache[rows], block_table[rows]
+            parts.append(extend(drafts, kv_cache, bounds, lens, pages, spec, max_len=max_extend_len))
+        if num_decode:
+            rows = slice(num_long, num_long + num_decode)
+            one_each = tokens[long_tokens : long_tokens + num_decode]
+            lens, pages = seq_len_with_cache[rows], block_table[rows]
+            parts.append(select.decode(decode_kernel, one_each, kv_cache, lens, pages, spec))
+        padding = tokens.shape[0] - long_tokens - num_decode
+        if padding:
+            parts.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.contiguous().view(*query.shape[:-1], out.shape[-1])
 
 
-torch.library.impl(_NAME, "default", cached_attention)
-
-
-@torch.library.register_fake(_NAME)
-def _(
-    query: Tensor,
-    kv_cache: Tensor,
-    batch_info_host: Tensor,
-    cu_seqlen: Tensor,
-    seq_len_with_cache: Tensor,
-    block_table: Tensor,
-    scale: float,
-    v_head_dim: int,
-    *args: object,
-    **kwargs: object,
-) -> Tensor:
-    return query.new_empty((*query.shape[:-1], v_head_dim))
+define(
+    cached_attention,
+    fake=lambda query, v_head_dim, **_: query.new_empty((*query.shape[:-1], v_head_dim)),
+)

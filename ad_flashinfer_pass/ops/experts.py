@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NAME = "ad_flashinfer::experts"
+from ad_flashinfer_pass.ops.define import define
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -19,16 +20,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _COPIED_BYTES = 1 << 28
 """Of weights at a time, where each row multiplies a copy of its expert's."""
-
-torch.library.define(
-    _NAME,
-    "(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? up_proj=None, "
-    'str activation="silu", float alpha=1.0, '
-    "float beta=0.0, float? limit=None, bool in_float32=False, bool has_gate=True, "
-    "bool is_concatenated=True, bool is_transposed=False, bool weigh_input=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def experts(
@@ -182,27 +173,9 @@ def _by_expert(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return result
 
 
-torch.library.impl(_NAME, "default", experts)
-
-
-@torch.library.register_fake(_NAME)
-def _(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    up_proj: Tensor | None = None,
-    activation: str = "silu",
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    limit: float | None = None,
-    in_float32: bool = False,
-    has_gate: bool = True,
-    is_concatenated: bool = True,
-    is_transposed: bool = False,
-    weigh_input: bool = False,
-) -> Tensor:
-    return hidden_states.new_empty((hidden_states.shape[0], down_proj.shape[-1 if is_transposed else -2]))
+define(
+    experts,
+    fake=lambda hidden_states, down_proj, is_transposed, **_: hidden_states.new_empty(
+        (hidden_states.shape[0], down_proj.shape[-1 if is_transposed else -2])
+    ),
+)

@@ -9,15 +9,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
-
-_NAME = "ad_flashinfer::linear"
-
-torch.library.define(
-    _NAME,
-    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, Tensor? residual=None, "
-    'bool gated=False, str kernel="torch") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from ad_flashinfer_pass.ops.define import define
 
 
 def linear(
@@ -61,18 +53,7 @@ def linear(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-torch.library.impl(_NAME, "default", linear)
-
-
-@torch.library.register_fake(_NAME)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    gated: bool = False,
-    kernel: str = "torch",
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if gated else 1)))
+define(
+    linear,
+    fake=lambda x, weight, gated, **_: x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if gated else 1))),
+)

@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
+from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
-
-_NAME = "ad_flashinfer::prepare_metadata"
-
-torch.library.define(
-    _NAME,
-    "(Tensor position_ids, Tensor batch_info_host, Tensor cu_seqlen, Tensor input_pos, "
-    "Tensor cache_loc, Tensor cu_num_pages, int max_blocks_per_seq, int page_size) "
-    "-> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def prepare_metadata(
@@ -48,16 +39,8 @@ def prepare_metadata(
         slot_mapping: int64 [T], page * page_size + offset of each new token; 0, in the scratch
             page, for padding tokens.
     """
-    args = (
-        position_ids.numel(),
-        reference.num_sequences(batch_info_host),
-        cu_seqlen,
-        input_pos,
-        cache_loc,
-        cu_num_pages,
-        max_blocks_per_seq,
-        page_size,
-    )
+    counts = (position_ids.numel(), reference.num_sequences(batch_info_host))
+    args = (*counts, cu_seqlen, input_pos, cache_loc, cu_num_pages, max_blocks_per_seq, page_size)
     if cache_loc.device.type != "cuda":
         return reference.prepare_metadata(*args)
     from ad_flashinfer_pass.kernels.cache import prepare_metadata as metadata  # needs triton
@@ -67,20 +50,10 @@ def prepare_metadata(
         return metadata.prepare_metadata(*args)
 
 
-torch.library.impl(_NAME, "default", prepare_metadata)
-
-
-@torch.library.register_fake(_NAME)
-def _(
-    position_ids: Tensor,
-    batch_info_host: Tensor,
-    cu_seqlen: Tensor,
-    input_pos: Tensor,
-    cache_loc: Tensor,
-    cu_num_pages: Tensor,
-    max_blocks_per_seq: int,
-    page_size: int,
-) -> tuple[Tensor, Tensor]:
-    block_table = cache_loc.new_empty((input_pos.shape[0], max_blocks_per_seq))
-    slot_mapping = cache_loc.new_empty((position_ids.numel(),), dtype=torch.int64)
-    return block_table, slot_mapping
+define(
+    prepare_metadata,
+    fake=lambda position_ids, input_pos, cache_loc, max_blocks_per_seq, **_: (
+        cache_loc.new_empty((input_pos.shape[0], max_blocks_per_seq)),
+        cache_loc.new_empty((position_ids.numel(),), dtype=torch.int64),
+    ),
+)

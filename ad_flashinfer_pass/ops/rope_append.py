@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
+from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
-
-_NAME = "ad_flashinfer::rope_append"
-
-torch.library.define(
-    _NAME,
-    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor slot_mapping, "
-    "Tensor(a!) kv_cache, float k_scale=1.0, float v_scale=1.0) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def rope_append(
@@ -64,9 +55,4 @@ def rope_append(
     return reference.rotate(query, cos, sin, interleaved=False).contiguous()
 
 
-torch.library.impl(_NAME, "default", rope_append)
-
-
-@torch.library.register_fake(_NAME)
-def _(query: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return query.new_empty(query.shape)
+define(rope_append, fake=lambda query, **_: query.new_empty(query.shape), mutates=("kv_cache",))

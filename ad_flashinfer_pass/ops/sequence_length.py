@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-_NAME = "ad_flashinfer::sequence_length"
-
-torch.library.define(_NAME, "(Tensor position_ids) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+from ad_flashinfer_pass.ops.define import define
 
 
 def sequence_length(position_ids: Tensor) -> Tensor:
@@ -25,9 +22,4 @@ def sequence_length(position_ids: Tensor) -> Tensor:
     return (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids).contiguous()
 
 
-torch.library.impl(_NAME, "default", sequence_length)
-
-
-@torch.library.register_fake(_NAME)
-def _(position_ids: Tensor) -> Tensor:
-    return position_ids.new_empty(position_ids.shape)
+define(sequence_length, fake=lambda position_ids: position_ids.new_empty(position_ids.shape))

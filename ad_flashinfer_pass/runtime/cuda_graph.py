@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Phase
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 from ad_flashinfer_pass.runtime.sampling import most_likely
 from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 

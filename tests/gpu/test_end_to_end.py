@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, KvCacheConfig, KvDtype
 from ad_flashinfer_pass.kernels.attention import select
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel

@@ -13,7 +13,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Phase
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.sequence_info import Bucket, SequenceInfo, SequenceStep
 from tests.gpu.paged import DEVICE, Shape, attend, bound, bound_of_8_bits, site_of

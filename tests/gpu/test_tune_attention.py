@@ -8,7 +8,7 @@ import pytest
 
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.tune import Decode
-from ad_flashinfer_pass.kernels.tune import tune
+from ad_flashinfer_pass.kernels.measure import tune
 from tests.gpu.paged import PagedBatch, site_of
 from tests.gpu.test_conformance import FP8, PLAIN, Shape, assert_within_bound
 

@@ -26,7 +26,7 @@ from ad_flashinfer_pass.kernels import modules, workspaces
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, select, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 
 RECORD = json.loads(Path(__file__).with_name("flashinfer_signatures.json").read_text())
 VERSIONS: list[str] = RECORD["versions"]

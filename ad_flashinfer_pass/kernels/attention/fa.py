@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import KernelError
-from ad_flashinfer_pass.kernels import graph_state, workspaces
+from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Phase, Site
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.modules import has, target
@@ -72,19 +72,9 @@ def _module(shape: _Shape, target: str | None) -> JitSpec:
 
 def modules(backend: Backend, site: Site, compute_major: int) -> list[JitSpec]:
     """The FlashInfer modules that run a site."""
-    shape = _Shape(
-        backend,
-        site.num_heads,
-        site.num_kv_heads,
-        site.head_dim,
-        site.page_size,
-        site.dtype,
-        site.kv_dtype,
-        site.scale,
-        site.sliding_window,
-        site.logit_cap,
-    )
-    return [_module(shape, target())]
+    sizes = (site.num_heads, site.num_kv_heads, site.head_dim, site.page_size)
+    options = (site.scale, site.sliding_window, site.logit_cap)
+    return [_module(_Shape(backend, *sizes, site.dtype, site.kv_dtype, *options), target())]
 
 
 class _Eager:
@@ -247,12 +237,11 @@ def decode(
 ) -> Tensor:
     """See ``attention.provider``; if not captured, the first call of a step waits for the device."""
     shape = _shape(backend, query, kv_cache, spec)
-    graph = graph_state.current()
-    if graph is None:
+    plans = workspaces.of_graph(GraphPlans)
+    if plans is None:
         planned = _planned("decode", shape, query.device)
         planned.plan_step(None, seq_len_with_cache, block_table)
         return planned.run(query, kv_cache, spec)
-    plans = graph.keep(GraphPlans)
     if shape not in plans.planned:
         batch = plans.batch = query.shape[0]
         planned = plans.planned[shape] = _Planned(shape, query.device, (batch, block_table.numel()))

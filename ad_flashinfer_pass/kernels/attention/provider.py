@@ -25,8 +25,7 @@ class Provider:
 
     The tensors are those of ``ops.cached_attention`` cut to the sequences of the phase, with query
     [tokens, num_heads, head_dim], and ``spec`` is an ``AttentionSpec``; the result, [tokens, num_heads,
-    v_head_dim], is a new tensor. A kernel that keeps something for a captured graph finds it by
-    ``graph_state``.
+    v_head_dim], is a new tensor. What a kernel keeps, ``workspaces`` has.
     """
 
     capability: Capability

@@ -1,4 +1,4 @@
-"""Decode kernels chosen by measurement, for each batch size that is captured; see ``kernels.tune``.
+"""Decode kernels chosen by measurement, for each batch size that is captured; see ``kernels.measure``.
 
 For each distinct kind of attention site, every provider that can decode it in a captured graph runs over the
 model's own caches, in a graph, one cache after the other as a decode step does: what fits in the L2 cache
@@ -19,7 +19,6 @@ from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site, ledger
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
-from ad_flashinfer_pass.kernels.tune import Measured, fastest
 
 _LENGTH = 1024
 """Tokens of the shorter of the two lengths."""
@@ -70,31 +69,16 @@ class Decode:
             found += [name, *(f"{name}/{option}" for option in options)]
         return found or [self.default]
 
-    def measure(self, size: int, kernels: list[str]) -> Measured:
-        """See ``Subject``."""
-        launches = _Launches(self._site, size, self._width, self._pools)
-        times = {name: [launches.microseconds(name, n) for n in self._lengths] for name in kernels}
-        best = fastest(times, self.default)
-        shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"
-        return Measured([best], [f"decode of {size}: {best} ({shown})"])
-
-
-class _Launches:
-    """A batch of sequences of equal length, their pages scattered over the pools."""
-
-    def __init__(self, site: Site, batch: int, max_blocks_per_seq: int, pools: Sequence[Tensor]) -> None:
-        self.site, self.pools, self.batch = site, pools, batch
-        device = pools[0].device
+    def measure(self, size: int, kernels: list[str]) -> measure.Measured:
+        """Over sequences of equal length, their pages scattered over the pools."""
+        site, device, width = self._site, self.device, self._width
         generator = torch.Generator(device).manual_seed(0)
-        self.query = torch.randn(
-            (batch, site.num_heads, site.head_dim), generator=generator, device=device
-        ).to(site.dtype)
+        shape = (size, site.num_heads, site.head_dim)
+        query = torch.randn(shape, generator=generator, device=device).to(site.dtype)
         # Page 0 belongs to nobody. If the pools have fewer pages than this needs, some are read twice.
-        pages = torch.randperm(pools[0].shape[0] - 1, generator=generator, device=device) + 1
-        wanted = batch * max_blocks_per_seq
-        self.pages = pages.repeat(-(-wanted // len(pages)))[:wanted].to(torch.int32)
-        self.width = max_blocks_per_seq
-        self.spec = AttentionSpec(
+        pages = torch.randperm(self._pools[0].shape[0] - 1, generator=generator, device=device) + 1
+        pages = pages.repeat(-(-size * width // len(pages))).to(torch.int32)
+        spec = AttentionSpec(
             site.head_dim**-0.5,
             site.sliding_window,
             site.logit_cap,
@@ -103,17 +87,18 @@ class _Launches:
             sinks=torch.zeros(site.num_heads, device=device) if site.has_sinks else None,
             alibi_slopes=torch.zeros(site.num_heads, device=device) if site.has_alibi else None,
         )
-
-    def microseconds(self, kernel: str, length: int) -> float:
-        """Time of one site's launch."""
-        used = -(-length // self.site.page_size)
-        table = self.pages.new_zeros((self.batch, self.width))
-        table[:, :used] = self.pages[: self.batch * used].view(self.batch, used)
-        lengths = torch.full((self.batch,), length, dtype=torch.int32, device=table.device)
-        rest = (lengths, table, self.spec)
-        return measure.microseconds(
-            [partial(select.decode, kernel, self.query, pool, *rest) for pool in self.pools]
-        )
+        times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
+        for length in self._lengths:
+            used = -(-length // site.page_size)
+            table = pages.new_zeros((size, width))
+            table[:, :used] = pages[: size * used].view(size, used)
+            rest = (torch.full((size,), length, dtype=torch.int32, device=device), table, spec)
+            for kernel, row in times.items():
+                launches = [partial(select.decode, kernel, query, pool, *rest) for pool in self._pools]
+                row.append(measure.microseconds(launches))
+        best = measure.fastest(times, self.default)
+        shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"
+        return measure.Measured([best], [f"decode of {size}: {best} ({shown})"])
 
 
 def _listed(times: Mapping[str, list[float]]) -> str:

@@ -28,26 +28,22 @@ if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpec
 
 
-def modules(site: Site, compute_major: int) -> list[JitSpec]:
-    """The FlashInfer modules that run a site."""
+def _module(site: Site, *extend: int) -> JitSpec:
     from flashinfer.jit.xqa import gen_xqa_module
 
-    group = site.num_heads // site.num_kv_heads
-    is_windowed = site.sliding_window is not None
-    return [
-        gen_xqa_module(
-            site.dtype, site.kv_dtype, site.page_size, site.head_dim, group, is_windowed, site.dtype
-        )
-    ]
+    group, is_windowed = site.num_heads // site.num_kv_heads, site.sliding_window is not None
+    kind = (site.dtype, site.kv_dtype, site.page_size, site.head_dim, group, is_windowed)
+    return gen_xqa_module(*kind, site.dtype, *extend)
+
+
+def modules(site: Site, compute_major: int) -> list[JitSpec]:
+    """The FlashInfer modules that run a site."""
+    return [_module(site)]
 
 
 def extend_modules(site: Site, max_len: int) -> list[JitSpec]:
     """Those of ``extend``: for sequences of ``max_len`` tokens each, and for others."""
-    from flashinfer.jit.xqa import gen_xqa_module
-
-    group = site.num_heads // site.num_kv_heads
-    kind = (site.dtype, site.kv_dtype, site.page_size, site.head_dim, group, site.sliding_window is not None)
-    found = [gen_xqa_module(*kind, site.dtype, max_len, is_ragged) for is_ragged in (False, True)]
+    found = [_module(site, max_len, is_ragged) for is_ragged in (False, True)]
     return list({module.name: module for module in found}.values())  # one may serve both
 
 

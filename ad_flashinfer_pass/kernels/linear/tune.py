@@ -1,4 +1,4 @@
-"""Kernels of linears chosen by measurement, for each number of tokens; see ``kernels.tune``.
+"""Kernels of linears chosen by measurement, for each number of tokens; see ``kernels.measure``.
 
 For each kind of linear, torch and the candidates of ``small_gemm`` run over the model's own weights, in a
 captured graph, one weight after the other: what does not fit in the L2 cache in a step does not fit here. How
@@ -20,8 +20,7 @@ from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 from ad_flashinfer_pass.kernels.linear import small_gemm
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config
-from ad_flashinfer_pass.kernels.measure import microseconds
-from ad_flashinfer_pass.kernels.tune import Measured, fastest
+from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
 
 _MIN_GAIN = 0.99
 """A kernel of ours must take less than this share of torch's time, or noise would decide."""
@@ -41,11 +40,6 @@ class LinearKind(NamedTuple):
     has_residual: bool
     gated: bool
 
-    @classmethod
-    def of(cls, weight: Tensor, has_norm: bool, has_residual: bool, gated: bool) -> LinearKind:
-        """The kind of a linear with this weight."""
-        return cls(tuple(weight.shape), weight.dtype, has_norm, has_residual, gated)
-
     def __str__(self) -> str:
         around = {"norm": self.has_norm, "residual": self.has_residual, "swiglu": self.gated}
         return " + ".join(
@@ -57,19 +51,21 @@ class Linears:
     """The linears of a model: a ``Subject``, whose sizes are numbers of tokens.
 
     Args:
-        row: kind and weight of each, in the order in which they run; weights [rows, depth], bfloat16 or
-            float16, on one CUDA device.
+        linears: (weight, has a norm, has a residual, is gated) of each, in the order in which they run;
+            weights [rows, depth], bfloat16 or float16, on one CUDA device.
     """
 
     default = "torch"
 
-    def __init__(self, row: Sequence[tuple[LinearKind, Tensor]]) -> None:
-        self._row, self.device = row, row[0][1].device
-        self.kinds = list(dict.fromkeys(kind for kind, _ in row))
+    def __init__(self, linears: Sequence[tuple[Tensor, bool, bool, bool]]) -> None:
+        self.row = [(LinearKind(tuple(w.shape), w.dtype, *around), w) for w, *around in linears]
+        """Kind and weight of each."""
+        self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
+        self.device = linears[0][0].device
 
     def key(self, size: int) -> str:
         """See ``Subject``."""
-        counts = Counter(kind for kind, _ in self._row)
+        counts = Counter(kind for kind, _ in self.row)
         return f"{size} tokens, " + ", ".join(f"{count} x {kind}" for kind, count in counts.items())
 
     def candidates(self, size: int) -> list[str]:
@@ -80,11 +76,11 @@ class Linears:
         """See ``Subject``."""
         launches = {kind: _Launches(kind, size, self.device) for kind in self.kinds}
         times = {
-            kind: launches[kind].times([w for other, w in self._row if other == kind]) for kind in self.kinds
+            kind: launches[kind].times([w for other, w in self.row if other == kind]) for kind in self.kinds
         }
 
         def of_all(choice: dict[LinearKind, str]) -> float:
-            launched = [launches[kind].launch(w, choice[kind]) for kind, w in self._row]
+            launched = [launches[kind].launch(w, choice[kind]) for kind, w in self.row]
             return len(launched) * microseconds(launched)
 
         chosen = {
@@ -98,7 +94,7 @@ class Linears:
                 if (time := of_all(other)) < _MIN_GAIN_OF_ALL * total:
                     chosen, total = other, time
         notes = [
-            f"{size} tokens: {len(self._row)} linears take {total:.0f} us by torch's and small_gemm's "
+            f"{size} tokens: {len(self.row)} linears take {total:.0f} us by torch's and small_gemm's "
             f"kernels, {total_alone:.0f} by those that are the fastest alone"
         ]
         for kind, of_kind in times.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, reference
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
-from ad_flashinfer_pass.kernels.graph_state import GraphState
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, WIDTH = 4, 2, 16, 8, 40, 6
 SPECS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels import measure, tune
+from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Phase, Site
 from ad_flashinfer_pass.kernels.attention.provider import Provider
@@ -56,14 +56,14 @@ def test_a_plan_names_a_kernel_for_each_batch_size() -> None:
 
 def test_the_fastest_over_all_lengths_wins() -> None:
     """Times count relative to the best at their length, or the long ones alone would decide."""
-    assert tune.fastest({"a": [10.0, 100.0], "b": [5.0, 110.0]}, "a") == "b"
-    assert tune.fastest({"a": [10.0, 100.0], "b": [9.5, 150.0]}, "a") == "a"
+    assert measure.fastest({"a": [10.0, 100.0], "b": [5.0, 110.0]}, "a") == "b"
+    assert measure.fastest({"a": [10.0, 100.0], "b": [9.5, 150.0]}, "a") == "a"
 
 
 def test_the_default_stays_unless_it_is_clearly_slower() -> None:
     """A difference within the noise changes nothing."""
-    assert tune.fastest({"a": [10.0], "b": [9.9]}, "a") == "a"
-    assert tune.fastest({"a": [10.0], "b": [9.0]}, "a") == "b"
+    assert measure.fastest({"a": [10.0], "b": [9.9]}, "a") == "a"
+    assert measure.fastest({"a": [10.0], "b": [9.0]}, "a") == "b"
 
 
 def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(select, "PROVIDERS", {"first": provider("first"), "ours": provider("ours")})
     monkeypatch.setattr(measure, "microseconds", microseconds)
     pools = [torch.zeros(6, 2, 2, 8, 16) for _ in range(3)]
-    plans, notes = tune.tune(Decode(SITE, pools, 8), [1, 4])
+    plans, notes = measure.tune(Decode(SITE, pools, 8), [1, 4])
     assert plans == {SITE: "first 1=ours/2"}
     assert len(notes) == 2
     assert "first 10.0/10.0, ours 8.0/8.0 us at 32/64 tokens" in notes[0]
     ran.clear()
-    assert tune.tune(Decode(SITE, pools, 8), [1, 4]) == (plans, notes)
+    assert measure.tune(Decode(SITE, pools, 8), [1, 4]) == (plans, notes)
     assert not ran

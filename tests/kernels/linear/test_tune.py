@@ -16,7 +16,7 @@ from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.linear import tune as of_linears
 from ad_flashinfer_pass.kernels.linear.small_gemm import Config, all_candidates
 from ad_flashinfer_pass.kernels.linear.tune import LinearKind, Linears
-from ad_flashinfer_pass.kernels.tune import tune
+from ad_flashinfer_pass.kernels.measure import tune
 
 FIRST, SECOND, SLOW, *_ = all_candidates(8)
 WIDE, TALL = torch.zeros(4096, 1024, dtype=torch.bfloat16), torch.zeros(1024, 4096, dtype=torch.bfloat16)
@@ -57,15 +57,13 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Clock], 
 
     def run(clock: Clock) -> Callable[..., object]:
         monkeypatch.setattr(of_linears, "microseconds", clock)
-        pair = [
-            (LinearKind.of(WIDE, True, False, False), WIDE),
-            (LinearKind.of(TALL, False, True, False), TALL),
-        ]
+        pair = [(WIDE, True, False, False), (TALL, False, True, False)]
         plans, notes = tune(Linears(pair * 8), [8, 512])
         assert len(notes) == 3, "none for 512 tokens"
 
         def chosen(weight: Tensor, *around: bool) -> Config | None:
-            name, options = KernelPlan.parse(plans[LinearKind.of(weight, *around)]).at(8)
+            kind = LinearKind(tuple(weight.shape), weight.dtype, *around)
+            name, options = KernelPlan.parse(plans[kind]).at(8)
             return Config(*options) if name == "small_gemm" else None
 
         return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -161,3 +162,35 @@ def write(folder: Path, files: dict[str, str]) -> None:
         file = folder / PACKAGE / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+
+
+def kept(source: str) -> set[str]:
+    """Names of a module in which it keeps something: containers that start empty, and what is ``global``."""
+    found = set()
+    tree = ast.parse(source)
+    for node in tree.body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        made = ast.unparse(value) if value is not None else ""
+        if made in ("{}", "[]", "dict()", "list()", "set()", "Counter()") or made.startswith("ContextVar("):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]  # type: ignore[attr-defined]
+            found |= {ast.unparse(target) for target in targets}
+    return found | {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+
+
+def test_what_a_process_keeps_is_listed() -> None:
+    """In docs/design.md, each with the file and the reason; nothing is listed that is not there."""
+    section = (
+        (ROOT / "docs" / "design.md").read_text().split("## The state of a process")[1].split("\n## ")[0]
+    )
+    rows = [row for row in section.splitlines() if row.startswith("| `") or row.startswith("| |")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])}
+    found = {name: path for path in (ROOT / PACKAGE).rglob("*.py") for name in kept(path.read_text())}
+    assert found.keys() == listed
+    for path in found.values():
+        assert f"`{path.relative_to(ROOT / PACKAGE)}`" in section
+
+
+def test_state_is_seen() -> None:
+    """A container, a context and a counter; not a table, and not what a function has."""
+    source = "a: dict = {}\nb = ContextVar('b')\nc = 0\ndef f():\n    global c\n    d = {}\ne = {1: 2}\n"
+    assert kept(source) == {"a", "b", "c"}

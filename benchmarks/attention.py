@@ -33,10 +33,10 @@ from flashinfer.xqa import xqa as raw_xqa
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention import fa2, fa3, fmha_v2, split_decode, xqa
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.cache import append
-from ad_flashinfer_pass.kernels.workspaces import GraphState
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 32
 MIN_LAYERS, MAX_LAYERS = 8, 128
@@ -87,7 +87,7 @@ class Layers:
     def raw(self, pool: Tensor) -> None:
         """The kernels alone."""
         append.append(self.key, self.value, self.slots, pool)
-        ours = xqa.workspace(DEVICE)
+        ours = workspaces.get(xqa.Workspace, DEVICE)
         raw_xqa(
             self.query,
             pool[:, 0],
@@ -120,7 +120,7 @@ class Layers:
         spec = AttentionSpec(DIM**-0.5)
         fa2.decode(self.query[:, 0], pool, self.lens, self.table, spec)
 
-    def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, GraphState]:
+    def captured(self, layer: Callable[[Tensor], None]) -> tuple[torch.cuda.CUDAGraph, workspaces.GraphState]:
         """A graph of that layer, many times, each on the next pool, and what its kernels keep."""
 
         def run() -> None:
@@ -129,7 +129,7 @@ class Layers:
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        state = GraphState()
+        state = workspaces.GraphState()
         with state.begin_capture():
             with torch.cuda.stream(stream):
                 run()

@@ -124,7 +124,7 @@ def test_xqa_may_split_further(split_factor: int, shape: Shape) -> None:
 
 def test_xqa_ignores_what_its_workspace_held() -> None:
     """Scratch memory full of NaN changes nothing, and the semaphores are zero after each call."""
-    workspace = xqa.workspace(torch.device("cuda", torch.cuda.current_device()))
+    workspace = workspaces.get(xqa.Workspace, torch.device("cuda", torch.cuda.current_device()))
     for seed in range(3):
         workspace.scratch.view(torch.float32).fill_(float("nan"))
         assert_decodes(PagedBatch([(3000, 1), (5, 1)], PLAIN, seed))

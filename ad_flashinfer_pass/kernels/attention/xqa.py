@@ -110,11 +110,6 @@ class Workspace:
         self.num_processors = torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def workspace(device: torch.device) -> Workspace:
-    """The workspace of a device, made at the first call, which must not be in a capture."""
-    return workspaces.get(Workspace, device)
-
-
 def decode(
     query: Tensor,
     kv_cache: Tensor,
@@ -196,7 +191,7 @@ def _launch(
 
     num_heads, head_dim = query.shape[-2:]
     num_kv_heads, page_size = kv_cache.shape[2:4]
-    ours = workspace(query.device)
+    ours = workspaces.get(Workspace, query.device)
     # A thread block takes 32 rows of (query token, head of a group); each leaves two sums and a result a row.
     tiles = -(-options.get("q_seq_len", 1) * (num_heads // num_kv_heads) // 32)
     tile_bytes = 32 * (2 * 4 + 2 * max(64, 1 << (head_dim - 1).bit_length()))

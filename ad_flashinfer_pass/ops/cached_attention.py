@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
 
@@ -94,7 +95,9 @@ def cached_attention(
             rows = slice(num_long, num_long + num_decode)
             one_each = tokens[long_tokens : long_tokens + num_decode]
             lens, pages = seq_len_with_cache[rows], block_table[rows]
-            parts.append(select.decode(decode_kernel, one_each, kv_cache, lens, pages, spec))
+            name, options = KernelPlan.parse(decode_kernel).at(num_decode)
+            decode = select.PROVIDERS[name].decode
+            parts.append(decode(one_each, kv_cache, lens, pages, spec, *options))
         padding = tokens.shape[0] - long_tokens - num_decode
         if padding:
             parts.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))

@@ -8,6 +8,7 @@ import pytest
 
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.tune import Decode
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.measure import tune
 from tests.gpu.paged import PagedBatch, site_of
 from tests.gpu.test_conformance import FP8, PLAIN, Shape, assert_within_bound
@@ -25,5 +26,7 @@ def test_what_was_measured_decodes(shape: Shape, monkeypatch: pytest.MonkeyPatch
     assert all("xqa " in note and "split_decode " in note for note in notes), notes
     assert batch.kv_cache.float().equal(before.float())
     lens, table = batch.args["seq_len_with_cache"][:4], batch.block_table[:4]
-    out = select.decode(plan, batch.query, batch.kv_cache, lens, table, batch.spec)
+    name, options = KernelPlan.parse(plan).at(4)
+    decode = select.PROVIDERS[name].decode
+    out = decode(batch.query, batch.kv_cache, lens, table, batch.spec, *options)
     assert_within_bound(batch, out, shape.kv_dtype)

@@ -16,7 +16,6 @@ from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.kernels.attention import fa2, fa3, fmha_v2, reference, split_decode, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Phase, Site
 from ad_flashinfer_pass.kernels.attention.provider import Provider
-from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 
 PROVIDERS: dict[str, Provider] = {
@@ -57,19 +56,6 @@ def torch_device(name: str) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: must be cpu, cuda or cuda:N, got {name!r}.")
     return found
-
-
-def decode(
-    plan: str,
-    query: Tensor,
-    kv_cache: Tensor,
-    seq_len_with_cache: Tensor,
-    block_table: Tensor,
-    spec: AttentionSpec,
-) -> Tensor:
-    """``Provider.decode`` of the one that a ``KernelPlan`` has for that many sequences."""
-    name, options = KernelPlan.parse(plan).at(query.shape[0])
-    return PROVIDERS[name].decode(query, kv_cache, seq_len_with_cache, block_table, spec, *options)
 
 
 def extender(plan: str) -> Callable[..., Tensor] | None:

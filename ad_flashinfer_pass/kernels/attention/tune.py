@@ -19,6 +19,7 @@ from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site, ledger
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 
 _LENGTH = 1024
 """Tokens of the shorter of the two lengths."""
@@ -94,7 +95,9 @@ class Decode:
             table[:, :used] = pages[: size * used].view(size, used)
             rest = (torch.full((size,), length, dtype=torch.int32, device=device), table, spec)
             for kernel, row in times.items():
-                launches = [partial(select.decode, kernel, query, pool, *rest) for pool in self._pools]
+                name, options = Kernel.parse(kernel)
+                decode = select.PROVIDERS[name].decode
+                launches = [partial(decode, query, pool, *rest, *options) for pool in self._pools]
                 row.append(measure.microseconds(launches))
         best = measure.fastest(times, self.default)
         shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.kernels import measure
 from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Phase, Site
@@ -49,8 +50,11 @@ def test_a_plan_names_a_kernel_for_each_batch_size() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "PROVIDERS", {name: provider(name) for name in ("first", "second")})
         for batch in (1, 8, 2):
-            args: Any = (torch.zeros(batch, 1, 8), None, None, None, None)
-            select.decode(plan, *args)
+            lens, info = torch.ones(batch, dtype=torch.int32), torch.zeros(12, dtype=torch.int32)
+            info[4:6] = batch
+            metadata = (info, torch.arange(batch + 1), lens, torch.zeros(batch, 1, dtype=torch.int32))
+            args = (torch.zeros(batch, 1, 4, 8), torch.zeros(1, 2, 4, 8, 8), *metadata, 1.0, 8)
+            ops.cached_attention(*args, decode_kernel=plan)
     assert calls == [("first", None), ("first", 4), ("second", None)]
 
 

@@ -14,12 +14,7 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph import edit as g
-<<<<<<< HEAD
 from ad_flashinfer_pass.pipeline import Pipeline, context, transform_module
-from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
-=======
-from ad_flashinfer_pass.pipeline import context, run, transform_module
->>>>>>> 71d7ae3 (The test of small batches imports Triton's users where it skips without Triton)
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
 from tests import architectures

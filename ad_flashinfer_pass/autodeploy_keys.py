@@ -145,11 +145,13 @@ def taken(
     if isinstance(ours.get("transforms"), dict):
         ours["transforms"] = _transforms(ours["transforms"], transforms, unused)
     is_autodeploys = unused or notes
-    if is_autodeploys and ours.get("compile_backend") == "torch-cudagraph" and "device" not in ours:
-        ours["compile_backend"] = "torch-simple"
-        notes.append(
-            "compile_backend torch-cudagraph: torch-simple takes its place on a CPU, give device: cuda"
-        )
+    is_captured = ours.get("compile_backend") == "torch-cudagraph" and "device" not in ours
+    if is_autodeploys and is_captured:
+        import torch  # takes seconds
+
+        if not torch.cuda.is_available():
+            ours["compile_backend"] = "torch-simple"
+            notes.append("compile_backend torch-cudagraph: torch-simple takes its place on a CPU")
     if unused:
         notes.insert(0, f"keys of AutoDeploy that mean nothing here: {', '.join(unused)}")
     return ours, notes, refused

@@ -185,8 +185,8 @@ class AutoDeployConfig(_Strict):
     """Run Python code that comes with the checkpoint."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto takes the checkpoint's."""
-    device: str = "cpu"
-    """torch device on which the model runs."""
+    device: str = Field(default_factory=lambda: _default_device())
+    """torch device on which the model runs; default: cuda if there is a GPU, else cpu."""
     attn_implementation: Literal["sdpa", "eager"] | None = None
     """Attention code of transformers to export; default: what transformers picks for the model."""
     attn_backend: Literal["flashinfer_trtllm"] = "flashinfer_trtllm"
@@ -369,6 +369,13 @@ def nearest(name: str, known: list[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, or all."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def _default_device() -> str:
+    """The GPU, if there is one."""
+    import torch  # takes seconds, which a config with a device does not need
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache

@@ -131,6 +131,7 @@ def try_family(family: str) -> Row:
 def _run(model: transformers.PreTrainedModel, row: Row) -> None:
     """Fill in the outcome for one model."""
     config = AutoDeployConfig(
+        device="cpu",
         max_batch_size=8,
         max_seq_len=128,
         max_num_tokens=64,

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from ad_flashinfer_pass import build
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
-from ad_flashinfer_pass.deployment.bench import as_table, bench
+from ad_flashinfer_pass.deployment.bench import as_tables, bench
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
@@ -195,7 +195,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     """Steps, prefill and where the time goes."""
     llm, seconds = build_ours(args)
     steps = bench(llm, input_len=args.context, output_len=args.new, concurrencies=args.batches)
-    Console(width=150).print(as_table(steps))
+    Console(width=150).print(*as_tables(steps))
     most = min(32, max(args.batches))
     prefill = bench(llm, input_len=args.context, output_len=1, concurrencies=[most]).rows[0]
     print(f"prefill of {most} prompts: {prefill.prompt_tokens_per_s:,.0f} tokens/s", flush=True)

@@ -31,7 +31,7 @@ def transform_seconds(num_layers: int) -> dict[str, float]:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    _, reports = transform_module(model, AutoDeployConfig(max_seq_len=2048))
+    _, reports = transform_module(model, AutoDeployConfig(device="cpu", max_seq_len=2048))
     gc.collect()
     return {report.name: report.seconds for report in reports}
 

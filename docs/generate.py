@@ -45,7 +45,11 @@ def _keys(model: type[BaseModel]) -> list[str]:
     for name in inspect.get_annotations(model):
         field = model.model_fields[name]
         limits = [f", {signs[k]} {getattr(m, k):,}" for m in field.metadata for k in signs if hasattr(m, k)]
-        default = f"; default {_values([field.default])}" if name in docstrings else ""
+        default = (
+            f"; default {_values([field.default])}"
+            if name in docstrings and not field.default_factory
+            else ""
+        )
         lines.append(f"- **`{name}`** ({_type(field.annotation)}{''.join(limits)}{default}): ")
         lines[-1] += docstrings.get(name, f"See [below](#{name}).")
     return lines

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ad_flashinfer_pass import config as config_module
 from ad_flashinfer_pass.config import (
@@ -43,6 +44,19 @@ def test_defaults_are_valid_and_resolve() -> None:
     assert AutoDeployConfig().token_budget == 512
     assert AutoDeployConfig(max_batch_size=600).token_budget == 600
     assert AutoDeployConfig(max_num_tokens=16).token_budget == 16
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_default_device_is_a_gpu_if_there_is_one(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a config and of a YAML of AutoDeploy alike; a device that is given is left as it is."""
+    monkeypatch.setattr(config_module, "_default_device", config_module._default_device.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    captured: dict[str, Any] = {"runtime": "trtllm", "compile_backend": "torch-cudagraph"}
+    expected = ("cuda", "torch-cudagraph") if has_gpu else ("cpu", "torch-simple")
+    config = AutoDeployConfig(**captured)
+    assert (config.device, config.compile_backend) == expected
+    assert AutoDeployConfig(device="cpu").device == "cpu"
+    assert AutoDeployConfig(device="cuda:1").device == "cuda:1"
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ad_flashinfer_pass.cli.options import (
-    OUTPUT,
+    BUILDING,
     PROG,
-    PROMPTS,
-    ConfigOption,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
-    MaxSeqLenOption,
-    ModelOption,
+    Keys,
+    OutputOption,
+    PromptFileOption,
     QuietOption,
-    TrustOption,
-    error_border,
-    option,
-    settings,
+    taking,
 )
 from ad_flashinfer_pass.cli.output import Stdout
 from ad_flashinfer_pass.cli.progress import Reporter
@@ -45,62 +38,39 @@ Into a config that exists:
 """
 
 
+@taking(*BUILDING, without=["kv_cache_dtype"])
 def calibrate(
+    *,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Typical texts. - stands for the lines of stdin.")
     ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        option(
-            PROMPTS,
-            "FILE",
-            "One prompt a line; in a .jsonl file one object a line, with prompt or prompt_token_ids.",
-            "--prompt-file",
-            "-f",
-        ),
-    ] = None,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-    max_seq_len: MaxSeqLenOption = None,
-    output: Annotated[
-        Path | None, option(OUTPUT, "FILE", "Write the YAML here and not to stdout.", "--output", "-o")
-    ] = None,
+    prompt_file: PromptFileOption = None,
+    keys: Keys,
+    output: OutputOption = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure K and V for a few prompts, and write a config whose KV cache is fp8 with scales to fit.
 
     Each cache gets a scale for K and one for V, with room for values twice as large as those seen. Without
-    scales (1.0, the default of dtype: fp8) whatever lies beyond 448 saturates.
+    scales (1.0, the default of dtype: fp8) whatever lies beyond 448 saturates. Prompts are texts or token
+    ids, not chats. The config goes to stdout unless --output names a file.
     """
-    keys: dict[str, Any] = {
-        "model": model,
-        "trust_remote_code": trust_remote_code or None,
-        "dtype": dtype,
-        "device": device,
-        "max_seq_len": max_seq_len,
-    }
-    with error_border(debug):
-        given = read_prompts(prompts or [], prompt_file, sys.stdin)
-        chat = next((prompt for prompt in given if prompt.is_chat), None)
-        if chat is not None:
-            raise ConfigError(f"{chat.where}: calibrate needs text or token ids, got a chat.")
-        deploy = settings(config, keys, None)
-        with OutputFile(output) if output is not None else Stdout() as out:
-            with Reporter(quiet=quiet, live=True, debug=debug) as reporter:
-                reporter.phase("load_libraries")
-                from ad_flashinfer_pass.cli.generation import libraries_quiet
-                from ad_flashinfer_pass.config import read_yaml
-                from ad_flashinfer_pass.deployment import calibrate as calibration
+    given = read_prompts(prompts or [], prompt_file, sys.stdin)
+    chat = next((prompt for prompt in given if prompt.is_chat), None)
+    if chat is not None:
+        raise ConfigError(f"{chat.where}: calibrate needs text or token ids, got a chat.")
+    config = keys.config()
+    with OutputFile(output) if output is not None else Stdout() as out:
+        with Reporter(quiet=quiet, live=True, debug=debug) as reporter:
+            reporter.phase("load_libraries")
+            from ad_flashinfer_pass.cli.generation import libraries_quiet
+            from ad_flashinfer_pass.deployment import calibrate as calibration
 
-                contents: list[Any] = [prompt.content for prompt in given]
-                with libraries_quiet(not debug):
-                    scales = calibration.calibrate(deploy, contents, on_event=reporter.phase)
-                reporter.generating()
-            data = read_yaml(config) if config is not None else {}
-            data.update({key: value for key, value in keys.items() if value is not None})
-            out.write(calibration.as_yaml(data, scales))
-            out.keep()
+            with libraries_quiet(not debug):
+                scales = calibration.calibrate(
+                    config, [prompt.content for prompt in given], on_event=reporter.phase
+                )
+            reporter.ready(config.device)
+        out.write(calibration.as_yaml(keys.merged(), scales))
+        out.keep()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, RandomWeightsOption, option
+from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, option
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -29,23 +29,22 @@ Which transform broke it: the graph before the insertion, and the one without fu
 """
 
 
-@inspecting()
+@inspecting("skip_loading_weights")
 def check(
     given: Given,
-    skip_loading_weights: RandomWeightsOption = False,
     layers: Annotated[
         int | None,
         option(
             LIMITS,
             "N",
-            "Only the first N. Default: all; with random weights as few as show each kind of layer twice.",
+            "Only the first N. Default: all; with random weights, the fewest with each kind of layer twice.",
         ),
     ] = None,
     reproducer: Annotated[
         Path | None,
         option(
             OUTPUT,
-            "DIR",
+            "FOLDER",
             "If an attention is wrong, write its tensors and a script that runs it alone here.",
             "--reproducer",
         ),

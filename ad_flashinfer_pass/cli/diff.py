@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import LIMITS, PROG, SmOption, option
+from ad_flashinfer_pass.cli.options import LIMITS, PROG, option
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -24,16 +24,16 @@ Two dumps, for example of two versions of transformers; exit code 1 if they diff
 """
 
 
-@inspecting("device", "stage")
+@inspecting("sm", without=["device", "stage"])
 def diff(
     given: Given,
+    sm: int | None,
     before: Annotated[
         str, typer.Argument(metavar="A", help="A transform, a stage, or a dump (.txt, .json) or .pt2 file.")
     ] = "export",
     after: Annotated[
         str | None, typer.Argument(metavar="B", help="Likewise. Default: the last transform.")
     ] = None,
-    sm: SmOption = None,
     batch: Annotated[int, option(LIMITS, "N", "Sequences for which bytes are counted.")] = 1,
     seq: Annotated[int, option(LIMITS, "N", "Tokens of each of them.")] = 2048,
 ) -> Answer:

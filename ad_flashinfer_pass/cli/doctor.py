@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
 
-from ad_flashinfer_pass.cli.options import MODEL, PROG, DebugOption, JsonOption, error_border, option
+from ad_flashinfer_pass.cli.options import PROG, DebugOption, JsonOption, KernelDirOption, error_border
+from ad_flashinfer_pass.cli.output import show
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -21,18 +20,15 @@ EXAMPLES = f"""
 
 
 def doctor(
-    kernel_dir: Annotated[
-        Path | None,
-        option(MODEL, "FOLDER", "A folder that prebuild made: whether it can be used here.", "--kernel-dir"),
-    ] = None,
+    kernel_dir: KernelDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what this machine can run, what is missing and the command that gets it.
 
-    Which kernels run attention on each GPU and why the others do not, whether FlashInfer can compile here,
-    what this package has never been run on, and whether TensorRT-LLM's AutoDeploy imports the plugin. Nothing
-    is compiled or installed.
+    It names the kernels that run attention on each GPU and why the others do not. It says whether FlashInfer
+    can compile here, whether a folder of prebuilt kernels can be used here, what this package has never been
+    run on, and whether TensorRT-LLM's AutoDeploy imports the plugin. Nothing is compiled or installed.
     """
     with error_border(debug):
         from ad_flashinfer_pass.deployment import doctor as examining
@@ -40,12 +36,8 @@ def doctor(
         with warnings.catch_warnings():  # what works without transformers, which may be broken or too old
             if not debug:
                 warnings.simplefilter("ignore")
-            found = examining.diagnose(kernel_dir)
+            found = examining.diagnose(None if kernel_dir is None else Path(kernel_dir))
         if as_json:
             print(found.model_dump_json(indent=2))
             return
-        from rich.console import Console
-
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        for table in examining.as_tables(found):
-            console.print(table)
+        show(examining.as_tables(found))

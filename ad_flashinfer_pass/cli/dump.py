@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, SmOption, option
+from ad_flashinfer_pass.cli.options import LIMITS, OUTPUT, PROG, OutputOption, option
 from ad_flashinfer_pass.errors import ConfigError
 
 EXAMPLES = f"""
@@ -35,10 +34,10 @@ Every stage of any command, as text into a directory:
 _BY_SUFFIX = {".txt": "text", ".json": "json", ".graphml": "graphml", ".dot": "dot", ".svg": "svg"}
 
 
-@inspecting("device")
+@inspecting("sm", without=["device"])
 def dump(
     given: Given,
-    sm: SmOption = None,
+    sm: int | None,
     layer: Annotated[int | None, option(LIMITS, "N", "Only this layer, and what it reads.")] = None,
     around: Annotated[
         str | None,
@@ -54,15 +53,14 @@ def dump(
             "--format",
         ),
     ] = None,
-    output: Annotated[
-        Path | None, option(OUTPUT, "FILE", "Write here and not to stdout.", "--output", "-o")
-    ] = None,
+    output: OutputOption = None,
 ) -> Answer:
     """Write the graph before or after any transform.
 
     As text, a line is a node with its type, its call, the source line that made it and the transform that
     inserted it. Names are stable: a node is called after its module, so that a change in one layer renames
-    nothing in another and two dumps can be compared with diff. No weights are read.
+    nothing in another and two dumps can be compared with diff. The graph goes to stdout unless --output names
+    a file. No weights are read.
     """
     from ad_flashinfer_pass import inspection
     from ad_flashinfer_pass.inspection.formats import FORMATS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import PROG, SmOption
+from ad_flashinfer_pass.cli.options import PROG
 from ad_flashinfer_pass.errors import TransformError
 
 EXAMPLES = f"""
@@ -23,8 +23,8 @@ What was matched in a model whose masks the pass refuses:
 """
 
 
-@inspecting()
-def explain(given: Given, sm: SmOption = None) -> Answer:
+@inspecting("sm")
+def explain(given: Given, sm: int | None) -> Answer:
     """Show every attention of a model, and what the pass does with it.
 
     Where it stands in the source, how it was matched, the class of its mask with the evidence, what

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ad_flashinfer_pass.cli.generation import Job, run
 from ad_flashinfer_pass.cli.options import (
-    LIMITS,
-    OUTPUT,
+    BUILDING,
     PROG,
     PROMPTS,
     SAMPLING,
-    ConfigOption,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
-    MaxSeqLenOption,
-    ModelOption,
+    JsonOption,
+    Keys,
+    OutputOption,
+    PromptFileOption,
     QuietOption,
-    RandomWeightsOption,
-    TokensPerBlockOption,
-    TrustOption,
-    error_border,
     option,
-    settings,
+    taking,
 )
 from ad_flashinfer_pass.cli.output import Stdout
 from ad_flashinfer_pass.cli.progress import Reporter
@@ -38,7 +31,10 @@ from ad_flashinfer_pass.files import OutputFile
 HELP = (
     "Continue texts, or answer chats.\n\n"
     "The model is exported, its attention is replaced by paged, cached attention, and all prompts "
-    "run together in a batch that is kept full. A single prompt on a terminal is written as it comes."
+    "run together in a batch that is kept full. A single prompt on a terminal is written as it comes.\n\n"
+    "Results go to stdout unless --output names a file. The file appears when all are done; Ctrl-C leaves "
+    "what is finished in FILE.partial. With --json, and in a .jsonl file, a result is one line: an object "
+    "with index, prompt, text, token_ids, finish_reason and error."
 )
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -70,7 +66,9 @@ Try an architecture without its weights, from config.json alone:
 _DEFAULT = "Default: the model's, or"
 
 
+@taking(*BUILDING, "skip_loading_weights", "max_batch_size", "max_num_tokens")
 def generate(
+    *,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -79,28 +77,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        option(
-            PROMPTS,
-            "FILE",
-            "One prompt a line; in a .jsonl file one object a line, with prompt, prompt_token_ids "
-            "or messages (a chat).",
-            "--prompt-file",
-            "-f",
-        ),
-    ] = None,
+    prompt_file: PromptFileOption = None,
     chat: Annotated[
         bool,
         option(PROMPTS, None, "Put each text into the model's chat template, as a user's.", "--chat"),
     ] = False,
     system: Annotated[str | None, option(PROMPTS, "TEXT", "System message of each --chat.")] = None,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    random_weights: RandomWeightsOption = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
+    keys: Keys,
     max_new_tokens: Annotated[
         int | None,
         option(
@@ -151,50 +134,12 @@ def generate(
         bool,
         option(SAMPLING, None, "Go on after the model's end-of-text token.", "--ignore-eos"),
     ] = False,
-    max_batch_size: Annotated[
-        int | None, option(LIMITS, "N", "Sequences that run at once. Default: 8.")
-    ] = None,
-    max_seq_len: MaxSeqLenOption = None,
-    max_num_tokens: Annotated[
-        int | None,
-        option(LIMITS, "N", "Tokens of a step; longer prompts go in chunks. Default: 512."),
-    ] = None,
-    tokens_per_block: TokensPerBlockOption = None,
-    output: Annotated[
-        Path | None,
-        option(
-            OUTPUT,
-            "FILE",
-            "Write results here and not to stdout; JSON lines if it ends in .jsonl. The file "
-            "appears when all are done; Ctrl-C leaves what is finished in FILE.partial.",
-            "--output",
-            "-o",
-        ),
-    ] = None,
-    json_lines: Annotated[
-        bool,
-        option(
-            OUTPUT,
-            None,
-            "One JSON object a line: index, prompt, text, token_ids, finish_reason, error.",
-            "--json",
-        ),
-    ] = False,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Continue texts, or answer chats."""
-    keys = {
-        "model": model,
-        "skip_loading_weights": random_weights or None,
-        "trust_remote_code": trust_remote_code or None,
-        "dtype": dtype,
-        "device": device,
-        "max_batch_size": max_batch_size,
-        "max_seq_len": max_seq_len,
-        "max_num_tokens": max_num_tokens,
-        "generation_config": generation_config,
-    }
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -206,26 +151,25 @@ def generate(
         "stop": stop or None,
         "ignore_eos": ignore_eos or None,
     }
-    with error_border(debug):
-        if system is not None and not chat:
-            raise ConfigError("--system needs --chat; in a .jsonl file give it among the messages.")
-        given = read_prompts(prompts or [], prompt_file, sys.stdin)
-        deploy = settings(config, keys, tokens_per_block)
-        with OutputFile(output) if output is not None else Stdout() as out:
-            given_sampling = {name: value for name, value in sampling.items() if value is not None}
-            _check_sampling(given_sampling)
-            job = Job(
-                prompts=given,
-                chat=chat,
-                system=system,
-                sampling=given_sampling,
-                json_lines=json_lines or (output is not None and output.suffix == ".jsonl"),
-            )
-            live = not isinstance(out, Stdout) or not sys.stdout.isatty()
-            with Reporter(quiet=quiet, live=live, debug=debug) as reporter:
-                num_refused = run(job, deploy, out, reporter, debug)
-        if num_refused:
-            raise typer.Exit(1)
+    if system is not None and not chat:
+        raise ConfigError("--system needs --chat; in a .jsonl file give it among the messages.")
+    given = read_prompts(prompts or [], prompt_file, sys.stdin)
+    deploy = keys.config(generation_config=generation_config)
+    with OutputFile(output) if output is not None else Stdout() as out:
+        given_sampling = {name: value for name, value in sampling.items() if value is not None}
+        _check_sampling(given_sampling)
+        job = Job(
+            prompts=given,
+            chat=chat,
+            system=system,
+            sampling=given_sampling,
+            json_lines=as_json or (output is not None and output.suffix == ".jsonl"),
+        )
+        live = not isinstance(out, Stdout) or not sys.stdout.isatty()
+        with Reporter(quiet=quiet, live=live, debug=debug) as reporter:
+            num_refused = run(job, deploy, out, reporter, debug)
+    if num_refused:
+        raise typer.Exit(1)
 
 
 def _check_sampling(values: dict[str, Any]) -> None:

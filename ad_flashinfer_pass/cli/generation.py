@@ -54,7 +54,7 @@ def run(job: Job, config: AutoDeployConfig, out: Stdout | OutputFile, reporter: 
         llm = build.build_model(config, on_event=reporter.phase)
         inputs = model_inputs(job.prompts, llm.tokenizer, chat=job.chat, system=job.system)
         sampling = replace(llm.default_sampling, **job.sampling)
-        reporter.generating()
+        reporter.ready(config.device)
         is_shown_as_it_comes = len(inputs) == 1 and not job.json_lines and llm.tokenizer is not None
         if is_shown_as_it_comes and isinstance(out, Stdout) and sys.stdout.isatty():
             _stream(llm, inputs[0], sampling, out, reporter)

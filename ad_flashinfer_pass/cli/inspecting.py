@@ -7,7 +7,6 @@ gives it the options of all.
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,22 +16,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ad_flashinfer_pass.cli.options import (
-    ConfigOption,
+    BUILDING,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
-    GraphOption,
     JsonOption,
-    MaxSeqLenOption,
-    ModelOption,
+    Keys,
     QuietOption,
-    StageOption,
-    TokensPerBlockOption,
-    TrustOption,
     check_folder,
-    error_border,
-    settings,
+    taking,
 )
+from ad_flashinfer_pass.cli.output import show
 from ad_flashinfer_pass.cli.progress import Reporter
 from ad_flashinfer_pass.files import write_file
 
@@ -40,9 +32,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ad_flashinfer_pass.config import AutoDeployConfig
-
-# Tables are as wide as they are where nobody looks at them, so that grep finds whole rows.
-_WIDE = 10_000
 
 
 @dataclass(frozen=True)
@@ -74,76 +63,51 @@ class Answer:
     """Said after all else."""
 
 
-def _shared(
-    model: ModelOption = None,
-    graph: GraphOption = None,
-    config: ConfigOption = None,
-    stage: StageOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-    max_seq_len: MaxSeqLenOption = None,
-    tokens_per_block: TokensPerBlockOption = None,
-) -> None: ...
-
-
-def _shared_of_output(
-    as_json: JsonOption = False, quiet: QuietOption = False, debug: DebugOption = False
-) -> None: ...
-
-
-# Options of some of these commands that are keys of the config too.
-_KEYS = ("model", "dtype", "device", "trust_remote_code", "max_seq_len", "skip_loading_weights")
-_MORE_KEYS = ("max_batch_size", "max_num_tokens")
-
-
-def inspecting(*without: str) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+def inspecting(
+    *also: str, without: Sequence[str] = ()
+) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     """Decorator: make a command of a function that takes ``Given`` and its own options.
 
     Args:
-        without: options that mean nothing to it.
+        also: options of the commands that it takes beside those of all.
+        without: options of all that mean nothing to it.
     """
 
     def make(command: Callable[..., Answer]) -> Callable[..., None]:
-        own = list(_parameters(command))[1:]
-        names = {parameter.name for parameter in own}
-
         def run(
+            *,
+            keys: Keys,
             graph: Path | None,
-            config: Path | None,
-            tokens_per_block: int | None,
-            as_json: bool,
-            quiet: bool,
-            debug: bool,
             stage: str | None = None,
+            as_json: JsonOption = False,
+            quiet: QuietOption = False,
+            debug: DebugOption = False,
             **options: Any,
         ) -> None:
-            keys = {name: options[name] for name in (*_KEYS, *_MORE_KEYS) if name in options}
-            mine = {name: value for name, value in options.items() if name in names and name not in keys}
-            with error_border(debug):
-                check_folder("--output", options.get("output"))
-                from ad_flashinfer_pass.cli.generation import libraries_quiet
+            check_folder("--output", options.get("output"))
+            from ad_flashinfer_pass.cli.generation import libraries_quiet
 
-                deploy = settings(
-                    config, {k: None if v is False else v for k, v in keys.items()}, tokens_per_block
-                )
-                with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
-                    reporter.phase("load_libraries")
-                    answer = command(Given(deploy, graph, stage, as_json, reporter.phase), **mine)
-                _show(answer, as_json)
-                if answer.file is not None and not quiet:
-                    print(f"wrote {answer.file}", file=sys.stderr)
-                if answer.error is not None:
-                    raise answer.error
-                if answer.failed:
-                    raise typer.Exit(1)
+            if options.get("sm") is not None:
+                keys.given.setdefault("device", "cuda")
+            config = keys.config()
+            with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
+                reporter.phase("load_libraries")
+                answer = command(Given(config, graph, stage, as_json, reporter.phase), **options)
+            _show(answer, as_json)
+            if answer.file is not None and not quiet:
+                print(f"wrote {answer.file}", file=sys.stderr)
+            if answer.error is not None:
+                raise answer.error
+            if answer.failed:
+                raise typer.Exit(1)
 
-        shared = [each for each in _parameters(_shared) if each.name not in without]
-        parameters = [*shared, *own, *_parameters(_shared_of_output)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        names = [name for name in (*BUILDING, "graph", "stage", *also) if name not in without]
+        own = [each for each in _parameters(command)[1:] if each.name not in names]
+        shared = {each.name: each for each in _parameters(run)}
+        ends = [shared[name] for name in ("as_json", "quiet", "debug")]
+        run.__signature__ = inspect.Signature([shared["keys"], *own, *ends])  # type: ignore[attr-defined]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
+        return taking(*names)(run)
 
     return make
 
@@ -167,13 +131,3 @@ def _show(answer: Answer, as_json: bool) -> None:
     else:
         show(answer.parts())
     sys.stdout.flush()
-
-
-def show(parts: Sequence[RenderableType]) -> None:
-    """Print tables and lines."""
-    from rich.console import Console
-
-    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if fits else _WIDE, highlight=False, markup=False)
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))

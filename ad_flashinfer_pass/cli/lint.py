@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import OUTPUT, PROG, SmOption, option
+from ad_flashinfer_pass.cli.options import OUTPUT, PROG, option
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -24,10 +24,10 @@ All rules, with the reason and the way out of each:
 """
 
 
-@inspecting()
+@inspecting("sm")
 def lint(
     given: Given,
-    sm: SmOption = None,
+    sm: int | None,
     suppress: Annotated[
         list[str] | None, option(OUTPUT, "RULE", "Leave out this rule; can be given several times.")
     ] = None,

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
     from ad_flashinfer_pass.cli.prompts import GivenPrompt
     from ad_flashinfer_pass.runtime.llm import GenerationResult
 
@@ -46,6 +49,27 @@ class Stdout:
     def keep_partial(self) -> Path | None:
         """Nothing is to be kept: what was written is out."""
         return None
+
+
+def show(parts: Sequence[RenderableType]) -> None:
+    """Print tables and lines; without a terminal, tables as lines whose cells have a tab between them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if sys.stdout.isatty():
+        console = Console(highlight=False, markup=False)
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str))
+    else:
+        for part in parts:
+            print(_rows(part) if isinstance(part, Table) else part)
+
+
+def _rows(table: Table) -> str:
+    """The title of a table, if it has one, its header, and its rows, each a line."""
+    columns = [[column.header, *column.cells] for column in table.columns]
+    lines = ["\t".join(" ".join(str(cell).split()) for cell in row) for row in zip(*columns, strict=True)]
+    return "\n".join([*([str(table.title)] if table.title else []), *lines])
 
 
 def as_json(result: GenerationResult, prompt: GivenPrompt, *, ascii_only: bool = False) -> str:

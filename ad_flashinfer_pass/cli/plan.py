@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import (
-    LIMITS,
-    PROG,
-    MaxBatchSizeOption,
-    MemoryOption,
-    SmOption,
-    memory_bytes,
-    option,
-)
+from ad_flashinfer_pass.cli.options import PROG, memory_bytes
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -32,14 +22,8 @@ What the intermediate results were before the pass touched the attention:
 """
 
 
-@inspecting()
-def plan(
-    given: Given,
-    memory: MemoryOption = None,
-    sm: SmOption = None,
-    max_batch_size: MaxBatchSizeOption = None,
-    max_num_tokens: Annotated[int | None, option(LIMITS, "N", "Tokens of a step. Default: 512.")] = None,
-) -> Answer:
+@inspecting("memory", "sm", "max_batch_size", "max_num_tokens")
+def plan(given: Given, memory: str | None, sm: int | None) -> Answer:
     """Show what a deployment takes of a device's memory, and how many tokens fit, with the arithmetic.
 
     Weights, pools by layer, workspaces, intermediate results and CUDA graphs, from config.json alone. The

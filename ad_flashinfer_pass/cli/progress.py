@@ -56,11 +56,11 @@ class Reporter:
         """A phase of making the model begins; ``name`` may be that of a transform."""
         self._show(name.replace("_", " "))
 
-    def generating(self) -> None:
-        """The model is ready and generation begins."""
+    def ready(self, device: str) -> None:
+        """The model is on its device, and generation begins."""
         self._stop()
         now = time.monotonic()
-        self.line(f"ready in {now - self._start:.1f} s")
+        self.line(f"ready on {device} in {now - self._start:.1f} s")
         self._start = self._last_line = now
 
     def step(self, progress: Progress) -> None:

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from ad_flashinfer_pass.cli.inspecting import Answer, Given, inspecting
-from ad_flashinfer_pass.cli.options import (
-    OUTPUT,
-    PROG,
-    MaxBatchSizeOption,
-    MemoryOption,
-    SmOption,
-    memory_bytes,
-    option,
-)
+from ad_flashinfer_pass.cli.options import PROG, OutputOption, memory_bytes
 
 EXAMPLES = f"""
 [bold]Examples[/bold]
@@ -31,27 +22,13 @@ What the page shows, as data:
 """
 
 
-@inspecting()
-def report(
-    given: Given,
-    memory: MemoryOption = None,
-    sm: SmOption = None,
-    max_batch_size: MaxBatchSizeOption = None,
-    output: Annotated[
-        Path | None,
-        option(
-            OUTPUT,
-            "FILE",
-            "The file; - stands for stdout. Default: report.html, with --json stdout.",
-            "--output",
-            "-o",
-        ),
-    ] = None,
-) -> Answer:
+@inspecting("memory", "sm", "max_batch_size")
+def report(given: Given, memory: str | None, sm: int | None, output: OutputOption = None) -> Answer:
     """Write one HTML file that shows what the pass did to a model.
 
-    Attention sites, a layer before and after as a picture, kernels, the memory plan, what is captured, the
-    evidence of each transform, and all changes of the graph. It needs no network and no other file.
+    A layer before and after as a picture, the attention sites, kernels, the memory plan, what is captured,
+    the evidence of each transform, and all changes of the graph. The file needs no network and no other file.
+    It goes to report.html unless --output names another; --json, and --output -, go to stdout.
     """
     limit = memory_bytes(memory)
     from pydantic_core import to_json

@@ -29,7 +29,7 @@ from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 _COPY_BYTES = {"cuda": 2**32, "cpu": 2**28}
 """Far more than a cache holds."""
@@ -237,12 +237,12 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def as_table(result: Result) -> Table:
-    """A row for each concurrency."""
+def as_tables(result: Result) -> list[RenderableType]:
+    """A row for each concurrency, and the speed of a copy."""
     from rich.table import Table
 
     title = f"{result.machine}: {result.input_len} tokens in, {result.output_len} out"
-    table = Table(title=title, caption=f"a copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s")
+    table = Table(title=title)
     for name in ("at once", "step ms", "floor ms", "of floor", "tokens/s", "prompt tokens/s"):
         table.add_column(name, justify="right")
     for name in ("first token ms", "between tokens ms", "request ms"):
@@ -258,7 +258,7 @@ def as_table(result: Result) -> Table:
             f"{row.prompt_tokens_per_s:,.0f}",
             *("-" if p is None else f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
         )
-    return table
+    return [table, f"A copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s."]
 
 
 def draw(result: Result, file: Path) -> None:

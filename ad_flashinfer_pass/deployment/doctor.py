@@ -292,22 +292,23 @@ def _refusals(name: str, phase: Phase, kv: str, device: torch.device) -> list[st
 def as_tables(found: Diagnosis) -> list[RenderableType]:
     """The diagnosis for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
-    checks = Table("", "what", "found", "what to do", title="This machine")
+    checks = Table("state", "what", "found", "what to do", title="This machine")
     checks.add_row("", "Python", found.python, "")
     for name, installed in found.packages.items():
         checks.add_row("", name, installed or "not installed", "")
-    marks = {"ok": "ok", "missing": "[red]missing[/red]", "note": "[yellow]note[/yellow]"}
+    styles = {"ok": "", "missing": "red", "note": "yellow"}
     for check in found.checks:
-        checks.add_row(marks[check.state], check.name, check.found, check.remedy or "")
+        checks.add_row(Text(check.state, styles[check.state]), check.name, check.found, check.remedy or "")
     for line in found.autodeploy:
         checks.add_row("", "AutoDeploy", line, "")
     tables: list[RenderableType] = [checks]
     for gpu in found.gpus:
         title = f"GPU {gpu.index}: {gpu.name}, SM{gpu.sm}, {gpu.memory_gib} GiB; attention as in Llama 3.1 8B"
-        kernels = Table("cache", "phase", "kernel", "", "run on this kind of GPU", title=title)
+        kernels = Table("cache", "phase", "kernel", "can", "run on this kind of GPU", title=title)
         for state in gpu.providers:
-            can = "[bold]chosen[/bold]" if state.is_chosen else ", ".join(state.refusals) or "can"
+            can = "chosen" if state.is_chosen else ", ".join(state.refusals) or "yes"
             kernels.add_row(state.kv_dtype, state.phase, state.name, can, "yes" if state.was_run else "never")
         tables.append(kernels)
     tables.append(f"What this package's tests ran on hardware: {'; '.join(found.run_on_hardware)}.")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from torch import fx, nn
 
@@ -13,6 +14,7 @@ from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, nearest
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.graph.data import GraphData, NodeNames
 from ad_flashinfer_pass.graph.text_format import from_text
+from ad_flashinfer_pass.kernels import prebuilt
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.pipeline import Pipeline, context
 from ad_flashinfer_pass.records import TransformContext, TransformReport
@@ -62,6 +64,8 @@ def run_stages(
     if on_event is not None:
         on_event("load_model")
     target = select.torch_device(config.device if sm is None else "cuda")
+    if config.kernel_dir is not None and target.type == "cuda" and sm is None and torch.cuda.is_available():
+        prebuilt.use(Path(config.kernel_dir), target)
     config = config.model_copy(update={"device": "cpu", "compile_backend": "torch-simple"})
     title = str(graph) if graph is not None else config.model
     if graph is None:

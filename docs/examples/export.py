@@ -30,7 +30,7 @@ with torch.no_grad():
         strict=False,
     )
 
-config = AutoDeployConfig(max_batch_size=4, max_seq_len=256)
+config = AutoDeployConfig(device="cpu", max_batch_size=4, max_seq_len=256)
 cached = transform(program, config)
 print(f"{len(cached.caches)} caches of {cached.num_pages} pages")
 

@@ -49,7 +49,15 @@ OF_ONE = [
     (["lint", "--device", "meta"], 2, "device: must be cpu, cuda or cuda:N, got 'meta'."),
     (["report", "--device", "x" * 10_000], 2, "device: torch knows no 'xxx"),
     (["plan", "--max-num-tokens", "1000000000000"], 2, "max_num_tokens must be at most 2147483647"),
-    (["plan", "--memory", "nan"], 2, "--memory must be a size such as 141GB or 80GiB, got 'nan'."),
+    *(
+        (
+            ["plan", "--memory", size],
+            2,
+            f"--memory must be a size with a unit (MB, GB, TB are powers of 1000, "
+            f"MiB, GiB, TiB of 1024), such as 80GB or 80GiB, got {size!r}.",
+        )
+        for size in ("nan", "", "141", "80_000", "8e10", "0GB", "-1GB", "GB", "80XB")
+    ),
     (["explain", "--sm", "9" * 30], 2, "--sm is a compute capability without its point"),
     (["check", "--layers", "0"], 2, "--layers 0: demo has 4 layers."),
     (["lint", "--suppress", NO_TEXT], 2, "no rule "),

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import typer
@@ -80,7 +81,7 @@ def test_tells_progress_in_lines_on_stderr(command: Command) -> None:
     err = command("generate", "once").err
     lines = err.splitlines()
     assert lines[:3] == ["load libraries", "load model", "export model"]
-    assert lines[3].startswith("ready in")
+    assert lines[3].startswith("ready on cpu in")
     assert "7 tokens in" in lines[4]
     assert "tokens/s), at most 3 of 9 pages, 1 preemptions" in lines[4]
     assert lines[5] == "2 steps ran without a CUDA graph: prefill"
@@ -237,6 +238,7 @@ def test_every_option_of_the_model_arrives(command: Command) -> None:
     """Each option sets its key of AutoDeployConfig."""
     options = (
         "--model m --random-weights --trust-remote-code --dtype float16 --device cuda:1 "
+        "--compile-backend torch-opt --kv-cache-dtype fp8 --kernel-dir k "
         "--max-batch-size 2 --max-seq-len 50 --max-num-tokens 20 --tokens-per-block 8"
     )
     assert command("generate", "x", *options.split()).code == 0
@@ -249,6 +251,8 @@ def test_every_option_of_the_model_arrives(command: Command) -> None:
             "trust_remote_code",
             "dtype",
             "device",
+            "compile_backend",
+            "kernel_dir",
             "max_batch_size",
             "max_seq_len",
             "max_num_tokens",
@@ -259,11 +263,14 @@ def test_every_option_of_the_model_arrives(command: Command) -> None:
         "trust_remote_code": True,
         "dtype": "float16",
         "device": "cuda:1",
+        "compile_backend": "torch-opt",
+        "kernel_dir": "k",
         "max_batch_size": 2,
         "max_seq_len": 50,
         "max_num_tokens": 20,
     }
     assert config.kv_cache_config.tokens_per_block == 8
+    assert config.kv_cache_config.dtype == "fp8"
 
 
 def test_every_option_of_sampling_arrives(command: Command) -> None:
@@ -625,3 +632,48 @@ def test_no_value_is_named_as_its_option() -> None:
         for parameter in command.params:
             names = {name[2:].casefold() for name in parameter.opts if name.startswith("--")}
             assert str(parameter.metavar or "").casefold().replace("_", "-") not in names, parameter.opts
+
+
+def test_an_option_is_the_same_on_every_command() -> None:
+    """One name has one type, one metavar, one help text and one short form, whichever command takes it."""
+    forms: dict[str, set[tuple[object, ...]]] = {}
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        for parameter in signature(command.callback, eval_str=True).parameters.values():
+            kind, info = get_args(parameter.annotation)
+            if isinstance(info, typer.models.OptionInfo):
+                kinds = {*get_args(kind), kind} - {NoneType, kind if get_args(kind) else None}
+                names = tuple(info.param_decls or [f"--{parameter.name.replace('_', '-')}"])
+                form = (*kinds, names, info.metavar, info.help, info.rich_help_panel)
+                for name in names:
+                    forms.setdefault(name, set()).add(form)
+    assert {name: found for name, found in forms.items() if len(found) > 1} == {}
+    assert len(forms) > 40
+
+
+def test_every_command_of_a_graph_takes_what_decides_it() -> None:
+    """But for what a command itself decides: where kernels go, the scales of a cache, the machine."""
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    wanted = {"--model", "--config", "--dtype", "--compile-backend", "--kv-cache-dtype", "--kernel-dir"}
+    lacking = {
+        name: wanted - {option for parameter in command.params for option in parameter.opts}
+        for name, command in commands.items()
+    }
+    assert lacking.pop("doctor") >= {"--model"}
+    assert lacking.pop("migrate") >= {"--model"}
+    assert {name: options for name, options in lacking.items() if options} == {
+        "calibrate": {"--kv-cache-dtype"},
+        "prebuild": {"--kernel-dir"},
+    }
+
+
+def test_tables_in_a_pipe_are_rows_with_tabs(command: Command) -> None:
+    """A header and a row for each rule, none of them cut or framed; on a terminal a frame."""
+    header, *rows = command("lint", "--rules", "-q").out.splitlines()
+    rules = json.loads(command("lint", "--rules", "--json", "-q").out)
+    assert header.split("\t") == ["rule", "why", "fix", "example"]
+    assert [row.split("\t") for row in rows] == [
+        [name, *(" ".join(rule[key].split()) for key in ("why", "fix", "example"))]
+        for name, rule in rules.items()
+    ]
+    assert "─" in command("lint", "--rules", "-q", terminal=True).out

@@ -49,7 +49,8 @@ def test_defaults_are_valid_and_resolve() -> None:
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_the_default_device_is_a_gpu_if_there_is_one(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a config and of a YAML of AutoDeploy alike; a device that is given is left as it is."""
-    monkeypatch.setattr(config_module, "_default_device", config_module._default_device.__wrapped__)
+    replaced: Any = config_module._default_device  # by tests/conftest.py
+    monkeypatch.setattr(config_module, "_default_device", replaced.__wrapped__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     captured: dict[str, Any] = {"runtime": "trtllm", "compile_backend": "torch-cudagraph"}
     expected = ("cuda", "torch-cudagraph") if has_gpu else ("cpu", "torch-simple")

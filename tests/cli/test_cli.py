@@ -642,7 +642,7 @@ def test_an_option_is_the_same_on_every_command() -> None:
         for parameter in signature(command.callback, eval_str=True).parameters.values():
             kind, info = get_args(parameter.annotation)
             if isinstance(info, typer.models.OptionInfo):
-                kinds = {*get_args(kind), kind} - {NoneType, kind if get_args(kind) else None}
+                kinds = {*get_args(kind)} - {NoneType} or {kind}
                 names = tuple(info.param_decls or [f"--{parameter.name.replace('_', '-')}"])
                 form = (*kinds, names, info.metavar, info.help, info.rich_help_panel)
                 for name in names:

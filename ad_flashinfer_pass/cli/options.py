@@ -337,7 +337,6 @@ def memory_bytes(text: str | None) -> int | None:
         size = 0
     if not size or not text.strip()[-1].isalpha():
         raise ConfigError(
-            f"--memory must be a size with a unit (MB, GB, TB are powers of 1000, MiB, GiB, TiB of 1024), "
-            f"such as 80GB or 80GiB, got {text!r}."
+            f"--memory must be a size with a unit (MB, GB, TB, or MiB, GiB, TiB), as in 80GB, got {text!r}."
         )
     return size

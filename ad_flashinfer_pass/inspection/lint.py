@@ -458,13 +458,17 @@ RULES: dict[str, Rule] = {
 }
 
 
+def as_row(finding: Finding) -> tuple[str, ...]:
+    """Rule, source line, module and message."""
+    return finding.rule, source_line(finding.where), finding.module, finding.message
+
+
 def as_tables(found: list[Finding]) -> list[RenderableType]:
     """The findings for a terminal, layers alike in one row, then what to do about each rule."""
     if not found:
         return ["nothing found that would keep the graph from being captured"]
     findings = table("rule", "node", "source line", "module", "what")
-    rows = [(each.rule, source_line(each.where), each.module, each.message) for each in found]
-    for places, (rule, *cells) in folded(rows):
+    for places, (rule, *cells) in folded(map(as_row, found)):
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         findings.add_row(rule, found[places[0]].node + more, *cells)
     rules = table("rule", "why", "fix")

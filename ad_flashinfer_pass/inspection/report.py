@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -15,11 +15,17 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph.data import GraphData
 from ad_flashinfer_pass.inspection.diff import GraphDiff, LayerDiff, diff_graphs
 from ad_flashinfer_pass.inspection.drawing import draw_layer
-from ad_flashinfer_pass.inspection.explain import Explanation, KernelUse, explain_run, kernel_uses
-from ad_flashinfer_pass.inspection.lint import RULES, Finding, lint_run
+from ad_flashinfer_pass.inspection.explain import (
+    Explanation,
+    KernelUse,
+    SiteExplanation,
+    explain_run,
+    kernel_uses,
+)
+from ad_flashinfer_pass.inspection.lint import RULES, Finding, as_row, lint_run
 from ad_flashinfer_pass.inspection.plan import MemoryPlan, answers, gib, plan_run
 from ad_flashinfer_pass.inspection.stages import run_stages
-from ad_flashinfer_pass.inspection.tables import ranges, short
+from ad_flashinfer_pass.inspection.tables import folded, ranges, short, source_line
 from ad_flashinfer_pass.inspection.target import check_target
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.records import TransformReport
@@ -118,10 +124,42 @@ def to_html(found: Report) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["gib"] = gib
-    environment.filters["short"] = short
     return environment.from_string(template).render(
-        report=found, answers=answers(found.memory), heading=_heading, changes=_changes, rules=RULES
+        report=found,
+        sites=_sites(found.explanation.sites),
+        notes={each.name: _notes(each) for each in found.transforms},
+        findings=[cells for _, cells in folded(map(as_row, found.findings))],
+        answers=answers(found.memory),
+        heading=_heading,
+        changes=_changes,
+        rules=RULES,
     )
+
+
+def _sites(sites: Sequence[SiteExplanation]) -> list[tuple[str, tuple[str, ...]]]:
+    """Numbers and cells of the sites, those that differ in their layer alone as one."""
+    rows = (
+        (
+            site.module,
+            source_line(site.where),
+            site.form,
+            ", ".join(site.folded),
+            site.mask.partition(":")[0],
+            ", ".join(f"{name} {value.removeprefix('torch.')}" for name, value in site.needs.items()),
+            site.prefill.partition(":")[0],
+            site.decode.partition(":")[0],
+            site.cache,
+            f"{site.cache_bytes_per_token:,}",
+        )
+        for site in sites
+    )
+    return [(ranges([sites[place].index for place in places]), cells) for places, cells in folded(rows)]
+
+
+def _notes(report: TransformReport) -> list[str]:
+    """What a transform found, notes that differ in their layer alone as one."""
+    passed_over = (f"passed over {skip.where}: {skip.reason}" for skip in report.skipped)
+    return [note for _, (note,) in folded((short(note),) for note in (*report.notes, *passed_over))]
 
 
 def _captures(config: AutoDeployConfig, explanation: Explanation) -> list[Capture]:

@@ -53,8 +53,7 @@ OF_ONE = [
         (
             ["plan", "--memory", size],
             2,
-            f"--memory must be a size with a unit (MB, GB, TB are powers of 1000, "
-            f"MiB, GiB, TiB of 1024), such as 80GB or 80GiB, got {size!r}.",
+            f"--memory must be a size with a unit (MB, GB, TB, or MiB, GiB, TiB), as in 80GB, got {size!r}.",
         )
         for size in ("nan", "", "141", "80_000", "8e10", "0GB", "-1GB", "GB", "80XB")
     ),

@@ -167,4 +167,4 @@ def test_the_command_plans_from_a_config_alone(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit) as stop:
         main([*args, "--memory", "lots"])
     assert stop.value.code == 2
-    assert "141GB or 80GiB, got 'lots'" in capsys.readouterr().err
+    assert "as in 80GB, got 'lots'" in capsys.readouterr().err

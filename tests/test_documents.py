@@ -10,13 +10,27 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import ad_flashinfer_pass
+from ad_flashinfer_pass import inspection
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_page_of_keys_is_what_the_script_writes() -> None:
-    """Whoever changes a key or its docstring runs ``python docs/generate.py``."""
+def test_the_pages_are_what_the_script_writes() -> None:
+    """Whoever changes a key, a public name or its docstring runs ``python docs/generate.py``."""
     script = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert script["updated"]() == (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert script["api"]() == (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    """With a heading, a place in the tree of errors, or a link to the page of keys."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = [*ad_flashinfer_pass.__all__, *(f"inspection.{name}" for name in inspection.__all__)]
+    places = (r"^### {}$", r"-- {} ", r"^`AutoDeployConfig`.*`{}`", r"^`{}`", r"^ +{}$")
+    assert [
+        name for name in names if not any(re.search(each.format(name), page, re.MULTILINE) for each in places)
+    ] == []
 
 
 def test_the_errors_that_are_explained_are_those_of_the_sources() -> None:

@@ -73,7 +73,7 @@ def needed_modules(
     problem = modules.problem()
     if problem is not None:
         raise ConfigError(f"{problem}: {modules.remedy()}.")
-    ctx = run_stages(config, stages=["insert_cached_attention"], on_event=on_event).ctx
+    ctx = run_stages(config, stages=["insert_cached_attention"], on_event=on_event, sm=sm).ctx
     max_extend_len = ctx.sequence_info.max_extend_len
     specs: dict[str, JitSpec] = {}
     users: dict[str, list[tuple[str, Phase]]] = {}

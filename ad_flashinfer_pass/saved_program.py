@@ -136,7 +136,7 @@ def _reading(file: Path) -> Iterator[_Archive]:
         raise LoadError(f"{file}: {what}; give one that torch.export.save wrote.")
     if not zipfile.is_zipfile(file):
         raise LoadError(
-            f"{file} is no zip file, as a saved ExportedProgram is; give one of torch.export.save."
+            f"{file} is not a zip file, as a saved ExportedProgram is; give one that torch.export.save wrote."
         )
     try:
         with zipfile.ZipFile(file) as archive:
@@ -149,7 +149,7 @@ def _reading(file: Path) -> Iterator[_Archive]:
         cause = " ".join(str(err).split())[:200]
         raise LoadError(
             f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {cause}). "
-            "Save one with torch.export.save, with the torch that is used here."
+            "Save one with torch.export.save, with the version of torch that is used here."
         ) from err
 
 
@@ -323,7 +323,7 @@ def _checked(value: Any, key: str, in_node: bool = False) -> Any:
 
 def _text(value: object, pattern: re.Pattern[str], key: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise LoadError(f"{value!r:.80} is no {key or 'value'} that torch.export.save writes.")
+        raise LoadError(f"{value!r:.80} is not a {key or 'value'} that torch.export.save writes.")
     return value
 
 
@@ -354,7 +354,7 @@ def _operator(target: str) -> str:
             return target
     elif _HIGHER_ORDER.fullmatch(target):
         return target
-    raise LoadError(f"it calls {target:.80}, which is no operation on tensors or sizes.")
+    raise LoadError(f"it calls {target:.80}, which is not an operation on tensors or sizes.")
 
 
 def _structure(text: str) -> str:
@@ -418,7 +418,7 @@ def _parsed(
     if tree is None or not all(
         isinstance(n, nodes) and _is_plain(n) and _is_computable(n) and check(n) for n in ast.walk(tree)
     ):
-        raise LoadError(f"{text!r:.80} is no expression that torch.export.save writes for {what}.")
+        raise LoadError(f"{text!r:.80} is not an expression that torch.export.save writes for {what}.")
     return tree
 
 

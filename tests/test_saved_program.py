@@ -326,7 +326,7 @@ def test_a_zip_of_another_kind_is_refused(tmp_path: Path) -> None:
     for file, message in (
         (compressed, "compressed"),
         (other, "has no part models/model.json"),
-        (cut, "no zip file"),
+        (cut, "not a zip file"),
         (empty, "cannot be read"),
         (tmp_path / "none.pt2", "no such file"),
         (tmp_path, "is a directory"),

@@ -57,7 +57,7 @@ def read_prompts(
         prompts = list(_from_arguments(arguments, stdin))
     if not prompts:
         problem = f"{prompt_file} holds no prompt" if prompt_file is not None else "no prompt"
-        raise ConfigError(f"{problem}; give text as an argument, --prompt-file FILE, or pipe it in.")
+        raise ConfigError(f"{problem}; give text as an argument, in --prompt-file FILE, or on stdin.")
     prompts = [replace(prompt, error=prompt.error or _problem(prompt)) for prompt in prompts]
     if all(prompt.error is not None for prompt in prompts):
         raise ConfigError(f"{prompts[0].where}: {prompts[0].error}")

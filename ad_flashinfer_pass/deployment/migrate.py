@@ -82,7 +82,7 @@ def migrate(text: str) -> Migration:
         is_right = False
     if not is_right:
         raise ConfigError(
-            "it cannot be rewritten key by key, as with a key that stands twice or has no mapping below it: "
+            "a key cannot be rewritten in its place, because it stands twice or has no mapping below it: "
             "write it plainly, or set attn_backend by hand."
         )
     return result
@@ -140,7 +140,7 @@ def _root(text: str) -> yaml.MappingNode:
     if node is None:
         return yaml.MappingNode("tag:yaml.org,2002:map", [], flow_style=False)
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError("a config is a mapping of keys to values.")
+        raise ConfigError("a config must be a mapping of keys to values.")
     return node
 
 

@@ -38,7 +38,7 @@ class StageWriter:
         if not directory or (torch.distributed.is_initialized() and torch.distributed.get_rank() != 0):
             return None
         if Path(directory).exists() and not Path(directory).is_dir():
-            raise ConfigError(f"AD_DUMP_GRAPHS_DIR={directory} is no directory.")
+            raise ConfigError(f"AD_DUMP_GRAPHS_DIR={directory} is not a directory.")
         if directory not in _writers:
             _writers[directory] = StageWriter(Path(directory))
         return _writers[directory]
@@ -54,7 +54,9 @@ class StageWriter:
             suffix = f"_{number}" if number else ""
             file = self._directory / f"{self._count:03}_{stage}_{transform}{suffix}.txt"
             if file.exists() and not _is_of_a_stage(file):
-                raise ConfigError(f"AD_DUMP_GRAPHS_DIR: {file} is no dump of a stage; name another folder.")
+                raise ConfigError(
+                    f"AD_DUMP_GRAPHS_DIR: {file} is not a dump of a stage; name another folder."
+                )
             write_file(file, to_text(names.data(gm, f"{_TITLE} {transform}")), f"AD_DUMP_GRAPHS_DIR: {file}")
         self._count += 1
 

@@ -84,7 +84,7 @@ def from_text(text: str) -> GraphData:
     try:
         end = lines.index(_FX_NAMES)
     except ValueError:
-        raise LoadError(f"the text dump is cut short: there is no line {_FX_NAMES!r}.") from None
+        raise LoadError(f"the text dump is cut short: the line {_FX_NAMES!r} is missing.") from None
     title, device = (line.partition(": ")[2] for line in lines[1:3])
     fx_names = {}
     for number, line in enumerate(lines[end + 1 :], end + 2):
@@ -92,7 +92,7 @@ def from_text(text: str) -> GraphData:
         if len(pair) == 2:
             fx_names[pair[0]] = pair[1]
         elif line:
-            raise LoadError(f"line {number} is no name and its name in FX: {line[:80]!r}")
+            raise LoadError(f"line {number} must be a name and its name in FX, got {line[:80]!r}")
     nodes = []
     for number, line in enumerate(lines[:end]):
         if number > 2 and line:
@@ -104,7 +104,7 @@ def _node(line: str, number: int, device: str, fx_names: dict[str, str]) -> Node
     body, comment = _split_comment(line)
     match, notes = _NODE.match(body), _COMMENT.match(comment)
     if match is None or notes is None:
-        raise LoadError(f"line {number} is no node: {line[:80]!r}")
+        raise LoadError(f"line {number} is not a node: {line[:80]!r}")
     args, kwargs = [], {}
     for argument in _split(match["rest"][1:-1]):
         key = re.match(r"(\w+)=", argument)
@@ -156,7 +156,7 @@ def _item(text: str | None, device: str, number: int) -> Item:
         return text[4:-1]
     match = _TENSOR.match(text)
     if match is None:
-        raise LoadError(f"line {number}: {text!r} is no type, such as bf16[b, s, 128] or Sym(b).")
+        raise LoadError(f"line {number}: {text!r} is not a type, such as bf16[b, s, 128] or Sym(b).")
     sizes = [size for size in _split(match[2]) if size]
     return TensorType(
         dtype=match[1],

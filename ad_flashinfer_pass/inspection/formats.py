@@ -63,7 +63,7 @@ def to_svg(graph: GraphData) -> str:
         return str(digraph.pipe(format="svg", encoding="utf-8"))
     except graphviz.ExecutableNotFound:
         raise AdFlashinferError(
-            "SVG is drawn by the program dot, which is not here: apt-get install graphviz, or write "
+            "SVG is drawn by the program dot, which is not installed: apt-get install graphviz, or write "
             "--format dot and draw it elsewhere."
         ) from None
 

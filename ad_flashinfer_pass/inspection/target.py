@@ -26,7 +26,7 @@ def check_target(config: AutoDeployConfig, sm: int | None) -> None:
     select.torch_device(config.device)
     if config.device.startswith("cuda") and sm is None and not torch.cuda.is_available():
         raise ConfigError(
-            f"device {config.device} is not here, so give its compute capability, as in --sm 90."
+            f"device: got {config.device}, but no GPU is here; give its compute capability, as in --sm 90."
         )
 
 

@@ -200,7 +200,7 @@ def _classify(program: MaskProgram, proof: Proof) -> tuple[MaskClass, MaskError 
 def _refusal(program: MaskProgram, found: MaskClass, point: Point, what: str, hint: str) -> MaskError:
     head = f", head {point.head}" if point.head else ""
     return MaskError(
-        f"{program.where}: the attention mask is no closed form that a kernel can run: nearest is {found}, "
+        f"{program.where}: the attention mask is not a form that a kernel can run: the nearest is {found}, "
         f"but with {point.size} tokens{head}, at query {point.query} and key {point.key} {what}. "
         f"{hint}".rstrip(),
         picture=_picture(program, found, point),
@@ -291,7 +291,8 @@ def _compare_runs(program: MaskProgram, found: MaskClass, low: int, high: int) -
         if not torch.equal(visible, expected) or bool((error > allowed).any()):
             raise MaskError(
                 f"{program.where}: the attention mask was proved to be {found}, but a run with {rows} x "
-                f"{size} tokens contradicts it: a defect of the prover, please report the mask's code."
+                f"{size} tokens contradicts it. This is a defect of the prover: please report it with the "
+                "code of the mask."
             )
         yield rows, size
 

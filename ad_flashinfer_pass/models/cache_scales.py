@@ -60,7 +60,9 @@ def with_cache_scales(
     elif {"k_scale", "v_scale"} & cache.model_fields_set:
         why_not = "kv_cache_config gives its own"
     if why_not is not None:
-        logger.warning("%s: scales of a KV cache (%s, ...) are not used, since %s", directory, first, why_not)
+        logger.warning(
+            "%s: scales of a KV cache (%s, ...) are not used, because %s", directory, first, why_not
+        )
         return config
     scales: dict[str, list[float]] = {"k": [], "v": []}
     for layer in sorted(names):

@@ -97,5 +97,5 @@ def named_eos_token_ids(file: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     found = raw.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if any(token < 0 for token in ids):
-        logger.warning("%s: eos_token_id %s: a negative number ends no text", file, found)
+        logger.warning("%s: eos_token_id %s: a negative number cannot end a text", file, found)
     return tuple(token for token in ids if token >= 0)

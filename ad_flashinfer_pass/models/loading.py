@@ -128,7 +128,9 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
             module, resolved = _build(source, hf_config, resolved, device, reports)
     if quantized is not None:
         logger.warning(
-            "%s: the weights are %s; random ones are drawn, of the unquantized model", config.model, quantized
+            "%s: the weights are %s; random weights of the unquantized model are drawn in their place",
+            config.model,
+            quantized,
         )
     return LoadedModel(
         module=module,

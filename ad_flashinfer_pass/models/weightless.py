@@ -59,7 +59,7 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
     if quantized is not None:
         dtype = str(module.dtype).removeprefix("torch.")
         logger.warning(
-            "%s: the weights are %s; what follows is of the unquantized model, whose weights count as %s",
+            "%s: the weights are %s; what follows describes the unquantized model, with weights of %s",
             config.model,
             quantized,
             dtype,

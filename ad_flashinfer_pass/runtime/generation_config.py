@@ -78,7 +78,8 @@ def default_sampling(
     ]
     if unsupported:
         raise LoadError(
-            f"{where}: {', '.join(unsupported)}: not supported, and other tokens without. " + _WAY_OUT
+            f"{where}: {', '.join(unsupported)}: not supported, and the tokens would differ without it. "
+            + _WAY_OUT
         )
     values: dict[str, Any] = dict(_WHEN_DRAWN) if is_drawn else {}
     for name in (*_ALWAYS, *values):

@@ -152,8 +152,8 @@ class LLM:
     ) -> None:
         if isinstance(model, str | PathLike):
             raise ConfigError(
-                f"model must be CachedModel, got {str(model)!r:.80}; of a checkpoint, "
-                "build_model(AutoDeployConfig(model=...)) makes an LLM."
+                f"model must be CachedModel, got {str(model)!r:.80}; "
+                "build_model(AutoDeployConfig(model=...)) makes an LLM from a checkpoint."
             )
         check_type("model", model, CachedModel)
         check_type("default_sampling", default_sampling, SamplingParams, NoneType)

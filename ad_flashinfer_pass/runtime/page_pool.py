@@ -52,8 +52,8 @@ class PagePool:
         """
         if n > len(self._free):
             raise CapacityError(
-                f"{n} pages were asked for and {len(self._free)} of {self.capacity} are free. Free "
-                "some, or raise kv_cache_config.max_tokens."
+                f"{n} pages were asked for, but {len(self._free)} of {self.capacity} are free. "
+                "Free some, or raise kv_cache_config.max_tokens."
             )
         pages = [self._free.pop() for _ in range(n)]
         self._in_use.update(pages)

@@ -52,7 +52,7 @@ _ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask")
 # What this module and a session do in their place.
 _NOT_HERE = ("export_model", "gather_logits_before_lm_head", "initialize_cache")
 
-_RECURRENT = "The state of a recurrent layer is no KV cache and cannot be served."
+_RECURRENT = "The state of a recurrent layer is not a KV cache and cannot be served."
 _SPLIT = (
     "A graph break split the model into pieces, and what runs between them is not checked: "
     "torch.compile(..., fullgraph=True) says where."
@@ -209,7 +209,7 @@ class _Transformed:
                 is_mask = "masking_utils" in owner.branch
                 raise ExportError(
                     f"the graph is right only for {owner.branch}. A step has any number of tokens, whatever "
-                    "the length of its sequences: let the code not branch on it, or lower max_num_tokens of "
+                    "the length of its sequences: do not branch on it, or lower max_num_tokens of "
                     "the session if that is the bound. "
                     + ('Load the model with attn_implementation="eager".' if is_mask else _RECURRENT)
                 )
@@ -245,7 +245,7 @@ class _Transformed:
         largest = max(max(tokens) for _, tokens in batch.entries)
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise SessionError(
-                f"token {largest} is none of the model's, whose table has {self._vocab_size} rows."
+                f"token {largest} is not in the vocabulary of the model, which has {self._vocab_size} rows."
             )
         if self._group is not None:
             self._group.check(batch)

@@ -175,7 +175,7 @@ class Piece(nn.Module):
                 self.where["input_ids" if arg is input_ids else "position_ids"] = index
             elif not arg.is_floating_point() and arg.numel() > 1:
                 raise SessionError(
-                    f"{source.name}, {arg.dtype} {list(arg.shape)}, is none of batch.inputs. Call the "
+                    f"{source.name}, {arg.dtype} {list(arg.shape)}, is not one of batch.inputs. Call the "
                     "model with batch.inputs themselves and without a mask: sequences of any length lie "
                     "one after the other. If the model made it, a graph break cut it off: torch.compile(..., "
                     "fullgraph=True) says where."

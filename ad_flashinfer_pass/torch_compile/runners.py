@@ -192,8 +192,8 @@ class _Captured:
         placeholders = gm.graph.find_nodes(op="placeholder")
         if not caches or len(outputs) != 1 or len(placeholders) != 2 + len(METADATA_ARGS) + len(caches):
             raise ConfigError(
-                f"compile_backend {backend!r} captures a whole model that returns logits alone, this graph "
-                f"is a piece of one or has {len(outputs)} outputs. torch.compile(..., fullgraph=True) "
+                f"compile_backend {backend!r} captures a whole model that returns logits alone, but this "
+                f"graph is a piece of one or has {len(outputs)} outputs. torch.compile(..., fullgraph=True) "
                 "shows graph breaks; without one, use compile_backend inductor or torch-simple."
             )
         start = time.perf_counter()
@@ -217,8 +217,8 @@ class _Captured:
             moved = zip(self._weights, addresses, self._addresses, strict=True)
             names = [name for name, now, then in moved if now != then]
             raise SessionError(
-                f"{names[0]} is elsewhere in memory than when its steps were captured, which read the old "
-                "place. Write new weights into it (load_state_dict, copy_), or call torch._dynamo.reset()."
+                f"{names[0]} has moved in memory since its steps were captured, which read the old place. "
+                "Write new weights into it (load_state_dict, copy_), or call torch._dynamo.reset()."
             )
         batch.nest_by(self._model.nest)
         self._session.last_decoder = self._model

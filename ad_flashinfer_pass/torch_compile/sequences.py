@@ -59,7 +59,7 @@ class Sequences:
         try:
             pairs = [(sequence, tokens) for sequence, tokens in schedule]
         except (TypeError, ValueError) as err:
-            raise SessionError(f"a schedule is a list of (sequence, tokens), got {schedule!r}.") from err
+            raise SessionError(f"a schedule must be a list of (sequence, tokens), got {schedule!r}.") from err
         entries = [(sequence, _integers(tokens)) for sequence, tokens in pairs]
         named = [sequence for sequence, _ in entries if sequence is not None]
         if not entries or not all(tokens for _, tokens in entries) or len(set(named)) < len(named):
@@ -80,7 +80,7 @@ class Sequences:
             needed += self._num_pages(past + len(tokens)) - self._num_pages(past)
         if needed > self._pool.num_free:
             raise CapacityError(
-                f"the step needs {needed} more pages of {self._info.tokens_per_block} tokens, "
+                f"the step needs {needed} more pages of {self._info.tokens_per_block} tokens, but "
                 f"{self._pool.num_free} are free. Free sequences, or raise kv_cache_config.max_tokens of "
                 "the session."
             )
@@ -156,4 +156,4 @@ def _integers(tokens: Sequence[int]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as err:
-        raise SessionError(f"tokens are integers, got {tokens!r}.") from err
+        raise SessionError(f"tokens must be integers, got {tokens!r}.") from err

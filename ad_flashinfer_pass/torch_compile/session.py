@@ -175,7 +175,7 @@ class CacheSession:
             CapacityError: the session is too small.
         """
         if isinstance(token_ids, Tensor) and token_ids.is_floating_point():
-            raise SessionError(f"tokens are integers, got a tensor of {token_ids.dtype}.")
+            raise SessionError(f"tokens must be integers, got a tensor of {token_ids.dtype}.")
         chosen = list(self.lengths) if sequences is None else list(sequences)
         num_tokens = token_ids.numel() if isinstance(token_ids, Tensor) else len(token_ids)
         if num_tokens != len(chosen):
@@ -278,8 +278,8 @@ class CacheSession:
             free = int(free_bytes(self.device) * self._memory_fraction)
             if needed > free:
                 raise CapacityError(
-                    f"{len(new)} caches of {num_pages} pages need {needed} bytes, {free} are free on "
-                    f"{self.device}. Lower max_batch_size, max_seq_len or kv_cache_config.max_tokens of "
+                    f"{len(new)} caches of {num_pages} pages need {needed} bytes, but {free} are free "
+                    f"on {self.device}. Lower max_batch_size, max_seq_len or kv_cache_config.max_tokens of "
                     "the session."
                 )
             for key, resource in new:
@@ -321,6 +321,6 @@ class CacheSession:
 def _prompts(input_ids: TokenIds) -> list[Sequence[int]]:
     rows: Any = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
     if not isinstance(rows, Iterable):
-        raise SessionError(f"a prompt is a list of tokens, got {input_ids!r}.")
+        raise SessionError(f"a prompt must be a list of tokens, got {input_ids!r}.")
     rows = list(rows)
     return rows if any(isinstance(row, Iterable) for row in rows) else [rows]

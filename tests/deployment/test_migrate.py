@@ -134,7 +134,7 @@ def test_a_page_size_that_no_kernel_reads_becomes_32() -> None:
     ("text", "message"),
     [
         ("free_mem_ratio: 0.5\nkv_cache_config:\n  free_gpu_memory_fraction: 0.9\n", "the file has both"),
-        ("- a\n", "a config is a mapping"),
+        ("- a\n", "a config must be a mapping"),
         ("a: [", "not YAML"),
     ],
 )

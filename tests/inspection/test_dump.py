@@ -209,7 +209,7 @@ def test_strings_with_marks_of_the_format_are_read_back() -> None:
     [
         (lambda text: text[5:], "not a text dump"),
         (lambda text: text[: len(text) // 3], "cut short"),
-        (lambda text: text.replace("%input_ids: i64[b, s]", "%input_ids: tokens"), "'tokens' is no type"),
+        (lambda text: text.replace("%input_ids: i64[b, s]", "%input_ids: tokens"), "'tokens' is not a type"),
     ],
 )
 def test_a_damaged_dump_is_refused(last: GraphData, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -287,7 +287,7 @@ def test_a_stage_does_not_replace_a_file_of_the_user(tmp_path: Path, monkeypatch
     monkeypatch.setenv("AD_DUMP_GRAPHS_DIR", str(tmp_path / "other"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / first.name).write_text("mine")
-    with pytest.raises(ConfigError, match=f"{first.name} is no dump of a stage; name another folder"):
+    with pytest.raises(ConfigError, match=f"{first.name} is not a dump of a stage; name another folder"):
         pipeline.transform_module(SmallModel(sdpa), context().config)
     assert (tmp_path / "other" / first.name).read_text() == "mine"
 

@@ -105,7 +105,7 @@ def test_says_that_they_are_not_used(
 ) -> None:
     """Scales that no cache takes are named, with what would use them."""
     assert scales(checkpoint(tmp_path, PAIRS["projections"], nothing), cache) == found
-    assert "(model.layers.0.self_attn.k_proj.k_scale, ...) are not used, since " + message in caplog.text
+    assert "(model.layers.0.self_attn.k_proj.k_scale, ...) are not used, because " + message in caplog.text
 
 
 def test_fewer_layers_take_fewer(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class PagePoolMachine(RuleBasedStateMachine):
         """Fresh pages that nobody has, or an error that changes nothing."""
         num_free = CAPACITY - len(self.owned)
         if n > num_free:
-            with pytest.raises(CapacityError, match=f"{n} pages were asked for and {num_free} of"):
+            with pytest.raises(CapacityError, match=f"{n} pages were asked for, but {num_free} of"):
                 self.pool.allocate(n)
             return
         pages = self.pool.allocate(n)

@@ -270,10 +270,12 @@ def test_a_mask_or_other_tokens_are_refused(llama: PreTrainedModel) -> None:
     refused(
         llama,
         SessionError,
-        r"attention_mask, torch.int64 \[1, 3\], is none of batch.inputs",
+        r"attention_mask, torch.int64 \[1, 3\], is not one of batch.inputs",
         attention_mask=ones,
     )
-    refused(llama, SessionError, r"input_ids, torch.int64 \[1, 3\], is none of batch.inputs", input_ids=ones)
+    refused(
+        llama, SessionError, r"input_ids, torch.int64 \[1, 3\], is not one of batch.inputs", input_ids=ones
+    )
     refused(
         llama, PackingError, "called without position_ids: give it those of batch.inputs", position_ids=None
     )
@@ -390,7 +392,7 @@ def test_a_batch_in_which_nothing_ran_says_so() -> None:
 
 def test_no_pool_is_allocated_that_does_not_fit() -> None:
     of = session(kv_cache_config={"tokens_per_block": 16, "free_gpu_memory_fraction": 1e-9})
-    with pytest.raises(CapacityError, match=r"1 caches of 17 pages need .* bytes, .* are free"):
+    with pytest.raises(CapacityError, match=r"1 caches of 17 pages need .* bytes, but .* are free"):
         generate(of, compiled(Net(1), of))
 
 

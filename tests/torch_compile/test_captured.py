@@ -36,7 +36,7 @@ def test_weights_that_moved_are_not_read_where_they_were() -> None:
     model.load_state_dict({name: tensor * 0.5 for name, tensor in model.state_dict().items()})
     assert small_models.generate(of, call) == small_models.expected(model)
     model.head.weight.data = model.head.weight * 0.5
-    with pytest.raises(SessionError, match=r"head\.weight is elsewhere in memory .* torch\._dynamo\.reset"):
+    with pytest.raises(SessionError, match=r"head\.weight has moved in memory .* torch\._dynamo\.reset"):
         small_models.generate(of, call)
     torch._dynamo.reset()
     assert small_models.generate(of, call) == small_models.expected(model)

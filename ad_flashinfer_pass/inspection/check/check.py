@@ -177,7 +177,9 @@ def check(
     taken = None
     if graph is not None:
         if layers is not None:
-            raise ConfigError("--layers: a saved graph has the layers that it has; give the model itself.")
+            raise ConfigError(
+                "--layers: the layers of a saved graph cannot be chosen; give the model itself."
+            )
         module: nn.Module = load_module(graph, config.device)
     else:
         if layers is not None or config.skip_loading_weights:

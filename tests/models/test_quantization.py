@@ -217,7 +217,7 @@ def test_works_without_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture,
     assert module.state_dict()[QUERY].dtype == torch.float32
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert "quantized as " in warning
-    assert "of the unquantized model, whose weights count as float32" in warning
+    assert "describes the unquantized model, with weights of float32" in warning
     caplog.clear()
     drawn = load_model(config.model_copy(update={"skip_loading_weights": True}))
     assert {parameter.dtype for parameter in drawn.module.parameters()} == {torch.float32}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,13 +143,13 @@ def test_dump_and_diff_work_from_a_config_alone(tmp_path: Path, capsys: pytest.C
     assert "must be one of text, json, graphml, dot, svg, model-explorer" in capsys.readouterr().err
 
 
-def test_what_a_gpu_would_run_is_seen_without_one(tmp_path: Path) -> None:
+def test_what_a_gpu_would_run_is_seen_without_one(tmp_path: Path, one_run: Callable[..., Stages]) -> None:
     """Its fusion of rotation and append, of which the diff lists exactly what the transform reported."""
     config = architectures.CONFIGS["llama_gqa4"]()
     config.head_dim, config.dtype, config.num_hidden_layers = 64, "bfloat16", 2
     config.save_pretrained(tmp_path)
     deploy = AutoDeployConfig(model=str(tmp_path), max_seq_len=256)
-    stages = run_stages(deploy, None, ["insert_cached_attention", "fuse_rope_append"], sm=90)
+    stages = one_run(deploy, None, ["insert_cached_attention", "fuse_rope_append"], sm=90)
     report = next(report for report in stages.reports if report.name == "fuse_rope_append")
     found = diff_graphs(*stages.graphs.values())
     names = {node.name: node.fx_name for graph in stages.graphs.values() for node in graph.nodes}
@@ -174,7 +175,7 @@ def test_the_graph_of_few_tokens_is_a_diff_away(gemma: Stages) -> None:
 
 
 def test_each_command_has_a_function_of_its_name_that_returns_its_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_run: object
 ) -> None:
     """Typed data; what --json prints is the same."""
     config = architectures.CONFIGS["llama_mha"]()

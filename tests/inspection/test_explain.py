@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.inspection.explain import Explanation, explain, explain_run
 from ad_flashinfer_pass.inspection.report import report, to_html
-from ad_flashinfer_pass.inspection.stages import run_stages
+from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from tests import architectures
 from tests.transforms.small_models import SmallModel, causal, eager, tokens
 
@@ -131,7 +132,7 @@ def test_the_command_fails_with_the_refusal(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("sm", [90, 100])
-def test_one_set_of_kernels_is_shown(tmp_path: Path, sm: int) -> None:
+def test_one_set_of_kernels_is_shown(tmp_path: Path, sm: int, one_run: Callable[..., Stages]) -> None:
     """The graph, what the transforms say, the sites, the report and the plan name the same."""
     config = architectures.CONFIGS["llama_gqa4"]()
     config.head_dim, config.dtype, config.num_hidden_layers = 64, "bfloat16", 1
@@ -152,7 +153,7 @@ def test_one_set_of_kernels_is_shown(tmp_path: Path, sm: int) -> None:
     assert "reference" not in text
     assert all("taken for built there" in use.reason for use in found.kernels)
     assert ("only `prebuild --sm 90` does" in site.prefill) == (sm == 90)
-    graph = run_stages(AutoDeployConfig(model=str(tmp_path), max_seq_len=256), sm=sm).module
+    graph = one_run(AutoDeployConfig(model=str(tmp_path), max_seq_len=256), sm=sm).module
     assert isinstance(graph, fx.GraphModule)
     (node,) = graph.graph.find_nodes(
         op="call_function", target=torch.ops.ad_flashinfer.cached_attention.default

@@ -1,10 +1,16 @@
-"""What must be set before any test runs, or imports Triton."""
+"""What must be set before any test runs, or imports torch or Triton."""
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import wraps
+from pathlib import Path
 
+# The tensors of the tests are so small that a second thread only costs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
 import torch
 
 from ad_flashinfer_pass import config
@@ -15,3 +21,20 @@ if not torch.cuda.is_available():
 
 # Where there is a GPU, the tests of it say so.
 config._default_device = wraps(config._default_device)(lambda: "cpu")
+
+# An export makes objects by the hundred thousand and drops few of them before its end.
+gc.set_threshold(50_000)
+
+# Longest first: a worker that takes one of these last leaves the other with nothing to do.
+_LONG = (
+    "test_end_to_end",
+    "test_architectures",
+    "test_mutations",
+    "test_packaging",
+    "test_debugging_stories",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules of few and long tests."""
+    items.sort(key=lambda item: Path(item.path).stem not in _LONG)

@@ -544,7 +544,7 @@ def test_a_stop_token_outside_the_vocabulary_is_refused() -> None:
 
 def test_a_checkpoint_is_no_model() -> None:
     """Other libraries take its name here; the error says what does."""
-    with pytest.raises(ConfigError, match=r"got 'org/name'; of a checkpoint, build_model\(AutoDeployConfig"):
+    with pytest.raises(ConfigError, match=r"got 'org/name'; build_model\(AutoDeployConfig"):
         LLM("org/name")  # type: ignore[arg-type]
 
 

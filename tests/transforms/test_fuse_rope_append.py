@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.transforms.small_models import find
 aten = torch.ops.aten
 
 
+@cache
 def transformed(name: str) -> tuple[fx.GraphModule, TransformContext]:
     model = architectures.random_model(architectures.CONFIGS[name](), "eager")
     ctx = context(AutoDeployConfig(max_batch_size=3, max_seq_len=64))
@@ -44,6 +47,7 @@ def logits(gm: fx.GraphModule, ctx: TransformContext) -> Tensor:
 
 def fused(name: str, change: Callable[[fx.GraphModule], None] = lambda gm: None) -> tuple[int, list[Skip]]:
     gm, ctx = transformed(name)
+    gm = deepcopy(gm)
     change(gm)
     before = logits(gm, ctx)
     count, skipped = fuse(gm)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from functools import wraps
-from pathlib import Path
 
 # The tensors of the tests are so small that a second thread only costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,15 +25,9 @@ config._default_device = wraps(config._default_device)(lambda: "cpu")
 gc.set_threshold(50_000)
 
 # Longest first: a worker that takes one of these last leaves the other with nothing to do.
-_LONG = (
-    "test_end_to_end",
-    "test_architectures",
-    "test_mutations",
-    "test_packaging",
-    "test_debugging_stories",
-)
+_LONG = "end_to_end architectures generate mutations exported debugging_stories".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the modules of few and long tests."""
-    items.sort(key=lambda item: Path(item.path).stem not in _LONG)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)

@@ -68,6 +68,13 @@ def cached_in_8_bits() -> CachedModel:
     return transform(export(model(), use_cache=False), **{**SETTINGS, "kv_cache_config": kv})
 
 
+@cache
+def program_in_8_bits() -> ExportedProgram:
+    program = to_program(cached_in_8_bits())
+    assert [c.dtype for c in restore(program, **SETTINGS).caches.values()] == [torch.float8_e4m3fn]
+    return program
+
+
 def test_a_program_of_a_users_own_generates_the_tokens_of_transformers() -> None:
     """Exported by keywords, in another order, with a flag that is no tensor."""
     assert architectures.generated_by_engine(cached(), PROMPTS, 12) == expected()
@@ -157,12 +164,10 @@ def test_a_saved_program_keeps_to_its_sizes() -> None:
 )
 def test_a_setting_that_is_not_the_programs_is_refused(settings: dict[str, Any], said: str) -> None:
     """Of what is not a size, the program's own stands where nothing is given."""
-    program = to_program(cached_in_8_bits())
-    assert [c.dtype for c in restore(program, **SETTINGS).caches.values()] == [torch.float8_e4m3fn]
     given = {**SETTINGS, **settings}
     given["kv_cache_config"] = {**SETTINGS["kv_cache_config"], **settings.get("kv_cache_config", {})}
     with pytest.raises(ConfigError, match=said):
-        restore(program, **given)
+        restore(program_in_8_bits(), **given)
 
 
 def test_a_cache_of_8_bits_is_not_asked_of_a_program_without() -> None:

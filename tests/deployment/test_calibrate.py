@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ad_flashinfer_pass import build
 from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
@@ -65,12 +66,20 @@ def test_the_config_that_it_writes_serves_with_its_scales(
     assert ours[:6] == plain[:6]
 
 
+@pytest.fixture
+def built(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is not built anew for prompts that are refused."""
+    monkeypatch.setattr(build, "build_model", lambda config, on_event: llm)
+
+
+@pytest.mark.usefixtures("built")
 def test_calibration_needs_tokens() -> None:
     """Nothing to measure is an error, not a scale of one."""
     with pytest.raises(RequestError, match="each of at least one token"):
         calibrate(AutoDeployConfig(), [[]])
 
 
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("token", [-1, 1024])
 def test_a_token_that_the_model_does_not_have_gives_no_scales(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], token: int

@@ -360,5 +360,5 @@ def test_the_pools_are_as_small_as_the_steps_of_a_check(llama: Path) -> None:
 
 
 def test_a_saved_graph_has_the_layers_that_it_has(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--layers: a saved graph"):
+    with pytest.raises(ConfigError, match="--layers: the layers of a saved graph"):
         check(AutoDeployConfig(), graph=tmp_path / "any.pt2", layers=1)

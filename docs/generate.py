@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin

@@ -168,7 +168,11 @@ def test_an_error_within_a_batch_undoes_it(loop: Loop) -> None:
             "3 and 62 more tokens is longer than .* max_seq_len=64",
         ),
         (lambda s: s.prefill([[1]] * 5), CapacityError, "max_batch_size=4 sequences .* got 5 and 5"),
-        (lambda s: s.prefill([[1] * 60] * 4), CapacityError, "needs 16 more pages of 16 tokens, but 15 are free"),
+        (
+            lambda s: s.prefill([[1] * 60] * 4),
+            CapacityError,
+            "needs 16 more pages of 16 tokens, but 15 are free",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

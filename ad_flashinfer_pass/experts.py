@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.ops.experts import ACTIVATIONS, gated
+from ad_flashinfer_pass.kernels.experts.by_torch import ACTIVATIONS, gated
 
 aten = torch.ops.aten
 _ANY_WIDTH = 8

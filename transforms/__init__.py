@@ -21,6 +21,7 @@ from ad_flashinfer_pass.transforms import (
     match_repeat_kv,
     number_by_positions,
     tune_attention,
+    tune_experts,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "match_repeat_kv",
     "number_by_positions",
     "tune_attention",
+    "tune_experts",
 ]

@@ -49,7 +49,7 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
             report.num_matches += 1
     if report.num_matches:
         g.finish(model)
-        _delete_unread(model)
+        g.delete_unread(model)
     return model, report
 
 
@@ -102,13 +102,3 @@ def _joined(parts: list[Tensor]) -> Tensor:
         rows = sum(len(part) for part in parts)
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
     return torch.cat(parts)
-
-
-def _delete_unread(gm: fx.GraphModule) -> None:
-    """Let go of the weights that were fused, so that one copy is in memory, not two."""
-    gm.delete_all_unused_submodules()
-    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-    for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
-        if name not in read:
-            owner, _, leaf = name.rpartition(".")
-            delattr(gm.get_submodule(owner), leaf)

@@ -116,6 +116,16 @@ def finish(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def delete_unread(gm: fx.GraphModule) -> None:
+    """Let go of parameters, buffers and modules that the graph does not read."""
+    gm.delete_all_unused_submodules()
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        if name not in read:
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)
+
+
 def has_weights(gm: fx.GraphModule) -> bool:
     """Whether the parameters hold numbers: none is on meta, none is fake, so that the graph can be run."""
     return not any(p.is_meta or isinstance(p, FakeTensor) for p in gm.parameters())

@@ -10,6 +10,7 @@ from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.rope_append import rope_append
 from ad_flashinfer_pass.ops.sequence_length import sequence_length
+from ad_flashinfer_pass.ops.top_k import top_k
 
 TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {torch.ops.ad_flashinfer.experts}
 """Ops whose contract is that they work token by token: along all dimensions but the last, an element of each
@@ -26,4 +27,5 @@ __all__ = [
     "prepare_metadata",
     "rope_append",
     "sequence_length",
+    "top_k",
 ]

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels.experts import by_torch
+from ad_flashinfer_pass.kernels.experts.arguments import arguments
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.ops.define import define
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: torch.square(F.relu(x)),
-}
-_COPIED_BYTES = 1 << 28
-"""Of weights at a time, where each row multiplies a copy of its expert's."""
+from ad_flashinfer_pass.ops.launch import launching
 
 
 def experts(
@@ -40,6 +30,7 @@ def experts(
     is_concatenated: bool = True,
     is_transposed: bool = False,
     weigh_input: bool = False,
+    kernel: str = "torch",
 ) -> Tensor:
     """The sum over j of ``weights[t, j] * down(gate(gate_up(hidden[t])))``, by expert ``index[t, j]``.
 
@@ -56,7 +47,7 @@ def experts(
         gate_up_bias: [num_experts, 2 * width]; without a gate [num_experts, width].
         down_bias: [num_experts, hidden].
         up_proj: [num_experts, width, hidden]; gate_up_proj is the gate alone then, of the same shape.
-        activation: of ``ACTIVATIONS``; of the gate, and without a gate of all.
+        activation: of ``by_torch.ACTIVATIONS``; of the gate, and without a gate of all.
         alpha: if not 1, the gate becomes gate * sigmoid(alpha * gate), which is silu for 1.
         beta: added to what the activated gate multiplies.
         limit: first, gate is cut at limit and what it multiplies to [-limit, limit].
@@ -65,6 +56,8 @@ def experts(
         is_concatenated: all of the gate stands before the rest; else the two alternate.
         is_transposed: the last two dimensions of all projections are swapped.
         weigh_input: weights multiply hidden_states in place of the results.
+        kernel: torch, triton or a kernel of ``kernels.experts`` with its options, by the number of tokens: a
+            ``KernelPlan``. On a CPU it is torch. Triton's round once between the projections.
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.
@@ -72,105 +65,26 @@ def experts(
     Raises:
         ValueError: the first three are not of the same tokens.
     """
-    num_tokens, top_k = top_k_index.shape
+    num_tokens = top_k_index.shape[0]
     if hidden_states.shape[0] != num_tokens or top_k_weights.shape != top_k_index.shape:
         raise ValueError(
             f"experts of {hidden_states.shape[0]} tokens need as many rows of indices and weights, got "
             f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}."
         )
-    ups = [gate_up_proj] if up_proj is None else [gate_up_proj, up_proj]
-    *ups, down = [weight if is_transposed else weight.mT for weight in (*ups, down_proj)]
-    # All that is sent to one expert lies together.
-    expert, order = top_k_index.reshape(-1).sort(stable=True)
-    product = _product(expert, *ups, down)
-    rows, weights = hidden_states[order // top_k], top_k_weights.reshape(-1)[order][:, None]
-    if weigh_input:
-        rows = rows * weights
-    parts = [product(rows.to(up.dtype), up) for up in ups]
-    middle = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    if gate_up_bias is not None:
-        middle = middle + gate_up_bias[expert]
-    middle = gated(middle, activation, alpha, beta, limit, in_float32, has_gate, is_concatenated)
-    results = product(middle.to(down.dtype), down)
-    if down_bias is not None:
-        results = results + down_bias[expert]
-    if not weigh_input:
-        results = results * weights
-    by_token = torch.empty_like(results)
-    by_token[order] = results
-    return by_token.view(num_tokens, top_k, down.shape[-1]).sum(1).to(hidden_states.dtype)
+    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    others = (gate_up_bias, down_bias, up_proj, activation, alpha, beta, limit)
+    layout = (has_gate, is_concatenated, is_transposed, weigh_input)
+    chosen = KernelPlan.parse(kernel).at(num_tokens)
+    if chosen.name != "torch" and num_tokens and _can_triton(hidden_states, down_proj):
+        from ad_flashinfer_pass.kernels.experts import select  # needs triton
+
+        with launching(hidden_states.device, top_k_index=top_k_index, down_proj=down_proj):
+            return select.run(arguments(*tensors, *others, *layout), chosen)
+    return by_torch.run(*tensors, *others, in_float32, *layout)
 
 
-def gated(
-    x: Tensor,
-    activation: str = "silu",
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    limit: float | None = None,
-    in_float32: bool = False,
-    has_gate: bool = True,
-    is_concatenated: bool = True,
-) -> Tensor:
-    """What stands between the two projections, [..., width]; arguments as of ``experts``."""
-    activate = ACTIVATIONS[activation]
-    if not has_gate:
-        return activate(x)
-    gate, up = x.chunk(2, -1) if is_concatenated else (x[..., ::2], x[..., 1::2])
-    if in_float32:
-        gate, up = gate.float(), up.float()
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    gate = activate(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)
-    return (gate * (up if beta == 0.0 else up + beta)).to(x.dtype)
-
-
-_Product = Callable[[Tensor, Tensor], Tensor]
-"""Of rows [n, in], sorted by expert, with [num_experts, in, out]: each row with its expert's."""
-
-
-def _product(expert: Tensor, *weights: Tensor) -> _Product:
-    """The product for rows of these experts."""
-    device = expert.device
-    if device.type == "cuda" and all(_fits_grouped_mm(weight) for weight in weights):
-        ends = torch.searchsorted(
-            expert, torch.arange(weights[0].shape[0], device=device, dtype=expert.dtype), right=True
-        )
-        return partial(_grouped_mm, offs=ends.int())
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return partial(_by_row, expert=expert)
-    return partial(_by_expert, counts=torch.bincount(expert, minlength=weights[0].shape[0]).tolist())
-
-
-def _fits_grouped_mm(weight: Tensor) -> bool:
-    """Whether torch has a kernel for it that does not wait: bfloat16, rows of 16 bytes, Hopper or later."""
-    has_kernel = torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
-    aligned = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
-    return has_kernel and aligned and weight.dtype == torch.bfloat16 and weight.data_ptr() % 16 == 0
-
-
-def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    result: Tensor = F.grouped_mm(rows, weight, offs=offs)
-    return result
-
-
-def _by_row(rows: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    """Slow, but of a fixed number of launches: a CUDA graph can hold it."""
-    step = max(1, _COPIED_BYTES // (weight[0].numel() * weight.itemsize))
-    parts = [
-        torch.bmm(some[:, None], weight[chosen])[:, 0]
-        for some, chosen in zip(rows.split(step), expert.split(step), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _by_expert(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    result = rows.new_empty((rows.shape[0], weight.shape[-1]))
-    start = 0
-    for number, count in enumerate(counts):
-        if count:
-            torch.mm(rows[start : start + count], weight[number], out=result[start : start + count])
-            start += count
-    return result
+def _can_triton(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
 
 
 define(

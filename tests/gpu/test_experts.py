@@ -1,4 +1,4 @@
-"""Experts on a GPU: the kernels of each dtype against float32 on the CPU, eager and captured."""
+"""Experts on a GPU: the kernels of each dtype against float32 on the CPU, and whole models of experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.config import CompileBackend
+from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, compared, controls
+from tests import architectures
+from tests.gpu.test_end_to_end import transformed
 
 assert ops.__name__  # importing it registers the op
 EXPERTS_OP = torch.ops.ad_flashinfer.experts
@@ -23,6 +27,7 @@ def inputs(tokens: int, width: int, seed: int) -> tuple[Tensor, ...]:
     return torch.randn(tokens, HIDDEN, generator=generator), index, weights, *projections
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 @pytest.mark.parametrize(
     ("dtype", "width"),
@@ -32,15 +37,15 @@ def inputs(tokens: int, width: int, seed: int) -> tuple[Tensor, ...]:
         pytest.param(torch.float32, WIDTH, id="float32"),
     ],
 )
-def test_captured_equals_eager_and_the_cpu(dtype: torch.dtype, width: int, tokens: int) -> None:
+def test_captured_equals_eager_and_the_cpu(dtype: torch.dtype, width: int, tokens: int, kernel: str) -> None:
     """A graph that was captured with other tokens gives what float32 gives, but for rounding."""
     hidden, index, weights, *projections = inputs(tokens, width, seed=0)
     static = [hidden.cuda().to(dtype), index.cuda(), weights.cuda().to(dtype)]
     projections = [weight.cuda().to(dtype) for weight in projections]
-    EXPERTS_OP(*static, *projections)
+    EXPERTS_OP(*static, *projections, kernel=kernel)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = EXPERTS_OP(*static, *projections)
+        captured = EXPERTS_OP(*static, *projections, kernel=kernel)
     for buffer, other in zip(static, inputs(tokens, width, seed=1), strict=False):
         buffer.copy_(other)
     graph.replay()
@@ -48,5 +53,40 @@ def test_captured_equals_eager_and_the_cpu(dtype: torch.dtype, width: int, token
         *(x.cpu().float() if x.is_floating_point() else x.cpu() for x in (*static, *projections))
     )
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    for found in (captured, EXPERTS_OP(*static, *projections)):
+    for found in (captured, EXPERTS_OP(*static, *projections, kernel=kernel)):
         assert float((found.cpu().float() - wanted).norm() / wanted.norm()) < tolerance
+
+
+FAMILIES = [
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "olmoe",
+    "llama4_text",
+]
+
+
+@pytest.mark.parametrize("backend", ["torch-simple", "torch-cudagraph", "torch-opt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_as_near_to_float32_as_the_uncached_model(family: str, backend: CompileBackend) -> None:
+    """A rounding may send a token to another expert, in the uncached model as in ours: errors are compared.
+
+    Those of the logits against float32, given the same tokens; and a token that is not the uncached model's
+    best is as good to within twice its own error.
+    """
+    config = architectures.small_config(family, vocab_size=512, hidden_size=256, intermediate_size=512)
+    model = architectures.random_model(config, "eager" if family == "gpt_oss" else "sdpa")
+    model = model.to("cuda", torch.bfloat16)
+    cached, reports = transformed(model, backend)
+    (tuned,) = [report for report in reports if report.name == "tune_experts"]
+    assert tuned.num_matches
+    assert not tuned.skipped
+    generated = architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS)
+    found = {**compared(model, generated), **controls(model, cached, generated)}
+    print(family, backend, {key: found[key] for key in ("largest_share", "num_different", "error_ratio")})
+    assert found["largest_share"] <= 2.0
+    assert found["error_ratio"] <= 1.25

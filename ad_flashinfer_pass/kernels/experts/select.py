@@ -1,0 +1,42 @@
+"""Which kernels run experts: those that are named, or by the number of tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels.experts import gemv, grouped
+from ad_flashinfer_pass.kernels.experts.arguments import Experts
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel
+
+DEFAULT = "triton"
+"""The first of ``candidates``."""
+
+
+def candidates(num_tokens: int, top_k: int, num_experts: int) -> list[Kernel]:
+    """The kernels worth timing, the most promising first.
+
+    Args:
+        num_tokens: of a step.
+        top_k: experts of a token.
+        num_experts: of the layer.
+    """
+    by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens)]
+    per_expert = num_tokens * top_k / num_experts
+    return by_gemv + [Kernel("grouped", config) for config in grouped.candidates(per_expert)]
+
+
+def run(x: Experts, kernel: Kernel) -> Tensor:
+    """``ops.experts`` by a kernel.
+
+    Args:
+        x: the arguments, on a CUDA device.
+        kernel: of ``candidates``, or ``DEFAULT``.
+
+    Returns:
+        [t, hidden], in the dtype of hidden_states.
+    """
+    if kernel.name == DEFAULT:
+        kernel = candidates(*x.index.shape, x.down.weight.shape[0])[0]
+    if kernel.name == "gemv":
+        return gemv.run(x, gemv.Config(*kernel.options))
+    return grouped.run(x, grouped.Config(*kernel.options))

@@ -1,0 +1,65 @@
+"""The largest of few numbers, in Triton: torch's kernels for it take longer than a linear of the router."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import overlap
+from ad_flashinfer_pass.kernels.overlap import await_turn
+
+MAX_COLUMNS = 1024
+
+
+def run(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``ops.top_k`` in one kernel.
+
+    Args:
+        x: [rows, columns], contiguous, on a CUDA device; of at most ``MAX_COLUMNS`` columns.
+        k: at most as many as there are columns.
+    """
+    rows, columns = x.shape
+    values = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+    index = torch.empty((rows, k), dtype=torch.int64, device=x.device)
+    _top_k[(rows,)](
+        x,
+        values,
+        index,
+        columns,
+        K=k,
+        COLUMNS=triton.next_power_of_2(columns),
+        num_warps=1,
+        **overlap.options(x.device, rows),
+    )
+    return values, index
+
+
+@triton.jit
+def _top_k(  # type: ignore[no-untyped-def]
+    x,
+    values,
+    index,
+    num_columns,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """A row: numbers become integers of the same order that end in their column, so that no two are equal."""
+    await_turn(OVERLAPS)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    number = tl.load(x + row * num_columns + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    bits = number.to(tl.int32, bitcast=True)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    keys = (ordered << 32) | (COLUMNS - 1 - columns)
+    least = -0x7FFFFFFFFFFFFFFF - 1
+    keys = tl.where(columns < num_columns, keys, least)
+    for place in tl.static_range(K):
+        key = tl.max(keys, axis=0)
+        keys = tl.where(keys == key, least, keys)
+        best = (key >> 32).to(tl.int32)
+        best = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        tl.store(values + row * K + place, best.to(values.dtype.element_ty))
+        tl.store(index + row * K + place, COLUMNS - 1 - (key & 0xFFFFFFFF))

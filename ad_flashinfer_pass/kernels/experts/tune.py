@@ -1,0 +1,105 @@
+"""Kernels of experts chosen by measurement, for each number of tokens; see ``kernels.measure``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels.experts import by_torch, select
+from ad_flashinfer_pass.kernels.experts.arguments import arguments
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel
+from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
+
+Weights = Mapping[str, Any]
+"""By argument of ``ops.experts``; a tensor, or None."""
+_LAYERS = 6
+"""Of a kind that are timed in turn: together far more than an L2 cache holds."""
+
+
+class ExpertsKind(NamedTuple):
+    """Layers of experts that a kernel runs alike."""
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    width: int
+    dtype: torch.dtype
+    options: tuple[tuple[str, Any], ...]
+    """The arguments of ``ops.experts`` that are no tensors."""
+
+    def __str__(self) -> str:
+        return f"{self.top_k} of {self.num_experts} experts {self.width} x {self.hidden} {self.dtype}"
+
+
+def _kind(top_k: int, weights: Weights, options: Mapping[str, Any]) -> ExpertsKind:
+    down = weights["down_proj"]
+    num_experts, hidden, width = down.shape
+    return ExpertsKind(num_experts, top_k, hidden, width, down.dtype, tuple(options.items()))
+
+
+class ExpertsLayers:
+    """The layers of experts of a model: a ``Subject``, whose sizes are numbers of tokens.
+
+    Args:
+        layers: of each the experts of a token, the weights as ``ops.experts`` takes them by name, on one CUDA
+            device and laid out by rows, and its arguments that are no tensors.
+    """
+
+    default = select.DEFAULT
+
+    def __init__(self, layers: Sequence[tuple[int, Weights, Mapping[str, Any]]]) -> None:
+        self.row = [(_kind(*layer), layer[1]) for layer in layers]
+        self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
+        self.device = layers[0][1]["down_proj"].device
+
+    def key(self, size: int) -> str:
+        """See ``Subject``."""
+        counts = Counter(kind for kind, _ in self.row)
+        return f"{size} tokens, " + ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+
+    def candidates(self, size: int) -> list[str]:
+        """See ``Subject``; those of any kind, of which the default is the first of each."""
+        others = [str(kernel) for kind in self.kinds for kernel in self._of(kind, size)[1:]]
+        return list(dict.fromkeys([self.default, *others, "torch"]))
+
+    def measure(self, size: int, kernels: list[str]) -> Measured:
+        """See ``Subject``; tokens choose their experts at random, which is the worst for their number."""
+        chosen, notes = [], []
+        for kind in self.kinds:
+            layers = [weights for other, weights in self.row if other == kind][:_LAYERS]
+            launched = [self._launch(kind, size, weights) for weights in layers]
+            tried = [self.default, *map(str, self._of(kind, size)[1:]), "torch"]
+            times = {
+                name: [microseconds([partial(run, name) for run in launched])]
+                for name in kernels
+                if name in tried
+            }
+            chosen.append(fastest(times, self.default))
+            shown = ", ".join(f"{name} {us:.1f}" for name, (us,) in times.items())
+            notes.append(f"{size} tokens, {kind}: {chosen[-1]} ({shown} us)")
+        return Measured(chosen, notes)
+
+    @staticmethod
+    def _of(kind: ExpertsKind, size: int) -> list[Kernel]:
+        return select.candidates(size, kind.top_k, kind.num_experts)
+
+    def _launch(self, kind: ExpertsKind, size: int, weights: Weights) -> Callable[[str], Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        new = {"device": self.device, "generator": generator}
+        hidden = torch.randn(size, kind.hidden, **new).to(kind.dtype)
+        best, index = torch.rand(size, kind.num_experts, **new).topk(kind.top_k)
+        routing, options = (hidden, index, best.to(kind.dtype)), {**weights, **dict(kind.options)}
+        in_float32 = options.pop("in_float32")
+        x = arguments(*routing, **options)
+
+        def run(kernel: str) -> Tensor:
+            if kernel == "torch":
+                return by_torch.run(*routing, **options, in_float32=in_float32)
+            return select.run(x, Kernel.parse(kernel))
+
+        return run

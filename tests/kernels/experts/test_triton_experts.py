@@ -1,0 +1,119 @@
+"""The kernels of experts against float64; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+pytest.importorskip("triton", reason="triton is not installed")
+
+from ad_flashinfer_pass.kernels.experts import gemv, grouped, select, top_k  # noqa: E402
+from ad_flashinfer_pass.kernels.experts.arguments import Experts, arguments  # noqa: E402
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel  # noqa: E402
+from ad_flashinfer_pass.ops.experts import experts  # noqa: E402
+
+# The interpreter multiplies bfloat16 by its bits.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+EXPERTS, TOP_K, HIDDEN, WIDTH = 7, 3, 48, 40
+KERNELS = [
+    Kernel("gemv", gemv.Config(16, 32, 2, 32, 32, 2)),
+    Kernel("grouped", grouped.Config(16, 32, 32, 2, 2, 32, 32)),
+    Kernel("grouped", grouped.Config(64, 32, 16, 4, 3, 32, 32)),
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "transposed, alternating, scaled and cut": {
+        "is_transposed": True,
+        "is_concatenated": False,
+        "alpha": 1.702,
+        "beta": 1.0,
+        "limit": 0.5,
+    },
+    "no gate": {"has_gate": False, "activation": "relu2"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "gelu": {"activation": "gelu"},
+    "weights of the input": {"activation": "relu", "weigh_input": True},
+    "a projection of its own": {"up_proj": True},
+}
+
+
+def inputs(tokens: int, options: dict[str, Any], *, bias: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of ``ops.experts``: those that are tensors, and the others."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE, DTYPE)
+
+    given = {key: value for key, value in options.items() if key != "up_proj"}
+    weights, index = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K)
+    has_two, rows = "up_proj" in options, 2 * WIDTH if given.get("has_gate", True) else WIDTH
+    shapes = [(WIDTH if has_two else rows, HIDDEN), (HIDDEN, WIDTH)]
+    projections = [random(EXPERTS, *shape) for shape in shapes]
+    if given.get("is_transposed"):
+        projections = [weight.mT.contiguous() for weight in projections]
+    biases = [random(EXPERTS, rows), random(EXPERTS, HIDDEN)] if bias else [None, None]
+    up = random(EXPERTS, WIDTH, HIDDEN) if has_two else None
+    routing = [random(tokens, HIDDEN) * HIDDEN**0.5, index.to(DEVICE), weights.to(DEVICE, DTYPE)]
+    return [*routing, *projections, *biases, up], given
+
+
+def assert_near(found: Tensor, tensors: list[Any], options: dict[str, Any]) -> None:
+    """To three roundings: between the projections, of the second one's result, and of the sum."""
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
+    wanted = experts(*wide, **options)
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() <= 1.5 * torch.finfo(DTYPE).eps
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_experts(name: str, kernel: Kernel) -> None:
+    tensors, options = inputs(5, OPTIONS[name], bias=True)
+    assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernel"),
+    [*((1, kernel) for kernel in KERNELS), *((70, kernel) for kernel in KERNELS[1:])],
+    ids=str,
+)
+def test_numbers_of_tokens(tokens: int, kernel: Kernel) -> None:
+    tensors, options = inputs(tokens, {}, bias=False)
+    assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_all_tokens_may_choose_one_expert_and_choose_it_twice(kernel: Kernel) -> None:
+    tensors, options = inputs(6, {}, bias=False)
+    tensors[1][:] = EXPERTS - 1
+    assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
+
+
+def test_the_first_candidate_is_the_default() -> None:
+    tensors, options = inputs(3, {}, bias=False)
+    x: Experts = arguments(*tensors, **options)
+    first = select.candidates(3, TOP_K, EXPERTS)[0]
+    assert torch.equal(select.run(x, Kernel(select.DEFAULT)), select.run(x, first))
+
+
+@pytest.mark.parametrize("columns", [8, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPE], ids=str)
+def test_top_k_is_that_of_torch(dtype: torch.dtype, columns: int) -> None:
+    """Infinities, NaN and equal numbers included; no column is named twice."""
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(6, columns, generator=generator).to(DEVICE, dtype)
+    x[0, 1:] = -torch.inf
+    x[1] = 0
+    x[2, 3] = torch.nan
+    x[3, 5] = torch.inf
+    values, index = top_k.run(x, 8)
+    wanted, _ = torch.topk(x, 8)
+    assert torch.equal(values.nan_to_num(9e4), wanted.nan_to_num(9e4))
+    assert torch.equal(x.gather(1, index).nan_to_num(9e4), wanted.nan_to_num(9e4))
+    assert all(len(set(row)) == 8 for row in index.tolist())

@@ -1,0 +1,125 @@
+"""Experts run the kernels that were measured to be the fastest, by number of tokens.
+
+Before: best, index = topk(scores, k)
+        out = experts(x, index, weights, gate_up, down, is_concatenated=False, is_transposed=True)
+After:  best, index = ad_flashinfer.top_k(scores, k)
+        out = experts(x, index, weights, gate_up', down', kernel="triton 1=gemv/2/1024/4/2/512/2 ...")
+
+Legal because the kernels compute what the op says, rounded once where torch's round several times. Weights
+that lie transposed, or whose rows of gate and up alternate, are laid out anew, so that a kernel reads whole
+rows. On CUDA, in bfloat16 and float16; only sizes that are captured are timed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.measure import tune
+from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
+from ad_flashinfer_pass.registry import register
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
+
+_EXPERTS = torch.ops.ad_flashinfer.experts.default
+_ROUTING = ("hidden_states", "top_k_index", "top_k_weights")
+_FLOATS = (torch.bfloat16, torch.float16)
+_WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "up_proj")
+
+
+@register("tune_experts")
+def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+    """Lay out the weights of experts and choose their kernels."""
+    assert isinstance(model, fx.GraphModule)
+    report = TransformReport("tune_experts")
+    nodes = list(model.graph.find_nodes(op="call_function", target=_EXPERTS))
+    if not nodes or ctx.device.type != "cuda":
+        return model, report
+    from ad_flashinfer_pass.kernels.experts import select  # needs triton
+
+    served = []
+    for node in nodes:
+        dtype = g.value(g.op_args(node)["down_proj"]).dtype
+        if dtype not in _FLOATS:
+            report.skipped.append(Skip(g.where(node), f"its experts are {dtype}: by torch's kernels"))
+            continue
+        lay_out(model, node)
+        node.kwargs = {**node.kwargs, "kernel": select.DEFAULT}
+        served.append(node)
+    report.num_matches = len(served)
+    for node in model.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
+        _replace_top_k(node)
+    if ctx.config.compile_backend != "torch-simple" and g.has_weights(model):
+        _tune([node for node in served if _reads_weights(node)], ctx, report)
+    if served:
+        g.finish(model)
+    return model, report
+
+
+def _replace_top_k(node: fx.Node) -> None:
+    """By our kernel, where it has rows of few numbers, as a router's scores are."""
+    from ad_flashinfer_pass.kernels.experts.top_k import MAX_COLUMNS  # needs triton
+
+    args, shape = g.op_args(node), g.shape(g.args(node)[0])
+    is_plain = args["largest"] and args["dim"] in (-1, len(shape) - 1)
+    is_plain &= g.value(args["self"]).dtype in (*_FLOATS, torch.float32)
+    if len(shape) == 2 and is_plain and isinstance(shape[1], int) and shape[1] <= MAX_COLUMNS:
+        g.replace_op(node, torch.ops.ad_flashinfer.top_k.default, args["self"], args["k"])
+
+
+def lay_out(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let experts read whole rows, the gate's before those of up, from parameters that are laid out so."""
+    args = g.op_args(node)
+    if not _reads_weights(node) or not (args["is_transposed"] or not args["is_concatenated"]):
+        return
+    alternates = args["has_gate"] and not args["is_concatenated"]
+    before = [args[name] for name in _WEIGHTS if args[name] is not None]
+    for name in _WEIGHTS:
+        if args[name] is None:
+            continue
+        weight: Tensor = g.attribute(args[name]).detach()
+        if args["is_transposed"] and weight.dim() == 3:
+            weight = weight.mT
+        if alternates and name in ("gate_up_proj", "gate_up_bias"):
+            weight = torch.cat([weight[:, ::2], weight[:, 1::2]], 1)
+        parameter = nn.Parameter(weight.contiguous(), requires_grad=False)
+        with gm.graph.inserting_before(node):
+            target = f"{args[name].target}_by_rows".replace(".", "_")
+            args[name] = g.add_attribute(gm, target, parameter)
+    node.args, node.kwargs = (), {**args, "is_transposed": False, "is_concatenated": True}
+    for weight_node in before:
+        if not weight_node.users:
+            gm.graph.erase_node(weight_node)
+    g.delete_unread(gm)  # now, so that there are never two copies of all layers
+
+
+def _reads_weights(node: fx.Node) -> bool:
+    args = g.op_args(node)
+    return all(args[name] is None or args[name].op == "get_attr" for name in _WEIGHTS)
+
+
+def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) -> None:
+    """Measure the kernels of each kind of experts, and let the graph use what was found."""
+    from ad_flashinfer_pass.kernels.experts.tune import ExpertsLayers  # needs triton
+
+    if not nodes:
+        return
+    row = []
+    for args in map(g.op_args, nodes):
+        weights = {name: None if args[name] is None else g.attribute(args[name]) for name in _WEIGHTS}
+        options: dict[str, Any] = {
+            name: arg for name, arg in args.items() if name not in (*_ROUTING, *_WEIGHTS, "kernel")
+        }
+        row.append((g.shape(args["top_k_index"])[1], weights, options))
+    layers = ExpertsLayers(row)
+    sizes, buckets = bucket_sizes(ctx.config)
+    plans, notes = tune(
+        layers,
+        sorted({*sizes, *buckets}),
+        lambda done, total: ctx.on_event(f"tune_experts: {done} of {total} numbers of tokens"),
+    )
+    report.notes += notes
+    for node, (kind, _) in zip(nodes, layers.row, strict=True):
+        node.kwargs = {**node.kwargs, "kernel": plans[kind]}

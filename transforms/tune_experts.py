@@ -112,7 +112,7 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
         options: dict[str, Any] = {
             name: arg for name, arg in args.items() if name not in (*_ROUTING, *_WEIGHTS, "kernel")
         }
-        row.append((g.shape(args["top_k_index"])[1], weights, options))
+        row.append((int(g.shape(args["top_k_index"])[1]), weights, options))
     layers = ExpertsLayers(row)
     sizes, buckets = bucket_sizes(ctx.config)
     plans, notes = tune(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,16 +73,31 @@ def experts(
             f"experts of {hidden_states.shape[0]} tokens need as many rows of indices and weights, got "
             f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}."
         )
-    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    others = (gate_up_bias, down_bias, up_proj, activation, alpha, beta, limit)
-    layout = (has_gate, is_concatenated, is_transposed, weigh_input)
+    given: dict[str, Any] = {
+        "hidden_states": hidden_states,
+        "top_k_index": top_k_index,
+        "top_k_weights": top_k_weights,
+        "gate_up_proj": gate_up_proj,
+        "down_proj": down_proj,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+        "up_proj": up_proj,
+        "activation": activation,
+        "alpha": alpha,
+        "beta": beta,
+        "limit": limit,
+        "has_gate": has_gate,
+        "is_concatenated": is_concatenated,
+        "is_transposed": is_transposed,
+        "weigh_input": weigh_input,
+    }
     chosen = KernelPlan.parse(kernel).at(num_tokens)
     if chosen.name != "torch" and num_tokens and _can_triton(hidden_states, down_proj):
         from ad_flashinfer_pass.kernels.experts import select  # needs triton
 
         with launching(hidden_states.device, top_k_index=top_k_index, down_proj=down_proj):
-            return select.run(arguments(*tensors, *others, *layout), chosen)
-    return by_torch.run(*tensors, *others, in_float32, *layout)
+            return select.run(arguments(**given), chosen)
+    return by_torch.run(**given, in_float32=in_float32)
 
 
 def _can_triton(x: Tensor, weight: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.config import CompileBackend
@@ -79,8 +79,8 @@ def test_families_are_as_near_to_float32_as_the_uncached_model(family: str, back
     best is as good to within twice its own error.
     """
     config = architectures.small_config(family, vocab_size=512, hidden_size=256, intermediate_size=512)
-    model = architectures.random_model(config, "eager" if family == "gpt_oss" else "sdpa")
-    model = model.to("cuda", torch.bfloat16)
+    model: nn.Module = architectures.random_model(config, "eager" if family == "gpt_oss" else "sdpa")
+    model = model.to(device="cuda", dtype=torch.bfloat16)
     cached, reports = transformed(model, backend)
     (tuned,) = [report for report in reports if report.name == "tune_experts"]
     assert tuned.num_matches

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph import edit as g
@@ -22,7 +22,8 @@ EXPERTS = torch.ops.ad_flashinfer.experts
 
 def tuned(family: str, dtype: torch.dtype) -> tuple[fx.GraphModule, fx.GraphModule, TransformReport]:
     """A graph before and after, as on a GPU whose steps are not captured."""
-    model = architectures.random_model(architectures.small_config(family)).to(dtype)
+    model: nn.Module = architectures.random_model(architectures.small_config(family))
+    model = model.to(dtype=dtype)
     config = AutoDeployConfig(device="cpu", max_batch_size=2, max_seq_len=64, compile_backend="torch-simple")
     ctx, pipeline = context(config), Pipeline.of(config)
     before, _ = pipeline.before("tune_experts").run(model, ctx)

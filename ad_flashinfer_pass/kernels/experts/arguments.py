@@ -20,8 +20,8 @@ class Experts(NamedTuple):
     """See ``ops.experts.experts``."""
 
     hidden_states: Tensor
-    index: Tensor
-    weights: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
     gate: Projection
     """Without a gate, what is activated."""
     up: Projection | None
@@ -63,7 +63,6 @@ def arguments(
     weigh_input: bool = False,
 ) -> Experts:
     """The arguments of ``ops.experts`` by what the products read; views of the weights."""
-    routing = [x.contiguous() for x in (hidden_states, top_k_index, top_k_weights)]
     if is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
         up_proj = None if up_proj is None else up_proj.mT
@@ -77,4 +76,16 @@ def arguments(
             for weight, cut in zip(weights, cuts, strict=True)
         ]
     down = Projection(down_proj, down_bias)
-    return Experts(*routing, gate, up, down, activation, alpha, beta, limit, weigh_input)
+    return Experts(
+        hidden_states.contiguous(),
+        top_k_index.contiguous(),
+        top_k_weights.contiguous(),
+        gate,
+        up,
+        down,
+        activation,
+        alpha,
+        beta,
+        limit,
+        weigh_input,
+    )

@@ -52,14 +52,14 @@ def run(x: Experts, config: Config) -> Tensor:
     Returns:
         [t, hidden], in the dtype of hidden_states.
     """
-    num_tokens, top_k = x.index.shape
+    num_tokens, top_k = x.top_k_index.shape
     new = x.hidden_states.new_empty
     middle = new((num_tokens * top_k, x.width), dtype=x.down.weight.dtype)
     has_bias = x.gate.bias is not None
     _up[(num_tokens * top_k, triton.cdiv(x.width, config.rows))](
         x.hidden_states,
-        x.index,
-        x.weights if x.weigh_input else None,
+        x.top_k_index,
+        x.top_k_weights if x.weigh_input else None,
         x.gate.weight,
         x.gate.bias,
         None if x.up is None else x.up.weight,
@@ -82,8 +82,8 @@ def run(x: Experts, config: Config) -> Tensor:
     out = new((num_tokens, x.hidden))
     _down[(num_tokens, triton.cdiv(x.hidden, config.down_rows))](
         middle,
-        x.index,
-        None if x.weigh_input else x.weights,
+        x.top_k_index,
+        None if x.weigh_input else x.top_k_weights,
         x.down.weight,
         x.down.bias,
         out,

@@ -77,10 +77,10 @@ def run(x: Experts, config: Config) -> Tensor:
     Returns:
         [t, hidden], in the dtype of hidden_states.
     """
-    num_tokens, top_k = x.index.shape
+    num_tokens, top_k = x.top_k_index.shape
     num_pairs, num_experts = num_tokens * top_k, x.down.weight.shape[0]
     device = x.hidden_states.device
-    routes = _routed(x.index, num_experts, config.tokens)
+    routes = _routed(x.top_k_index, num_experts, config.tokens)
     middle = torch.empty((num_pairs, x.width), dtype=x.down.weight.dtype, device=device)
     _multiply(x.hidden_states, top_k, x.gate, x, routes, middle, config.rows, config.depth, config)
     partial = torch.empty((num_pairs, x.hidden), dtype=x.down.weight.dtype, device=device)
@@ -88,7 +88,7 @@ def run(x: Experts, config: Config) -> Tensor:
     out = torch.empty((num_tokens, x.hidden), dtype=x.hidden_states.dtype, device=device)
     _sum[(num_tokens, triton.cdiv(x.hidden, _COLUMNS))](
         partial,
-        None if x.weigh_input else x.weights,
+        None if x.weigh_input else x.top_k_weights,
         out,
         x.hidden,
         TOP_K=top_k,
@@ -160,7 +160,7 @@ def _multiply(
         projection.bias,
         None if up is None else up.weight,
         None if up is None else up.bias,
-        gate.weights if gate is not None and weigh else None,
+        gate.top_k_weights if gate is not None and weigh else None,
         routes.pairs,
         routes.ranges,
         routes.blocks,

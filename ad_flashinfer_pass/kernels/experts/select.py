@@ -36,7 +36,8 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
         [t, hidden], in the dtype of hidden_states.
     """
     if kernel.name == DEFAULT:
-        kernel = candidates(*x.index.shape, x.down.weight.shape[0])[0]
+        num_tokens, top_k = x.top_k_index.shape
+        kernel = candidates(num_tokens, top_k, x.down.weight.shape[0])[0]
     if kernel.name == "gemv":
         return gemv.run(x, gemv.Config(*kernel.options))
     return grouped.run(x, grouped.Config(*kernel.options))

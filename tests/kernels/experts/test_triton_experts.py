@@ -66,7 +66,7 @@ def inputs(tokens: int, options: dict[str, Any], *, bias: bool) -> tuple[list[An
 
 def assert_near(found: Tensor, tensors: list[Any], options: dict[str, Any]) -> None:
     """To three roundings: between the projections, of the second one's result, and of the sum."""
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
+    wide: list[Any] = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
     wanted = experts(*wide, **options)
     assert ((found.double() - wanted).norm() / wanted.norm()).item() <= 1.5 * torch.finfo(DTYPE).eps
 

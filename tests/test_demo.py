@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ad_flashinfer_pass.demo import stories, train
+import ad_flashinfer_pass.demo
+from demo import stories, train
 
-DEMO = Path(stories.__file__).parent
+DEMO = Path(ad_flashinfer_pass.demo.__file__).parent
 HELD_OUT_SEED = 1
 NAMES = {*stories._BOYS, *stories._GIRLS, *stories._HE_ANIMALS, *stories._SHE_ANIMALS}
 # Measured: 1.2. A model that does not look back for the names stays at 1.5.

@@ -1,1 +1,1 @@
-"""The demo model: its files, and in ``train.py`` how they were made."""
+"""The demo model, in the files beside this; ``demo/train.py`` of the repository made them."""

@@ -1,4 +1,4 @@
-"""Makes the demo model: ``python -m ad_flashinfer_pass.demo.train --output DIR``.
+"""Makes the demo model: ``python -m demo.train --output DIR``.
 
 Everything comes from two seeds and the grammar in ``stories.py``: a byte-level BPE tokenizer, then
 a Llama of 0.9 M parameters, trained in float32 on one thread of a CPU in about ten minutes. Weights
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ad_flashinfer_pass.demo.stories import Story, make_stories
+from demo.stories import Story, make_stories
 
 STORY_SEED = 0
 WEIGHT_SEED = 0

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 from torch.utils._pytree import tree_leaves
 
+from ad_flashinfer_pass.errors import KernelError
 from ad_flashinfer_pass.inspection.lint import lint_graph
 from ad_flashinfer_pass.kernels.attention.capability import Phase
 from tests.gpu import test_graphs
@@ -68,7 +69,7 @@ def step_replays(phase: Phase, kernel: str) -> bool:
     module, info, caches = test_graphs.graphs(PLAIN, kernels, [SIZES.max_batch_size], buckets)
     try:
         module.capture(info, caches)
-    except (RuntimeError, torch.AcceleratorError):
+    except (KernelError, RuntimeError, torch.AcceleratorError):
         torch.cuda.synchronize()
         return False
     rng = random.Random(0)

@@ -158,7 +158,7 @@ def restore(
     ctx.sequence_info.max_extend_len = g.op_args(first)["max_extend_len"]
     _check_settings(gm, ctx)
     module, _ = pipeline.Pipeline.of(ctx.config).since("initialize_cache").run(gm, ctx)
-    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
+    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
 
 
 def _sizes(info: SequenceInfo) -> list[int]:

@@ -49,7 +49,7 @@ def transform_module(
     check_type("module", module, nn.Module)
     ctx = context(config, on_event)
     transformed, reports = Pipeline.of(config).run(module, ctx)
-    model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weight_bytes)
+    model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
     model.generation_config = getattr(module, "generation_config", None)
     return model, reports
 

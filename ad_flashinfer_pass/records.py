@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
@@ -107,8 +108,8 @@ class TransformContext:
     """Width of the logits."""
     small_batch_model: fx.GraphModule | None = None
     """The graph for steps of few tokens, where there is another one."""
-    weight_bytes: int = 0
-    """Bytes of the weights that every step reads whole: all but tables of which it reads its tokens' rows."""
+    weights: StepWeights = field(default_factory=StepWeights)
+    """What steps read of the weights."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
     target: torch.device | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.weights import step_weights
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
@@ -31,7 +32,7 @@ _MANY = 128
 def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
     """Make the graph ready to be called."""
     assert isinstance(model, fx.GraphModule)
-    ctx.weight_bytes = _weight_bytes(model)
+    ctx.weights = step_weights(model)
     report = TransformReport("compile_model", num_matches=1)
     compiled: nn.Module = _compiled(model, ctx, report)
     if ctx.small_batch_model is not None:
@@ -114,15 +115,6 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
             model(**info.named_args(), **ctx.caches)
     for cache in ctx.caches.values():
         cache[pages] = 0
-
-
-def _weight_bytes(model: fx.GraphModule) -> int:
-    read: dict[int, int] = {}
-    for node in model.graph.find_nodes(op="get_attr"):
-        tensor = g.attribute(node)
-        if not all(g.is_op(user, torch.ops.aten.embedding) for user in node.users):
-            read[id(tensor)] = tensor.nbytes
-    return sum(read.values())
 
 
 def _with_flat_attributes(model: fx.GraphModule) -> fx.GraphModule:

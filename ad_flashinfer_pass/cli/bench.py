@@ -64,7 +64,8 @@ def bench(
     """Measure throughput and latency of a model, beside the floor of the device's memory.
 
     Random prompts, greedy, a fixed number of new tokens. The floor of a decode step is the time in which
-    a large copy, measured in the same run, moves as many bytes as the step must read.
+    a large copy, measured in the same run, moves as many bytes as the step must read; of experts, those
+    that a batch is expected to choose.
     """
     places = _numbers(concurrency)
     for name, number in (("--input-len", input_len), ("--output-len", output_len)):

@@ -1,8 +1,9 @@
 """Throughput and latency of a model under a number of concurrent requests, beside the floor of the memory.
 
 The floor of a decode step is the time in which the device's memory delivers what every step must read: each
-weight once, and K and V of every token in the batch. Its bandwidth is measured in the same run, by a large
-copy. No step that reads all of that can be faster; one that is close to it has nothing left to gain.
+weight once, and K and V of every token in the batch. Of experts it is those that a batch is expected to
+choose, where all are as likely. The bandwidth is measured in the same run, by a large copy. No step that
+reads all of that can be faster; one that is close to it has nothing left to gain.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Row:
     """Median time between two tokens of a request: a decode step of ``concurrency`` sequences. None where
     ``output_len`` is 1."""
     floor_ms: float
-    """Weights, and K and V at the middle of the output, over the bandwidth of a copy."""
+    """Weights, and K and V at the middle of the output, over the bandwidth of a copy; of experts those that
+    so many tokens are expected to choose."""
     first_token: Percentiles
     between_tokens: Percentiles | None
     request: Percentiles
@@ -207,8 +209,9 @@ def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeli
 
 def step_bytes(model: CachedModel, batch_size: int, context: int) -> int:
     """Bytes that a decode step must read: weights, and K and V of ``context`` tokens of each sequence."""
+    weights = model.weights.bytes_at(batch_size)
     page_bytes = sum(cache[0].nbytes for cache in model.caches.values())
-    return model.weight_bytes + page_bytes * context * batch_size // model.sequence_info.tokens_per_block
+    return weights + page_bytes * context * batch_size // model.sequence_info.tokens_per_block
 
 
 def copy_bandwidth(device: torch.device) -> float:

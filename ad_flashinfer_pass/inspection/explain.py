@@ -1,11 +1,11 @@
-"""``explain``: every attention site of a model, and what the pass does with it."""
+"""``explain``: every attention site of a model and its experts, and what the pass does with them."""
 
 from __future__ import annotations
 
 import linecache
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from ad_flashinfer_pass.errors import (
     UnsupportedError,
 )
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.weights import ExpertsSite, step_weights
 from ad_flashinfer_pass.inspection.lint import lint_graph
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import folded, ranges, short, source_line, table
@@ -107,6 +108,8 @@ class Explanation:
     """Notes and skips by transform."""
     not_captured: list[str]
     """What outside attention would keep a CUDA graph from being captured; see ``inspection.lint``."""
+    experts: list[ExpertsSite] = field(default_factory=list)
+    """Of the layers that have some, in order."""
     refusal: RefusalExplanation | None = None
 
 
@@ -197,7 +200,19 @@ def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explan
     else:
         sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
     outside = [f"{f.where}: {f.message} ({f.rule})" for f in lint_graph(run.module, suppress=["host-plan"])]
-    return Explanation(sites=sites, transforms=_notes(run.reports), not_captured=outside)
+    experts = [_with_kernel(site, run.ctx) for site in step_weights(run.module).experts]
+    return Explanation(sites=sites, transforms=_notes(run.reports), not_captured=outside, experts=experts)
+
+
+def _with_kernel(site: ExpertsSite, ctx: TransformContext) -> ExpertsSite:
+    """With the kernels that it will have on the target, where a build chooses them."""
+    is_tuned = (
+        ctx.target is not None
+        and ctx.target.type == "cuda"
+        and site.dtype in ("bfloat16", "float16")
+        and ctx.config.transforms["tune_experts"].enabled
+    )
+    return replace(site, kernel="triton, chosen by time in the build") if is_tuned else site
 
 
 def _sites(ctx: TransformContext, config: AutoDeployConfig, sm: int | None) -> list[SiteExplanation]:
@@ -310,8 +325,50 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
     outside = table("what outside attention will not capture", title="Capture")
     for each in explanation.not_captured:
         outside.add_row(short(each))
-    tables += [kernels, evidence]
+    tables += [kernels, *_experts_tables(explanation.experts), evidence]
     return [*tables, outside] if explanation.not_captured else tables
+
+
+EXPERTS_COLUMNS = (
+    "layers",
+    "module",
+    "experts",
+    "a token's",
+    "width",
+    "kernel",
+    "bytes of one",
+    "a token reads",
+)
+
+
+def experts_rows(sites: list[ExpertsSite]) -> list[tuple[str, ...]]:
+    """Cells under ``EXPERTS_COLUMNS``, layers that are alike as one row."""
+    rows = (
+        (
+            site.module,
+            f"{site.num_experts}",
+            f"{site.top_k}",
+            f"{site.width}, hidden {site.hidden}",
+            site.kernel,
+            f"{site.bytes_each:,}",
+            f"{site.top_k * site.bytes_each:,}",
+        )
+        for site in sites
+    )
+    return [(str(len(places)), *cells) for places, cells in folded(rows)]
+
+
+def _experts_tables(sites: list[ExpertsSite]) -> list[RenderableType]:
+    if not sites:
+        return []
+    shown = table(*EXPERTS_COLUMNS, title="Experts")
+    for row in experts_rows(sites):
+        shown.add_row(*row)
+    read, held = (
+        sum(number(site) * site.bytes_each for site in sites)
+        for number in (lambda site: site.top_k, lambda site: site.num_experts)
+    )
+    return [shown, f"A token reads {read:,} bytes of the {held:,} of all experts"]
 
 
 _ROWS = ("module", "source line", "matched as", "mask", "prefill", "decode", "cache", "bytes a token")

@@ -20,6 +20,7 @@ from ad_flashinfer_pass.errors import CapacityError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.data import GraphData, NodeData, layer_of
 from ad_flashinfer_pass.graph.text_format import value_text
+from ad_flashinfer_pass.graph.weights import step_weights
 from ad_flashinfer_pass.inspection.sizes import allocated_bytes
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import table
@@ -86,6 +87,9 @@ class MemoryPlan(_Data):
     """Of each pool, as ``initialize_cache`` allocates them, without the scratch page."""
     pages_arithmetic: str
     max_seq_len: int
+    weights_read: dict[int, int]
+    """Bytes of weights that a decode step reads, by its number of sequences; of experts, those that so many
+    tokens are expected to choose, where all are as likely. Empty: there are no experts."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -163,7 +167,8 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
         *_activations(final, config),
         *(_graphs(config) if is_captured else []),
     ]
-    info = run.ctx.sequence_info
+    info, read = run.ctx.sequence_info, step_weights(run.module)
+    batches = (1, info.max_batch_size) if read.experts else ()
     return MemoryPlan(
         model=final.title.removesuffix(f" after {list(run.graphs)[-1]}"),
         memory=memory,
@@ -176,6 +181,7 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
         pages=pages.allocated,
         pages_arithmetic=_pages_arithmetic(run.ctx, pages, memory, taken),
         max_seq_len=info.max_seq_len,
+        weights_read={number: read.bytes_at(number) for number in batches},
     )
 
 
@@ -391,12 +397,13 @@ def as_tables(found: MemoryPlan) -> list[RenderableType]:
 def answers(found: MemoryPlan) -> list[str]:
     """The plan in sentences."""
     if not found.pools:
-        return [found.pages_arithmetic]
+        return [found.pages_arithmetic, *_reads(found)]
     lines = [
         f"The pools hold {found.tokens:,} tokens ({found.pages:,} pages of {found.tokens_per_block}), "
         f"{found.bytes_per_token:,} bytes each: {found.sequences:,} sequences of {found.max_seq_len:,} "
         "tokens.",
         found.pages_arithmetic,
+        *_reads(found),
     ]
     if found.pages_fitting is not None and found.pages_fitting > found.pages_wanted:
         lines.append(
@@ -410,6 +417,17 @@ def answers(found: MemoryPlan) -> list[str]:
     if found.left is not None and found.left < 0:
         lines.append("It does not fit: lower kv_cache_config.free_gpu_memory_fraction or max_num_tokens.")
     return lines
+
+
+def _reads(found: MemoryPlan) -> list[str]:
+    if not found.weights_read:
+        return []
+    held = sum(row.bytes for row in found.rows if row.name.startswith("weights"))
+    reads = ", ".join(f"{gib(size)} for {number:,}" for number, size in found.weights_read.items())
+    return [
+        f"A decode step reads this much of {gib(held)} GiB of weights, by its number of sequences: {reads}; "
+        "experts that none of them is expected to choose are not read."
+    ]
 
 
 def gib(count: int) -> str:

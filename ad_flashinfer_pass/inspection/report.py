@@ -16,9 +16,11 @@ from ad_flashinfer_pass.graph.data import GraphData
 from ad_flashinfer_pass.inspection.diff import GraphDiff, LayerDiff, diff_graphs
 from ad_flashinfer_pass.inspection.drawing import draw_layer
 from ad_flashinfer_pass.inspection.explain import (
+    EXPERTS_COLUMNS,
     Explanation,
     KernelUse,
     SiteExplanation,
+    experts_rows,
     explain_run,
     kernel_uses,
 )
@@ -127,6 +129,7 @@ def to_html(found: Report) -> str:
     return environment.from_string(template).render(
         report=found,
         sites=_sites(found.explanation.sites),
+        experts=(EXPERTS_COLUMNS, experts_rows(found.explanation.experts)),
         notes={each.name: _notes(each) for each in found.transforms},
         findings=[cells for _, cells in folded(map(as_row, found.findings))],
         answers=answers(found.memory),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.runtime.cuda_graph import Steps
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, SequenceStep
 
@@ -25,7 +26,7 @@ class CachedModel:
         caches: pools by the name of their graph input, [num_pages, 2, heads, page_size, head_dim].
         sequence_info: owner of the metadata tensors.
         vocab_size: width of the logits.
-        weight_bytes: bytes of weights that every step reads whole; see ``TransformContext``.
+        weights: what steps read of the weights; None: it is not known.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class CachedModel:
         caches: dict[str, Tensor],
         sequence_info: SequenceInfo,
         vocab_size: int,
-        weight_bytes: int = 0,
+        weights: StepWeights | None = None,
     ) -> None:
         self.module = module
         self.caches = caches
@@ -42,7 +43,7 @@ class CachedModel:
         self.device = sequence_info.device
         self.num_pages = next(iter(caches.values())).shape[0]
         self.vocab_size = vocab_size
-        self.weight_bytes = weight_bytes
+        self.weights = weights or StepWeights()
         self.generation_config: GenerationConfig | None = None
         """What transformers' ``generate`` would go by, of a model of theirs."""
         self._steps = module if isinstance(module, Steps) else Steps()

@@ -57,9 +57,9 @@ def test_bytes_of_a_step_are_weights_and_cache(llm: LLM) -> None:
     layers = len(model.caches)
     _, _, heads, _, dim = next(iter(model.caches.values())).shape
     kv = 2 * layers * heads * dim * 4
-    assert bench.step_bytes(model, 3, 10) == model.weight_bytes + 3 * 10 * kv
+    assert bench.step_bytes(model, 3, 10) == model.weights.bytes + 3 * 10 * kv
     # All weights are read but tables of which only the tokens' rows are.
-    assert 0.5 * sum(weights.values()) < model.weight_bytes <= sum(weights.values())
+    assert 0.5 * sum(weights.values()) < model.weights.bytes <= sum(weights.values())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.inspection.explain import Explanation, explain, explain_run
+from ad_flashinfer_pass.inspection.explain import Explanation, as_tables, explain, explain_run
+from ad_flashinfer_pass.inspection.plan import answers
 from ad_flashinfer_pass.inspection.report import report, to_html
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from tests import architectures
@@ -166,3 +167,29 @@ def test_a_device_that_there_is_not_is_one_line(device: str) -> None:
     """Before a model is looked for."""
     with pytest.raises(ConfigError, match=r"device: (torch knows no '.*'; for example|must be cpu, cuda or)"):
         explain(AutoDeployConfig(model="nothing", device=device))
+
+
+def test_experts_are_shown_alike_everywhere(tmp_path: Path, one_run: Callable[..., Stages]) -> None:
+    """Qwen3-MoE in bfloat16: three layers, 4 experts of 3 x 32 x 64 numbers, of which a token has 2."""
+    config = architectures.small_config("qwen3_moe")
+    config.dtype = "bfloat16"
+    config.save_pretrained(tmp_path)
+    deploy = AutoDeployConfig(model=str(tmp_path), max_seq_len=256, max_batch_size=8)
+
+    found = report(deploy)
+
+    sites = found.explanation.experts
+    assert [(site.num_experts, site.top_k, site.width, site.hidden) for site in sites] == [(4, 2, 32, 64)] * 3
+    assert {(site.bytes_each, site.kernel) for site in sites} == {(3 * 32 * 64 * 2, "torch")}
+    held = sum(row.bytes for row in found.memory.rows if row.name.startswith("weights"))
+    read = found.memory.weights_read
+    # Half of the experts, and no table.
+    table = 128 * 64 * 2
+    assert read == {1: held - table - 3 * 2 * 12288, 8: held - table - round(3 * 4 * 12288 / 2**8)}
+    assert 'id="experts"' in to_html(found)
+    assert "for 1, " in "".join(answers(found.memory))
+    on_gpu = explain(deploy, sm=90).experts
+    assert {site.kernel for site in on_gpu} == {"triton, chosen by time in the build"}
+    title, total = as_tables(explain(deploy))[-3:-1]
+    assert getattr(title, "title", None) == "Experts"
+    assert total == "A token reads 73,728 bytes of the 147,456 of all experts"

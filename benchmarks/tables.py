@@ -136,6 +136,61 @@ def compile_backend_cudagraph(data: dict[str, Any]) -> list[str]:
     return compile_backend(data)
 
 
+# vLLM 0.24.0 on another H200, by model and sequences: milliseconds of a step, prompt tokens a second.
+_VLLM_EXPERTS = {
+    "Qwen3-30B-A3B, 8 layers": {
+        1: (1.75, 75_000),
+        8: (1.83, 315_000),
+        32: (2.94, 397_000),
+        128: (4.00, 404_000),
+    }
+}
+
+
+def experts(data: dict[str, Any]) -> list[str]:
+    """Of ``experts.json``: whole models beside vLLM, then the kernels alone."""
+    lines = _heading(
+        "model",
+        "sequences",
+        "step, ms",
+        "floor, ms",
+        "vLLM 0.24, ms",
+        "prompts, tokens/s",
+        "vLLM 0.24, tokens/s",
+        "experts of a layer",
+    )
+    for model in data["models"]:
+        for row in model["rows"]:
+            step, prompts = _VLLM_EXPERTS.get(model["name"], {}).get(row["sequences"], (None, None))
+            cells = [model["name"], row["sequences"], _number(row["step_ms"], ".2f", below=step)]
+            cells += [_number(row["floor_ms"], ".2f"), _number(step, ".2f")]
+            cells += [_number(row["prompt_tokens_per_s"], ",.0f", above=prompts), _number(prompts, ",.0f")]
+            cells.append(_number(row["chosen"], ".1f"))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    built = [f"{m['name']} {m['build_seconds']:.0f} s" for m in data["models"] if m["build_seconds"]]
+    lines += ["", f"Built in: {', '.join(built)}. Not run: {', '.join(data['not_run']) or 'none'}.", ""]
+    lines += _heading("tokens", "experts of a layer, us", "floor, us", "of floor", "by torch, us")
+    for row in data["kernels"]:
+        share = row["floor_us"] and row["floor_us"] / row["us"]
+        cells = [f"{row['tokens']:,}", _number(row["us"], ".4g"), _number(row["floor_us"], ".4g")]
+        cells += [_number(share, ".0%"), _number(row["torch_us"], ".4g")]
+        lines.append(f"| {' | '.join(cells)} |")
+    speed = f"A large copy: {data['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and write together."
+    if data["command"] is not None:
+        return [*lines, "", f"{speed} {_source(data)}"]
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    where = f"{data['machine']}, {versions}, {data['date']}, commit {data['commit']}"
+    return [*lines, "", f"{speed} {where}: {data['how']}."]
+
+
+def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
+    """A number, in bold if it is worse than it should be; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    is_behind = (below is not None and value > below) or (above is not None and value < above)
+    return f"**{value:{form}}**" if is_behind else f"{value:{form}}"
+
+
 def _heading(*columns: str) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
@@ -149,6 +204,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
+    "performance.md": (experts,),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,13 @@ def test_the_hooks_before_a_commit_are_what_ci_runs() -> None:
         "".join(command)
         for command in re.findall(r'^    "\$bin/(ruff|mypy)"(.*?)(?: >.*)?$', ci, re.MULTILINE)
     ]
+
+
+def test_the_diffs_of_the_examples_can_be_applied(tmp_path: Path) -> None:
+    """Each to the sources as they are; git counts the lines of every hunk."""
+    for diff in re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL):
+        for name in re.findall(r"^--- a/(.*)$", diff, re.MULTILINE):
+            copy = tmp_path / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text((ROOT / name).read_text())
+        subprocess.run(["git", "apply"], input=diff, text=True, check=True, cwd=tmp_path)

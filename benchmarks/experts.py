@@ -231,6 +231,7 @@ def measure_model(
     assert isinstance(model, CachedModel)
     steps = bench(llm, input_len=args.context, output_len=args.new, concurrencies=args.batches)
     prompts = bench(llm, input_len=args.context, output_len=1, concurrencies=args.batches)
+    pieces = None if steps.eager_pieces is None else str(steps.eager_pieces)
     rows = []
     for row, prompt_row in zip(steps.rows, prompts.rows, strict=True):
         batch = row.concurrency
@@ -247,7 +248,7 @@ def measure_model(
                 "prompt_tokens_per_s": prompt_row.prompt_tokens_per_s,
             }
         )
-    return {"name": name, "build_seconds": seconds, "rows": rows}
+    return {"name": name, "build_seconds": seconds, "eager_pieces": pieces, "rows": rows}
 
 
 def main() -> int:

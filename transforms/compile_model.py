@@ -21,7 +21,7 @@ from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, bucket_sizes
-from ad_flashinfer_pass.runtime.inductor import compile_pieces
+from ad_flashinfer_pass.runtime.inductor import compile_pieces, eager_pieces
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 _MANY = 128
@@ -39,6 +39,7 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
         compiled = _BySize(_compiled(ctx.small_batch_model, ctx, report), compiled)
     if ctx.config.compile_backend == "torch-opt":
         _warm_up(compiled, ctx)
+        report.notes.append(str(eager_pieces(compiled)))
     if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda":
         return compiled, report
     return _captured(compiled, ctx, report), report

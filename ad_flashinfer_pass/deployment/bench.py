@@ -26,6 +26,7 @@ from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.files import write_file
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.inductor import EagerPieces, eager_pieces
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
@@ -85,6 +86,8 @@ class Result:
     rows: list[Row]
     eager_steps: dict[str, int]
     """Steps that ran eagerly although graphs were captured, by reason."""
+    eager_pieces: EagerPieces | None
+    """Of ``torch-opt``; None with another ``compile_backend``."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -151,6 +154,7 @@ def bench(
         output_len=output_len,
         rows=rows,
         eager_steps=model.eager_steps,
+        eager_pieces=eager_pieces(model.module),
     )
 
 
@@ -261,7 +265,8 @@ def as_tables(result: Result) -> list[RenderableType]:
             f"{row.prompt_tokens_per_s:,.0f}",
             *("-" if p is None else f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
         )
-    return [table, f"A copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s."]
+    pieces = [] if result.eager_pieces is None else [str(result.eager_pieces)]
+    return [table, f"A copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s.", *pieces]
 
 
 def draw(result: Result, file: Path) -> None:

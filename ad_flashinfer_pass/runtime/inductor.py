@@ -8,27 +8,34 @@ compiled once: the compile time does not grow with the number of layers.
 
 Tokens come as one row, [1, T], in decode steps too, which the packing proof allows. T is then the only size
 that changes, and a piece is compiled twice: for any T, and for T = 1, where Inductor makes matrix-vector
-products.
+products. A piece that torch.compile refuses runs op by op.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    ConstraintViolationError,
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ad_flashinfer_pass import ops
-from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.data import layer_of
 
 aten = torch.ops.aten
 
@@ -39,6 +46,8 @@ _CUTS = frozenset(
     getattr(torch.ops.ad_flashinfer, op.__name__).default
     for op in (ops.prepare_metadata, ops.append_kv, ops.rope_append, ops.cached_attention, ops.experts)
 )
+
+_REFUSALS = (TorchDynamoException, FailOnRecompileLimitHit, ConstraintViolationError)
 
 
 class Piece(nn.Module):
@@ -53,12 +62,20 @@ class Piece(nn.Module):
     def __init__(self, source: fx.GraphModule, token_dims: list[tuple[int, int]], where: str) -> None:
         super().__init__()
         self.num_nodes = len(source.graph.nodes)
-        self.num_calls = 0
-        """Places of the graph that call it."""
-        self._where = where
+        self.where = where
+        self.layers: list[int | None] = []
+        """Of the places of the graph that call it."""
+        self.refusal: str | None = None
+        """Why it runs op by op; None: it is compiled, or has not been called."""
+        self._source = source
         self._token_dims = token_dims
         self._variants: set[tuple[int, ...]] = set()
         self._compiled: Callable[..., Any] = torch.compile(source, fullgraph=True, dynamic=False)
+
+    @property
+    def num_calls(self) -> int:
+        """Places of the graph that call it."""
+        return len(self.layers)
 
     @property
     def num_variants(self) -> int:
@@ -67,6 +84,8 @@ class Piece(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """The piece's results, a tuple of tensors."""
+        if self.refusal is not None:
+            return self._source(*inputs)
         # 0 and 1 are constants to Dynamo; all other sizes share a variant, once they are marked.
         variant = tuple(min(inputs[i].shape[dim], 2) for i, dim in self._token_dims)
         if variant not in self._variants:
@@ -76,12 +95,46 @@ class Piece(nn.Module):
                     torch._dynamo.mark_dynamic(inputs[i], dim)
         try:
             return self._compiled(*inputs)
-        except TorchDynamoException as err:
-            raise UnsupportedError(
-                f"{self._where}: torch.compile cannot compile this part of the graph "
-                f"({str(err).strip().splitlines()[0]}). Set compile_backend: torch-cudagraph or "
-                "torch-simple, which run it op by op."
-            ) from err
+        except _REFUSALS as err:
+            self.refusal = str(err).strip().partition("\n")[0]
+        return self._source(*inputs)  # a piece writes to none of its inputs: nothing is done twice
+
+
+@dataclass(frozen=True)
+class EagerPieces:
+    """Pieces of a step that torch.compile refused, so that they run op by op."""
+
+    num_pieces: int
+    """Of the step, those that are compiled included."""
+    num_eager: int
+    most_in_a_layer: int
+    reasons: dict[str, str]
+    """What torch.compile said, by the first node of the piece."""
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {where}: {reason}" for where, reason in self.reasons.items())
+        return (
+            f"torch-opt: {self.num_eager} of {self.num_pieces} pieces of a step run op by op, at most "
+            f"{self.most_in_a_layer} a layer{reasons}"
+        )
+
+
+def eager_pieces(model: nn.Module) -> EagerPieces | None:
+    """Those of the graph in ``model`` that has the most; None if none was cut into pieces."""
+    graphs = ([child for child in each.children() if isinstance(child, Piece)] for each in model.modules())
+    found = [_count(pieces) for pieces in graphs if pieces]
+    return max(found, key=lambda each: each.num_eager, default=None)
+
+
+def _count(pieces: list[Piece]) -> EagerPieces:
+    eager = [piece for piece in pieces if piece.refusal is not None]
+    layers = Counter(layer for piece in eager for layer in piece.layers)
+    return EagerPieces(
+        num_pieces=sum(piece.num_calls for piece in pieces),
+        num_eager=sum(piece.num_calls for piece in eager),
+        most_in_a_layer=max(layers.values(), default=0),
+        reasons={piece.where: piece.refusal or "" for piece in eager},
+    )
 
 
 def compile_pieces(model: fx.GraphModule) -> tuple[fx.GraphModule, list[Piece]]:
@@ -93,9 +146,6 @@ def compile_pieces(model: fx.GraphModule) -> tuple[fx.GraphModule, list[Piece]]:
 
     Returns:
         A graph of pieces and of our ops, with the same inputs and result; and its pieces.
-
-    Raises:
-        UnsupportedError: a part of the graph is no tensor program. Calls raise it if torch.compile refuses.
     """
     flat = _with_one_row(model)
     pieces: dict[str, Piece] = {}
@@ -168,7 +218,8 @@ def _replace_by_piece(gm: fx.GraphModule, run: list[fx.Node], pieces: dict[str, 
         pieces[key] = Piece(source, dims, g.where(run[0]))
         gm.add_submodule(f"piece_{len(pieces) - 1}", pieces[key])
     piece = pieces[key]
-    piece.num_calls += 1
+    layers = (layer_of(g.module_path(node)) for node in run)
+    piece.layers.append(next((layer for layer in layers if layer is not None), None))
     with gm.graph.inserting_after(run[-1]):
         call = gm.graph.call_module(f"piece_{list(pieces).index(key)}", tuple(inputs))
     for index, node in reversed(list(enumerate(results))):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
-from ad_flashinfer_pass.runtime.inductor import Piece, compile_pieces
+from ad_flashinfer_pass.runtime.inductor import Piece, compile_pieces, eager_pieces
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests import architectures
 
@@ -59,14 +60,49 @@ def test_steps_of_all_sizes_share_the_variants_of_the_warm_up(model: CachedModel
     assert [piece.num_variants for piece in pieces(model)] == [2, 2, 4]
 
 
-def test_a_part_that_torch_compile_refuses_is_named() -> None:
+def piece_of(function: Callable[[fx.Proxy], fx.Proxy]) -> Piece:
+    """Of [T, 4] in layer 3, which returns what the function does."""
     graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.call_function(torch._dynamo.graph_break)
-    graph.output((x,))
-    piece = Piece(fx.GraphModule(nn.Module(), graph), [(0, 0)], "node break (model.py:12)")
-    with pytest.raises(UnsupportedError, match=r"node break \(model.py:12\).*compile_backend"):
-        piece(torch.ones(3))
+    x = fx.Proxy(graph.placeholder("x"))
+    graph.output((function(x).node,))
+    piece = Piece(fx.GraphModule(nn.Module(), graph), [(0, 0)], "node add (model.py:12)")
+    piece.layers.append(3)
+    return piece
+
+
+def breaks(x: fx.Proxy) -> fx.Proxy:
+    x.tracer.create_proxy("call_function", torch._dynamo.graph_break, (), {})
+    return x + 1
+
+
+def specialises(x: fx.Proxy) -> fx.Proxy:
+    """Right for three tokens only."""
+    return x.view(3, 4) + 1
+
+
+@pytest.mark.parametrize("function", [breaks, specialises])
+def test_a_piece_that_torch_compile_refuses_runs_op_by_op(
+    function: Callable[[fx.Proxy], fx.Proxy],
+) -> None:
+    """And is counted, with its place and what torch.compile said."""
+    piece, compiled = piece_of(function), piece_of(lambda x: x * 2)
+    x = torch.arange(12.0).view(3, 4)
+    for _ in range(2):
+        assert torch.equal(piece(x)[0], x + 1)
+        assert torch.equal(compiled(x)[0], x * 2)
+    found = eager_pieces(nn.Sequential(nn.ModuleList([piece, compiled])))
+    assert found is not None
+    assert (found.num_pieces, found.num_eager, found.most_in_a_layer) == (2, 1, 1)
+    assert found.reasons["node add (model.py:12)"]
+    assert str(found).startswith(
+        "torch-opt: 1 of 2 pieces of a step run op by op, at most 1 a layer; node add"
+    )
+
+
+def test_all_pieces_of_a_model_are_compiled(model: CachedModel) -> None:
+    found = eager_pieces(model.module)
+    assert str(found) == "torch-opt: 0 of 4 pieces of a step run op by op, at most 0 a layer"
+    assert [piece.layers for piece in pieces(model)] == [[0], [0, 1], [2]]
 
 
 def test_sizes_in_a_piece_are_read_of_its_inputs(source: nn.Module) -> None:

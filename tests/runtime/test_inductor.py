@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_steps_of_all_sizes_share_the_variants_of_the_warm_up(model: CachedModel
     assert [piece.num_variants for piece in pieces(model)] == [2, 2, 4]
 
 
-def piece_of(function: Callable[[fx.Proxy], fx.Proxy]) -> Piece:
+def piece_of(function: Callable[[Any], Any]) -> Piece:
     """Of [T, 4] in layer 3, which returns what the function does."""
     graph = fx.Graph()
     x = fx.Proxy(graph.placeholder("x"))
@@ -70,19 +71,19 @@ def piece_of(function: Callable[[fx.Proxy], fx.Proxy]) -> Piece:
     return piece
 
 
-def breaks(x: fx.Proxy) -> fx.Proxy:
+def breaks(x: Any) -> Any:
     x.tracer.create_proxy("call_function", torch._dynamo.graph_break, (), {})
     return x + 1
 
 
-def specialises(x: fx.Proxy) -> fx.Proxy:
+def specialises(x: Any) -> Any:
     """Right for three tokens only."""
     return x.view(3, 4) + 1
 
 
 @pytest.mark.parametrize("function", [breaks, specialises])
 def test_a_piece_that_torch_compile_refuses_runs_op_by_op(
-    function: Callable[[fx.Proxy], fx.Proxy],
+    function: Callable[[Any], Any],
 ) -> None:
     """And is counted, with its place and what torch.compile said."""
     piece, compiled = piece_of(function), piece_of(lambda x: x * 2)

@@ -5,7 +5,7 @@ and values of every token are recorded as the graph computes them, and the site'
 attention in float64 over them, as rounded to the dtype of the cache, with the scale, window, cap and sinks
 that stand in the graph before the insertion. So an error is found at its own site, whatever it does to later
 ones. The logits are compared with those of the source module; once more for captured steps, which
-``compile_backend`` runs.
+``compile_backend`` runs. Of experts it says how many choices of the routers are those of the dense graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.inspection.check import float64
 from ad_flashinfer_pass.inspection.check import steps as check_steps
-from ad_flashinfer_pass.inspection.check.recording import CachedGraph, Recorder, SiteValues, record, sites_of
+from ad_flashinfer_pass.inspection.check.recording import (
+    CachedGraph,
+    Recorder,
+    Routing,
+    SiteValues,
+    record,
+    routings_of,
+    sites_of,
+)
 from ad_flashinfer_pass.inspection.check.reproducer import write_reproducer
 from ad_flashinfer_pass.inspection.check.steps import Phase, Step
 from ad_flashinfer_pass.inspection.stages import graph_transforms, resolve
@@ -92,6 +100,17 @@ class LogitsCheck(_Data):
         return self.mean_kl <= (float("inf") if self.tolerance is None else self.tolerance)
 
 
+class RoutingCheck(_Data):
+    """The experts of one layer: whether tokens go where the dense graph before the insertion sends them.
+
+    It is not judged: a rounding before a router turns a close choice, and later layers follow.
+    """
+
+    module: str
+    agreement: float
+    """Share of the chosen experts that are chosen there, too, for the same token."""
+
+
 class CheckReport(_Data):
     """The comparison of a cached model with its source."""
 
@@ -104,6 +123,8 @@ class CheckReport(_Data):
     """Tokens of the sequences."""
     sites: tuple[SiteCheck, ...]
     logits: tuple[LogitsCheck, ...]
+    routing: tuple[RoutingCheck, ...] = ()
+    """Of each layer that has experts."""
     first: str | None
     """What departs first, None if all agrees."""
     replayed: int
@@ -315,7 +336,10 @@ def _check_cached(
     steps = check_steps.steps(tokens, ctx.sequence_info.tokens_per_block)
     sites = sites_of(prepared.source, gm)
     cached = CachedGraph(gm, ctx.sequence_info, ctx.caches)
-    logits = record(cached, steps, sites, lambda done: on_event(f"compare: step {done + 1} of {len(steps)}"))
+    routings = routings_of(prepared.source, gm)
+    logits = record(
+        cached, steps, sites, routings, lambda done: on_event(f"compare: step {done + 1} of {len(steps)}")
+    )
     on_event("compare: captured steps")
     captured, replayed, eager = _run_captured(prepared, gm, steps)
     on_event("compare: attention in float64")
@@ -327,6 +351,7 @@ def _check_cached(
             *_check_logits(ctx, steps, logits, dense),
             *_check_logits(ctx, steps, captured, dense, "captured"),
         ),
+        "routing": _check_routing(prepared, routings, steps, tokens),
         "replayed": replayed,
         "eager": eager,
     }
@@ -401,6 +426,29 @@ def _check_site(
         errors=errors,
         tolerance=_TOLERANCE_8_BITS if rounds else _TOLERANCES[what.site.dtype],
     )
+
+
+def _check_routing(
+    prepared: Prepared, routings: Sequence[Routing], steps: Sequence[Step], tokens: Sequence[Tensor]
+) -> tuple[RoutingCheck, ...]:
+    if not routings:
+        return ()
+    dense: list[dict[str, Tensor]] = []
+    for ids in tokens:
+        recorder = Recorder(prepared.source, (each.index for each in routings))
+        recorder.run(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        dense.append(recorder.kept)
+    found = []
+    for each in routings:
+        parts = [
+            dense[owner][each.index][s.input_pos : s.input_pos + len(s.token_ids)]
+            for step in steps
+            for owner, s in zip(step.owners, step.sequences, strict=True)
+        ]
+        chosen, wanted = torch.cat(each.chosen), torch.cat(parts)
+        same = (chosen[:, :, None] == wanted[:, None]).any(-1)
+        found.append(RoutingCheck(module=g.module_path(each.node), agreement=same.double().mean().item()))
+    return tuple(found)
 
 
 def _check_logits(
@@ -523,6 +571,11 @@ def as_tables(found: CheckReport) -> list[RenderableType]:
     if found.sites:
         parts.append(sites)
     parts.append(logits)
+    if found.routing:
+        routing = table("module", "same experts", title="Experts, against the graph before the insertion")
+        for layer in found.routing:
+            routing.add_row(layer.module, f"{layer.agreement:.1%}")
+        parts.append(routing)
     if found.replayed or found.eager:
         reasons = "".join(f"; {count} not: {why}" for why, count in found.eager.items())
         parts.append(f"{found.replayed} of the captured steps were replays{reasons}")

@@ -31,6 +31,19 @@ class SiteValues:
         return {name: torch.cat(values) for name, values in self.values.items()}
 
 
+@dataclass
+class Routing:
+    """What is recorded of the experts of a layer: the choice of each token, in the order of the steps."""
+
+    node: fx.Node
+    """In the source graph."""
+    index: str
+    """Name of the node that chooses, in the source graph."""
+    cached_index: str
+    chosen: list[Tensor] = field(default_factory=list)
+    """[tokens, k] of each step."""
+
+
 class CachedGraph:
     """A cached graph with pools of its own, zeroed."""
 
@@ -93,16 +106,24 @@ def sites_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[SiteValues]
     return [SiteValues(*pair) for pair in zip(dense, replaced, strict=True)]
 
 
+def routings_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[Routing]:
+    """The experts of a dense graph, each with those of the cached one."""
+    op = torch.ops.ad_flashinfer.experts.default
+    pairs = zip(*(gm.graph.find_nodes(op="call_function", target=op) for gm in (source, cached)), strict=True)
+    return [Routing(a, *(g.op_args(node)["top_k_index"].name for node in (a, b))) for a, b in pairs]
+
+
 def record(
     cached: CachedGraph,
     steps: Sequence[Step],
     sites: Sequence[SiteValues],
+    routings: Sequence[Routing] = (),
     on_step: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
-    """Run the steps, fill in the sites, and return each step's logits."""
+    """Run the steps, fill in the sites and the routings, and return each step's logits."""
     present = {node.name for node in cached.gm.graph.nodes}
     parts = [_operands(site.node) for site in sites]
-    wanted = {site.cached.name for site in sites}
+    wanted = {site.cached.name for site in sites} | {each.cached_index for each in routings}
     for operands in parts:
         wanted |= {name for node in operands.values() for name in _needed(node, present)}
     logits = []
@@ -111,6 +132,8 @@ def record(
         recorder = Recorder(cached.gm, wanted)
         logits.append(cached.run(step, recorder))
         rows = step.rows()
+        for each in routings:
+            each.chosen.append(recorder.kept[each.cached_index][rows])
         for site, operands in zip(sites, parts, strict=True):
             found = {name: _resolve(node, recorder.kept, present) for name, node in operands.items()}
             found["out"] = recorder.kept[site.cached.name]

@@ -362,3 +362,23 @@ def test_the_pools_are_as_small_as_the_steps_of_a_check(llama: Path) -> None:
 def test_a_saved_graph_has_the_layers_that_it_has(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--layers: the layers of a saved graph"):
         check(AutoDeployConfig(), graph=tmp_path / "any.pt2", layers=1)
+
+
+def test_routing_is_compared_by_layer() -> None:
+    """The last of three layers sends each token to the two of four experts that the source does not take."""
+    model = architectures.random_model(architectures.small_config("qwen3_moe"))
+    config = AutoDeployConfig(max_seq_len=64, device="cpu")
+    whole = prepare(model, config, stage="insert_cached_attention")
+
+    found = check_prepared(whole, "whole")
+    assert found.is_ok
+    assert [layer.agreement for layer in found.routing] == [1.0, 1.0, 1.0]
+
+    assert whole.cached is not None
+    *_, last = whole.cached.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)
+    last.args = (*last.args[:2], -1, False)
+    whole.cached.recompile()
+    found = check_prepared(whole, "damaged")
+    assert not found.is_ok
+    assert [layer.agreement for layer in found.routing] == [1.0, 1.0, 0.0]
+    assert "layers.2.mlp.experts" in found.routing[-1].module

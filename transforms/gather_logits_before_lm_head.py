@@ -49,7 +49,7 @@ def gather_logits_before_lm_head(
 def _lm_head(node: fx.Node) -> fx.Node | None:
     """The linear that makes the logits, if only pointwise ops with constants follow it."""
     while True:
-        if g.is_op(node, aten.linear):
+        if g.is_op(node, aten.linear, torch.ops.ad_flashinfer.quantized_linear):
             return node if len(node.users) == 1 else None
         tensors = node.all_input_nodes
         passes = g.is_pointwise(node) or g.is_op(node, aten.to, aten.clone, aten.contiguous)

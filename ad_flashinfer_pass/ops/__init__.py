@@ -8,11 +8,15 @@ from ad_flashinfer_pass.ops.cached_attention import cached_attention
 from ad_flashinfer_pass.ops.experts import experts
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
+from ad_flashinfer_pass.ops.quantized_linear import quantized_linear
 from ad_flashinfer_pass.ops.rope_append import rope_append
 from ad_flashinfer_pass.ops.sequence_length import sequence_length
 from ad_flashinfer_pass.ops.top_k import top_k
 
-TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {torch.ops.ad_flashinfer.experts}
+TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
+    torch.ops.ad_flashinfer.experts,
+    torch.ops.ad_flashinfer.quantized_linear,
+}
 """Ops whose contract is that they work token by token: along all dimensions but the last, an element of each
 result is computed from the same element of each operand that has tokens. ``check_packing`` takes their word;
 add yours: ``TOKEN_BY_TOKEN.add(torch.ops.my_kernels.rms_norm)``."""
@@ -25,6 +29,7 @@ __all__ = [
     "experts",
     "linear",
     "prepare_metadata",
+    "quantized_linear",
     "rope_append",
     "sequence_length",
     "top_k",

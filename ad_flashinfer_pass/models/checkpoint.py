@@ -13,18 +13,20 @@ import logging
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ad_flashinfer_pass.errors import LoadError, is_out_of_memory
 from ad_flashinfer_pass.models.cache_scales import is_cache_scale
-from ad_flashinfer_pass.models.quantization import Stored, find_quantized_tensor
+from ad_flashinfer_pass.models.float8_layout import SUPPORTED
+from ad_flashinfer_pass.models.float8_weights import REAL, Float8Weights
+from ad_flashinfer_pass.models.quantization import Quantized, Stored, find_quantized_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,6 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _AGAIN = "the checkpoint is incomplete or damaged: fetch it again"
 _OTHER_CONFIG = "the checkpoint is incomplete or belongs to another config.json"
-_REAL = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int, ...]
 
@@ -80,7 +81,11 @@ def read_headers(directory: Path) -> Weights:
 
 
 def load_weights(
-    directory: Path, hf_config: PretrainedConfig, reports: list[str], **settings: Any
+    directory: Path,
+    hf_config: PretrainedConfig,
+    reports: list[str],
+    quantized: Quantized | None = None,
+    **settings: Any,
 ) -> tuple[nn.Module, Weights]:
     """The causal language model with the weights of a checkpoint, on the CPU, and what the files hold.
 
@@ -88,23 +93,33 @@ def load_weights(
         directory: of the checkpoint.
         hf_config: what the model is built from; config.json is not read again.
         reports: the messages of transformers while this runs, see ``quiet_transformers``.
+        quantized: what the files beside the weights say of them. Linears that are float8 stay so.
         settings: passed on to transformers: dtype, attn_implementation, trust_remote_code.
 
     Raises:
         LoadError: a tensor is missing, left over, quantized, of another shape or no real number, or a file
             is missing or damaged.
     """
-    weights = read_headers(directory)
-    quantized = find_quantized_tensor(weights.tensors)
+    weights = stored = read_headers(directory)
+    float8 = None
+    if quantized is None:
+        quantized = find_quantized_tensor(weights.tensors)
     if quantized is not None:
-        refuse_quantized(directory, quantized)
+        if isinstance(quantized.layout, str):
+            refuse_quantized(directory, quantized)
+        if settings["dtype"] == "auto":
+            settings["dtype"] = _dtype(hf_config, weights.tensors)
+        float8 = Float8Weights(directory, weights.tensors, quantized, settings["dtype"])
+        float8.check_modules(_without_weights(hf_config, settings))
+        stored = weights._replace(tensors=float8.plain(), is_plain=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of casts, which are refused below with names
             loaded: Any = _from_pretrained(
-                weights,
+                stored,
                 hf_config,
                 settings,
+                None if float8 is None else float8.read,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # likewise, as info has them
@@ -112,44 +127,68 @@ def load_weights(
     except RuntimeError as err:
         if is_out_of_memory(err):
             raise
-        raise LoadError(f"{directory}: {_conversion_failure(weights.tensors, reports, err)}") from err
+        raise LoadError(f"{directory}: {_conversion_failure(stored.tensors, reports, err)}") from err
     module, info = loaded
     _check_mismatched(directory, info["mismatched_keys"])
     _check_missing(directory, info["missing_keys"], module)
-    _check_left_out(weights, info["unexpected_keys"], module)
-    _check_kinds(weights, info["unexpected_keys"], module)
+    _check_left_out(stored, info["unexpected_keys"], module)
+    _check_kinds(stored, info["unexpected_keys"], module)
     _note_untied(directory, module)
+    if float8 is not None:
+        float8.put_into(module)
     return module, weights
 
 
-def refuse_quantized(directory: Path, quantized: object) -> None:
+def refuse_quantized(directory: Path, quantized: Quantized) -> None:
     """Raise: these weights cannot be read.
 
     Raises:
         LoadError: always.
     """
     raise LoadError(
-        f"{directory}: the weights are {quantized}, which is not supported; give a checkpoint of float32, "
-        "bfloat16 or float16 weights, or set skip_loading_weights (--random-weights) to run without them."
+        f"{directory}: the weights are {quantized}, which is not supported: {quantized.layout}; give a "
+        f"checkpoint of float32, bfloat16 or float16 weights, or one of {SUPPORTED}, or set "
+        "skip_loading_weights (--random-weights) to run without them."
     )
 
 
 def _from_pretrained(
-    weights: Weights, hf_config: PretrainedConfig, settings: dict[str, Any], **options: Any
+    weights: Weights,
+    hf_config: PretrainedConfig,
+    settings: dict[str, Any],
+    read: Callable[[str], Tensor] | None,
+    **options: Any,
 ) -> Any:
     if weights.is_plain:
         return AutoModelForCausalLM.from_pretrained(
             str(weights.directory), config=hf_config, use_safetensors=True, **options, **settings
         )
     opened = {file: safe_open(file, framework="pt") for file in weights.files}
-    tensors = {name: opened[stored.file].get_tensor(name) for name, stored in weights.tensors.items()}
+    tensors = {
+        name: opened[stored.file].get_tensor(name) if read is None else read(name)
+        for name, stored in weights.tensors.items()
+    }
     # transformers takes tensors in place of files only from who knows the class of the model.
-    with torch.device("meta"):
-        like = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config), **{**settings, "dtype": torch.float32}
-        )
+    like = _without_weights(hf_config, settings)
     own = hf_config if type(hf_config) is type(like.config) else hf_config.get_text_config()
     return type(like).from_pretrained(None, config=own, state_dict=tensors, **options, **settings)
+
+
+def _without_weights(hf_config: PretrainedConfig, settings: dict[str, Any]) -> Any:
+    """The model on meta."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config), **{**settings, "dtype": torch.float32}
+        )
+
+
+def _dtype(hf_config: PretrainedConfig, tensors: Mapping[str, Stored]) -> torch.dtype:
+    """What transformers takes a model to be: as its config says, else as the first real tensor."""
+    said = getattr(hf_config, "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    real = (stored.dtype for name, stored in tensors.items() if stored.dtype in REAL and "scale" not in name)
+    return REAL[next(real, "F32")]
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], bool]:
@@ -261,7 +300,7 @@ def _check_kinds(weights: Weights, unexpected: set[str], module: nn.Module) -> N
     state = module.state_dict()
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     for name, stored in weights.tensors.items():
-        if stored.dtype in _REAL:
+        if stored.dtype in REAL:
             continue
         names = (name, prefix + name, name.removeprefix(prefix))
         target = next((state[each] for each in names if each in state), None)
@@ -269,7 +308,7 @@ def _check_kinds(weights: Weights, unexpected: set[str], module: nn.Module) -> N
         if not is_left_out and (target is None or target.is_floating_point()):
             raise LoadError(
                 f"{stored.file}: tensor {name!r} is {stored.dtype}, but a weight must be one of "
-                f"{', '.join(_REAL)}; {_OTHER_CONFIG}."
+                f"{', '.join(REAL)}; {_OTHER_CONFIG}."
             )
 
 

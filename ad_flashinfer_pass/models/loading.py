@@ -33,7 +33,7 @@ from ad_flashinfer_pass.models.generation_file import (
     read_generation_config,
 )
 from ad_flashinfer_pass.models.json_file import Fields, check_types, read_json
-from ad_flashinfer_pass.models.quantization import find_quantized
+from ad_flashinfer_pass.models.quantization import Quantized, find_quantized
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
     UNEXPECTED_VALUE,
@@ -116,7 +116,7 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         source = find_source(config, stack)
         raw = raw_config(source, config)
         quantized = find_quantized(source, raw)
-        if quantized is not None and not config.skip_loading_weights:
+        if quantized is not None and not config.skip_loading_weights and isinstance(quantized.layout, str):
             refuse_quantized(source.directory, quantized)
         hf_config = read_config(source, config)
         check_architecture(hf_config, config)
@@ -125,8 +125,8 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         generation = read_generation_config(source.directory, source.config_file, raw)
         eos_token_ids = _eos_token_ids(source, raw, hf_config, generation, tokenizer)
         with model_building(source, hf_config, f"{device}"):
-            module, resolved = _build(source, hf_config, resolved, device, reports)
-    if quantized is not None:
+            module, resolved = _build(source, hf_config, resolved, device, reports, quantized)
+    if quantized is not None and config.skip_loading_weights:
         logger.warning(
             "%s: the weights are %s; random weights of the unquantized model are drawn in their place",
             config.model,
@@ -186,6 +186,7 @@ def _build(
     config: AutoDeployConfig,
     device: torch.device,
     reports: list[str],
+    quantized: Quantized | None,
 ) -> tuple[nn.Module, AutoDeployConfig]:
     """The module, and the config with the scales that its checkpoint has."""
     settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -198,7 +199,7 @@ def _build(
         module = _random_module(hf_config, device, redrawn, settings)
     else:
         settings.setdefault("dtype", "auto")
-        module, weights = load_weights(source.directory, hf_config, reports, **settings)
+        module, weights = load_weights(source.directory, hf_config, reports, quantized, **settings)
         num_layers = hf_config.get_text_config(decoder=True).num_hidden_layers
         config = with_cache_scales(config, source.directory, weights.tensors, num_layers)
     return module.eval().requires_grad_(False).to(device), config

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ad_flashinfer_pass.models.float8_layout import SUPPORTED, Layout, read_layout
 from ad_flashinfer_pass.models.json_file import read_json
 from ad_flashinfer_pass.models.source import Source
 
@@ -21,6 +22,8 @@ class Quantized(NamedTuple):
     """As precisely as can be told, for example ``GPTQ int4``."""
     said_by: str
     """The file and key, or the tensor, that says so."""
+    layout: Layout | str = f"supported are {SUPPORTED}, where a file says so"
+    """How to read them, or why they cannot be read."""
 
     def __str__(self) -> str:
         return f"quantized as {self.format} ({self.said_by})"
@@ -91,12 +94,18 @@ def find_quantized(source: Source, raw: dict[str, Any]) -> Quantized | None:
         file = source.directory / name
         if file.is_file():
             found.append((str(file), read_json(file)))
+    quantized = None
     for said_by, settings in found:
-        form = _format(settings)
-        if form:
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            return Quantized(form, f"{said_by}, quant_method {method!r}" if method else said_by)
-    return None
+        method, form = _format(settings)
+        if not form:
+            continue
+        layout = read_layout(method, settings)
+        if quantized is None:
+            named = settings.get("quant_method") if isinstance(settings, dict) else None
+            quantized = Quantized(form, f"{said_by}, quant_method {named!r}" if named else said_by, layout)
+        elif layout != quantized.layout and not isinstance(quantized.layout, str):
+            quantized = quantized._replace(layout=f"{said_by} says otherwise")
+    return quantized
 
 
 def find_quantized_tensor(tensors: Mapping[str, Stored]) -> Quantized | None:
@@ -120,18 +129,19 @@ def _sections(raw: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]
             yield from _sections(value, f"{where}{key}.")
 
 
-def _format(settings: Any) -> str | None:
+def _format(settings: Any) -> tuple[str, str | None]:
+    """The method, and the format as precisely as can be told; None: of no weights."""
     if not settings:
-        return None
+        return "", None
     if not isinstance(settings, dict):
-        return "an unknown format"
+        return "", "an unknown format"
     if isinstance(settings.get("quantization"), dict):  # hf_quant_config.json
         settings = {"quant_algo": None, **settings["quantization"]}
     method = settings.get("quant_method") or next((m for key, m in _KEYS.items() if key in settings), None)
     # Both can quantize the KV cache alone.
     if "quant_algo" in settings and settings["quant_algo"] is None:
-        return None
+        return "", None
     if method == "compressed-tensors" and settings.get("config_groups") == {}:
-        return None
+        return "", None
     known = _METHODS.get(str(method))
-    return known(settings) if known else f"{method or 'an unknown format'}"
+    return str(method), known(settings) if known else f"{method or 'an unknown format'}"

@@ -13,6 +13,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.models.float8_layout import Layout
+from ad_flashinfer_pass.models.float8_weights import quantize_like
 from ad_flashinfer_pass.models.loading import model_building
 from ad_flashinfer_pass.models.quantization import find_quantized
 from ad_flashinfer_pass.models.quiet import quiet_transformers
@@ -31,8 +33,9 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
     """The causal language model of ``config.model`` with fake weights, which have shapes and no memory.
 
     Buffers, such as rotary frequencies, are real: masks and constants are computed from them. All of it
-    is on the CPU, whatever ``config.device`` says. Only config.json is read; of a quantized model, it is the
-    unquantized one. With it comes the config with max_seq_len resolved.
+    is on the CPU, whatever ``config.device`` says. Only config.json and its like are read; of a model
+    that is quantized in a way that cannot be read, it is the unquantized one. With it comes the config with
+    max_seq_len resolved.
 
     Raises:
         ConfigError: the model cannot be found, or a key does not fit it.
@@ -56,7 +59,10 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
                 module = AutoModelForCausalLM.from_config(hf_config, **settings)
         finally:
             hook.remove()
-    if quantized is not None:
+    layout = None if quantized is None else quantized.layout
+    if isinstance(layout, Layout) and not config.skip_loading_weights:
+        quantize_like(module, layout)
+    elif quantized is not None:
         dtype = str(module.dtype).removeprefix("torch.")
         logger.warning(
             "%s: the weights are %s; what follows describes the unquantized model, with weights of %s",

@@ -1,0 +1,304 @@
+"""Checkpoints whose linears are float8: beside models of what their formats state, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ad_flashinfer_pass import CacheSession, SamplingParams, build_model
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import LoadError
+from ad_flashinfer_pass.models.float8_layout import SUPPORTED
+from ad_flashinfer_pass.models.float8_weights import QuantizedLinear
+from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
+from tests import architectures
+from tests.models.float8_checkpoints import FORMATS, Format, Tensors, stated_model, write
+
+NUM_NEW_TOKENS = 64
+PROMPTS = architectures.random_prompts((1, 5, 14), vocab_size=128)
+Edit = Callable[[Tensors], Any]
+formats = pytest.mark.parametrize("name", FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> None:
+    torch._dynamo.reset()
+
+
+@cache
+def checkpoint(name: str) -> Path:
+    return write(Path(mkdtemp()), FORMATS[name])
+
+
+@cache
+def stated_tokens(name: str) -> list[list[int]]:
+    model = stated_model(checkpoint(name), FORMATS[name])
+    return architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
+
+
+def config(name: str, **settings: Any) -> AutoDeployConfig:
+    limits = {"max_batch_size": 4, "max_seq_len": 128, "kv_cache_config": {"tokens_per_block": 16}}
+    return AutoDeployConfig(model=str(checkpoint(name)), device="cpu", **{**limits, **settings})
+
+
+def loaded(name: str, **settings: Any) -> nn.Module:
+    return load_model(config(name, **settings)).module
+
+
+@formats
+def test_keeps_what_is_stored(name: str) -> None:
+    """Each float8 weight and its scales, bit by bit; the rest is as it was, and the head stays tied."""
+    state, stored = loaded(name).state_dict(), load_file(checkpoint(name) / "model.safetensors")
+    for key, tensor in stored.items():
+        kept = state[key.replace("weight_scale_inv", "weight_scale")]
+        assert kept.dtype == tensor.dtype
+        assert torch.equal(kept.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), key
+    module: Any = loaded(name)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == 14
+
+
+@formats
+@torch.no_grad()
+def test_computes_what_the_format_states(name: str) -> None:
+    """In float64, where no activation falls on the other side of a rounding."""
+    ids = torch.tensor(PROMPTS[2:])
+    wanted = stated_model(checkpoint(name), FORMATS[name]).double()(ids).logits
+    torch.testing.assert_close(loaded(name).double()(ids).logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+@formats
+def test_generates_as_the_format_states(name: str) -> None:
+    """64 greedy tokens of transformers' generate on the float64 model, in a batch, by the pass."""
+    llm = build_model(config(name))
+    results = llm.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_NEW_TOKENS))
+    assert [list(result.token_ids) for result in results] == stated_tokens(name)
+
+
+def test_takes_what_is_ignored_plainly(tmp_path: Path) -> None:
+    """By name and by pattern; the others stay float8."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "layers.1.mlp" in name or QUERY in name]:
+            if name.endswith(".weight"):
+                tensors[name] = tensors[name].float() * tensors[name + "_scale"]
+            elif name.endswith("weight_scale"):
+                del tensors[name]
+
+    form = FORMATS["compressed_dynamic"]
+    write(tmp_path, form, edit, ignore=["lm_head", "re:.*layers[.]1[.]mlp[.]", QUERY])
+    assert_computes_as_stated(tmp_path, form, 14 - 3 - 1)
+
+
+def test_takes_groups_of_several_schemes(tmp_path: Path) -> None:
+    """The most specific target counts: one name, then patterns, then Linear."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in (
+            f"{DOWN}.weight",
+            *(f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)),
+        ):
+            scale = torch.tensor([0.002 if name.startswith(DOWN) else 0.003])
+            weight = tensors[name].float() * tensors[f"{name}_scale"] / scale
+            tensors[name] = weight.clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale
+            if name.startswith(DOWN):
+                tensors[f"{DOWN}.input_scale"] = torch.tensor([0.03])
+
+    form, numbers = FORMATS["compressed_dynamic"], {"num_bits": 8, "type": "float"}
+    per_tensor = {**numbers, "strategy": "tensor", "dynamic": False}
+    per_token = {**numbers, "strategy": "token", "dynamic": True}
+    groups = {
+        "rest": form.settings["config_groups"]["group_0"],
+        "pattern": {
+            "targets": ["re:.*o_proj$"],
+            "weights": per_tensor,
+            "input_activations": per_token,
+        },
+        "name": {"targets": [DOWN], "weights": per_tensor, "input_activations": per_tensor},
+    }
+    write(tmp_path, form, edit, config_groups=groups)
+    assert_computes_as_stated(tmp_path, form, 14)
+
+
+def test_takes_a_plain_head_that_nothing_names(tmp_path: Path) -> None:
+    """As transformers does for block fp8: the head is quantized only if a list is there and leaves it out."""
+    form = FORMATS["block"]
+    write(tmp_path, form, modules_to_not_convert=None)
+    assert_computes_as_stated(tmp_path, form, 14)
+    write(tmp_path, form, modules_to_not_convert=["model.norm"])
+    with pytest.raises(LoadError, match=r"'lm_head.weight' is shared .*, though the files say"):
+        load_model(AutoDeployConfig(model=str(tmp_path), device="cpu"))
+
+
+@torch.no_grad()
+def assert_computes_as_stated(directory: Path, form: Format, quantized: int) -> None:
+    module = load_model(AutoDeployConfig(model=str(directory), device="cpu")).module
+    assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == quantized
+    ids = torch.tensor(PROMPTS[2:])
+    wanted = stated_model(directory, form).double()(ids).logits
+    torch.testing.assert_close(module.double()(ids).logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+QUERY = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def change(name: str, tensor: Tensor | None) -> Edit:
+    """A tensor replaced, or taken away."""
+
+    def edit(tensors: Tensors) -> None:
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+
+    return edit
+
+
+def stored_plainly(tensors: Tensors) -> None:
+    tensors[f"{QUERY}.weight"] = tensors[f"{QUERY}.weight"].float()
+    for scale in ("weight_scale", "weight_scale_inv", "input_scale"):
+        tensors.pop(f"{QUERY}.{scale}", None)
+
+
+def with_a_nan(tensors: Tensors) -> None:
+    tensors[f"{DOWN}.weight"].view(torch.uint8)[7, 3] = 0x7F
+
+
+FLOAT8 = torch.ones(160, 160).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        (
+            "modelopt",
+            change(f"{QUERY}.weight_scale", None),
+            f"'{QUERY}.weight_scale' of shape [1] is missing",
+        ),
+        ("modelopt", change(f"{DOWN}.input_scale", None), f"'{DOWN}.input_scale' of shape [1] is missing"),
+        ("block", change(f"{DOWN}.weight_scale_inv", None), "weight_scale_inv' of shape [2, 2] is missing"),
+        (
+            "modelopt",
+            change(f"{QUERY}.weight_scale", torch.ones(160, 1)),
+            "weight_scale' must be a real number of shape [1], found F32 [160, 1]",
+        ),
+        (
+            "compressed_dynamic",
+            change(f"{DOWN}.weight_scale", torch.ones(160)),
+            "weight_scale' must be a real number of shape [160, 1], found F32 [160]",
+        ),
+        (
+            "block",
+            change(f"{DOWN}.weight_scale_inv", torch.ones(2, 3)),
+            "must be a real number of shape [2, 2], found F32 [2, 3]",
+        ),
+        (
+            "block",
+            change(f"{DOWN}.weight_scale_inv", torch.full((2, 2), 127, dtype=torch.uint8)),
+            "must be a real number of shape [2, 2], found U8 [2, 2]",
+        ),
+        *(
+            (
+                form,
+                change(f"{QUERY}.{scale}", torch.full(shape, value)),
+                f"{scale}' must be above 0 and finite",
+            )
+            for value in (float("nan"), float("inf"), 0.0, -1.0)
+            for form, scale, shape in (
+                ("modelopt", "weight_scale", ()),
+                ("modelopt", "input_scale", ()),
+                ("compressed_dynamic", "weight_scale", (160, 1)),
+                ("block", "weight_scale_inv", (2, 2)),
+            )
+        ),
+        *(
+            (form, stored_plainly, f"'{QUERY}.weight' is F32, though the files say that it is quantized")
+            for form in FORMATS
+        ),
+        (
+            "compressed_dynamic",
+            change("lm_head.weight", FLOAT8),
+            "'lm_head.weight' is F8_E4M3, though the files say that it is not quantized",
+        ),
+        ("modelopt", with_a_nan, f"'{DOWN}.weight' is not finite everywhere"),
+        ("modelopt", change("model.norm.weight", FLOAT8[0]), "'model.norm.weight' is F8_E4M3 of shape [160]"),
+        (
+            "modelopt",
+            lambda tensors: [
+                change(f"model.embed_tokens.{part}", value)(tensors)
+                for part, value in (
+                    ("weight", FLOAT8[:128].clone()),
+                    ("weight_scale", torch.ones(())),
+                    ("input_scale", torch.ones(())),
+                )
+            ],
+            "'model.embed_tokens.weight' is that of a Embedding, not of a linear",
+        ),
+        (
+            "block",
+            lambda tensors: [
+                change(f"model.layers.0.mlp.experts.0.up_proj.{part}", value)(tensors)
+                for part, value in (("weight", FLOAT8), ("weight_scale_inv", torch.ones(2, 2)))
+            ],
+            "experts.0.up_proj.weight' is not that of a linear of the model",
+        ),
+    ],
+)
+def test_refuses_what_is_damaged(tmp_path: Path, name: str, edit: Edit, message: str) -> None:
+    """In one line that names the tensor."""
+    with pytest.raises(LoadError, match="the weights are quantized as ") as caught:
+        load_model(AutoDeployConfig(model=str(write(tmp_path, FORMATS[name], edit)), device="cpu"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("compressed_dynamic", "weight_zero_point"),
+        ("compressed_dynamic", "input_scale"),
+        ("modelopt", "pre_quant_scale"),
+        ("block", "activation_scale"),
+    ],
+)
+def test_refuses_what_is_left_over(tmp_path: Path, name: str, tensor: str) -> None:
+    """A tensor beside a weight that its format does not have."""
+    directory = write(tmp_path, FORMATS[name], change(f"{QUERY}.{tensor}", torch.ones(1)))
+    with pytest.raises(LoadError, match=f"{QUERY}.{tensor}' would be left out"):
+        load_model(AutoDeployConfig(model=str(directory), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("modelopt_config", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "its quant_algo: 'FP8_PER"),
+        ("modelopt_config", {"ignore": []}, "hf_quant_config.json says otherwise"),
+        ("compressed_dynamic", {"format": "pack-quantized"}, "its format: 'pack-quantized'"),
+        ("compressed_dynamic", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "its sparsity_config: "),
+        ("compressed_dynamic", {"transform_config": {"a": 1}}, "its transform_config: "),
+        ("compressed_dynamic", {"rotation": "R1"}, "its key rotation is not known here"),
+        ("compressed_dynamic", {"ignore": ["re:("]}, "'(' is no pattern"),
+        ("block", {"weight_block_size": [64, 128]}, "its weight_block_size.0: 64"),
+        ("block", {"activation_scheme": "static"}, "its activation_scheme: 'static'"),
+        ("block", {"scale_fmt": "ue8m0"}, "its scale_fmt: 'ue8m0'"),
+        ("block", {"modules_to_convert": ["model.embed_tokens"]}, "modules_to_convert names embeddings"),
+    ],
+)
+def test_refuses_what_it_does_not_understand(
+    tmp_path: Path, name: str, settings: dict[str, Any], message: str
+) -> None:
+    """A setting that changes what the numbers mean, by its name, with what is supported."""
+    with pytest.raises(LoadError, match="is not supported: ") as caught:
+        load_model(AutoDeployConfig(model=str(write(tmp_path, FORMATS[name], **settings)), device="cpu"))
+    assert message in str(caught.value)
+    assert SUPPORTED in str(caught.value)

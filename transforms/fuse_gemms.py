@@ -5,8 +5,9 @@ After:  qkv = linear(x, cat(w_q, w_k, w_v), cat(b_q, b_k, b_v)), q = qkv[..., :n
 
 Legal because an output feature of a linear depends on its own row of the weight only. One GEMM with many rows
 streams its weight faster than three with few. Weights that something else reads, too, stay as they are:
-fused, they would be in memory twice. The parameters of the module that was transformed become views of the
-fused ones: they are what they were, and no weight is in memory twice, however long that module lives.
+fused, they would be in memory twice. Those of ``quantized_linear`` stay, too, each with its own scales. The
+parameters of the module that was transformed become views of the fused ones: they are what they were, and no
+weight is in memory twice, however long that module lives.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
                 continue
             dtypes = tuple(g.value(tensor).dtype for tensor in weights)
             groups[args["input"], g.value(weight).device, dtypes].append(node)
+    quantized = model.graph.find_nodes(
+        op="call_function", target=torch.ops.ad_flashinfer.quantized_linear.default
+    )
+    if quantized:
+        report.notes.append(f"{len(quantized)} quantized linears stay apart, each with scales of its own")
     for linears in groups.values():
         if len(linears) > 1:
             _fuse(model, linears)

@@ -163,7 +163,7 @@ def write(
 
 
 class Stated(nn.Module):
-    """What a format states of a linear: activations rounded in their own dtype, sums in float64."""
+    """What a format states of a linear: activations rounded in at least float32, sums in float64."""
 
     def __init__(self, base: str, tensors: Tensors, form: Format, bias: Tensor | None) -> None:
         super().__init__()
@@ -173,7 +173,8 @@ class Stated(nn.Module):
         self.activation, self.bias = form.activation, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.split(128, -1) if self.activation == "block" else [x]
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        groups = exact.split(128, -1) if self.activation == "block" else [exact]
         rounded = torch.cat([self.rounded(group) for group in groups], -1)
         out = rounded @ self.weight.T
         return (out if self.bias is None else out + self.bias.double()).to(x.dtype)

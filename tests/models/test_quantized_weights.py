@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ad_flashinfer_pass import CacheSession, SamplingParams, build_model
+from ad_flashinfer_pass import LLM, CacheSession, SamplingParams, build_model, restore, to_program
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import LoadError
+from ad_flashinfer_pass.inspection import explain, plan
 from ad_flashinfer_pass.models.float8_layout import SUPPORTED
 from ad_flashinfer_pass.models.float8_weights import QuantizedLinear
 from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 from tests import architectures
 from tests.models.float8_checkpoints import FORMATS, Format, Tensors, stated_model, write
@@ -147,6 +150,92 @@ def assert_computes_as_stated(directory: Path, form: Format, quantized: int) -> 
     ids = torch.tensor(PROMPTS[2:])
     wanted = stated_model(directory, form).double()(ids).logits
     torch.testing.assert_close(module.double()(ids).logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["modelopt", "compressed_dynamic", "block"])
+def test_generates_by_torch_compile(name: str) -> None:
+    """The same tokens through the other door."""
+    session = CacheSession(max_batch_size=4, max_seq_len=128, kv_cache_config={"tokens_per_block": 16})
+    options = {"session": session, "compile_backend": "torch-simple"}
+    compiled = torch.compile(loaded(name), backend=flashinfer_trtllm, options=options)
+    steps = []
+    with session.prefill(PROMPTS) as batch:
+        steps.append(batch.last_logits(compiled(**batch.inputs, use_cache=False).logits).argmax(-1))
+    while len(steps) < NUM_NEW_TOKENS:
+        with session.decode(steps[-1]) as batch:
+            steps.append(batch.last_logits(compiled(**batch.inputs, use_cache=False).logits).argmax(-1))
+    assert torch.stack(steps, 1).tolist() == stated_tokens(name)
+    assert [record.what for record in session.compiles].count("pass") == 1
+
+
+@pytest.mark.parametrize("name", ["modelopt", "block"])
+def test_is_saved_and_restored(tmp_path: Path, name: str) -> None:
+    """Float8 weights and scales come back from the file."""
+    program = to_program(build_model(config(name)).model)
+    torch.export.save(program, tmp_path / "program.pt2")
+    llm = LLM(restore(tmp_path / "program.pt2", config(name)), eos_token_ids=())
+    results = llm.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_NEW_TOKENS))
+    assert [list(result.token_ids) for result in results] == stated_tokens(name)
+
+
+@pytest.mark.parametrize("name", ["modelopt", "block"])
+def test_is_planned_without_weights(name: str) -> None:
+    """From the files beside the weights: the ops, and the bytes that the weights have once they are read."""
+    graph = transform_module(loaded(name), config(name))[0].module
+    found = plan(config(name))
+    # Head and embeddings are one tensor.
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*graph.parameters(), *graph.buffers())}
+    assert sum(row.bytes for row in found.rows if row.name.startswith("weights ")) == sum(held.values())
+    op = torch.ops.ad_flashinfer.quantized_linear.default
+    assert len(graph.graph.find_nodes(op="call_function", target=op)) == 14
+    notes = str(explain(config(name)).transforms)
+    assert "14 quantized linears stay apart" in notes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@formats
+@torch.no_grad()
+def test_activations_have_any_dtype(name: str, dtype: Any) -> None:
+    """The float8 weights stay as they are; what is not quantized is of that dtype."""
+    ids, module = torch.tensor(PROMPTS[2:]), loaded(name, dtype=dtype)
+    assert {part.weight.dtype for part in module.modules() if isinstance(part, QuantizedLinear)} == {
+        torch.float8_e4m3fn
+    }
+    logits = module(ids).logits
+    assert logits.dtype == getattr(torch, dtype)
+    wanted = stated_model(checkpoint(name), FORMATS[name]).to(logits.dtype)(ids).logits.float()
+    # An activation that falls on the other side of a rounding to float8 makes a difference.
+    assert (logits - wanted).norm() < 0.15 * wanted.norm()
+
+
+def test_reads_scales_of_the_cache_too(tmp_path: Path) -> None:
+    """As modelopt writes them beside those of the weights."""
+
+    def edit(tensors: Tensors) -> None:
+        for layer in range(2):
+            for kind in "kv":
+                tensors[f"model.layers.{layer}.self_attn.{kind}_proj.{kind}_scale"] = torch.tensor(
+                    0.5 + layer
+                )
+
+    directory = write(tmp_path, FORMATS["modelopt"], edit)
+    model = load_model(AutoDeployConfig(model=str(directory), kv_cache_config={"dtype": "fp8"}, device="cpu"))
+    assert model.resolved.kv_cache_config.k_scale == [0.5, 1.5]
+
+
+def test_a_quantized_head_gets_the_wanted_rows_alone(tmp_path: Path) -> None:
+    """The gather stands before it."""
+
+    def edit(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clamp(-1, 1).to(torch.float8_e4m3fn)
+        tensors["lm_head.weight_scale"] = torch.full((128, 1), 0.5)
+
+    directory = write(tmp_path, FORMATS["compressed_dynamic"], edit, ignore=[])
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
+    llm = build_model(AutoDeployConfig(model=str(directory), device="cpu", max_seq_len=128))
+    gathered = next(each for each in llm.reports if each.name == "gather_logits_before_lm_head")
+    assert gathered.notes[0].startswith("before quantized_linear")
 
 
 QUERY = "model.layers.0.self_attn.q_proj"

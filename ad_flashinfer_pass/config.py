@@ -178,6 +178,8 @@ class AutoDeployConfig(_Strict):
     """Overrides of config.json, for example ``{num_hidden_layers: 2}``."""
     skip_loading_weights: bool = False
     """Draw random weights (seed 0) in place of reading a checkpoint."""
+    dequantize: bool = False
+    """Read float8 weights as plain ones of the model's dtype; activations are not quantized then."""
     generation_config: Literal["auto", "none"] = "auto"
     """What requests without sampling parameters do: auto as the model's generation_config.json says, none the
     most likely token each time. Its end tokens count either way."""

@@ -137,6 +137,15 @@ _MODEL_OPTIONS: dict[str, Any] = {
             "--random-weights",
         ),
     ],
+    "dequantize": Annotated[
+        bool,
+        option(
+            MODEL,
+            None,
+            "Read float8 weights as plain ones of the model's dtype.",
+            "--dequantize",
+        ),
+    ],
     "dtype": Annotated[
         str | None,
         option(
@@ -205,8 +214,8 @@ _NO_KEYS = ("graph", "stage", "sm", "memory")
 _CACHE_KEYS = {"kv_cache_dtype": "dtype", "tokens_per_block": "tokens_per_block"}
 # Of every command that builds or shows a graph.
 BUILDING = (
-    "model config dtype device trust_remote_code compile_backend kv_cache_dtype kernel_dir max_seq_len "
-    "tokens_per_block"
+    "model config dequantize dtype device trust_remote_code compile_backend kv_cache_dtype kernel_dir "
+    "max_seq_len tokens_per_block"
 ).split()
 
 

@@ -85,6 +85,7 @@ def load_weights(
     hf_config: PretrainedConfig,
     reports: list[str],
     quantized: Quantized | None = None,
+    dequantize: bool = False,
     **settings: Any,
 ) -> tuple[nn.Module, Weights]:
     """The causal language model with the weights of a checkpoint, on the CPU, and what the files hold.
@@ -94,6 +95,7 @@ def load_weights(
         hf_config: what the model is built from; config.json is not read again.
         reports: the messages of transformers while this runs, see ``quiet_transformers``.
         quantized: what the files beside the weights say of them. Linears that are float8 stay so.
+        dequantize: no, all of them become plain.
         settings: passed on to transformers: dtype, attn_implementation, trust_remote_code.
 
     Raises:
@@ -110,7 +112,7 @@ def load_weights(
         if settings["dtype"] == "auto":
             settings["dtype"] = _dtype(hf_config, weights.tensors)
         float8 = Float8Weights(directory, weights.tensors, quantized, settings["dtype"])
-        float8.check_modules(_without_weights(hf_config, settings))
+        float8.check_modules(_without_weights(hf_config, settings), dequantize)
         stored = weights._replace(tensors=float8.plain(), is_plain=False)
     try:
         with warnings.catch_warnings():
@@ -134,7 +136,7 @@ def load_weights(
     _check_left_out(stored, info["unexpected_keys"], module)
     _check_kinds(stored, info["unexpected_keys"], module)
     _note_untied(directory, module)
-    if float8 is not None:
+    if float8 is not None and not dequantize:
         float8.put_into(module)
     return module, weights
 

@@ -127,11 +127,12 @@ class Float8Weights:
             raise self._error(name, "is not finite everywhere")
         return weight.to(self.dtype)
 
-    def check_modules(self, model: nn.Module) -> None:
+    def check_modules(self, model: nn.Module, dequantize: bool) -> None:
         """That each float8 weight that lies in the model is that of a linear, and the others are to be plain.
 
         Args:
             model: without weights.
+            dequantize: it may be of anything.
 
         Raises:
             LoadError: names the tensor.
@@ -139,10 +140,13 @@ class Float8Weights:
         modules, prefix = dict(model.named_modules()), getattr(model, "base_model_prefix", "")
         for name in self.found:
             module = self._module(name, modules, prefix)
-            if module is not None and type(modules[module]) is not nn.Linear:
-                raise self._error(name, f"is that of a {type(modules[module]).__name__}, not of a linear")
-            if module is None and _lies_in(name, modules):
-                raise self._error(name, "is not that of a linear of the model, as those of experts are not")
+            is_linear = module is not None and type(modules[module]) is nn.Linear
+            if not dequantize and not is_linear and _lies_in(name, modules):
+                raise LoadError(
+                    f"{self.directory}: the weights are {self.quantized}, but tensor {name!r} is not that of "
+                    "a linear (experts and embeddings are not), and only linears stay float8; set dequantize "
+                    "(--dequantize) to read all of them as plain weights."
+                )
         self._check_others(model, modules, prefix)
 
     def put_into(self, model: nn.Module) -> None:
@@ -259,4 +263,4 @@ def _lies_in(name: str, modules: Collection[str]) -> bool:
     """Whether a tensor is of a layer that the model has."""
     parts = name.split(".")
     known = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in modules)
-    return any(part.isdigit() for part in parts[:known])
+    return known == len(parts) - 1 or any(part.isdigit() for part in parts[:known])

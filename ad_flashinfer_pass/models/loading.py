@@ -199,7 +199,9 @@ def _build(
         module = _random_module(hf_config, device, redrawn, settings)
     else:
         settings.setdefault("dtype", "auto")
-        module, weights = load_weights(source.directory, hf_config, reports, quantized, **settings)
+        module, weights = load_weights(
+            source.directory, hf_config, reports, quantized, config.dequantize, **settings
+        )
         num_layers = hf_config.get_text_config(decoder=True).num_hidden_layers
         config = with_cache_scales(config, source.directory, weights.tensors, num_layers)
     return module.eval().requires_grad_(False).to(device), config

@@ -61,7 +61,8 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
             hook.remove()
     layout = None if quantized is None else quantized.layout
     if isinstance(layout, Layout) and not config.skip_loading_weights:
-        quantize_like(module, layout)
+        if not config.dequantize:
+            quantize_like(module, layout)
     elif quantized is not None:
         dtype = str(module.dtype).removeprefix("torch.")
         logger.warning(

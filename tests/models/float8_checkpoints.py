@@ -119,7 +119,7 @@ def _pairs(values: Tensor, size: int) -> Any:
     return zip(values, torch.arange(size).split(128), strict=True)
 
 
-def config() -> transformers.PretrainedConfig:
+def small_config() -> transformers.PretrainedConfig:
     """Biases, a tied head, and sizes of which none is a multiple of a block."""
     return transformers.Qwen2Config(
         vocab_size=128,
@@ -137,10 +137,14 @@ def config() -> transformers.PretrainedConfig:
 
 
 def write(
-    directory: Path, form: Format, edit: Callable[[Tensors], Any] | None = None, **settings: Any
+    directory: Path,
+    form: Format,
+    edit: Callable[[Tensors], Any] | None = None,
+    config: transformers.PretrainedConfig | None = None,
+    **settings: Any,
 ) -> Path:
     """A checkpoint, its tensors changed by ``edit`` and its settings by the rest."""
-    architectures.random_model(config()).save_pretrained(directory)
+    architectures.random_model(config or small_config()).save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         base, weight = name.removesuffix(".weight"), tensors[name]
@@ -160,6 +164,12 @@ def write(
     if form.file:
         (directory / "hf_quant_config.json").write_text(json.dumps(form.file))
     return directory
+
+
+def dequantized(tensors: Tensors, base: str, form: Format) -> Tensor:
+    """float32: a weight times its scales."""
+    weight = tensors[f"{base}.weight"].float()
+    return weight * expanded(tensors[f"{base}.{form.scale}"], weight.shape)
 
 
 class Stated(nn.Module):
@@ -189,7 +199,7 @@ class Stated(nn.Module):
 def stated_model(directory: Path, form: Format) -> nn.Module:
     """The model of transformers that computes what a checkpoint states, in float32 but for the linears."""
     tensors = load_file(directory / "model.safetensors")
-    model = architectures.random_model(config())
+    model = architectures.random_model(small_config())
     model.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if tensor.dtype == torch.float32}, strict=False
     )
@@ -201,10 +211,9 @@ def stated_model(directory: Path, form: Format) -> nn.Module:
 
 def dequantized_model(directory: Path, form: Format) -> nn.Module:
     """The model of transformers with the weights times their scales."""
-    model = architectures.random_model(config())
-    for name, module in stated_model(directory, form).named_modules():
-        if isinstance(module, Stated):
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.data = module.weight.float()
+    tensors = load_file(directory / "model.safetensors")
+    model = architectures.random_model(small_config())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.{form.scale}" in tensors:
+            module.weight.data = dequantized(tensors, name, form)
     return model

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ad_flashinfer_pass import LLM, CacheSession, SamplingParams, build_model, restore, to_program
+from ad_flashinfer_pass import LLM, CacheSession, SamplingParams, build_model, cli, restore, to_program
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.inspection import explain, plan
@@ -24,7 +24,15 @@ from ad_flashinfer_pass.models.loading import load_model
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 from tests import architectures
-from tests.models.float8_checkpoints import FORMATS, Format, Tensors, stated_model, write
+from tests.models.float8_checkpoints import (
+    FORMATS,
+    Format,
+    Tensors,
+    dequantized,
+    dequantized_model,
+    stated_model,
+    write,
+)
 
 NUM_NEW_TOKENS = 64
 PROMPTS = architectures.random_prompts((1, 5, 14), vocab_size=128)
@@ -156,7 +164,7 @@ def assert_computes_as_stated(directory: Path, form: Format, quantized: int) -> 
 def test_generates_by_torch_compile(name: str) -> None:
     """The same tokens through the other door."""
     session = CacheSession(max_batch_size=4, max_seq_len=128, kv_cache_config={"tokens_per_block": 16})
-    options = {"session": session, "compile_backend": "torch-simple"}
+    options: dict[str, Any] = {"session": session, "compile_backend": "torch-simple"}
     compiled = torch.compile(loaded(name), backend=flashinfer_trtllm, options=options)
     steps = []
     with session.prefill(PROMPTS) as batch:
@@ -181,7 +189,7 @@ def test_is_saved_and_restored(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["modelopt", "block"])
 def test_is_planned_without_weights(name: str) -> None:
     """From the files beside the weights: the ops, and the bytes that the weights have once they are read."""
-    graph = transform_module(loaded(name), config(name))[0].module
+    graph: Any = transform_module(loaded(name), config(name))[0].module
     found = plan(config(name))
     # Head and embeddings are one tensor.
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*graph.parameters(), *graph.buffers())}
@@ -219,7 +227,8 @@ def test_reads_scales_of_the_cache_too(tmp_path: Path) -> None:
                 )
 
     directory = write(tmp_path, FORMATS["modelopt"], edit)
-    model = load_model(AutoDeployConfig(model=str(directory), kv_cache_config={"dtype": "fp8"}, device="cpu"))
+    cache: Any = {"dtype": "fp8"}
+    model = load_model(AutoDeployConfig(model=str(directory), kv_cache_config=cache, device="cpu"))
     assert model.resolved.kv_cache_config.k_scale == [0.5, 1.5]
 
 
@@ -236,6 +245,51 @@ def test_a_quantized_head_gets_the_wanted_rows_alone(tmp_path: Path) -> None:
     llm = build_model(AutoDeployConfig(model=str(directory), device="cpu", max_seq_len=128))
     gathered = next(each for each in llm.reports if each.name == "gather_logits_before_lm_head")
     assert gathered.notes[0].startswith("before quantized_linear")
+
+
+@formats
+def test_dequantizes(name: str) -> None:
+    """Then it is the plain model of the weights times their scales."""
+    module: Any = loaded(name, dequantize=True)
+    wanted = dequantized_model(checkpoint(name), FORMATS[name])
+    for key, tensor in wanted.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[key], tensor, rtol=0, atol=0)
+    llm = build_model(config(name, dequantize=True))
+    results = llm.generate(PROMPTS, SamplingParams(max_new_tokens=8))
+    assert [list(result.token_ids) for result in results] == architectures.generated_by_transformers(
+        wanted, PROMPTS, 8
+    )
+
+
+@pytest.mark.parametrize("name", ["modelopt", "compressed_dynamic", "block"])
+def test_dequantizes_experts(tmp_path: Path, name: str) -> None:
+    """Each is stored by itself and stacked by transformers; without dequantize, they are refused by name."""
+    moe = architectures.small_config("qwen3_moe")
+    form = FORMATS[name]
+    ignored: Any = {"ignore": ["lm_head", "re:.*mlp.gate$"]} if name == "compressed_dynamic" else {}
+    write(tmp_path, form, config=moe, **ignored)
+    given: Any = {"model": str(tmp_path), "device": "cpu"}
+    with pytest.raises(LoadError, match=r"experts.* not that of a linear .* dequantize \(--dequantize\)"):
+        load_model(AutoDeployConfig(**given))
+    state = load_model(AutoDeployConfig(**given, dequantize=True)).module.state_dict()
+    stored = load_file(tmp_path / "model.safetensors")
+    for layer in range(moe.num_hidden_layers):
+        for expert in range(moe.num_experts):
+            base = f"model.layers.{layer}.mlp.experts"
+            weights = [
+                dequantized(stored, f"{base}.{expert}.{part}_proj", form) for part in ("gate", "up", "down")
+            ]
+            assert torch.equal(state[f"{base}.gate_up_proj"][expert], torch.cat(weights[:2]))
+            assert torch.equal(state[f"{base}.down_proj"][expert], weights[2])
+
+
+def test_the_command_dequantizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """And dump shows the plain linears that are left then."""
+    for option, count in (([], 14), (["--dequantize"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["dump", "-m", str(checkpoint("block")), "--stage", "export_model", "-q", *option])
+        assert not stop.value.code
+        assert capsys.readouterr().out.count("ad_flashinfer.quantized_linear.default(") == count
 
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -331,7 +385,7 @@ FLOAT8 = torch.ones(160, 160).to(torch.float8_e4m3fn)
                     ("input_scale", torch.ones(())),
                 )
             ],
-            "'model.embed_tokens.weight' is that of a Embedding, not of a linear",
+            "'model.embed_tokens.weight' is not that of a linear",
         ),
         (
             "block",
@@ -339,7 +393,7 @@ FLOAT8 = torch.ones(160, 160).to(torch.float8_e4m3fn)
                 change(f"model.layers.0.mlp.experts.0.up_proj.{part}", value)(tensors)
                 for part, value in (("weight", FLOAT8), ("weight_scale_inv", torch.ones(2, 2)))
             ],
-            "experts.0.up_proj.weight' is not that of a linear of the model",
+            "experts.0.up_proj.weight' is not that of a linear (experts and embeddings are not)",
         ),
     ],
 )

@@ -148,9 +148,9 @@ def refuse_quantized(directory: Path, quantized: Quantized) -> None:
         LoadError: always.
     """
     raise LoadError(
-        f"{directory}: the weights are {quantized}, which is not supported: {quantized.layout}; give a "
-        f"checkpoint of float32, bfloat16 or float16 weights, or one of {SUPPORTED}, or set "
-        "skip_loading_weights (--random-weights) to run without them."
+        f"{directory}: the weights are {quantized}{f', and {why}' if (why := quantized.layout) else ''}, "
+        "which is not supported; give a checkpoint of float32, bfloat16 or float16 weights, or one of "
+        f"{SUPPORTED}, or set skip_loading_weights (--random-weights) to run without them."
     )
 
 

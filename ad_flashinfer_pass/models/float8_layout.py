@@ -66,14 +66,14 @@ class Layout(NamedTuple):
 
 
 def read_layout(method: str, settings: dict[str, Any]) -> Layout | str:
-    """What a quantizer's settings say, or why that is not understood.
+    """What a quantizer's settings say, or what is not understood, empty if all of it.
 
     Args:
         method: modelopt, compressed-tensors or fp8; any other is not understood.
         settings: those of hf_quant_config.json are under ``quantization``.
     """
     if method not in _READERS:
-        return f"supported are {SUPPORTED}"
+        return ""
     reader = _ModelOptFile if "quantization" in settings else _READERS[method]
     try:
         return reader.model_validate(settings).layout()
@@ -83,10 +83,10 @@ def read_layout(method: str, settings: dict[str, Any]) -> Layout | str:
         if first["type"] == "value_error":
             return str(first["ctx"]["error"])
         if first["type"] == "extra_forbidden":
-            return f"its key {place} is not known here"
+            return f"its key {place} is unknown"
         if first["type"] == "missing":
             return f"its key {place} is missing"
-        return f"its {place or 'settings'}: {first['input']!r:.100} is not supported"
+        return f"its {place} is {first['input']!r:.100}"
 
 
 class _Exact(BaseModel):

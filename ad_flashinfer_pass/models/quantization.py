@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ad_flashinfer_pass.models.float8_layout import SUPPORTED, Layout, read_layout
+from ad_flashinfer_pass.models.float8_layout import Layout, read_layout
 from ad_flashinfer_pass.models.json_file import read_json
 from ad_flashinfer_pass.models.source import Source
 
@@ -22,8 +22,8 @@ class Quantized(NamedTuple):
     """As precisely as can be told, for example ``GPTQ int4``."""
     said_by: str
     """The file and key, or the tensor, that says so."""
-    layout: Layout | str = f"supported are {SUPPORTED}, where a file says so"
-    """How to read them, or why they cannot be read."""
+    layout: Layout | str = "no file says how they are to be read"
+    """How to read them, or what keeps them from being read, empty if it is all of the format."""
 
     def __str__(self) -> str:
         return f"quantized as {self.format} ({self.said_by})"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ from tests.models.float8_checkpoints import (
     Tensors,
     dequantized,
     dequantized_model,
+    scale_of,
+    small_config,
     stated_model,
     write,
 )
@@ -292,6 +295,46 @@ def test_the_command_dequantizes(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.count("ad_flashinfer.quantized_linear.default(") == count
 
 
+@pytest.mark.parametrize("name", ["compressed_static", "compressed_dynamic", "compressed_weights"])
+@torch.no_grad()
+def test_computes_as_transformers_does(name: str) -> None:
+    """Which reads these with the format's own library."""
+    pytest.importorskip("compressed_tensors")
+    ids = torch.tensor(PROMPTS[2:])
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name))(ids).logits
+    torch.testing.assert_close(loaded(name)(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC"])
+@torch.no_grad()
+def test_reads_what_compressed_tensors_writes(tmp_path: Path, preset: str) -> None:
+    """And computes as its model did before it was written."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    model: Any = architectures.random_model(small_config())
+    scheme = quantization.preset_name_to_scheme(preset, ["Linear"])
+    settings = {"config_groups": {"group_0": scheme}, "format": "float-quantized", "ignore": ["lm_head"]}
+    quantization.apply_quantization_config(
+        model, quantization.QuantizationConfig(**settings, quantization_status="frozen")
+    )
+    for part in model.modules():
+        if hasattr(part, "quantization_scheme"):
+            part.weight_scale.copy_(scale_of(part.weight, "tensor" if preset == "FP8" else "channel"))
+            if preset == "FP8":
+                part.input_scale.fill_(0.02)
+    ids = torch.tensor(PROMPTS[2:])
+    wanted = model(ids).logits
+    compressor = compressors.ModelCompressor.from_pretrained_model(
+        model, quantization_format="float-quantized"
+    )
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module
+    assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == 14
+    torch.testing.assert_close(module(ids).logits, wanted)
+
+
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -424,16 +467,20 @@ def test_refuses_what_is_left_over(tmp_path: Path, name: str, tensor: str) -> No
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("modelopt_config", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "its quant_algo: 'FP8_PER"),
+        ("modelopt_config", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "its quant_algo is 'FP8_PER"),
         ("modelopt_config", {"ignore": []}, "hf_quant_config.json says otherwise"),
-        ("compressed_dynamic", {"format": "pack-quantized"}, "its format: 'pack-quantized'"),
-        ("compressed_dynamic", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "its sparsity_config: "),
-        ("compressed_dynamic", {"transform_config": {"a": 1}}, "its transform_config: "),
-        ("compressed_dynamic", {"rotation": "R1"}, "its key rotation is not known here"),
+        ("compressed_dynamic", {"format": "pack-quantized"}, "its format is 'pack-quantized'"),
+        (
+            "compressed_dynamic",
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "its sparsity_config is ",
+        ),
+        ("compressed_dynamic", {"transform_config": {"a": 1}}, "its transform_config is "),
+        ("compressed_dynamic", {"rotation": "R1"}, "its key rotation is unknown"),
         ("compressed_dynamic", {"ignore": ["re:("]}, "'(' is no pattern"),
-        ("block", {"weight_block_size": [64, 128]}, "its weight_block_size.0: 64"),
-        ("block", {"activation_scheme": "static"}, "its activation_scheme: 'static'"),
-        ("block", {"scale_fmt": "ue8m0"}, "its scale_fmt: 'ue8m0'"),
+        ("block", {"weight_block_size": [64, 128]}, "its weight_block_size.0 is 64"),
+        ("block", {"activation_scheme": "static"}, "its activation_scheme is 'static'"),
+        ("block", {"scale_fmt": "ue8m0"}, "its scale_fmt is 'ue8m0'"),
         ("block", {"modules_to_convert": ["model.embed_tokens"]}, "modules_to_convert names embeddings"),
     ],
 )
@@ -441,7 +488,7 @@ def test_refuses_what_it_does_not_understand(
     tmp_path: Path, name: str, settings: dict[str, Any], message: str
 ) -> None:
     """A setting that changes what the numbers mean, by its name, with what is supported."""
-    with pytest.raises(LoadError, match="is not supported: ") as caught:
+    with pytest.raises(LoadError, match="which is not supported; give a checkpoint of float32") as caught:
         load_model(AutoDeployConfig(model=str(write(tmp_path, FORMATS[name], **settings)), device="cpu"))
     assert message in str(caught.value)
     assert SUPPORTED in str(caught.value)

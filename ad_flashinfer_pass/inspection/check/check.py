@@ -318,7 +318,7 @@ def check_prepared(
 def _check_dense(prepared: Prepared, tokens: Sequence[Tensor], dense: Sequence[Tensor]) -> dict[str, Any]:
     """The graph before the insertion beside the source."""
     found = [_dense_logits(prepared.source, ids) for ids in tokens]
-    dtype = next(each.dtype for each in prepared.exported.parameters() if each.is_floating_point())
+    dtype = next(each.dtype for each in prepared.exported.parameters() if each.dtype in _KL)
     compared = _compare_logits("dense", list(zip(found, dense, strict=True)), _KL[dtype])
     return {"logits": (compared,)}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ad_flashinfer_pass import LLM, CacheSession, SamplingParams, build_model, cli, restore, to_program
@@ -333,6 +333,31 @@ def test_reads_what_compressed_tensors_writes(tmp_path: Path, preset: str) -> No
     module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module
     assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == 14
     torch.testing.assert_close(module(ids).logits, wanted)
+
+
+def test_reads_shards(tmp_path: Path) -> None:
+    """A weight and its scales may lie in different files."""
+    file = write(tmp_path, FORMATS["block"]) / "model.safetensors"
+    tensors, shards = load_file(file), ("a.safetensors", "b.safetensors")
+    parts: tuple[Tensors, Tensors] = ({}, {})
+    for name, tensor in tensors.items():
+        parts["scale" in name][name] = tensor
+    for shard, part in zip(shards, parts, strict=True):
+        save_file(part, tmp_path / shard, metadata={"format": "pt"})
+    weight_map = {name: shards["scale" in name] for name in tensors}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module
+    for key, tensor in loaded("block").state_dict().items():
+        assert torch.equal(module.state_dict()[key].float(), tensor.float()), key
+
+
+def test_reads_the_first_layers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of further layers are left out, with a word."""
+    module = loaded("block", model_kwargs={"num_hidden_layers": 1})
+    assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == 7
+    assert "tensors that the model does not have were left out: model.layers.1." in caplog.text
 
 
 QUERY = "model.layers.0.self_attn.q_proj"

@@ -47,7 +47,7 @@ def quantized(x: Tensor, scale: Tensor | None, activation: str) -> Tensor:
         return quantized(groups, None, "token").flatten(1)[:, :depth]
     if activation == "token":
         scale = x.abs().amax(-1, keepdim=True) / LARGEST
-        scale = torch.where(scale == 0, 1.0, scale)
+        scale = scale.masked_fill(scale == 0, 1.0)
     else:
         assert scale is not None
         scale = scale.to(x.dtype)

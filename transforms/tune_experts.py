@@ -60,12 +60,13 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
 
 def _replace_top_k(node: fx.Node) -> None:
     """By our kernel, where it has rows of few numbers, as a router's scores are."""
-    from ad_flashinfer_pass.kernels.experts.top_k import MAX_COLUMNS  # needs triton
+    from ad_flashinfer_pass.kernels.experts.top_k import MAX_COLUMNS, MAX_K  # needs triton
 
     args, shape = g.op_args(node), g.shape(g.args(node)[0])
     is_plain = args["largest"] and args["dim"] in (-1, len(shape) - 1)
     is_plain &= g.value(args["self"]).dtype in (*_FLOATS, torch.float32)
-    if len(shape) == 2 and is_plain and isinstance(shape[1], int) and shape[1] <= MAX_COLUMNS:
+    is_small = len(shape) == 2 and isinstance(shape[1], int) and shape[1] <= MAX_COLUMNS
+    if is_plain and is_small and isinstance(args["k"], int) and args["k"] <= MAX_K:
         g.replace_op(node, torch.ops.ad_flashinfer.top_k.default, args["self"], args["k"])
 
 

@@ -55,7 +55,6 @@ def run(x: Experts, config: Config) -> Tensor:
     num_tokens, top_k = x.top_k_index.shape
     new = x.hidden_states.new_empty
     middle = new((num_tokens * top_k, x.width), dtype=x.down.weight.dtype)
-    has_bias = x.gate.bias is not None
     _up[(num_tokens * top_k, triton.cdiv(x.width, config.rows))](
         x.hidden_states,
         x.top_k_index,
@@ -67,7 +66,7 @@ def run(x: Experts, config: Config) -> Tensor:
         middle,
         x.width,
         *x.gate.weight.stride(),
-        *(x.gate.bias.stride() if has_bias else (0, 0)),  # type: ignore[union-attr]
+        *_strides(x.gate.bias),
         x.alpha,
         x.beta,
         float("inf") if x.limit is None else x.limit,
@@ -89,6 +88,7 @@ def run(x: Experts, config: Config) -> Tensor:
         out,
         x.hidden,
         *x.down.weight.stride(),
+        *_strides(x.down.bias),
         DEPTH=x.width,
         TOP_K=top_k,
         ROWS=config.down_rows,
@@ -96,6 +96,10 @@ def run(x: Experts, config: Config) -> Tensor:
         num_warps=config.down_warps,
     )
     return out
+
+
+def _strides(bias: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if bias is None else bias.stride()
 
 
 @triton.jit
@@ -169,6 +173,8 @@ def _down(  # type: ignore[no-untyped-def]
     stride_expert,
     stride_row,
     stride_column,
+    stride_bias_expert,
+    stride_bias,
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -197,8 +203,7 @@ def _down(  # type: ignore[no-untyped-def]
             v = tl.load(x + pair * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
             sums += w.to(tl.float32) * (v * scale)[None, :]
         if bias is not None:
-            biases += scale * tl.load(bias + expert * num_rows + rows, mask=row_mask, other=0.0).to(
-                tl.float32
-            )
+            place_of_bias = expert * stride_bias_expert + rows * stride_bias
+            biases += scale * tl.load(bias + place_of_bias, mask=row_mask, other=0.0).to(tl.float32)
     total = tl.sum(sums, axis=1) + biases
     tl.store(out + token * num_rows + rows, total.to(out.dtype.element_ty), mask=row_mask)

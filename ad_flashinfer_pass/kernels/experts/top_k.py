@@ -11,6 +11,8 @@ from ad_flashinfer_pass.kernels import overlap
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
 MAX_COLUMNS = 1024
+MAX_K = 32
+"""Each is a turn of a loop that is written out."""
 
 
 def run(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -18,7 +20,7 @@ def run(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         x: [rows, columns], contiguous, on a CUDA device; of at most ``MAX_COLUMNS`` columns.
-        k: at most as many as there are columns.
+        k: at most ``MAX_K``, and as many as there are columns.
     """
     rows, columns = x.shape
     values = torch.empty((rows, k), dtype=x.dtype, device=x.device)
@@ -52,6 +54,7 @@ def _top_k(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, COLUMNS)
     number = tl.load(x + row * num_columns + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     bits = number.to(tl.int32, bitcast=True)
+    bits = tl.where(number == number, bits, 0x7FC00000)  # NaN has a sign, too
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     keys = (ordered << 32) | (COLUMNS - 1 - columns)
     least = -0x7FFFFFFFFFFFFFFF - 1

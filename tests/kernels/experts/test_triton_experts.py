@@ -95,6 +95,25 @@ def test_all_tokens_may_choose_one_expert_and_choose_it_twice(kernel: Kernel) ->
     assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_biases_may_have_any_strides(kernel: Kernel) -> None:
+    tensors, options = inputs(5, {}, bias=True)
+    tensors[5:7] = [torch.stack([bias, bias], -1)[..., 0] for bias in tensors[5:7]]
+    assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("name", ["no gate", "transposed, alternating, scaled and cut"])
+def test_a_token_that_is_not_a_number_stays_so_and_is_alone_in_it(name: str, kernel: Kernel) -> None:
+    tensors, options = inputs(5, OPTIONS[name], bias=False)
+    before = select.run(arguments(*tensors, **options), kernel)
+    tensors[0][2, 0] = torch.nan
+    after = select.run(arguments(*tensors, **options), kernel)
+    assert after[2].isnan().all()
+    others = [0, 1, 3, 4]
+    assert torch.equal(after[others], before[others])
+
+
 def test_the_first_candidate_is_the_default() -> None:
     tensors, options = inputs(3, {}, bias=False)
     x: Experts = arguments(*tensors, **options)
@@ -112,6 +131,7 @@ def test_top_k_is_that_of_torch(dtype: torch.dtype, columns: int) -> None:
     x[1] = 0
     x[2, 3] = torch.nan
     x[3, 5] = torch.inf
+    x[4, 7] = -torch.tensor(torch.nan)
     values, index = top_k.run(x, 8)
     wanted, _ = torch.topk(x, 8)
     assert torch.equal(values.nan_to_num(9e4), wanted.nan_to_num(9e4))

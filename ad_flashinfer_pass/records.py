@@ -116,5 +116,7 @@ class TransformContext:
     """The device that will run the graph, if it is not ``device``: one can look at it elsewhere."""
     sm: int | None = None
     """Compute capability of the target, 90 for 9.0, if it is not here."""
+    keeps_strides: bool = False
+    """Whether the weights must stay as they lie, because somebody else relies on their strides."""
     on_event: Callable[[str], None] = lambda text: None
     """Takes a line of progress from a transform that takes long."""

@@ -3,11 +3,13 @@
 Before: best, index = topk(scores, k)
         out = experts(x, index, weights, gate_up, down, is_concatenated=False, is_transposed=True)
 After:  best, index = ad_flashinfer.top_k(scores, k)
-        out = experts(x, index, weights, gate_up', down', kernel="triton 1=gemv/2/1024/4/2/512/2 ...")
+        out = experts(x, index, weights, gate_up, down, kernel="triton 1=gemv/2/1024/4/2/512/2 ...")
 
 Legal because the kernels compute what the op says, rounded once where torch's round several times. Weights
-that lie transposed, or whose rows of gate and up alternate, are laid out anew, so that a kernel reads whole
-rows. On CUDA, in bfloat16 and float16; only sizes that are captured are timed.
+that lie transposed get other strides, so that a kernel reads whole rows: the parameters of the module that
+was transformed do, so no weight is in memory twice. Under torch.compile, which would compile anew for other
+strides, such experts are left to torch. On CUDA, in bfloat16 and float16; only sizes that are captured are
+timed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 _EXPERTS = torch.ops.ad_flashinfer.experts.default
 _ROUTING = ("hidden_states", "top_k_index", "top_k_weights")
 _FLOATS = (torch.bfloat16, torch.float16)
-_WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "up_proj")
+_PROJECTIONS = ("gate_up_proj", "down_proj", "up_proj")
+_WEIGHTS = (*_PROJECTIONS, "gate_up_bias", "down_bias")
 
 
 @register("tune_experts")
@@ -45,7 +48,9 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         if dtype not in _FLOATS:
             report.skipped.append(Skip(g.where(node), f"its experts are {dtype}: by torch's kernels"))
             continue
-        lay_out(model, node)
+        if not _lies_by_rows(node, ctx):
+            report.skipped.append(Skip(g.where(node), "its weights lie transposed: by torch's kernels"))
+            continue
         node.kwargs = {**node.kwargs, "kernel": select.DEFAULT}
         served.append(node)
     report.num_matches = len(served)
@@ -53,8 +58,7 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         _replace_top_k(node)
     if ctx.config.compile_backend != "torch-simple" and g.has_weights(model):
         _tune([node for node in served if _reads_weights(node)], ctx, report)
-    if served:
-        g.finish(model)
+    g.finish(model)
     return model, report
 
 
@@ -70,30 +74,22 @@ def _replace_top_k(node: fx.Node) -> None:
         g.replace_op(node, torch.ops.ad_flashinfer.top_k.default, args["self"], args["k"])
 
 
-def lay_out(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Let experts read whole rows, the gate's before those of up, from parameters that are laid out so."""
+def _lies_by_rows(node: fx.Node, ctx: TransformContext) -> bool:
+    """Whether experts read whole rows; parameters that lie otherwise are laid out so, with the same shape."""
     args = g.op_args(node)
-    if not _reads_weights(node) or not (args["is_transposed"] or not args["is_concatenated"]):
-        return
-    alternates = args["has_gate"] and not args["is_concatenated"]
-    before = [args[name] for name in _WEIGHTS if args[name] is not None]
-    for name in _WEIGHTS:
-        if args[name] is None:
+
+    def by_rows(weight: Tensor) -> Tensor:
+        return weight.mT.contiguous().mT if args["is_transposed"] else weight.contiguous()
+
+    for weight in (args[name] for name in _PROJECTIONS if args[name] is not None):
+        if g.value(weight).stride(-2 if args["is_transposed"] else -1) == 1:
             continue
-        weight: Tensor = g.attribute(args[name]).detach()
-        if args["is_transposed"] and weight.dim() == 3:
-            weight = weight.mT
-        if alternates and name in ("gate_up_proj", "gate_up_bias"):
-            weight = torch.cat([weight[:, ::2], weight[:, 1::2]], 1)
-        parameter = nn.Parameter(weight.contiguous(), requires_grad=False)
-        with gm.graph.inserting_before(node):
-            target = f"{args[name].target}_by_rows".replace(".", "_")
-            args[name] = g.add_attribute(gm, target, parameter)
-    node.args, node.kwargs = (), {**args, "is_transposed": False, "is_concatenated": True}
-    for weight_node in before:
-        if not weight_node.users:
-            gm.graph.erase_node(weight_node)
-    g.delete_unread(gm)  # now, so that there are never two copies of all layers
+        if weight.op != "get_attr" or ctx.keeps_strides:
+            return False
+        parameter, weight.meta["val"] = g.attribute(weight), by_rows(g.value(weight))
+        if g.has_weights(node.graph.owning_module):
+            parameter.data = by_rows(parameter.data)
+    return True
 
 
 def _reads_weights(node: fx.Node) -> bool:

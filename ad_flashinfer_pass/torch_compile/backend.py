@@ -161,6 +161,7 @@ class _Compiled:
             config=self.session.config(**changes),
             device=self.session.device,
             sequence_info=self.session.sequence_info,
+            keeps_strides=True,  # Dynamo guards them
             on_event=self.session.on_event,
         )
 

@@ -37,7 +37,7 @@ class ExpertsKind(NamedTuple):
 
 
 def _kind(top_k: int, weights: Weights, options: Mapping[str, Any]) -> ExpertsKind:
-    down = weights["down_proj"]
+    down = weights["down_proj"].mT if options["is_transposed"] else weights["down_proj"]
     num_experts, hidden, width = down.shape
     return ExpertsKind(num_experts, top_k, hidden, width, down.dtype, tuple(options.items()))
 
@@ -47,7 +47,7 @@ class ExpertsLayers:
 
     Args:
         layers: of each the experts of a token, the weights as ``ops.experts`` takes them by name, on one CUDA
-            device and laid out by rows, and its arguments that are no tensors.
+            device, and its arguments that are no tensors.
     """
 
     default = select.DEFAULT

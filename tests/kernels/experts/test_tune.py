@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ad_flashinfer_pass.kernels.experts import tune
 from ad_flashinfer_pass.kernels.experts.tune import ExpertsLayers
 
-OPTIONS = {"activation": "silu", "in_float32": False}
+OPTIONS = {"activation": "silu", "in_float32": False, "is_transposed": False}
 
 
 def layers(num_layers: int = 2) -> ExpertsLayers:

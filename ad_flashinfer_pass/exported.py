@@ -12,7 +12,7 @@ A saved program is the graph with its weights. Metadata and pages are its inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ from ad_flashinfer_pass.experts import offer_to_transformers
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
+from ad_flashinfer_pass.ops.experts import KERNELS as EXPERTS_KERNELS
+from ad_flashinfer_pass.ops.linear import KERNELS as LINEAR_KERNELS
 from ad_flashinfer_pass.records import CachedSite, KvCacheResource, SiteNotes, TransformContext
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
@@ -152,6 +155,7 @@ def restore(
             resource = KvCacheResource(name, int(heads), int(head_dim), int(page_size), g.value(node).dtype)
             ctx.resources.append(resource)
     ctx.vocab_size = int(g.shape(g.args(output)[0])[-1])
+    _check_kernels(gm)
     ctx.sites = _sites(gm)
     attention = torch.ops.ad_flashinfer.cached_attention.default
     first = next(iter(gm.graph.find_nodes(op="call_function", target=attention)))
@@ -159,6 +163,38 @@ def restore(
     _check_settings(gm, ctx)
     module, _ = pipeline.Pipeline.of(ctx.config).since("initialize_cache").run(gm, ctx)
     return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
+
+
+def _check_kernels(gm: fx.GraphModule) -> None:
+    """Refuse a plan that names what is no kernel here, now and not in a step of that size."""
+    attention = {
+        name: (0,) if provider.options is Provider.options else (0, 1)
+        for name, provider in select.PROVIDERS.items()
+    }
+    known = {
+        torch.ops.ad_flashinfer.cached_attention.default: {
+            "prefill_kernel": dict.fromkeys(attention, (0,)),
+            "decode_kernel": attention,
+        },
+        torch.ops.ad_flashinfer.experts.default: {"kernel": EXPERTS_KERNELS},
+        torch.ops.ad_flashinfer.linear.default: {"kernel": LINEAR_KERNELS},
+    }
+    for node, arguments in ((node, known.get(node.target, {})) for node in gm.graph.nodes):
+        for argument, num_options in arguments.items():
+            text = g.op_args(node)[argument]
+            if not _is_plan(text, num_options) or (argument == "prefill_kernel" and text not in attention):
+                raise ConfigError(
+                    f"{g.where(node)}: {argument} {text[:80]!r} is nothing that this version runs; it has "
+                    f"{', '.join(num_options)}. Transform the model again."
+                )
+
+
+def _is_plan(text: str, num_options: Mapping[str, Sequence[int]]) -> bool:
+    try:
+        kernels = KernelPlan.parse(text).kernels
+    except ValueError:
+        return False
+    return all(name in num_options and len(given) in num_options[name] for name, given in kernels)
 
 
 def _sizes(info: SequenceInfo) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from functools import cache
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from ad_flashinfer_pass import AutoDeployConfig, exported, restore, to_program, transform
 from ad_flashinfer_pass.errors import ConfigError, ExportError
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 from ad_flashinfer_pass.records import CachedSite, SiteNotes
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
@@ -209,6 +212,50 @@ def test_kernels_that_the_flashinfer_here_does_not_have_are_refused(monkeypatch:
         ConfigError, match=r"runs xqa at node a, but flashinfer-python 0.6.16 lacks .*; 0.6.17"
     ):
         exported._check_versions(sites, 9)
+
+
+@pytest.mark.parametrize(
+    ("argument", "plan"),
+    [
+        ("decode_kernel", "reference 4=cutlass"),
+        ("decode_kernel", "reference 1=xqa/two"),
+        ("decode_kernel", "reference/3"),
+        ("decode_kernel", ""),
+        ("prefill_kernel", "xqa/2"),
+        ("prefill_kernel", "reference 1=reference"),
+    ],
+)
+def test_a_plan_of_other_kernels_is_refused_at_once(argument: str, plan: str) -> None:
+    program = to_program(cached())
+    attention = torch.ops.ad_flashinfer.cached_attention.default
+    (node,) = program.graph.find_nodes(op="call_function", target=attention)
+    node.args, node.kwargs = (), {**g.op_args(node), argument: plan}
+    with pytest.raises(ConfigError, match=f"{argument} {plan!r} is nothing that this version runs; it has"):
+        restore(program, **SETTINGS)
+
+
+def test_plans_of_experts_and_linears_are_known() -> None:
+    gemv = pytest.importorskip("ad_flashinfer_pass.kernels.experts.gemv", reason="triton is not installed")
+    grouped = importlib.import_module("ad_flashinfer_pass.kernels.experts.grouped")
+    small_gemm = importlib.import_module("ad_flashinfer_pass.kernels.linear.small_gemm")
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    experts, linear = torch.ops.ad_flashinfer.experts.default, torch.ops.ad_flashinfer.linear.default
+    plans = [
+        *(f"triton 1={Kernel('gemv', config)} 2=torch" for config in gemv.candidates(1)),
+        *(str(Kernel("grouped", config)) for config in grouped.candidates(64)),
+    ]
+    for plan in plans:
+        graph.call_function(experts, (x,) * 5, {"kernel": plan})
+    for config in small_gemm.all_candidates(1):
+        graph.call_function(linear, (x, x), {"kernel": f"torch 1={Kernel('small_gemm', config)}"})
+    gm = fx.GraphModule(nn.Module(), graph)
+    exported._check_kernels(gm)
+    node = graph.call_function(experts, (x,) * 5)
+    for plan in ("triton 1=gemv/2", "gemv"):
+        node.kwargs = {"kernel": plan}
+        with pytest.raises(ConfigError, match=rf"kernel '{plan}' is nothing .* torch, triton, gemv, gr"):
+            exported._check_kernels(gm)
 
 
 def test_inputs_must_be_tokens_and_positions() -> None:

@@ -36,7 +36,11 @@ class KernelPlan:
     @staticmethod
     @cache
     def parse(text: str) -> KernelPlan:
-        """The plan that ``str`` wrote; read once, since an op asks in each call."""
+        """The plan that ``str`` wrote; read once, since an op asks in each call.
+
+        Raises:
+            ValueError: it is none.
+        """
         default, *others = text.split()
         by_size = (other.split("=") for other in others)
         return KernelPlan(Kernel.parse(default), {int(n): Kernel.parse(kernel) for n, kernel in by_size})
@@ -50,6 +54,11 @@ class KernelPlan:
         return self.by_size.get(size, self.default)
 
     @property
+    def kernels(self) -> list[Kernel]:
+        """Every kernel, the default first."""
+        return [self.default, *self.by_size.values()]
+
+    @property
     def names(self) -> list[str]:
         """Every kernel's name, the default's first."""
-        return list(dict.fromkeys(kernel.name for kernel in (self.default, *self.by_size.values())))
+        return list(dict.fromkeys(kernel.name for kernel in self.kernels))

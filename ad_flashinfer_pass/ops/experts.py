@@ -13,6 +13,9 @@ from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
 
+KERNELS = {"torch": (0,), "triton": (0,), "gemv": (6,), "grouped": (7,)}
+"""The kernels that a plan may name, with the numbers of options that it takes."""
+
 
 def experts(
     hidden_states: Tensor,

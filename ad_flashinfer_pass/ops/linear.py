@@ -11,6 +11,9 @@ from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 from ad_flashinfer_pass.ops.define import define
 
+KERNELS = {"torch": (0,), "small_gemm": (5,)}
+"""The kernels that a plan may name, with the numbers of options that it takes."""
+
 
 def linear(
     x: Tensor,

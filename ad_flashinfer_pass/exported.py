@@ -143,7 +143,7 @@ def restore(
     gm, _ = plain_module(program.module(check_guards=False))
     output = gm.graph.output_node()
     output.args = (g.args(output)[0][0],)
-    ctx = pipeline.context(_config(config, settings))
+    ctx = pipeline.context(pipeline.on_device_of(getattr(gm, _MADE_FOR, None), _config(config, settings)))
     inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     ctx.sequence_info.has_lengths = "sequence_lengths" in inputs
     for name in ctx.sequence_info.named_args():

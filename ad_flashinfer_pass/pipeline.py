@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import registry, transforms
 from ad_flashinfer_pass.config import STAGES, AutoDeployConfig, Stage, check_type
@@ -33,9 +34,9 @@ def transform_module(
     """Run the pass on a module.
 
     Args:
-        module: in eval mode, on ``config.device``; takes input_ids and position_ids, int64 [b, s], and
-            returns logits [b, s, vocab] or an object that has them.
-        config: its model keys are not read.
+        module: in eval mode, on ``config.device`` if that is given; takes input_ids and position_ids, int64
+            [b, s], and returns logits [b, s, vocab] or an object that has them.
+        config: its model keys are not read; a device that it does not name is the module's.
         on_event: called with the name of each transform as it begins.
 
     Returns:
@@ -47,11 +48,25 @@ def transform_module(
         CapacityError: the caches do not fit in memory.
     """
     check_type("module", module, nn.Module)
+    check_type("config", config, AutoDeployConfig)
+    config = on_device_of(next(chain(module.parameters(), module.buffers()), None), config)
     ctx = context(config, on_event)
     transformed, reports = Pipeline.of(config).run(module, ctx)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
     model.generation_config = getattr(module, "generation_config", None)
     return model, reports
+
+
+def on_device_of(tensor: Tensor | None, config: AutoDeployConfig) -> AutoDeployConfig:
+    """The config with the device of a model that is there, by one of its tensors, unless it names one.
+
+    Raises:
+        ConfigError: a setting does not fit the device.
+    """
+    if tensor is None or tensor.is_meta or "device" in config.model_fields_set:
+        return config
+    keys = {name: getattr(config, name) for name in config.model_fields_set}
+    return AutoDeployConfig(**keys, device=str(tensor.device))
 
 
 def context(config: AutoDeployConfig, on_event: Callable[[str], None] | None = None) -> TransformContext:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import fx
 
-from ad_flashinfer_pass import pipeline, registry, transforms
+from ad_flashinfer_pass import config as config_module
+from ad_flashinfer_pass import pipeline, registry, restore, to_program, transforms
 from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig, default_transforms
+from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.pipeline import Pipeline
 from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.registry import register
@@ -43,6 +46,30 @@ def test_transforms_run_in_the_order_of_their_stages() -> None:
     assert [report.name for report in reports] == announced
     assert all(report.seconds > 0 for report in reports)
     assert model.num_pages > 1
+
+
+def test_a_device_that_is_not_given_is_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module or program on the CPU is served there, also where there is a GPU."""
+    monkeypatch.setattr(config_module, "_default_device", config_module._default_device.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = AutoDeployConfig(max_seq_len=64)
+    assert config.device == "cuda"
+    model, _ = pipeline.transform_module(SmallModel(sdpa), config)
+    assert model.device.type == "cpu"
+    assert restore(to_program(model), max_seq_len=64).device.type == "cpu"
+    captured = AutoDeployConfig(max_seq_len=64, compile_backend="torch-cudagraph")
+    with pytest.raises(ConfigError, match="captures CUDA graphs, got device: cpu; set device: cuda, or"):
+        pipeline.transform_module(SmallModel(sdpa), captured)
+    tensor = torch.empty(0)
+    assert pipeline.on_device_of(tensor, AutoDeployConfig(device="cuda:1")).device == "cuda:1"
+    assert pipeline.on_device_of(tensor.to("meta"), config) is config
+    assert pipeline.on_device_of(None, config) is config
+    kept = AutoDeployConfig(
+        max_seq_len=64,
+        kv_cache_config={"dtype": "fp8", "k_scale": 0.5},
+        transforms={"fuse_gemms": {"enabled": False}, "tune_attention": {"decode": "xqa"}},
+    )
+    assert pipeline.on_device_of(tensor, kept) == kept.model_copy(update={"device": "cpu"})
 
 
 def test_a_transform_can_be_switched_off() -> None:

@@ -69,7 +69,8 @@ def tune(
     Returns:
         The ``KernelPlan`` of each kind as text, and lines with the times.
     """
-    known, notes = read_choices(), []
+    notes: list[str] = []
+    known, new = read_choices(), dict[str, Any]()
     chosen: dict[K, dict[int, Kernel]] = {kind: {} for kind in subject.kinds}
     packages = ("torch", "triton", "flashinfer-python")
     versions = " ".join(f"{package} {modules.installed(package)}" for package in packages)
@@ -80,18 +81,26 @@ def tune(
             continue
         gpu = torch.cuda.get_device_name(subject.device)
         key = f"{gpu}, {versions}: {subject.key(size)}, by {' '.join(candidates)}"
-        if key not in known:
+        measured = _measured(known.get(key), candidates, len(subject.kinds))
+        if measured is None:
             with torch.cuda.device(subject.device if subject.device.type == "cuda" else -1):
-                known[key] = subject.measure(size, candidates)
-        kernels, found = known[key]
-        notes += found
-        for kind, kernel in zip(subject.kinds, kernels, strict=True):
+                measured = new[key] = subject.measure(size, candidates)
+        notes += measured.notes
+        for kind, kernel in zip(subject.kinds, measured.kernels, strict=True):
             if kernel != subject.default:
                 chosen[kind][size] = Kernel.parse(kernel)
         on_progress(index + 1, len(by_size))
-    write_choices(known)
+    write_choices(new)
     default = Kernel.parse(subject.default)
     return {kind: str(KernelPlan(default, found)) for kind, found in chosen.items()}, notes
+
+
+def _measured(entry: object, candidates: Sequence[str], num_kinds: int) -> Measured | None:
+    """An entry of the file, None if there is none or somebody wrote something else there."""
+    match entry:
+        case [[*kernels], [*notes]] if len(kernels) == num_kinds and all(k in candidates for k in kernels):
+            return Measured(kernels, [str(note) for note in notes])
+    return None
 
 
 def fastest(times: Mapping[str, Sequence[float]], default: str, min_gain: float = 0.98) -> str:
@@ -152,9 +161,10 @@ def read_choices() -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def write_choices(known: dict[str, Any]) -> None:
-    """Remember all of it."""
+def write_choices(new: Mapping[str, Any]) -> None:
+    """Remember more, beside what other processes have found in the meantime."""
     file = cache_file()
     with suppress(OSError, ConfigError):  # a read-only home: measured again next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(known, indent=1) + "\n")
+        if new:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps({**read_choices(), **new}, indent=1) + "\n")

@@ -16,6 +16,7 @@ from ad_flashinfer_pass.ops.top_k import top_k
 TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
     torch.ops.ad_flashinfer.experts,
     torch.ops.ad_flashinfer.quantized_linear,
+    torch.ops.ad_flashinfer.top_k,
 }
 """Ops whose contract is that they work token by token: along all dimensions but the last, an element of each
 result is computed from the same element of each operand that has tokens. ``check_packing`` takes their word;

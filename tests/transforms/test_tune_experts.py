@@ -105,6 +105,20 @@ def test_routing_runs_our_kernel() -> None:
     assert len(find(after, torch.ops.ad_flashinfer.top_k)) == len(find(after, EXPERTS))
 
 
+def test_it_may_stand_before_the_proof_of_packing() -> None:
+    """Which takes our top-k for what it is: of a row, from the same row."""
+    config = AutoDeployConfig(
+        max_batch_size=2, max_seq_len=64, transforms={"tune_experts": {"stage": "export"}}
+    )
+    ctx, pipeline = context(config), Pipeline.of(config)
+    model, _ = pipeline.before("tune_experts").run(model_of("qwen3_moe"), ctx)
+    ctx.device = torch.device("cuda")
+    model, _ = tune_experts.tune_experts(model, ctx)
+    ctx.device = torch.device("cpu")
+    _, reports = pipeline.since("tune_experts").upto("check_packing").without("tune_experts").run(model, ctx)
+    assert reports[-1].name == "check_packing"
+
+
 def test_float32_is_left_to_torch() -> None:
     _, after, report = tuned(model_of("qwen3_moe", torch.float32))
     assert report.num_matches == 0

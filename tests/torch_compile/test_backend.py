@@ -22,7 +22,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ad_flashinfer_pass import CacheSession
+from ad_flashinfer_pass import CacheSession, registry
 from ad_flashinfer_pass.errors import (
     AdFlashinferError,
     CapacityError,
@@ -30,6 +30,7 @@ from ad_flashinfer_pass.errors import (
     PackingError,
     SessionError,
 )
+from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 from ad_flashinfer_pass.transforms import compile_model
 from tests import architectures
@@ -132,6 +133,21 @@ def test_a_function_and_a_module_compiled_in_place() -> None:
 @pytest.mark.skipif(
     Version(torch.__version__).release < (2, 13), reason="this torch does not see another dtype of weights"
 )
+def test_weights_keep_their_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo guards them: a transform that changed one would have the model compiled twice."""
+    seen: list[bool] = []
+
+    def transform(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
+        seen.append(ctx.keeps_strides)
+        return model, TransformReport("tune_experts")
+
+    monkeypatch.setitem(registry._TRANSFORMS, "tune_experts", transform)
+    of, net = session(), Net(1)
+    with of.prefill([[1, 2, 3]]) as batch:
+        compiled(net, of)(*batch.inputs.values())
+    assert seen == [True]
+
+
 def test_a_new_dtype_is_another_graph() -> None:
     model, of = Net(1), session()
     call = compiled(model, of)

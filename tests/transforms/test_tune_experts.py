@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.pipeline import Pipeline, context
 from ad_flashinfer_pass.records import TransformReport
@@ -17,7 +18,7 @@ from ad_flashinfer_pass.transforms import tune_experts
 from tests import architectures
 from tests.transforms.small_models import find
 
-pytest.importorskip("triton", reason="triton is not installed")
+tune = pytest.importorskip("ad_flashinfer_pass.kernels.experts.tune", reason="triton is not installed")
 EXPERTS = torch.ops.ad_flashinfer.experts
 
 
@@ -26,10 +27,12 @@ def model_of(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def tuned(
-    model: nn.Module, *, keeps_strides: bool = False
+    model: nn.Module, *, keeps_strides: bool = False, compile_backend: CompileBackend = "torch-simple"
 ) -> tuple[fx.GraphModule, fx.GraphModule, TransformReport]:
-    """A copy of the graph before, and the graph after, as on a GPU whose steps are not captured."""
-    config = AutoDeployConfig(device="cpu", max_batch_size=2, max_seq_len=64, compile_backend="torch-simple")
+    """A copy of the graph before, and the graph after, as on a GPU."""
+    config = AutoDeployConfig(
+        max_batch_size=2, max_seq_len=64, cuda_graph_token_buckets=[], compile_backend=compile_backend
+    )
     ctx, pipeline = context(config), Pipeline.of(config)
     before, _ = pipeline.before("tune_experts").run(model, ctx)
     assert isinstance(before, fx.GraphModule)
@@ -99,6 +102,30 @@ def test_weights_whose_strides_others_rely_on_stay_as_they_lie() -> None:
     assert {g.op_args(node)["kernel"] for node in find(after, EXPERTS)} == {"torch"}
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_was_measured_stands_in_the_nodes(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """For each size that is captured, over the model's own weights, however they lie."""
+    config = architectures.small_config(family)
+    launched: list[str] = []
+
+    def microseconds(launches: list[Any]) -> float:
+        (name,) = launches[0].args
+        launched.append(name)
+        return 1.0 if name == "torch" else 2.0
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tune, "microseconds", microseconds)
+    _, after, report = tuned(model_of(family), compile_backend="torch-opt")
+    assert {g.op_args(node)["kernel"] for node in find(after, EXPERTS)} == {"triton 1=torch 2=torch"}
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    sizes = f"2 of 4 experts {width} x {config.hidden_size} torch.bfloat16"
+    assert [note.partition(": ")[0] for note in report.notes] == [f"{n} tokens, {sizes}" for n in (1, 2)]
+    assert len(launched) > 4
+
+
 def test_routing_runs_our_kernel() -> None:
     _, after, _ = tuned(model_of("qwen3_moe"))
     assert not find(after, torch.ops.aten.topk)
@@ -106,7 +133,7 @@ def test_routing_runs_our_kernel() -> None:
 
 
 def test_it_may_stand_before_the_proof_of_packing() -> None:
-    """Which takes our top-k for what it is: of a row, from the same row."""
+    """Which takes our top-k for what it is: token by token."""
     config = AutoDeployConfig(
         max_batch_size=2, max_seq_len=64, transforms={"tune_experts": {"stage": "export"}}
     )

@@ -131,7 +131,7 @@ def measure_kernels(num_tokens: int, bandwidth: float, device: torch.device, smo
     if device.type == "cuda":
         from ad_flashinfer_pass.kernels.experts import select
 
-        names += [str(kernel) for kernel in select.candidates(num_tokens, top_k, experts)]
+        names += [str(kernel) for kernel in select.candidates(num_tokens, top_k, experts, device)]
     with torch.inference_mode():
         times = {
             name: layer_us(lambda *layer, name=name: EXPERTS(x, *layer, kernel=name), layers)

@@ -243,7 +243,7 @@ def test_plans_of_experts_and_linears_are_known() -> None:
     experts, linear = torch.ops.ad_flashinfer.experts.default, torch.ops.ad_flashinfer.linear.default
     plans = [
         *(f"triton 1={Kernel('gemv', config)} 2=torch" for config in gemv.candidates(1)),
-        *(str(Kernel("grouped", config)) for config in grouped.candidates(64)),
+        *(str(Kernel("grouped", config)) for config in grouped.candidates(64, torch.device("cpu"))),
     ]
     for plan in plans:
         graph.call_function(experts, (x,) * 5, {"kernel": plan})

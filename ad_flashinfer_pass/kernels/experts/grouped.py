@@ -13,7 +13,7 @@ The weight's rows are the M of the tensor cores' product, the tokens its N, so t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -56,15 +56,27 @@ _CANDIDATES = {
 }
 
 
-def candidates(per_expert: float) -> list[Config]:
+def candidates(per_expert: float, device: torch.device) -> list[Config]:
     """The configurations worth timing, the most promising first.
 
     Args:
         per_expert: mean number of tokens that an expert gets.
+        device: where they run; stages are as many as its shared memory holds.
     """
     block = next((block for block in _CANDIDATES if per_expert <= block), 128)
     near = [block, *(other for other in _CANDIDATES if other in (block // 2, 2 * block))]
-    return [Config(*values) for size in near for values in _CANDIDATES[size]]
+    found = [Config(*values) for size in near for values in _CANDIDATES[size]]
+    if device.type != "cuda":
+        return found
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared: int = properties.shared_memory_per_block_optin
+    return [config._replace(stages=min(config.stages, shared // _bytes_of_stage(config))) for config in found]
+
+
+def _bytes_of_stage(config: Config) -> int:
+    """Of 2-byte weights and inputs, at most: gate and up, or down."""
+    up, down = config.tokens + 2 * config.rows, config.tokens + config.down_rows
+    return 2 * max(up * config.depth, down * config.down_depth)
 
 
 def run(x: Experts, config: Config) -> Tensor:

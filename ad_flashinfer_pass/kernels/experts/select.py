@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.experts import gemv, grouped
@@ -12,17 +13,18 @@ DEFAULT = "triton"
 """The first of ``candidates``."""
 
 
-def candidates(num_tokens: int, top_k: int, num_experts: int) -> list[Kernel]:
+def candidates(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> list[Kernel]:
     """The kernels worth timing, the most promising first.
 
     Args:
         num_tokens: of a step.
         top_k: experts of a token.
         num_experts: of the layer.
+        device: where they run.
     """
     by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens)]
     per_expert = num_tokens * top_k / num_experts
-    return by_gemv + [Kernel("grouped", config) for config in grouped.candidates(per_expert)]
+    return by_gemv + [Kernel("grouped", config) for config in grouped.candidates(per_expert, device)]
 
 
 def run(x: Experts, kernel: Kernel) -> Tensor:
@@ -37,7 +39,7 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
     """
     if kernel.name == DEFAULT:
         num_tokens, top_k = x.top_k_index.shape
-        kernel = candidates(num_tokens, top_k, x.down.weight.shape[0])[0]
+        kernel = candidates(num_tokens, top_k, x.down.weight.shape[0], x.top_k_index.device)[0]
     if kernel.name == "gemv":
         return gemv.run(x, gemv.Config(*kernel.options))
     return grouped.run(x, grouped.Config(*kernel.options))

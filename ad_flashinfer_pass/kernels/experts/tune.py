@@ -84,9 +84,8 @@ class ExpertsLayers:
             notes.append(f"{size} tokens, {kind}: {chosen[-1]} ({shown} us)")
         return Measured(chosen, notes)
 
-    @staticmethod
-    def _of(kind: ExpertsKind, size: int) -> list[Kernel]:
-        return select.candidates(size, kind.top_k, kind.num_experts)
+    def _of(self, kind: ExpertsKind, size: int) -> list[Kernel]:
+        return select.candidates(size, kind.top_k, kind.num_experts, self.device)
 
     def _launch(self, kind: ExpertsKind, size: int, weights: Weights) -> Callable[[str], Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)

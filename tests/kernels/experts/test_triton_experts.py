@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,8 +118,26 @@ def test_a_token_that_is_not_a_number_stays_so_and_is_alone_in_it(name: str, ker
 def test_the_first_candidate_is_the_default() -> None:
     tensors, options = inputs(3, {}, bias=False)
     x: Experts = arguments(*tensors, **options)
-    first = select.candidates(3, TOP_K, EXPERTS)[0]
+    first = select.candidates(3, TOP_K, EXPERTS, DEVICE)[0]
     assert torch.equal(select.run(x, Kernel(select.DEFAULT)), select.run(x, first))
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("tokens", [1, 16, 200, 1000, 9000])
+def test_candidates_fit_in_the_shared_memory(tokens: int, kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a GPU of compute capability 8.9 or 12.0, an A100, an H200, for which they were chosen."""
+    memory = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    found, chosen = (
+        [
+            grouped.Config(*kernel.options)
+            for kernel in select.candidates(tokens, 8, 128, device)
+            if kernel.name == "grouped"
+        ]
+        for device in (torch.device("cuda"), torch.device("cpu"))
+    )
+    assert all(0 < config.stages * grouped._bytes_of_stage(config) <= kib * 1024 for config in found)
+    assert kib < 227 or found == chosen
 
 
 @pytest.mark.parametrize("columns", [8, 60])

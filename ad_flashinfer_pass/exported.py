@@ -171,7 +171,7 @@ def _check_kernels(gm: fx.GraphModule) -> None:
         name: (0,) if provider.options is Provider.options else (0, 1)
         for name, provider in select.PROVIDERS.items()
     }
-    known = {
+    known: dict[Any, dict[str, Mapping[str, Sequence[int]]]] = {
         torch.ops.ad_flashinfer.cached_attention.default: {
             "prefill_kernel": dict.fromkeys(attention, (0,)),
             "decode_kernel": attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from torch import fx
 
 from ad_flashinfer_pass import config as config_module
 from ad_flashinfer_pass import pipeline, registry, restore, to_program, transforms
-from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig, default_transforms
+from ad_flashinfer_pass.config import (
+    AutoDeployConfig,
+    KvCacheConfig,
+    TransformConfig,
+    TuneAttention,
+    default_transforms,
+)
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.pipeline import Pipeline
 from ad_flashinfer_pass.records import TransformReport
@@ -50,7 +57,8 @@ def test_transforms_run_in_the_order_of_their_stages() -> None:
 
 def test_a_device_that_is_not_given_is_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module or program on the CPU is served there, also where there is a GPU."""
-    monkeypatch.setattr(config_module, "_default_device", config_module._default_device.__wrapped__)
+    default: Any = config_module._default_device
+    monkeypatch.setattr(config_module, "_default_device", default.__wrapped__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = AutoDeployConfig(max_seq_len=64)
     assert config.device == "cuda"
@@ -66,8 +74,11 @@ def test_a_device_that_is_not_given_is_the_modules(monkeypatch: pytest.MonkeyPat
     assert pipeline.on_device_of(None, config) is config
     kept = AutoDeployConfig(
         max_seq_len=64,
-        kv_cache_config={"dtype": "fp8", "k_scale": 0.5},
-        transforms={"fuse_gemms": {"enabled": False}, "tune_attention": {"decode": "xqa"}},
+        kv_cache_config=KvCacheConfig(dtype="fp8", k_scale=0.5),
+        transforms={
+            "fuse_gemms": TransformConfig(enabled=False),
+            "tune_attention": TuneAttention(decode="xqa"),
+        },
     )
     assert pipeline.on_device_of(tensor, kept) == kept.model_copy(update={"device": "cpu"})
 

@@ -48,7 +48,7 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         if dtype not in _FLOATS:
             report.skipped.append(Skip(g.where(node), f"its experts are {dtype}: by torch's kernels"))
             continue
-        if not _lies_by_rows(node, ctx):
+        if not _lies_by_rows(model, node, ctx):
             report.skipped.append(Skip(g.where(node), "its weights lie transposed: by torch's kernels"))
             continue
         node.kwargs = {**node.kwargs, "kernel": select.DEFAULT}
@@ -74,7 +74,7 @@ def _replace_top_k(node: fx.Node) -> None:
         g.replace_op(node, torch.ops.ad_flashinfer.top_k.default, args["self"], args["k"])
 
 
-def _lies_by_rows(node: fx.Node, ctx: TransformContext) -> bool:
+def _lies_by_rows(gm: fx.GraphModule, node: fx.Node, ctx: TransformContext) -> bool:
     """Whether experts read whole rows; parameters that lie otherwise are laid out so, with the same shape."""
     args = g.op_args(node)
 
@@ -87,7 +87,7 @@ def _lies_by_rows(node: fx.Node, ctx: TransformContext) -> bool:
         if weight.op != "get_attr" or ctx.keeps_strides:
             return False
         parameter, weight.meta["val"] = g.attribute(weight), by_rows(g.value(weight))
-        if g.has_weights(node.graph.owning_module):
+        if g.has_weights(gm):
             parameter.data = by_rows(parameter.data)
     return True
 

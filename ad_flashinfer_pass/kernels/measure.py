@@ -99,7 +99,7 @@ def _measured(entry: object, candidates: Sequence[str], num_kinds: int) -> Measu
     """An entry of the file, None if there is none or somebody wrote something else there."""
     match entry:
         case [[*kernels], [*notes]] if len(kernels) == num_kinds and all(k in candidates for k in kernels):
-            return Measured(kernels, [str(note) for note in notes])
+            return Measured([str(kernel) for kernel in kernels], [str(note) for note in notes])
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend
+from ad_flashinfer_pass.config import AutoDeployConfig, CompileBackend, TransformConfig
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.pipeline import Pipeline, context
 from ad_flashinfer_pass.records import TransformReport
@@ -23,7 +23,8 @@ EXPERTS = torch.ops.ad_flashinfer.experts
 
 
 def model_of(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    return architectures.random_model(architectures.small_config(family)).to(dtype)
+    model: nn.Module = architectures.random_model(architectures.small_config(family))
+    return model.to(dtype=dtype)
 
 
 def tuned(
@@ -135,7 +136,7 @@ def test_routing_runs_our_kernel() -> None:
 def test_it_may_stand_before_the_proof_of_packing() -> None:
     """Which takes our top-k for what it is: token by token."""
     config = AutoDeployConfig(
-        max_batch_size=2, max_seq_len=64, transforms={"tune_experts": {"stage": "export"}}
+        max_batch_size=2, max_seq_len=64, transforms={"tune_experts": TransformConfig(stage="export")}
     )
     ctx, pipeline = context(config), Pipeline.of(config)
     model, _ = pipeline.before("tune_experts").run(model_of("qwen3_moe"), ctx)

@@ -176,8 +176,8 @@ def _check_kernels(gm: fx.GraphModule) -> None:
             "prefill_kernel": dict.fromkeys(attention, (0,)),
             "decode_kernel": attention,
         },
-        torch.ops.ad_flashinfer.experts.default: {"kernel": EXPERTS_KERNELS},
-        torch.ops.ad_flashinfer.linear.default: {"kernel": LINEAR_KERNELS},
+        torch.ops.ad_flashinfer.experts.default: {"plan": EXPERTS_KERNELS},
+        torch.ops.ad_flashinfer.linear.default: {"plan": LINEAR_KERNELS},
     }
     for node, arguments in ((node, known.get(node.target, {})) for node in gm.graph.nodes):
         for argument, num_options in arguments.items():

@@ -134,8 +134,7 @@ def measure_kernels(num_tokens: int, bandwidth: float, device: torch.device, smo
         names += [str(kernel) for kernel in select.candidates(num_tokens, top_k, experts, device)]
     with torch.inference_mode():
         times = {
-            name: layer_us(lambda *layer, name=name: EXPERTS(x, *layer, kernel=name), layers)
-            for name in names
+            name: layer_us(lambda *layer, name=name: EXPERTS(x, *layer, plan=name), layers) for name in names
         }
     best_name = min(times, key=lambda name: times[name])
     chosen = statistics.mean(len(index.unique()) for index, *_ in layers)

@@ -246,15 +246,15 @@ def test_plans_of_experts_and_linears_are_known() -> None:
         *(str(Kernel("grouped", config)) for config in grouped.candidates(64, torch.device("cpu"))),
     ]
     for plan in plans:
-        graph.call_function(experts, (x,) * 5, {"kernel": plan})
+        graph.call_function(experts, (x,) * 5, {"plan": plan})
     for config in small_gemm.all_candidates(1):
-        graph.call_function(linear, (x, x), {"kernel": f"torch 1={Kernel('small_gemm', config)}"})
+        graph.call_function(linear, (x, x), {"plan": f"torch 1={Kernel('small_gemm', config)}"})
     gm = fx.GraphModule(nn.Module(), graph)
     exported._check_kernels(gm)
     node = graph.call_function(experts, (x,) * 5)
     for plan in ("triton 1=gemv/2", "gemv"):
-        node.kwargs = {"kernel": plan}
-        with pytest.raises(ConfigError, match=rf"kernel '{plan}' is nothing .* torch, triton, gemv, gr"):
+        node.kwargs = {"plan": plan}
+        with pytest.raises(ConfigError, match=rf"plan '{plan}' is nothing .* torch, triton, gemv, gr"):
             exported._check_kernels(gm)
 
 

@@ -60,7 +60,7 @@ def _tune(small: fx.GraphModule, ctx: TransformContext, report: TransformReport)
     )
     report.notes += notes
     for node, (kind, _) in zip(nodes, linears.row, strict=True):
-        node.kwargs = {**node.kwargs, "kernel": plans[kind]}
+        node.kwargs = {**node.kwargs, "plan": plans[kind]}
     g.finish(small)
 
 

@@ -3,7 +3,7 @@
 Before: best, index = topk(scores, k)
         out = experts(x, index, weights, gate_up, down, is_concatenated=False, is_transposed=True)
 After:  best, index = ad_flashinfer.top_k(scores, k)
-        out = experts(x, index, weights, gate_up, down, kernel="triton 1=gemv/2/1024/4/2/512/2 ...")
+        out = experts(x, index, weights, gate_up, down, plan="triton 1=gemv/2/1024/4/2/512/2 ...")
 
 Legal because the kernels compute what the op says, rounded once where torch's round several times. Weights
 that lie transposed get other strides, so that a kernel reads whole rows: the parameters of the module that
@@ -51,7 +51,7 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         if not _lies_by_rows(model, node, ctx):
             report.skipped.append(Skip(g.where(node), "its weights lie transposed: by torch's kernels"))
             continue
-        node.kwargs = {**node.kwargs, "kernel": select.DEFAULT}
+        node.kwargs = {**node.kwargs, "plan": select.DEFAULT}
         served.append(node)
     report.num_matches = len(served)
     for node in model.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
@@ -107,7 +107,7 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
     for args in map(g.op_args, nodes):
         weights = {name: None if args[name] is None else g.attribute(args[name]) for name in _WEIGHTS}
         options: dict[str, Any] = {
-            name: arg for name, arg in args.items() if name not in (*_ROUTING, *_WEIGHTS, "kernel")
+            name: arg for name, arg in args.items() if name not in (*_ROUTING, *_WEIGHTS, "plan")
         }
         row.append((int(g.shape(args["top_k_index"])[1]), weights, options))
     layers = ExpertsLayers(row)
@@ -119,4 +119,4 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
     )
     report.notes += notes
     for node, (kind, _) in zip(nodes, layers.row, strict=True):
-        node.kwargs = {**node.kwargs, "kernel": plans[kind]}
+        node.kwargs = {**node.kwargs, "plan": plans[kind]}

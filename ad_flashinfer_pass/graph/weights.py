@@ -88,7 +88,7 @@ def _site(node: fx.Node) -> ExpertsSite:
         width=width,
         dtype=str(down.dtype).removeprefix("torch."),
         bytes_each=sum(part.nbytes for part in parts) // num_experts,
-        kernel=args["kernel"],
+        kernel=args["plan"],
     )
 
 

@@ -35,7 +35,7 @@ def experts(
     is_concatenated: bool = True,
     is_transposed: bool = False,
     weigh_input: bool = False,
-    kernel: str = "torch",
+    plan: str = "torch",
 ) -> Tensor:
     """The sum over j of ``weights[t, j] * down(gate(gate_up(hidden[t])))``, by expert ``index[t, j]``.
 
@@ -61,7 +61,7 @@ def experts(
         is_concatenated: all of the gate stands before the rest; else the two alternate.
         is_transposed: the last two dimensions of all projections are swapped.
         weigh_input: weights multiply hidden_states in place of the results.
-        kernel: torch, triton or a kernel of ``kernels.experts`` with its options, by the number of tokens: a
+        plan: torch, triton or a kernel of ``kernels.experts`` with its options, by the number of tokens: a
             ``KernelPlan``. On a CPU it is torch. Triton's round once between the projections.
 
     Returns:
@@ -94,7 +94,7 @@ def experts(
         "is_transposed": is_transposed,
         "weigh_input": weigh_input,
     }
-    chosen = KernelPlan.parse(kernel).at(num_tokens)
+    chosen = KernelPlan.parse(plan).at(num_tokens)
     if chosen.name != "torch" and num_tokens and _can_triton(hidden_states, down_proj):
         from ad_flashinfer_pass.kernels.experts import select  # needs triton
 

@@ -23,7 +23,7 @@ def linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
-    kernel: str = "torch",
+    plan: str = "torch",
 ) -> Tensor:
     """residual + swiglu(rms_norm(x) weight^T + bias), each part but the product if it is asked for.
 
@@ -35,7 +35,7 @@ def linear(
         eps: of the norm.
         residual: [..., rows of the result], added to the result.
         gated: the result is silu(first half of the rows) * second half.
-        kernel: torch or small_gemm, by the number of tokens: a ``KernelPlan``. On a CPU it is torch.
+        plan: torch or small_gemm, by the number of tokens: a ``KernelPlan``. On a CPU it is torch.
 
     Returns:
         [..., rows], or [..., rows // 2] if gated, in the dtype of x.
@@ -45,7 +45,7 @@ def linear(
     around = (bias, norm, eps, flat_residual, gated)
     run = partial(by_torch, tokens, weight, *around)
     if x.device.type == "cuda":
-        name, options = KernelPlan.parse(kernel).at(tokens.shape[0])
+        name, options = KernelPlan.parse(plan).at(tokens.shape[0])
         if name == "small_gemm":
             from ad_flashinfer_pass.kernels.linear import small_gemm  # needs triton
 

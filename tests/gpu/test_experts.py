@@ -42,10 +42,10 @@ def test_captured_equals_eager_and_the_cpu(dtype: torch.dtype, width: int, token
     hidden, index, weights, *projections = inputs(tokens, width, seed=0)
     static = [hidden.cuda().to(dtype), index.cuda(), weights.cuda().to(dtype)]
     projections = [weight.cuda().to(dtype) for weight in projections]
-    EXPERTS_OP(*static, *projections, kernel=kernel)
+    EXPERTS_OP(*static, *projections, plan=kernel)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = EXPERTS_OP(*static, *projections, kernel=kernel)
+        captured = EXPERTS_OP(*static, *projections, plan=kernel)
     for buffer, other in zip(static, inputs(tokens, width, seed=1), strict=False):
         buffer.copy_(other)
     graph.replay()
@@ -53,7 +53,7 @@ def test_captured_equals_eager_and_the_cpu(dtype: torch.dtype, width: int, token
         *(x.cpu().float() if x.is_floating_point() else x.cpu() for x in (*static, *projections))
     )
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    for found in (captured, EXPERTS_OP(*static, *projections, kernel=kernel)):
+    for found in (captured, EXPERTS_OP(*static, *projections, plan=kernel)):
         assert float((found.cpu().float() - wanted).norm() / wanted.norm()) < tolerance
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.ir import FallbackKernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -152,3 +154,12 @@ def test_public_function_is_the_op(name: str) -> None:
     assert list(code.co_varnames[: code.co_argcount]) == [
         arg.name for arg in overload(name)._schema.arguments
     ]
+
+
+def test_no_argument_has_a_name_that_inductor_takes_for_its_own() -> None:
+    """It hands defaults of an op on by name, beside what it calls the op itself."""
+    taken = set(inspect.signature(FallbackKernel.create).parameters) - {"args", "kwargs"}
+    for name in ops.__all__:
+        if name != "TOKEN_BY_TOKEN":
+            schema = getattr(torch.ops.ad_flashinfer, name).default._schema
+            assert taken.isdisjoint(arg.name for arg in schema.arguments), name

@@ -117,7 +117,7 @@ def test_each_model_keeps_the_kernels_that_were_measured_for_it(
         ctx.device = torch.device("cuda")  # only asked for its kind: the weights are here
         run_transforms(gm, ctx, "fuse_small_batch")
         assert ctx.small_batch_model is not None
-        plans.append([g.op_args(node)["kernel"] for node in find(ctx.small_batch_model, LINEAR)])
+        plans.append([g.op_args(node)["plan"] for node in find(ctx.small_batch_model, LINEAR)])
     first, second = plans
     assert all(plan.startswith("torch 1=small_gemm/1/") for plan in first), first
     assert set(second) == {"torch"}

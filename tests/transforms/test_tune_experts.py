@@ -53,7 +53,7 @@ def test_the_result_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch) ->
     assert report.num_matches + len(report.skipped) == len(find(after, EXPERTS)) > 0
     for node in find(after, EXPERTS):
         args = g.op_args(node)
-        assert args["kernel"] == ("torch" if family == "dbrx" else "triton")
+        assert args["plan"] == ("torch" if family == "dbrx" else "triton")
         if family != "dbrx":  # its weights are views, of which one lies transposed
             assert _row_strides(node) == {1}
     ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def test_weights_whose_strides_others_rely_on_stay_as_they_lie() -> None:
     _, after, report = tuned(model, keeps_strides=True)
     assert model.model.layers[0].mlp.experts.down_proj.is_contiguous()
     assert {skip.reason for skip in report.skipped} == {"its weights lie transposed: by torch's kernels"}
-    assert {g.op_args(node)["kernel"] for node in find(after, EXPERTS)} == {"torch"}
+    assert {g.op_args(node)["plan"] for node in find(after, EXPERTS)} == {"torch"}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -120,7 +120,7 @@ def test_what_was_measured_stands_in_the_nodes(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(tune, "microseconds", microseconds)
     _, after, report = tuned(model_of(family), compile_backend="torch-opt")
-    assert {g.op_args(node)["kernel"] for node in find(after, EXPERTS)} == {"triton 1=torch 2=torch"}
+    assert {g.op_args(node)["plan"] for node in find(after, EXPERTS)} == {"triton 1=torch 2=torch"}
     width = getattr(config, "moe_intermediate_size", config.intermediate_size)
     sizes = f"2 of 4 experts {width} x {config.hidden_size} torch.bfloat16"
     assert [note.partition(": ")[0] for note in report.notes] == [f"{n} tokens, {sizes}" for n in (1, 2)]
@@ -153,4 +153,4 @@ def test_float32_is_left_to_torch() -> None:
     assert [skip.reason for skip in report.skipped] == [
         "its experts are torch.float32: by torch's kernels"
     ] * 3
-    assert {g.op_args(node)["kernel"] for node in find(after, EXPERTS)} == {"torch"}
+    assert {g.op_args(node)["plan"] for node in find(after, EXPERTS)} == {"torch"}

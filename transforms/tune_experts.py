@@ -1,7 +1,7 @@
 """Experts run the kernels that were measured to be the fastest, by number of tokens.
 
 Before: best, index = topk(scores, k)
-        out = experts(x, index, weights, gate_up, down, is_concatenated=False, is_transposed=True)
+        out = experts(x, index, weights, gate_up, down)
 After:  best, index = ad_flashinfer.top_k(scores, k)
         out = experts(x, index, weights, gate_up, down, plan="triton 1=gemv/2/1024/4/2/512/2 ...")
 

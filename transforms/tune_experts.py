@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.weights import EXPERTS_WEIGHTS
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -28,8 +29,7 @@ from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 _EXPERTS = torch.ops.ad_flashinfer.experts.default
 _ROUTING = ("hidden_states", "top_k_index", "top_k_weights")
 _FLOATS = (torch.bfloat16, torch.float16)
-_PROJECTIONS = ("gate_up_proj", "down_proj", "up_proj")
-_WEIGHTS = (*_PROJECTIONS, "gate_up_bias", "down_bias")
+_PROJECTIONS = EXPERTS_WEIGHTS[:3]
 
 
 @register("tune_experts")
@@ -94,7 +94,7 @@ def _lies_by_rows(gm: fx.GraphModule, node: fx.Node, ctx: TransformContext) -> b
 
 def _reads_weights(node: fx.Node) -> bool:
     args = g.op_args(node)
-    return all(args[name] is None or args[name].op == "get_attr" for name in _WEIGHTS)
+    return all(args[name] is None or args[name].op == "get_attr" for name in EXPERTS_WEIGHTS)
 
 
 def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) -> None:
@@ -105,9 +105,9 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
         return
     row = []
     for args in map(g.op_args, nodes):
-        weights = {name: None if args[name] is None else g.attribute(args[name]) for name in _WEIGHTS}
+        weights = {name: None if args[name] is None else g.attribute(args[name]) for name in EXPERTS_WEIGHTS}
         options: dict[str, Any] = {
-            name: arg for name, arg in args.items() if name not in (*_ROUTING, *_WEIGHTS, "plan")
+            name: arg for name, arg in args.items() if name not in (*_ROUTING, *EXPERTS_WEIGHTS, "plan")
         }
         row.append((int(g.shape(args["top_k_index"])[1]), weights, options))
     layers = ExpertsLayers(row)

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from ad_flashinfer_pass.graph import edit as g
 
-_WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "up_proj")
-"""Arguments of ``ops.experts``."""
+EXPERTS_WEIGHTS = ("gate_up_proj", "down_proj", "up_proj", "gate_up_bias", "down_bias")
+"""Arguments of ``ops.experts``, projections before biases."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _site(node: fx.Node) -> ExpertsSite:
 
 def _weights(node: fx.Node) -> list[fx.Node]:
     args = g.op_args(node)
-    return [args[name] for name in _WEIGHTS if args[name] is not None]
+    return [args[name] for name in EXPERTS_WEIGHTS if args[name] is not None]
 
 
 def _stored(node: fx.Node) -> fx.Node:

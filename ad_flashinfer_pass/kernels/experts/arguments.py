@@ -15,6 +15,11 @@ class Projection(NamedTuple):
     bias: Tensor | None
     """[num_experts, rows]."""
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the weight, then of the bias; 0 without one."""
+        return (*self.weight.stride(), *((0, 0) if self.bias is None else self.bias.stride()))
+
 
 class Experts(NamedTuple):
     """See ``ops.experts.experts``."""
@@ -75,6 +80,8 @@ def arguments(
             Projection(weight, None if gate_up_bias is None else gate_up_bias[:, cut])
             for weight, cut in zip(weights, cuts, strict=True)
         ]
+        if up.strides != gate.strides:  # in two tensors that lie otherwise
+            gate, up = [part._replace(weight=part.weight.contiguous()) for part in (gate, up)]
     down = Projection(down_proj, down_bias)
     return Experts(
         hidden_states.contiguous(),

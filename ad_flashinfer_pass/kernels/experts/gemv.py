@@ -65,8 +65,7 @@ def run(x: Experts, config: Config) -> Tensor:
         None if x.up is None else x.up.bias,
         middle,
         x.width,
-        *x.gate.weight.stride(),
-        *_strides(x.gate.bias),
+        *x.gate.strides,
         x.alpha,
         x.beta,
         float("inf") if x.limit is None else x.limit,
@@ -87,8 +86,7 @@ def run(x: Experts, config: Config) -> Tensor:
         x.down.bias,
         out,
         x.hidden,
-        *x.down.weight.stride(),
-        *_strides(x.down.bias),
+        *x.down.strides,
         DEPTH=x.width,
         TOP_K=top_k,
         ROWS=config.down_rows,
@@ -96,10 +94,6 @@ def run(x: Experts, config: Config) -> Tensor:
         num_warps=config.down_warps,
     )
     return out
-
-
-def _strides(bias: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if bias is None else bias.stride()
 
 
 @triton.jit

@@ -83,7 +83,7 @@ def run(x: Experts, config: Config) -> Tensor:
     """``ops.experts`` in four kernels.
 
     Args:
-        x: the arguments; bfloat16, float16 or float32 on a CUDA device.
+        x: the arguments; on a CUDA device.
         config: how they are launched.
 
     Returns:
@@ -164,7 +164,6 @@ def _multiply(
     """out[pair] = x[pair // pairs_per_row] by its expert's weight."""
     num_rows, num_columns = out.shape[1], x.shape[1]
     num_experts, num_blocks = routes.ranges.shape[1], routes.blocks.shape[1]
-    weigh = gate is not None and gate.weigh_input
     up = None if gate is None else gate.up
     _product[(triton.cdiv(num_rows, rows), num_blocks)](
         x,
@@ -172,7 +171,7 @@ def _multiply(
         projection.bias,
         None if up is None else up.weight,
         None if up is None else up.bias,
-        gate.top_k_weights if gate is not None and weigh else None,
+        gate.top_k_weights if gate is not None and gate.weigh_input else None,
         routes.pairs,
         routes.ranges,
         routes.blocks,
@@ -180,9 +179,7 @@ def _multiply(
         num_experts,
         num_blocks,
         num_rows,
-        *projection.weight.stride(),
-        0 if projection.bias is None else projection.bias.stride(0),
-        0 if projection.bias is None else projection.bias.stride(1),
+        *projection.strides,
         1.0 if gate is None else gate.alpha,
         0.0 if gate is None else gate.beta,
         float("inf") if gate is None or gate.limit is None else gate.limit,

@@ -115,6 +115,13 @@ def test_a_token_that_is_not_a_number_stays_so_and_is_alone_in_it(name: str, ker
     assert torch.equal(after[others], before[others])
 
 
+@pytest.mark.parametrize("kernel", KERNELS[:2], ids=str)
+def test_what_the_gate_multiplies_may_lie_otherwise_than_the_gate(kernel: Kernel) -> None:
+    tensors, options = inputs(5, OPTIONS["a projection of its own"], bias=True)
+    tensors[-1] = tensors[-1].mT.contiguous().mT
+    assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
+
+
 def test_the_first_candidate_is_the_default() -> None:
     tensors, options = inputs(3, {}, bias=False)
     x: Experts = arguments(*tensors, **options)

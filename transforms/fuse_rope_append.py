@@ -5,17 +5,19 @@ After:  q' = rope_append(q, k, v, cos, sin, ...); cached_attention(q', ...)
 
 Legal because the rotated K is read by the append alone and the rotated Q by the attention alone, both by the
 same angles, of which the second half of each row was proved to repeat the first. K goes from its projection
-to its page once, and is rounded once. Only on CUDA, where it is one kernel.
+to its page once, and is rounded once. RMSNorms of the heads of Q and K before the rotation are taken in, too,
+where nothing else reads what they give. Only on CUDA, where it is one kernel.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.matching.rms_norm import RmsNorm, rms_norm
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 
@@ -66,20 +68,34 @@ def _fuse_one(model: fx.GraphModule, append: fx.Node) -> str | None:
         return "Q and K are rotated by different angles"
     if len(query.users) > 1 or len(key.users) > 1:
         return "the rotated Q or K is read elsewhere, too"
+    q_norm, k_norm = _norm_before(q.x), _norm_before(k.x)
+    normed: tuple[Any, ...] = ()
     with model.graph.inserting_before(append):
+        sources = [
+            _layout_source(x) or g.call_op(model.graph, aten.transpose.int, x, 1, 2) for x in (q.x, k.x)
+        ]
+        if q_norm is not None and k_norm is not None and q_norm.eps == k_norm.eps:
+            sources, normed = [q_norm.x, k_norm.x], (q_norm.weight, k_norm.weight, q_norm.eps)
         fused = g.call_op(
             model.graph,
             torch.ops.ad_flashinfer.rope_append.default,
-            *(_layout_source(x) or g.call_op(model.graph, aten.transpose.int, x, 1, 2) for x in (q.x, k.x)),
+            *sources,
             args["value"],
             q.cos,
             q.sin,
             *(args[name] for name in ("slot_mapping", "kv_cache", "k_scale", "v_scale")),
+            *normed,
         )
     g.copy_origin(fused, append)
     attend.replace_input_with(query, fused)
     model.graph.erase_node(append)
     return None
+
+
+def _norm_before(x: fx.Node) -> RmsNorm | None:
+    """The norm of each head [b, s, heads, head_dim] that gives what is rotated, if nothing else reads it."""
+    source = _layout_source(x)
+    return None if source is None or len(source.users) > 1 else rms_norm(source)
 
 
 class _Rotation(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
@@ -19,6 +20,9 @@ def rope_append(
     kv_cache: Tensor,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Rotary embedding by halves (GPT-NeoX) of Q and K, then ``append_kv`` of K and V.
 
@@ -35,6 +39,10 @@ def rope_append(
         kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)], written at the slots.
         k_scale: what an element of K in the cache stands for.
         v_scale: likewise for V.
+        query_norm: [head_dim]; each head of Q is first divided by sqrt(mean(q^2) + eps), and multiplied by
+            this.
+        key_norm: likewise for K; both or neither.
+        eps: of the norms.
 
     Returns:
         The rotated query [b, s, num_heads, head_dim], contiguous.
@@ -47,12 +55,28 @@ def rope_append(
         cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
         inputs = {"query": query, "key": key, "value": value, "slot_mapping": slot_mapping, "cos": cos}
         with launching(kv_cache.device, **inputs):
+            norms = None if query_norm is None or key_norm is None else (query_norm, key_norm, eps)
             return kernel.rope_append(
-                query, key, value, kv_cache, slot_mapping, cos, sin, k_scale=k_scale, v_scale=v_scale
+                query,
+                key,
+                value,
+                kv_cache,
+                slot_mapping,
+                cos,
+                sin,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                norms=norms,
             )
+    dtype = query.dtype
+    if query_norm is not None and key_norm is not None:  # rounded after the rotation
+        query, key = (
+            F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+            for x, weight in ((query, query_norm), (key, key_norm))
+        )
     key = reference.rotate(key, cos, sin, interleaved=False)
     reference.append(key, value, slot_mapping, kv_cache, k_scale, v_scale)
-    return reference.rotate(query, cos, sin, interleaved=False).contiguous()
+    return reference.rotate(query, cos, sin, interleaved=False).to(dtype).contiguous()
 
 
 define(rope_append, fake=lambda query, **_: query.new_empty(query.shape), mutates=("kv_cache",))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.pipeline import Pipeline, context
 from ad_flashinfer_pass.records import Skip, TransformContext
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
@@ -60,6 +61,16 @@ def test_rotations_by_halves_are_fused(name: str) -> None:
     count, skipped = fused(name)
     assert count == 3
     assert not skipped
+
+
+@pytest.mark.parametrize(("name", "has_norms"), [("qwen3", True), ("llama_gqa4", False)])
+def test_norms_of_heads_are_taken_in(name: str, has_norms: bool) -> None:
+    gm = deepcopy(transformed(name)[0])
+    before = len(find(gm, aten.rsqrt))
+    fuse(gm)
+    appends = find(gm, torch.ops.ad_flashinfer.rope_append)
+    assert all((g.op_args(node)["query_norm"] is not None) == has_norms for node in appends)
+    assert before - len(find(gm, aten.rsqrt)) == 2 * len(appends) * has_norms
 
 
 def test_layers_without_rotation_stay() -> None:

@@ -37,6 +37,7 @@ def rope_append(
     clear_before: int = 0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    norms: tuple[Tensor, Tensor, float] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Rotate Q and K, write K and V to their slots, and return the rotated Q.
@@ -65,6 +66,8 @@ def rope_append(
             behind them in their page: FMHA v2 multiplies it by zero, and zero times a NaN is NaN.
         k_scale: K is divided by it on the way to the cache.
         v_scale: V is divided by it.
+        norms: weights [head_dim], contiguous, of RMSNorms of the heads of Q and of K, which come first, and
+            what is added to the mean squares.
         out: [b, s, num_heads, head_dim], contiguous, for the result; must not share memory with the inputs.
 
     Returns:
@@ -87,7 +90,7 @@ def rope_append(
             f"cos has {cos.shape[0]} rows for {tokens} tokens; give positions, or a row a token."
         )
     place = (slot_mapping, block_table, table_rows, clear_before, k_scale, v_scale)
-    _launch(query, out, key, value, kv_cache, place, (cos, sin, positions, interleaved))
+    _launch(query, out, key, value, kv_cache, place, (cos, sin, positions, interleaved), norms)
     return out
 
 
@@ -105,7 +108,7 @@ def append(
 ) -> None:
     """Write K and V to their slots as they are; arguments as in ``rope_append``."""
     place = (slot_mapping, block_table, table_rows, clear_before, k_scale, v_scale)
-    _launch(None, None, key, value, kv_cache, place, None)
+    _launch(None, None, key, value, kv_cache, place, None, None)
 
 
 def _launch(
@@ -116,6 +119,7 @@ def _launch(
     kv_cache: Tensor,
     place: tuple[Tensor, Tensor | None, Tensor | None, int, float, float],
     rotation: tuple[Tensor, Tensor, Tensor | None, bool] | None,
+    norms: tuple[Tensor, Tensor, float] | None,
 ) -> None:
     slot_mapping, block_table, table_rows, clear_before, k_scale, v_scale = place
     cos, sin, positions, interleaved = rotation or (key[0, 0, :, :0], key[0, 0, :, :0], None, False)
@@ -139,6 +143,7 @@ def _launch(
         slot_mapping if positions is None else positions,
         slot_mapping if block_table is None else block_table,
         slot_mapping if table_rows is None else table_rows,
+        *((None, None, 0.0) if norms is None else norms),
         1.0 / k_scale,
         1.0 / v_scale,
         tokens_per_row,
@@ -172,8 +177,23 @@ def _launch(
     )
 
 
+@triton.jit
+def _norm_scale(x, y, rest, eps, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / sqrt(mean square + eps) of each head, of which these are all elements; [heads, 1]."""
+    squares = tl.sum(x * x + y * y, axis=1) + tl.sum(rest * rest, axis=1)
+    return tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+
+
 @triton.jit(
-    do_not_specialize=["k_factor", "v_factor", "tokens_per_row", "num_rows", "num_tokens", "clear_before"]
+    do_not_specialize=[
+        "eps",
+        "k_factor",
+        "v_factor",
+        "tokens_per_row",
+        "num_rows",
+        "num_tokens",
+        "clear_before",
+    ]
 )
 def _rope_append(  # type: ignore[no-untyped-def]
     query,
@@ -187,6 +207,9 @@ def _rope_append(  # type: ignore[no-untyped-def]
     positions,
     block_table,
     table_rows,
+    q_norm,
+    k_norm,
+    eps,
     k_factor,
     v_factor,
     tokens_per_row,
@@ -258,16 +281,20 @@ def _rope_append(  # type: ignore[no-untyped-def]
         q_source = query + row * q_row_stride + column * q_token_stride + q_heads * q_head_stride
         q_x = tl.load(q_source + first * q_dim_stride, mask=q_mask, other=0.0).to(tl.float32)
         q_y = tl.load(q_source + second * q_dim_stride, mask=q_mask, other=0.0).to(tl.float32)
+        q_rest_mask = (q_heads < num_heads) & (rest < HEAD_DIM)
+        q_rest = tl.zeros((HEAD_BLOCK, REST_BLOCK), dtype=tl.float32)
+        if HEAD_DIM > 2 * HALF:
+            q_rest = tl.load(q_source + rest * q_dim_stride, mask=q_rest_mask, other=0.0).to(tl.float32)
+        if q_norm is not None:
+            q_scale = _norm_scale(q_x, q_y, q_rest, eps, HEAD_DIM)
+            q_x *= q_scale * tl.load(q_norm + first, mask=pairs < HALF, other=0.0).to(tl.float32)
+            q_y *= q_scale * tl.load(q_norm + second, mask=pairs < HALF, other=0.0).to(tl.float32)
+            q_rest *= q_scale * tl.load(q_norm + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)
         q_target = out + (token * num_heads + q_heads) * HEAD_DIM
         tl.store(q_target + first, (q_x * c - q_y * s).to(out.dtype.element_ty), mask=q_mask)
         tl.store(q_target + second, (q_y * c + q_x * s).to(out.dtype.element_ty), mask=q_mask)
         if HEAD_DIM > 2 * HALF:
-            q_mask = (q_heads < num_heads) & (rest < HEAD_DIM)
-            tl.store(
-                q_target + rest,
-                tl.load(q_source + rest * q_dim_stride, mask=q_mask, other=0.0),
-                mask=q_mask,
-            )
+            tl.store(q_target + rest, q_rest.to(out.dtype.element_ty), mask=q_rest_mask)
     elif tl.load(slot_mapping + token) >= 0:
         slot = tl.load(slot_mapping + token).to(tl.int64)
         page = slot // PAGE_SIZE
@@ -282,12 +309,19 @@ def _rope_append(  # type: ignore[no-untyped-def]
         k_source = key + row * k_row_stride + column * k_token_stride + kv_heads * k_head_stride
         k_x = tl.load(k_source + first * k_dim_stride, mask=k_mask, other=0.0).to(tl.float32)
         k_y = tl.load(k_source + second * k_dim_stride, mask=k_mask, other=0.0).to(tl.float32)
+        k_rest_mask = (kv_heads < num_kv_heads) & (rest < HEAD_DIM)
+        k_rest = tl.zeros((HEAD_BLOCK, REST_BLOCK), dtype=tl.float32)
+        if HEAD_DIM > 2 * HALF:
+            k_rest = tl.load(k_source + rest * k_dim_stride, mask=k_rest_mask, other=0.0).to(tl.float32)
+        if k_norm is not None:
+            k_scale = _norm_scale(k_x, k_y, k_rest, eps, HEAD_DIM)
+            k_x *= k_scale * tl.load(k_norm + first, mask=pairs < HALF, other=0.0).to(tl.float32)
+            k_y *= k_scale * tl.load(k_norm + second, mask=pairs < HALF, other=0.0).to(tl.float32)
+            k_rest *= k_scale * tl.load(k_norm + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)
         tl.store(target + first, _converted(k_x * c - k_y * s, k_factor, dtype, LIMIT), mask=k_mask)
         tl.store(target + second, _converted(k_y * c + k_x * s, k_factor, dtype, LIMIT), mask=k_mask)
         if HEAD_DIM > 2 * HALF:
-            k_mask = (kv_heads < num_kv_heads) & (rest < HEAD_DIM)
-            k_x = tl.load(k_source + rest * k_dim_stride, mask=k_mask, other=0.0)
-            tl.store(target + rest, _converted(k_x, k_factor, dtype, LIMIT), mask=k_mask)
+            tl.store(target + rest, _converted(k_rest, k_factor, dtype, LIMIT), mask=k_rest_mask)
 
         dims = tl.arange(0, V_BLOCK)[None, :]
         v_mask = (kv_heads < num_kv_heads) & (dims < V_HEAD_DIM)

@@ -115,6 +115,19 @@ def test_slots_by_block_table_and_padding() -> None:
     assert bool((plain[0] == POISON).all())
 
 
+@pytest.mark.parametrize("rotary_dim", [24, 12])
+def test_heads_are_normed_before(rotary_dim: int) -> None:
+    q, k, v = normal(1, 3, 5, 24), normal(1, 3, 2, 24, seed=1), normal(1, 3, 2, 24, seed=2)
+    slots, theta = torch.tensor([9, 8, 39], device=DEVICE), angles(torch.arange(3, device=DEVICE), rotary_dim)
+    weights = normal(24, seed=3), normal(24, seed=4)
+    caches = pool(5, 2, 24), pool(5, 2, 24)
+    table = theta.cos(), theta.sin()
+    got = rope_append.rope_append(q, k, v, caches[0], slots, *table, norms=(*weights, 1e-6))
+    q, k = (torch.nn.functional.rms_norm(x, (24,), w, 1e-6) for x, w in zip((q, k), weights, strict=True))
+    torch.testing.assert_close(got, rope_append.rope_append(q, k, v, caches[1], slots, *table))
+    torch.testing.assert_close(*caches)
+
+
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rope"])
 def test_what_is_behind_the_last_token_of_a_page_is_cleared(rotated: bool) -> None:
     """Of the tokens asked for only, in their own page only: later reads may multiply it by zero."""

@@ -1,9 +1,7 @@
 """Experts run the kernels that were measured to be the fastest, by number of tokens.
 
-Before: best, index = topk(scores, k)
-        out = experts(x, index, weights, gate_up, down)
-After:  best, index = ad_flashinfer.top_k(scores, k)
-        out = experts(x, index, weights, gate_up, down, plan="triton 1=gemv/2/1024/4/2/512/2 ...")
+Before: out = experts(x, index, weights, gate_up, down)
+After:  out = experts(x, index, weights, gate_up, down, plan="triton 1=gemv/2/1024/4/2/512/2 ...")
 
 Legal because the kernels compute what the op says, rounded once where torch's round several times. Weights
 that lie transposed get other strides, so that a kernel reads whole rows: the parameters of the module that
@@ -54,24 +52,10 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         node.kwargs = {**node.kwargs, "plan": select.DEFAULT}
         served.append(node)
     report.num_matches = len(served)
-    for node in model.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
-        _replace_top_k(node)
     if ctx.config.compile_backend != "torch-simple" and g.has_weights(model):
         _tune([node for node in served if _reads_weights(node)], ctx, report)
     g.finish(model)
     return model, report
-
-
-def _replace_top_k(node: fx.Node) -> None:
-    """By our kernel, where it has rows of few numbers, as a router's scores are."""
-    from ad_flashinfer_pass.kernels.experts.top_k import MAX_COLUMNS, MAX_K  # needs triton
-
-    args, shape = g.op_args(node), g.shape(g.args(node)[0])
-    is_plain = args["largest"] and args["dim"] in (-1, len(shape) - 1)
-    is_plain &= g.value(args["self"]).dtype in (*_FLOATS, torch.float32)
-    is_small = len(shape) == 2 and isinstance(shape[1], int) and shape[1] <= MAX_COLUMNS
-    if is_plain and is_small and isinstance(args["k"], int) and args["k"] <= MAX_K:
-        g.replace_op(node, torch.ops.ad_flashinfer.top_k.default, args["self"], args["k"])
 
 
 def _lies_by_rows(gm: fx.GraphModule, node: fx.Node, ctx: TransformContext) -> bool:

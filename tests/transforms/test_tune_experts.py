@@ -127,12 +127,6 @@ def test_what_was_measured_stands_in_the_nodes(
     assert len(launched) > 4
 
 
-def test_routing_runs_our_kernel() -> None:
-    _, after, _ = tuned(model_of("qwen3_moe"))
-    assert not find(after, torch.ops.aten.topk)
-    assert len(find(after, torch.ops.ad_flashinfer.top_k)) == len(find(after, EXPERTS))
-
-
 def test_it_may_stand_before_the_proof_of_packing() -> None:
     """Which takes our top-k for what it is: token by token."""
     config = AutoDeployConfig(

@@ -26,7 +26,7 @@ from ad_flashinfer_pass.kernels.experts.gate import activate
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
 _PAIRS_AT_ONCE = 4096
-_COLUMNS = 1024
+_COLUMNS = 256
 _TOKENS_FIRST = 64
 """Tokens of a block from which on they are the M of the product, whose result is then written in order."""
 
@@ -104,7 +104,9 @@ def run(x: Experts, config: Config) -> Tensor:
         out,
         x.hidden,
         TOP_K=top_k,
+        PLACES=triton.next_power_of_2(top_k),
         COLUMNS=_COLUMNS,
+        num_warps=1,
         **overlap.options(device, num_tokens),
     )
     return out
@@ -332,18 +334,20 @@ def _sum(  # type: ignore[no-untyped-def]
     out,
     num_columns,
     TOP_K: tl.constexpr,
+    PLACES: tl.constexpr,
     COLUMNS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    """COLUMNS elements of a token's result; all parts are asked for at once."""
     await_turn(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    places = tl.arange(0, PLACES)
     mask = columns < num_columns
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for place in tl.static_range(TOP_K):
-        pair = token * TOP_K + place
-        value = tl.load(partial + pair * num_columns + columns, mask=mask, other=0.0).to(tl.float32)
-        if weights is not None:
-            value *= tl.load(weights + pair).to(tl.float32)
-        total += value
+    pairs = token * TOP_K + places
+    parts = partial + pairs[:, None] * num_columns + columns[None, :]
+    values = tl.load(parts, mask=(places < TOP_K)[:, None] & mask[None, :], other=0.0).to(tl.float32)
+    if weights is not None:
+        values *= tl.load(weights + pairs, mask=places < TOP_K, other=0.0).to(tl.float32)[:, None]
+    total = tl.sum(values, axis=0)
     tl.store(out + token * num_columns + columns, total.to(out.dtype.element_ty), mask=mask)

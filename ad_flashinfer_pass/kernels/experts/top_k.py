@@ -1,4 +1,4 @@
-"""The largest of few numbers, in Triton: torch's kernels for it take longer than a linear of the router."""
+"""The largest of few numbers and their softmax, in Triton: torch's kernels take longer than the router."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ MAX_K = 32
 """Each is a turn of a loop that is written out."""
 
 
-def run(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def run(x: Tensor, k: int, softmax: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``ops.top_k`` in one kernel.
 
     Args:
         x: [rows, columns], contiguous, on a CUDA device; of at most ``MAX_COLUMNS`` columns.
         k: at most ``MAX_K``, and as many as there are columns.
+        softmax: see ``ops.top_k``.
+        dtype: of the values.
     """
     rows, columns = x.shape
-    values = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+    values = torch.empty((rows, k), dtype=dtype, device=x.device)
     index = torch.empty((rows, k), dtype=torch.int64, device=x.device)
     _top_k[(rows,)](
         x,
@@ -31,6 +33,8 @@ def run(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index,
         columns,
         K=k,
+        K_BLOCK=triton.next_power_of_2(k),
+        SOFTMAX=softmax,
         COLUMNS=triton.next_power_of_2(columns),
         num_warps=1,
         **overlap.options(x.device, rows),
@@ -45,6 +49,8 @@ def _top_k(  # type: ignore[no-untyped-def]
     index,
     num_columns,
     K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     COLUMNS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -59,10 +65,21 @@ def _top_k(  # type: ignore[no-untyped-def]
     keys = (ordered << 32) | (COLUMNS - 1 - columns)
     least = -0x7FFFFFFFFFFFFFFF - 1
     keys = tl.where(columns < num_columns, keys, least)
+    places = tl.arange(0, K_BLOCK)
+    chosen = tl.full((K_BLOCK,), float("-inf"), dtype=tl.float32)
     for place in tl.static_range(K):
         key = tl.max(keys, axis=0)
         keys = tl.where(keys == key, least, keys)
         best = (key >> 32).to(tl.int32)
         best = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(values + row * K + place, best.to(values.dtype.element_ty))
+        chosen = tl.where(places == place, best, chosen)
         tl.store(index + row * K + place, COLUMNS - 1 - (key & 0xFFFFFFFF))
+    if SOFTMAX != "none":
+        largest = tl.max(chosen, axis=0)
+        chosen = tl.exp(chosen - largest)
+        if SOFTMAX == "all":
+            total = tl.sum(tl.where(columns < num_columns, tl.exp(number - largest), 0.0), axis=0)
+        else:
+            total = tl.sum(chosen, axis=0)
+        chosen /= total
+    tl.store(values + row * K + places, chosen.to(values.dtype.element_ty), mask=places < K)

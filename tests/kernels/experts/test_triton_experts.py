@@ -158,8 +158,22 @@ def test_top_k_is_that_of_torch(dtype: torch.dtype, columns: int) -> None:
     x[2, 3] = torch.nan
     x[3, 5] = torch.inf
     x[4, 7] = -torch.tensor(torch.nan)
-    values, index = top_k.run(x, 8)
+    values, index = top_k.run(x, 8, "none", dtype)
     wanted, _ = torch.topk(x, 8)
     assert torch.equal(values.nan_to_num(9e4), wanted.nan_to_num(9e4))
     assert torch.equal(x.gather(1, index).nan_to_num(9e4), wanted.nan_to_num(9e4))
     assert all(len(set(row)) == 8 for row in index.tolist())
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("softmax", ["all", "chosen"])
+def test_top_k_with_its_softmax_is_that_of_torch(softmax: str, k: int) -> None:
+    x = 8 * torch.randn(7, 60, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+    x[0, 3] = torch.nan
+    x[1, 4:] = -torch.inf
+    values, index = top_k.run(x.to(DTYPE), k, softmax, torch.float32)
+    wanted, columns = torch.topk(x.to(DTYPE).double(), k)
+    of = wanted if softmax == "chosen" else x.to(DTYPE).double()
+    wanted = of.softmax(-1)[:, :k] if softmax == "chosen" else of.softmax(-1).gather(1, columns)
+    torch.testing.assert_close(values.double(), wanted, equal_nan=True, atol=1e-6, rtol=1e-5)
+    assert torch.equal(index[2:], columns[2:])

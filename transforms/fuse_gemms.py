@@ -5,14 +5,18 @@ After:  qkv = linear(x, cat(w_q, w_k, w_v), cat(b_q, b_k, b_v)), q = qkv[..., :n
 
 Legal because an output feature of a linear depends on its own row of the weight only. One GEMM with many rows
 streams its weight faster than three with few. Weights that something else reads, too, stay as they are:
-fused, they would be in memory twice. Those of ``quantized_linear`` stay, too, each with its own scales. The
-parameters of the module that was transformed become views of the fused ones: they are what they were, and no
-weight is in memory twice, however long that module lives.
+fused, they would be in memory twice. The parameters of the module that was transformed become views of the
+fused ones: they are what they were, and no weight is in memory twice, however long that module lives.
+
+Linears that are quantized alike are fused, too, where each number keeps its scale: those of whole weights
+become scales of rows, those of blocks lie below each other if no block is cut. Static scales of activations
+must be equal.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,10 +24,15 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
+
+
+_QUANTIZED = torch.ops.ad_flashinfer.quantized_linear.default
+_TENSORS = ("weight", "bias", "weight_scale", "input_scale")
 
 
 @register("fuse_gemms")
@@ -33,22 +42,18 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
     report = TransformReport("fuse_gemms")
     groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     readers = Counter(id(g.attribute(node)) for node in model.graph.find_nodes(op="get_attr"))
-    for node in model.graph.find_nodes(op="call_function", target=aten.linear.default):
+    for node in [node for node in model.graph.nodes if g.is_op(node, aten.linear.default, _QUANTIZED)]:
         args = g.op_args(node)
-        weight, bias = args["weight"], args["bias"]
-        weights = [weight] if bias is None else [weight, bias]
-        if all(tensor.op == "get_attr" for tensor in weights):
-            shared = [t for t in weights if len(t.users) > 1 or readers[id(g.attribute(t))] > 1]
-            if shared:
-                report.skipped.append(Skip(g.where(node), f"{shared[0].target} is read elsewhere, too"))
-                continue
-            dtypes = tuple(g.value(tensor).dtype for tensor in weights)
-            groups[args["input"], g.value(weight).device, dtypes].append(node)
-    quantized = model.graph.find_nodes(
-        op="call_function", target=torch.ops.ad_flashinfer.quantized_linear.default
-    )
-    if quantized:
-        report.notes.append(f"{len(quantized)} quantized linears stay apart, each with scales of its own")
+        tensors = [args[name] for name in _TENSORS if args.get(name) is not None]
+        if any(tensor.op != "get_attr" for tensor in tensors):
+            continue
+        shared = [t for t in tensors if len(t.users) > 1 or readers[id(g.attribute(t))] > 1]
+        if shared:
+            report.skipped.append(Skip(g.where(node), f"{shared[0].target} is read elsewhere, too"))
+            continue
+        dtypes = tuple(g.value(tensor).dtype for tensor in tensors)
+        x, device = args["input"] if "input" in args else args["x"], g.value(args["weight"]).device
+        groups[x, device, dtypes, _quantization(model, args)].append(node)
     for linears in groups.values():
         if len(linears) > 1:
             _fuse(model, linears)
@@ -59,6 +64,20 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
     return model, report
 
 
+def _quantization(gm: fx.GraphModule, args: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What linears must have in common beside their input; () if they are not quantized."""
+    if "weight_scale" not in args:
+        return ()
+    weight, scale = g.attribute(args["weight"]), g.attribute(args["weight_scale"])
+    by_blocks = float8.is_by_blocks(weight, scale)
+    if by_blocks and len(weight) % float8.BLOCK:
+        return (args["weight"],)  # with none: the next one's rows would begin within a block
+    given = args["input_scale"]
+    if given is not None and g.has_weights(gm):
+        given = float(g.attribute(given))
+    return args["activation"], by_blocks, given if isinstance(given, float) else given is None
+
+
 def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
     args = [g.op_args(node) for node in linears]
     names = [str(each["weight"].target) for each in args]
@@ -67,8 +86,13 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
     bias = None
     if args[0]["bias"] is not None:
         bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args])
+    x, op, operands = args[0].get("input"), aten.linear.default, [bias]
+    if "weight_scale" in args[0]:
+        scale = _add_scales(gm, f"{name}_weight_scale", args)
+        x, op = args[0]["x"], _QUANTIZED
+        operands = [scale, args[0]["input_scale"], bias, args[0]["activation"]]
     with gm.graph.inserting_before(linears[0]):
-        fused = g.call_op(gm.graph, aten.linear.default, args[0]["input"], weight, bias)
+        fused = g.call_op(gm.graph, op, x, weight, *operands)
     g.copy_origin(fused, linears[0])
     start, after = 0, fused
     for node in linears:
@@ -81,6 +105,16 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
             # A view across rows exists of a tensor without gaps only; reshape is the same where it does.
             if g.is_op(user, aten.view.default, aten._unsafe_view.default):
                 user.target = aten.reshape.default
+
+
+def _add_scales(gm: fx.GraphModule, name: str, args: list[dict[str, Any]]) -> fx.Node:
+    """Scales of weights below each other; they are few, and the transformed module keeps its own."""
+    parts = []
+    for each in args:
+        scale, rows = g.attribute(each["weight_scale"]).detach(), len(g.attribute(each["weight"]))
+        parts.append(scale.reshape(1, 1).expand(rows, 1) if scale.numel() == 1 else scale)
+    with gm.graph.inserting_before(gm.graph.find_nodes(op="placeholder")[0]):
+        return g.add_attribute(gm, name, nn.Parameter(torch.cat(parts), requires_grad=False))
 
 
 def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.Node:

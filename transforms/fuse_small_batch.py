@@ -7,24 +7,29 @@ After:  z = ad_flashinfer.linear(x, w, b, norm, eps, residual, gated)       one,
 Legal because each part is taken in only where nothing else reads what stood between. The sums are the same,
 in float32; what was rounded between two kernels is not rounded any more. Only where steps are captured, for
 up to ``small_gemm.MAX_TOKENS`` tokens: beyond, a linear is bound by arithmetic, and cuBLAS and Inductor are
-better. The op's ``kernel`` is what was measured to be the fastest, by number of tokens.
+better. The op's ``plan`` is what was measured to be the fastest, by number of tokens.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.measure import tune
+from ad_flashinfer_pass.matching.rms_norm import rms_norm
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 aten = torch.ops.aten
 _LINEAR = torch.ops.ad_flashinfer.linear.default
+_QUANTIZED = torch.ops.ad_flashinfer.quantized_linear.default
 
 
 @register("fuse_small_batch")
@@ -44,15 +49,23 @@ def fuse_small_batch(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
 
 def _tune(small: fx.GraphModule, ctx: TransformContext, report: TransformReport) -> None:
     """Measure the kernels of each kind of linear, and let the graph use what was found."""
-    from ad_flashinfer_pass.kernels.linear.tune import Linears  # needs triton
+    from ad_flashinfer_pass.kernels.linear.tune import Linear, Linears  # needs triton
 
     sizes, buckets = bucket_sizes(ctx.config)
     nodes = small.graph.find_nodes(op="call_function", target=_LINEAR)
-    found = []
-    for args in map(g.op_args, nodes):
-        around = (args["norm"] is not None, args["residual"] is not None, args["gated"])
-        found.append((g.attribute(args["weight"]), *around))
-    linears = Linears(found)
+    linears = Linears(
+        [
+            Linear(
+                g.attribute(args["weight"]),
+                g.value(args["x"]).dtype,
+                _quantization(args),
+                args["norm"] is not None,
+                args["residual"] is not None,
+                args["gated"],
+            )
+            for args in map(g.op_args, nodes)
+        ]
+    )
     plans, notes = tune(
         linears,
         sorted({*sizes, *buckets}),
@@ -64,6 +77,13 @@ def _tune(small: fx.GraphModule, ctx: TransformContext, report: TransformReport)
     g.finish(small)
 
 
+def _quantization(args: Mapping[str, Any]) -> Quantization | None:
+    if args["weight_scale"] is None:
+        return None
+    given = None if args["input_scale"] is None else g.attribute(args["input_scale"])
+    return Quantization(g.attribute(args["weight_scale"]), given, args["activation"])
+
+
 def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list[Skip]]:
     """A copy of a graph with its linears replaced, each with as much of its surroundings as it can take in.
 
@@ -72,83 +92,47 @@ def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list
     """
     gm = g.copied(model)
     skipped, count = [], 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
+    for node in [node for node in gm.graph.nodes if g.is_op(node, aten.linear.default, _QUANTIZED)]:
         args = g.op_args(node)
-        reason = _unfit(args["weight"])
+        reason = _unfit(args)
         if reason is not None:
             skipped.append(Skip(g.where(node), reason))
             continue
-        norm = _rms_norm(args["input"])
-        if norm is not None and not all(g.is_op(user, aten.linear, _LINEAR) for user in args["input"].users):
+        x = args["x"] if "x" in args else args["input"]
+        norm = rms_norm(x)
+        if norm is not None and not all(g.is_op(user, aten.linear, _LINEAR, _QUANTIZED) for user in x.users):
             norm = None  # the normed x is needed anyway
-        last, gated = _swiglu(node)
+        last, gated = _swiglu(node) if _can_be_gated(args) else (node, False)
         residual, last = (None, last) if gated else _residual(last)
-        x = args["input"] if norm is None else norm.x
+        x = x if norm is None else norm.x
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        g.replace_op(last, _LINEAR, x, args["weight"], args["bias"], weight, eps, residual, gated)
+        how = [args[name] for name in ("weight_scale", "input_scale", "activation") if name in args]
+        g.replace_op(last, _LINEAR, x, args["weight"], args["bias"], weight, eps, residual, gated, *how)
         count += 1
     g.finish(gm)
     return gm, count, skipped
 
 
-def _unfit(weight: fx.Node) -> str | None:
-    """Why the kernels cannot run a linear with this weight."""
-    if weight.op != "get_attr":
-        return "its weight is computed"
-    tensor = g.attribute(weight)
-    if tensor.dtype not in (torch.bfloat16, torch.float16):
-        return f"its weight is {tensor.dtype}"
-    if not tensor.is_contiguous():
+def _unfit(args: Mapping[str, Any]) -> str | None:
+    """Why the kernels cannot run a linear with these arguments."""
+    for name in ("weight", "weight_scale", "input_scale"):
+        if args.get(name) is not None and args[name].op != "get_attr":
+            return f"its {name} is computed"
+    weight = g.attribute(args["weight"])
+    dtype = g.value(args["x"]).dtype if "x" in args else weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its {'activations are' if 'x' in args else 'weight is'} {dtype}"
+    if not weight.is_contiguous():
         return "its weight is strided"
     return None
 
 
-class _Norm(NamedTuple):
-    x: fx.Node
-    weight: fx.Node
-    eps: float
-
-
-def _rms_norm(node: fx.Node) -> _Norm | None:
-    """weight * (x * rsqrt(mean(x^2) + eps)), with x in float32 up to the last product."""
-    weight, scaled = _operands(node, aten.mul.Tensor, lambda n: n.op == "get_attr")
-    if weight is None or scaled is None or g.attribute(weight).dim() != 1:
-        return None
-    rsqrt, wide = _operands(_uncast(scaled), aten.mul.Tensor, lambda n: g.is_op(n, aten.rsqrt))
-    if rsqrt is None or wide is None:
-        return None
-    total = g.args(rsqrt)[0]
-    if not (g.is_op(total, aten.add.Tensor) and isinstance(g.args(total)[1], float)) or total.kwargs:
-        return None
-    mean = g.args(total)[0]
-    if not (g.is_op(mean, aten.mean.dim) and list(g.args(mean)[1:3]) == [[-1], True]):
-        return None
-    square = g.args(mean)[0]
-    if not (g.is_op(square, aten.pow.Tensor_Scalar) and g.args(square) == (wide, 2)):
-        return None
-    x = _uncast(wide)
-    if g.value(wide).dtype != torch.float32 or g.value(x).dtype != g.value(node).dtype:
-        return None
-    if g.shape(weight)[0] != g.shape(x)[-1]:  # one number for all elements
-        return None
-    return _Norm(x, weight, g.args(total)[1])
-
-
-def _operands(node: fx.Node, target: object, is_first: object) -> tuple[fx.Node | None, fx.Node | None]:
-    """The two operands of a product, the one for which ``is_first`` holds before the other."""
-    if not g.is_op(node, target):
-        return None, None
-    a, b = g.args(node)[:2]
-    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
-        return None, None
-    if is_first(a):  # type: ignore[operator]
-        return a, b
-    return (b, a) if is_first(b) else (None, None)  # type: ignore[operator]
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """What a cast was made of."""
-    return g.args(node)[0] if g.is_op(node, aten.to.dtype, aten._to_copy) else node
+def _can_be_gated(args: Mapping[str, Any]) -> bool:
+    """Whether the kernels find the scales of both halves of the weight's rows."""
+    if "weight_scale" not in args:
+        return True
+    weight, scale = g.attribute(args["weight"]), g.attribute(args["weight_scale"])
+    return not float8.is_by_blocks(weight, scale) or len(weight) % (2 * float8.BLOCK) == 0
 
 
 def _swiglu(linear: fx.Node) -> tuple[fx.Node, bool]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear import float8, quantized
 from ad_flashinfer_pass.ops.define import define
 
 
@@ -21,6 +22,8 @@ def quantized_linear(
     Token by token: a row of the result depends on the same row of x. All is computed in float32, in float64
     if x is: x, the scales and the weight are taken to it, products are summed in it, and the sum is rounded
     once to the dtype of x.
+    On a GPU in bfloat16 and float16 the same by other kernels, see ``kernels.linear.quantized``.
+
     A q other than ``none`` gives round(clamp(x / s, -448, 448)) * s, rounded to float8_e4m3fn, to nearest,
     ties to even; what is 0 everywhere stays 0.
 
@@ -50,8 +53,9 @@ def quantized_linear(
             f"quantized_linear: x must be of 16, 32 or 64 bits, got {x.dtype}; a module casts activations to "
             "the dtype of a quantized weight: load the checkpoint with dequantize."
         )
-    tokens = x.reshape(-1, x.shape[-1])
-    out = float8.by_torch(tokens, weight, weight_scale, input_scale, bias, activation)
+    tokens, how = x.reshape(-1, x.shape[-1]), quantized.Quantization(weight_scale, input_scale, activation)
+    with torch.cuda.device_of(x):
+        out = quantized.run(tokens, weight, how, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -32,6 +32,44 @@ Mix = Callable[["SmallModel", Tensor, Tensor], Tensor]
 """(model, hidden [b, s, n * d], position_ids) -> hidden; anything that stands outside attention."""
 
 
+class Float8Linear(nn.Module):
+    """A linear in float8.
+
+    Args:
+        rows: of the weight.
+        depth: of the weight.
+        activation: how activations are quantized.
+        scaling: what shares a scale: tensor, row, or block of 128 x 128.
+        input_scale: of ``tensor``.
+        has_bias: in bfloat16.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        depth: int,
+        activation: str = "none",
+        scaling: str = "tensor",
+        input_scale: float = 0.01,
+        has_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(torch.randn(rows, depth).to(torch.float8_e4m3fn), requires_grad=False)
+        sizes = {"tensor": (1,), "row": (rows, 1), "block": (-(-rows // 128), -(-depth // 128))}[scaling]
+        self.weight_scale = nn.Parameter(torch.rand(sizes) / 8 + 0.01)
+        self.bias = nn.Parameter(torch.randn(rows).bfloat16()) if has_bias else None
+        self.input_scale = nn.Parameter(torch.tensor(input_scale)) if activation == "tensor" else None
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., depth] -> [..., rows]."""
+        out: Tensor = torch.ops.ad_flashinfer.quantized_linear(
+            x, self.weight, self.weight_scale, self.input_scale, self.bias, self.activation
+        )
+        return out
+
+
 class Layer(nn.Module):
     """x + output(attend(query(x), key(x), value(x)))."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ad_flashinfer_pass.graph import edit as g
 from tests.transforms.small_models import (
     HEAD_DIM,
     HEADS,
+    Float8Linear,
     SmallModel,
     assert_computes,
     aten,
@@ -107,3 +109,40 @@ def test_the_parameters_of_the_source_become_views_of_the_fused_ones() -> None:
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for parts in zip(*fused, strict=True):
         assert {p.untyped_storage().data_ptr() for p in parts} <= storages
+
+
+class Float8Gate(nn.Module):
+    """Two linears in float8 that read the same tensor."""
+
+    def __init__(self, scaling: str, activation: str = "token", rows: int = 256, scale: float = 0.01) -> None:
+        super().__init__()
+        self.left = Float8Linear(256, WIDTH, activation, scaling)
+        self.right = Float8Linear(rows, WIDTH, activation, scaling, scale)
+        self.down = nn.Linear(256 + rows, WIDTH).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape as x."""
+        return x + self.down(torch.cat([self.left(x), self.right(x).tanh()], -1)) / 64
+
+
+@pytest.mark.parametrize(
+    ("part", "num_fused"),
+    [
+        (Float8Gate("tensor"), 1),
+        (Float8Gate("row", rows=40), 1),
+        (Float8Gate("block", "block"), 1),
+        (Float8Gate("tensor", "tensor"), 1),
+        # One would be quantized by the other's scale.
+        (Float8Gate("tensor", "tensor", scale=0.02), 0),
+        # Its rows would begin within a block of the other.
+        (Float8Gate("block", "block", rows=168), 0),
+    ],
+    ids=["tensors", "rows", "blocks", "static", "other_static", "cut_block"],
+)
+def test_float8_linears_keep_their_scales(part: Float8Gate, num_fused: int) -> None:
+    model = SmallModel(mix=lambda m, x, p: m.parts["gate"](x), gate=part)
+    ctx = context()
+    gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    assert reports["fuse_gemms"].num_matches == num_fused
+    assert len(find(gm, torch.ops.ad_flashinfer.quantized_linear)) == 2 - num_fused
+    assert_computes(gm, model)

@@ -18,7 +18,7 @@ from ad_flashinfer_pass.pipeline import Pipeline, context, transform_module
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.transforms.fuse_small_batch import with_fused_linears
 from tests import architectures
-from tests.transforms.small_models import SmallModel, exported, find
+from tests.transforms.small_models import Float8Linear, SmallModel, exported, find
 from tests.transforms.small_models import context as small_context
 from tests.transforms.small_models import run as run_transforms
 
@@ -70,6 +70,42 @@ def test_norm_swiglu_and_residual_are_taken_in() -> None:
     assert down["bias"] is not None
     assert lm_head["norm"] is lm_head["residual"] is None
     assert not find(gm, torch.ops.aten.silu, torch.ops.aten.rsqrt, torch.ops.aten.linear)
+
+
+class Float8Gated(Gated):
+    """The same in float8."""
+
+    def __init__(self, scaling: str, activation: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            Float8Linear(rows, depth, activation, scaling)
+            for rows, depth in ((48, WIDTH), (48, WIDTH), (WIDTH, 48))
+        )
+
+
+@pytest.mark.parametrize("activation", ["none", "tensor", "token"])
+@pytest.mark.parametrize("scaling", ["tensor", "row"])
+def test_float8_linears_take_in_the_same(scaling: str, activation: str) -> None:
+    _, (gate_up, down, lm_head) = fused(Float8Gated(scaling, activation))
+    assert gate_up["norm"] is not None
+    assert gate_up["gated"]
+    assert down["residual"] is not None
+    assert gate_up["activation"] == down["activation"] == activation
+    assert (gate_up["input_scale"] is not None) == (activation == "tensor")
+    assert lm_head["weight_scale"] is None
+
+
+def test_halves_whose_scales_share_a_block_are_not_gated() -> None:
+    """The fused weight has 96 rows in one block, and 48 are not the rows of whole blocks."""
+    part = Float8Gated("block", "block")
+    part.gate, part.up = Float8Linear(96, WIDTH, "block", "block"), nn.Identity()
+    part.forward = (
+        lambda x: (  # type: ignore[method-assign]
+            x + part.down(F.silu(part.gate(x)[..., :48]) * part.gate(x)[..., 48:])
+        )
+    )
+    _, (gate, *_) = fused(part)
+    assert not gate["gated"]
 
 
 @pytest.mark.parametrize("change", ["eps_times_alpha", "one_number", "every_second"])

@@ -9,11 +9,16 @@ outside. Both kernels give each program whole rows of the weight, so that its re
   its own, since its scale can be applied to the sums.
 - ``_skinny``: up to 64 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
   The inner dimension can be split among programs; the last to finish adds the parts, always in one order.
+
+A float8 weight is read as it is stored. With activations of 16 bits it becomes 16 bits in registers, which is
+exact (W8A16); ``_skinny`` takes activations in float8, too, as the tensor cores do (W8A8). Scales multiply
+sums in float32.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -21,9 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap, workspaces
+from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear.quantize import quantize
+from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
 MAX_TOKENS = 64
+_SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _PARTIALS, _COUNTERS = 2**24, 2**14
 """Elements of the workspace."""
 _SHARED_BYTES = 220 * 1024
@@ -60,7 +69,7 @@ class Config(NamedTuple):
 
 # Of 1,626 configurations that were timed for the weight shapes of Llama-3.1-8B on an H200, those that were
 # the best or next to it for some shape.
-_CANDIDATES = {
+_OF_16_BITS = {
     1: [(1, 2048, 1, 8, 1), (1, 2048, 1, 4, 1), (2, 2048, 1, 8, 1), (1, 4096, 1, 8, 1)],
     16: [
         (32, 512, 1, 2, 4),
@@ -91,22 +100,77 @@ _CANDIDATES = {
 }
 
 
-def candidates(num_tokens: int, rows: int, depth: int, gated: bool = False) -> list[Config]:
-    """The configurations worth timing for a result of so many rows; none beyond ``MAX_TOKENS`` tokens."""
-    configs = all_candidates(num_tokens)
-    return [config for config in configs if num_tokens == 1 or _fits(config, num_tokens, rows, depth, gated)]
+_OF_8_BITS = {
+    1: [(1, 4096, 1, 8, 1), (1, 4096, 1, 4, 1), (2, 4096, 1, 8, 1), (2, 2048, 1, 4, 1)],
+    16: [
+        (32, 512, 1, 2, 4),
+        (32, 512, 1, 4, 4),
+        (16, 512, 1, 2, 4),
+        (64, 256, 1, 4, 4),
+        (64, 256, 4, 4, 4),
+        (64, 128, 1, 4, 4),
+    ],
+    32: [
+        (64, 256, 1, 4, 4),
+        (128, 128, 1, 4, 4),
+        (64, 256, 2, 4, 4),
+        (64, 128, 1, 4, 4),
+        (32, 256, 1, 2, 4),
+    ],
+    64: [
+        (128, 128, 1, 4, 4),
+        (128, 128, 1, 8, 4),
+        (64, 128, 1, 4, 4),
+        (64, 256, 1, 4, 4),
+        (64, 128, 2, 4, 6),
+    ],
+}
+_CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _OF_8_BITS, "w8a8": _OF_8_BITS}
+Numbers = Literal["w16a16", "w8a16", "w8a8"]
+"""Bits of an element of the weight and of an activation."""
 
 
-def all_candidates(num_tokens: int) -> list[Config]:
+def candidates(
+    num_tokens: int,
+    rows: int,
+    depth: int,
+    gated: bool = False,
+    numbers: Numbers = "w16a16",
+    by_blocks: bool = False,
+) -> list[Config]:
+    """The configurations worth timing; none beyond ``MAX_TOKENS`` tokens.
+
+    Args:
+        num_tokens: of the step.
+        rows: of the result.
+        depth: of the weight.
+        gated: see ``Around``.
+        numbers: what is multiplied.
+        by_blocks: each block of the weight has a scale.
+    """
+    configs = all_candidates(num_tokens, numbers)
+    fits = partial(_fits, num_tokens, rows, depth, gated, numbers, by_blocks)
+    return [config for config in configs if num_tokens == 1 or fits(config)]
+
+
+def all_candidates(num_tokens: int, numbers: Numbers = "w16a16") -> list[Config]:
     """Those of ``candidates`` for any result."""
     if num_tokens > MAX_TOKENS:
         return []
-    return [Config(*values) for values in _CANDIDATES[1 if num_tokens == 1 else _token_block(num_tokens)]]
+    by_tokens = _CANDIDATES[numbers]
+    return [Config(*values) for values in by_tokens[1 if num_tokens == 1 else _token_block(num_tokens)]]
 
 
-def _fits(config: Config, num_tokens: int, rows: int, depth: int, gated: bool) -> bool:
-    tile_bytes = 2 * config.depth * (config.rows * (1 + gated) + _token_block(num_tokens))
+def _fits(
+    num_tokens: int, rows: int, depth: int, gated: bool, numbers: Numbers, by_blocks: bool, config: Config
+) -> bool:
+    weight_bytes, x_bytes = (int(bits) // 8 for bits in numbers[1:].split("a"))
+    tile_bytes = config.depth * (
+        weight_bytes * config.rows * (1 + gated) + x_bytes * _token_block(num_tokens)
+    )
     if depth % (config.depth * config.split) or tile_bytes * config.stages > _SHARED_BYTES:
+        return False
+    if by_blocks and max(config.rows, config.depth) > float8.BLOCK:
         return False
     tiles = triton.cdiv(rows, config.rows)
     has_space = tiles <= _COUNTERS and num_tokens * rows * config.split <= _PARTIALS
@@ -117,20 +181,36 @@ def _token_block(num_tokens: int) -> int:
     return max(16, triton.next_power_of_2(num_tokens))
 
 
-def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
-    """``ops.linear`` in one kernel, or two if there is a norm and more than one token.
+def run(
+    x: Tensor,
+    weight: Tensor,
+    around: Around,
+    config: Config,
+    quantization: Quantization | None = None,
+    is_w8a8: bool = False,
+) -> Tensor:
+    """``ops.linear`` in one kernel; of several tokens in two if there is a norm, or float8 activations.
 
     Args:
         x: [tokens, depth], contiguous, at most ``MAX_TOKENS`` tokens.
-        weight: [rows, depth], contiguous.
+        weight: [rows, depth], contiguous; float8_e4m3fn with a scale, else of the dtype of x.
         around: what else is computed.
         config: one of ``candidates``.
+        quantization: of a float8 weight.
+        is_w8a8: activations are quantized as it says; of more than one token, with a scale of each, or of
+            all.
 
     Returns:
         [tokens, rows], or [tokens, rows // 2] if gated, in the dtype of x.
     """
     (num_tokens, depth), rows = x.shape, weight.shape[0] // (2 if around.gated else 1)
     out = torch.empty((num_tokens, rows), dtype=x.dtype, device=x.device)
+    scale = None if quantization is None else quantization.weight_scale.contiguous()
+    scaling = {
+        "scale": scale,
+        "scale_stride": int(scale is not None and scale.numel() > 1),
+        "BY_BLOCKS": quantization is not None and quantization.scaling(weight) == "block",
+    }
     if num_tokens == 1:
         _gemv[(triton.cdiv(rows, config.rows),)](
             x,
@@ -145,10 +225,14 @@ def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
             ROWS=config.rows,
             BLOCK=config.depth,
             GATED=around.gated,
+            **scaling,
             num_warps=config.warps,
         )
         return out
-    if around.norm is not None:
+    token_scale = None
+    if quantization is not None and is_w8a8:
+        x, token_scale = quantize(x, quantization.input_scale, around.norm, around.eps)
+    elif around.norm is not None:
         x = rms_norm(x, around.norm, around.eps)
     space = workspaces.get(_workspace, x.device)
     _skinny[(triton.cdiv(rows, config.rows), config.split)](
@@ -156,6 +240,7 @@ def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
         weight,
         around.bias,
         around.residual,
+        token_scale,
         out,
         space.partials,
         space.counters,
@@ -167,6 +252,7 @@ def run(x: Tensor, weight: Tensor, around: Around, config: Config) -> Tensor:
         BLOCK=config.depth,
         SPLIT=config.split,
         GATED=around.gated,
+        **scaling,
         num_warps=config.warps,
         num_stages=config.stages,
         **overlap.options(x.device, num_tokens),
@@ -232,6 +318,12 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _scale_row(row, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the scales of a row's blocks begin."""
+    return row // _SCALE_BLOCK * ((DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK)
+
+
+@triton.jit
 def _gemv(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -241,10 +333,13 @@ def _gemv(  # type: ignore[no-untyped-def]
     out,
     num_rows,
     eps,
+    scale,
+    scale_stride,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
 ):
     """ROWS rows of the result for one token; a gated row is two of the weight, num_rows apart."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -262,19 +357,30 @@ def _gemv(  # type: ignore[no-untyped-def]
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-        sums += w.to(tl.float32) * v[None, :]
+        scaled = v
+        if BY_BLOCKS:
+            scales = scale + _scale_row(tl.program_id(0) * ROWS, DEPTH) + (start + lanes) // _SCALE_BLOCK
+            scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
+        sums += w.to(tl.float32) * scaled[None, :]
         if GATED:
             up = weights + start + num_rows.to(tl.int64) * DEPTH
             w = tl.load(up, mask=mask, other=0.0, eviction_policy="evict_first")
-            ups += w.to(tl.float32) * v[None, :]
-    scale = 1.0
+            if BY_BLOCKS:
+                scales += _scale_row(num_rows, DEPTH)
+                scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
+            ups += w.to(tl.float32) * scaled[None, :]
+    factor = 1.0
     if norm is not None:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / DEPTH + eps)
-    total = tl.sum(sums, axis=1) * scale
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / DEPTH + eps)
+    total = tl.sum(sums, axis=1) * factor
+    if scale is not None and not BY_BLOCKS:
+        total *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.sum(ups, axis=1) * scale
+        up = tl.sum(ups, axis=1) * factor
+        if scale is not None and not BY_BLOCKS:
+            up *= tl.load(scale + (num_rows + rows) * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
         if bias is not None:
             up += tl.load(bias + num_rows + rows, mask=row_mask, other=0.0).to(tl.float32)
         total = total * tl.sigmoid(total) * up
@@ -289,17 +395,21 @@ def _skinny(  # type: ignore[no-untyped-def]
     weight,
     bias,
     residual,
+    token_scale,
     out,
     partials,
     counters,
     num_tokens,
     num_rows,
+    scale,
+    scale_stride,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """ROWS rows of the result for all tokens, over a part of the depth; gated ones are not split."""
@@ -316,11 +426,20 @@ def _skinny(  # type: ignore[no-untyped-def]
     for start in range(0, DEPTH // SPLIT, BLOCK):
         w = tl.load(weights + start, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
         v = tl.load(inputs + start, mask=token_mask[None, :], other=0.0)
-        sums = tl.dot(w, v, sums)
+        if BY_BLOCKS:
+            lane = part * (DEPTH // SPLIT) + start
+            scales = scale + _scale_row(tile * ROWS, DEPTH) + lane // _SCALE_BLOCK
+            sums += tl.dot(w.to(v.dtype), v) * tl.load(scales).to(tl.float32)
+        else:
+            sums = tl.dot(w.to(v.dtype), v, sums)
         if GATED:
             up = weights + start + num_rows.to(tl.int64) * DEPTH
             w = tl.load(up, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
-            ups = tl.dot(w, v, ups)
+            if BY_BLOCKS:
+                scales += _scale_row(num_rows, DEPTH)
+                ups += tl.dot(w.to(v.dtype), v) * tl.load(scales).to(tl.float32)
+            else:
+                ups = tl.dot(w.to(v.dtype), v, ups)
     places = tokens[None, :] * num_rows + rows[:, None]
     mask = row_mask[:, None] & token_mask[None, :]
     is_last = True
@@ -335,6 +454,15 @@ def _skinny(  # type: ignore[no-untyped-def]
             for other in tl.static_range(SPLIT):
                 sums += tl.load(partials + other * size + places, mask=mask, other=0.0, cache_modifier=".cg")
     if is_last:
+        if token_scale is not None:
+            factors = tl.load(token_scale + tokens, mask=token_mask, other=0.0)[None, :]
+            sums *= factors
+            ups *= factors
+        if scale is not None and not BY_BLOCKS:
+            sums *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+            if GATED:
+                row_scales = scale + (num_rows + rows) * scale_stride
+                ups *= tl.load(row_scales, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
             sums += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         if GATED:

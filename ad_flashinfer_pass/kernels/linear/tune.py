@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 from ad_flashinfer_pass.kernels.linear import small_gemm
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
-from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config
+from ad_flashinfer_pass.kernels.linear.quantized import Quantization
+from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config, Numbers
 from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
 
 _MIN_GAIN = 0.99
@@ -36,14 +38,44 @@ class LinearKind(NamedTuple):
     shape: tuple[int, ...]
     """Of the weight."""
     dtype: torch.dtype
+    """Of x."""
+    quantization: tuple[str, str] | None
+    """What of the weight shares a scale, and how activations are quantized; None: the weight has the dtype
+    of x."""
     has_norm: bool
     has_residual: bool
     gated: bool
 
     def __str__(self) -> str:
         around = {"norm": self.has_norm, "residual": self.has_residual, "swiglu": self.gated}
+        if self.quantization is not None:
+            around[f"float8 by {self.quantization[0]}, activations {self.quantization[1]}"] = True
         return " + ".join(
             [f"{list(self.shape)} {self.dtype}", *(name for name, has in around.items() if has)]
+        )
+
+
+class Linear(NamedTuple):
+    """One linear of a model."""
+
+    weight: Tensor
+    """[rows, depth], on a CUDA device."""
+    dtype: torch.dtype
+    """bfloat16 or float16, of x; of the weight, too, if it is not quantized."""
+    quantization: Quantization | None
+    has_norm: bool
+    has_residual: bool
+    gated: bool
+
+    @property
+    def kind(self) -> LinearKind:
+        """What decides which kernel is the fastest."""
+        how = self.quantization
+        return LinearKind(
+            tuple(self.weight.shape),
+            self.dtype,
+            None if how is None else (how.scaling(self.weight), how.activation),
+            *self[3:],
         )
 
 
@@ -51,17 +83,15 @@ class Linears:
     """The linears of a model: a ``Subject``, whose sizes are numbers of tokens.
 
     Args:
-        linears: (weight, has a norm, has a residual, is gated) of each, in the order in which they run;
-            weights [rows, depth], bfloat16 or float16, on one CUDA device.
+        linears: in the order in which they run.
     """
 
     default = "torch"
 
-    def __init__(self, linears: Sequence[tuple[Tensor, bool, bool, bool]]) -> None:
-        self.row = [(LinearKind(tuple(w.shape), w.dtype, *around), w) for w, *around in linears]
-        """Kind and weight of each."""
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.row = [(linear.kind, linear) for linear in linears]
         self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
-        self.device = linears[0][0].device
+        self.device = linears[0].weight.device
 
     def key(self, size: int) -> str:
         """See ``Subject``."""
@@ -70,17 +100,21 @@ class Linears:
 
     def candidates(self, size: int) -> list[str]:
         """Those of any kind; more tokens are left to torch."""
-        return _named(small_gemm.all_candidates(size)) if size <= small_gemm.MAX_TOKENS else []
+        if size > small_gemm.MAX_TOKENS:
+            return []
+        of_kinds = (_named(small_gemm.all_candidates, kind, size) for kind in self.kinds)
+        return list(dict.fromkeys(chain.from_iterable(of_kinds)))
 
     def measure(self, size: int, kernels: list[str]) -> Measured:
         """See ``Subject``."""
         launches = {kind: _Launches(kind, size, self.device) for kind in self.kinds}
         times = {
-            kind: launches[kind].times([w for other, w in self.row if other == kind]) for kind in self.kinds
+            kind: launches[kind].times([linear for other, linear in self.row if other == kind])
+            for kind in self.kinds
         }
 
         def of_all(choice: dict[LinearKind, str]) -> float:
-            launched = [launches[kind].launch(w, choice[kind]) for kind, w in self.row]
+            launched = [launches[kind].launch(linear, choice[kind]) for kind, linear in self.row]
             return len(launched) * microseconds(launched)
 
         chosen = {
@@ -110,6 +144,7 @@ class _Launches:
     """The linears of a kind, with inputs of random numbers."""
 
     def __init__(self, kind: LinearKind, num_tokens: int, device: torch.device) -> None:
+        self.kind = kind
         self.rows, depth = kind.shape[0] // (2 if kind.gated else 1), kind.shape[1]
         new = partial(torch.empty, dtype=kind.dtype, device=device)
         self.x = new(num_tokens, depth).normal_()
@@ -117,21 +152,35 @@ class _Launches:
         norm = new(depth).fill_(1) if kind.has_norm else None
         self.around = Around(None, norm, 1e-6, residual, kind.gated)
 
-    def launch(self, weight: Tensor, kernel: str) -> Callable[[], Tensor]:
-        name, options = Kernel.parse(kernel)
+    def launch(self, linear: Linear, kernel: str) -> Callable[[], Tensor]:
+        (name, options), how = Kernel.parse(kernel), linear.quantization
         if name == "torch":
-            return partial(by_torch, self.x, weight, *self.around)
-        return partial(small_gemm.run, self.x, weight, self.around, Config(*options))
+            return partial(by_torch, self.x, linear.weight, *self.around, how)
+        config, is_w8a8 = Config(*options), name == "small_gemm_w8a8"
+        return partial(small_gemm.run, self.x, linear.weight, self.around, config, how, is_w8a8)
 
-    def times(self, weights: Sequence[Tensor]) -> dict[str, float]:
+    def times(self, linears: Sequence[Linear]) -> dict[str, float]:
         """Microseconds of a launch by torch and by each candidate."""
-        num_tokens, depth = self.x.shape
-        kernels = _named(small_gemm.candidates(num_tokens, self.rows, depth, self.around.gated))
-        return {k: microseconds([self.launch(weight, k) for weight in weights]) for k in kernels}
+        (num_tokens, depth), kind = self.x.shape, self.kind
+        by_blocks = kind.quantization is not None and kind.quantization[0] == "block"
+        fitting = partial(small_gemm.candidates, rows=self.rows, depth=depth, gated=kind.gated)
+        kernels = _named(partial(fitting, by_blocks=by_blocks), kind, num_tokens)
+        return {k: microseconds([self.launch(linear, k) for linear in linears]) for k in kernels}
 
 
-def _named(configs: Sequence[Config]) -> list[str]:
-    return ["torch", *(str(Kernel("small_gemm", config)) for config in configs)]
+def _named(candidates: Callable[..., list[Config]], kind: LinearKind, num_tokens: int) -> list[str]:
+    """torch, and the kernels of ``small_gemm`` in the configurations that ``candidates`` gives."""
+    numbers: dict[str, Numbers] = {"small_gemm": "w16a16" if kind.quantization is None else "w8a16"}
+    if kind.quantization is not None and num_tokens > 1:
+        scaling, activation = kind.quantization
+        if scaling != "block" and activation in ("tensor", "token"):
+            numbers["small_gemm_w8a8"] = "w8a8"
+    found = [
+        str(Kernel(name, config))
+        for name, of in numbers.items()
+        for config in candidates(num_tokens, numbers=of)
+    ]
+    return ["torch", *found]
 
 
 def _nearly_as_fast(times: Mapping[str, float], best: str) -> list[str]:

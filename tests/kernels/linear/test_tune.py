@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.linear import tune as of_linears
 from ad_flashinfer_pass.kernels.linear.small_gemm import Config, all_candidates
-from ad_flashinfer_pass.kernels.linear.tune import LinearKind, Linears
+from ad_flashinfer_pass.kernels.linear.tune import Linear, Linears
 from ad_flashinfer_pass.kernels.measure import tune
 
 FIRST, SECOND, SLOW, *_ = all_candidates(8)
@@ -57,12 +57,15 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Clock], 
 
     def run(clock: Clock) -> Callable[..., object]:
         monkeypatch.setattr(of_linears, "microseconds", clock)
-        pair = [(WIDE, True, False, False), (TALL, False, True, False)]
+        pair = [
+            Linear(weight, weight.dtype, None, *around)
+            for weight, *around in ((WIDE, True, False, False), (TALL, False, True, False))
+        ]
         plans, notes = tune(Linears(pair * 8), [8, 512])
         assert len(notes) == 3, "none for 512 tokens"
 
         def chosen(weight: Tensor, *around: bool) -> Config | None:
-            kind = LinearKind(tuple(weight.shape), weight.dtype, *around)
+            kind = Linear(weight, weight.dtype, None, *around).kind
             name, options = KernelPlan.parse(plans[kind]).at(8)
             return Config(*options) if name == "small_gemm" else None
 

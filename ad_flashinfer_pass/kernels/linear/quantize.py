@@ -1,0 +1,122 @@
+"""Float8 and back on a GPU, in one kernel each: activations are quantized, weights become 16 bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import overlap
+from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.overlap import await_turn
+
+_LARGEST = tl.constexpr(float8.LARGEST)
+_SCALE_BLOCK = tl.constexpr(float8.BLOCK)
+_ROWS, _COLUMNS = 16, 512
+
+
+def quantize(
+    x: Tensor, scale: Tensor | None, norm: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """round(clamp(x / s, -448, 448)) as ``ops.quantized_linear`` has it.
+
+    Args:
+        x: [tokens, depth], contiguous, bfloat16 or float16, on a CUDA device.
+        scale: one number, the s of all tokens; None: of each token its largest magnitude / 448.
+        norm: [depth]; x is first divided by its root mean square and multiplied by this, in float32.
+        eps: added to the mean square.
+
+    Returns:
+        float8_e4m3fn [tokens, depth], and s, float32 [tokens, 1].
+    """
+    num_tokens, depth = x.shape
+    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(depth)
+    _quantize[(num_tokens,)](
+        x,
+        scale,
+        norm,
+        values,
+        scales,
+        eps,
+        depth,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        **overlap.options(x.device, num_tokens),
+    )
+    return values, scales
+
+
+def expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``float8.dequantized`` without a copy in float32.
+
+    Args:
+        weight: float8_e4m3fn [rows, depth], contiguous, on a CUDA device.
+        scale: see ``ops.quantized_linear``.
+        dtype: bfloat16 or float16.
+    """
+    rows, depth = weight.shape
+    out = torch.empty_like(weight, dtype=dtype)
+    _expand[(triton.cdiv(rows, _ROWS), triton.cdiv(depth, _COLUMNS))](
+        weight,
+        scale.contiguous(),
+        out,
+        rows,
+        depth,
+        int(scale.numel() > 1),
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        BY_BLOCKS=float8.is_by_blocks(weight, scale),
+    )
+    return out
+
+
+@triton.jit
+def _quantize(  # type: ignore[no-untyped-def]
+    x, scale, norm, values, scales, eps, depth, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):
+    await_turn(OVERLAPS)
+    token = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < depth
+    v = tl.load(x + token * depth + lanes, mask=mask, other=0.0).to(tl.float32)
+    if norm is not None:
+        v *= tl.rsqrt(tl.sum(v * v, axis=0) / depth + eps)
+        v *= tl.load(norm + lanes, mask=mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        s = tl.load(scale).to(tl.float32)
+    else:
+        s = tl.div_rn(tl.max(tl.abs(v), axis=0), _LARGEST)
+        s = tl.where(s == 0.0, 1.0, s)
+    v = tl.minimum(tl.maximum(tl.div_rn(v, s), -_LARGEST), _LARGEST)
+    tl.store(values + token * depth + lanes, v.to(values.dtype.element_ty), mask=mask)
+    tl.store(scales + token, s)
+
+
+@triton.jit
+def _expand(  # type: ignore[no-untyped-def]
+    weight,
+    scale,
+    out,
+    num_rows,
+    depth,
+    scale_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (rows < num_rows)[:, None] & (columns < depth)[None, :]
+    places = rows.to(tl.int64)[:, None] * depth + columns[None, :]
+    w = tl.load(weight + places, mask=mask, other=0.0).to(tl.float32)
+    if BY_BLOCKS:
+        row = tl.program_id(0) * ROWS // _SCALE_BLOCK * tl.cdiv(depth, _SCALE_BLOCK)
+        s = tl.load(scale + row + columns // _SCALE_BLOCK, mask=columns < depth, other=0.0)
+        w *= s.to(tl.float32)[None, :]
+    else:
+        s = tl.load(scale + rows * scale_stride, mask=rows < num_rows, other=0.0)
+        w *= s.to(tl.float32)[:, None]
+    tl.store(out + places, w.to(out.dtype.element_ty), mask=mask)

@@ -69,6 +69,8 @@ def _quantization(gm: fx.GraphModule, args: Mapping[str, Any]) -> tuple[Any, ...
     if "weight_scale" not in args:
         return ()
     weight, scale = g.attribute(args["weight"]), g.attribute(args["weight_scale"])
+    if weight.dtype == torch.uint8:
+        return (args["weight"],)  # with none: zero points would have to come along
     by_blocks = float8.is_by_blocks(weight, scale)
     if by_blocks and len(weight) % float8.BLOCK:
         return (args["weight"],)  # with none: the next one's rows would begin within a block

@@ -122,6 +122,8 @@ def _unfit(args: Mapping[str, Any]) -> str | None:
     dtype = g.value(args["x"]).dtype if "x" in args else weight.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its {'activations are' if 'x' in args else 'weight is'} {dtype}"
+    if weight.dtype == torch.uint8:
+        return "its weight is of 4 bits"
     if not weight.is_contiguous():
         return "its weight is strided"
     return None

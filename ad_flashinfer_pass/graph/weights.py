@@ -12,6 +12,8 @@ from ad_flashinfer_pass.graph import edit as g
 
 EXPERTS_WEIGHTS = ("gate_up_proj", "down_proj", "up_proj", "gate_up_bias", "down_bias")
 """Arguments of ``ops.experts``, projections before biases."""
+_SCALES = ("gate_up_scale", "down_scale", "up_scale", "gate_up_input_scale", "down_input_scale")
+"""Those of ``ops.quantized_experts`` beside them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class StepWeights:
 
 def step_weights(gm: fx.GraphModule) -> StepWeights:
     """What steps read of a graph's weights; these may be on meta."""
-    nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.ad_flashinfer.experts.default)
+    nodes = experts_of(gm)
     stored = [_stored(weight) for node in nodes for weight in _weights(node)]
     chosen = {id(g.attribute(weight)) for weight in stored if weight.op == "get_attr"}
     always: dict[int, int] = {}
@@ -71,6 +73,12 @@ def step_weights(gm: fx.GraphModule) -> StepWeights:
         if isinstance(tensor, Tensor) and not is_table and id(tensor) not in chosen:
             always[id(tensor)] = tensor.nbytes
     return StepWeights(sum(always.values()), tuple(map(_site, nodes)))
+
+
+def experts_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """The experts of a graph, quantized or not, in the order of the graph."""
+    ops = torch.ops.ad_flashinfer
+    return [node for node in gm.graph.nodes if g.is_op(node, ops.experts, ops.quantized_experts)]
 
 
 def _site(node: fx.Node) -> ExpertsSite:
@@ -94,7 +102,7 @@ def _site(node: fx.Node) -> ExpertsSite:
 
 def _weights(node: fx.Node) -> list[fx.Node]:
     args = g.op_args(node)
-    return [args[name] for name in EXPERTS_WEIGHTS if args[name] is not None]
+    return [args[name] for name in (*EXPERTS_WEIGHTS, *_SCALES) if args.get(name) is not None]
 
 
 def _stored(node: fx.Node) -> fx.Node:

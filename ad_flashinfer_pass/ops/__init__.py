@@ -5,7 +5,7 @@ import torch
 from ad_flashinfer_pass.ops.append_kv import append_kv
 from ad_flashinfer_pass.ops.attention import attention
 from ad_flashinfer_pass.ops.cached_attention import cached_attention
-from ad_flashinfer_pass.ops.experts import experts
+from ad_flashinfer_pass.ops.experts import experts, quantized_experts
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.quantized_linear import quantized_linear
@@ -15,6 +15,7 @@ from ad_flashinfer_pass.ops.top_k import top_k
 
 TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
     torch.ops.ad_flashinfer.experts,
+    torch.ops.ad_flashinfer.quantized_experts,
     torch.ops.ad_flashinfer.quantized_linear,
     torch.ops.ad_flashinfer.top_k,
 }
@@ -30,6 +31,7 @@ __all__ = [
     "experts",
     "linear",
     "prepare_metadata",
+    "quantized_experts",
     "quantized_linear",
     "rope_append",
     "sequence_length",

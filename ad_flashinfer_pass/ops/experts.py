@@ -1,15 +1,22 @@
-"""``ad_flashinfer.experts``: the experts of a mixture-of-experts layer, and the sum of what they give."""
+"""``ad_flashinfer.experts``: the experts of a mixture-of-experts layer, and the sum of what they give.
+
+``ad_flashinfer.quantized_experts`` is the same of weights that are float8 or of 4 bits.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels.experts import by_torch
+from ad_flashinfer_pass.kernels.experts import by_torch, quantized
 from ad_flashinfer_pass.kernels.experts.arguments import arguments
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
+from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
 
@@ -70,46 +77,113 @@ def experts(
     Raises:
         ValueError: the first three are not of the same tokens.
     """
-    num_tokens = top_k_index.shape[0]
-    if hidden_states.shape[0] != num_tokens or top_k_weights.shape != top_k_index.shape:
-        raise ValueError(
-            f"experts of {hidden_states.shape[0]} tokens need as many rows of indices and weights, got "
-            f"{list(top_k_index.shape)} and {list(top_k_weights.shape)}."
-        )
-    given: dict[str, Any] = {
-        "hidden_states": hidden_states,
-        "top_k_index": top_k_index,
-        "top_k_weights": top_k_weights,
-        "gate_up_proj": gate_up_proj,
-        "down_proj": down_proj,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-        "up_proj": up_proj,
-        "activation": activation,
-        "alpha": alpha,
-        "beta": beta,
-        "limit": limit,
-        "has_gate": has_gate,
-        "is_concatenated": is_concatenated,
-        "is_transposed": is_transposed,
-        "weigh_input": weigh_input,
-    }
-    chosen = KernelPlan.parse(plan).at(num_tokens)
-    if chosen.name != "torch" and num_tokens and _can_triton(hidden_states, down_proj):
+    given = dict(locals())
+    chosen = KernelPlan.parse(given.pop("plan")).at(_num_tokens(given))
+    if chosen.name != "torch" and len(hidden_states) and _can_triton(hidden_states, down_proj):
         from ad_flashinfer_pass.kernels.experts import select  # needs triton
 
+        del given["in_float32"]
         with launching(hidden_states.device, top_k_index=top_k_index, down_proj=down_proj):
             return select.run(arguments(**given), chosen)
-    return by_torch.run(**given, in_float32=in_float32)
+    return by_torch.run(**given)
+
+
+def quantized_experts(
+    *args: Any,
+    gate_up_scale: Tensor,
+    down_scale: Tensor,
+    up_scale: Tensor | None = None,
+    gate_up_input_scale: Tensor | None = None,
+    down_input_scale: Tensor | None = None,
+    input_quantization: str = "none",
+    **kwargs: Any,
+) -> Tensor:
+    """``experts`` of float8 or 4-bit projections: its arguments, in its order, then the scales by name.
+
+    Each product is that of ``quantized_linear`` of the same numbers, without a bias: in float32, in float64
+    if hidden_states are, rounded once to their dtype. All that stands around the products is as in
+    ``experts``; biases are not quantized.
+
+    Args:
+        args: of ``experts``. Projections are float8_e4m3fn; or MXFP4 or integers of 4 bits, uint8 with half
+            as many columns: element 2i in the low half of byte i, element 2i + 1 in the high one.
+        gate_up_scale: of gate_up_proj. Float8: of each expert, [num_experts, 1, 1]; of each row,
+            [num_experts, rows, 1]; or of each block of 128 x 128, [num_experts, ceil(rows / 128),
+            ceil(columns / 128)].
+            MXFP4: uint8 [num_experts, rows, columns / 32], 2^(scale - 127) for each 32 elements of a row.
+            Integers: a real dtype, [num_experts, rows, columns / group]; they stand for themselves minus 8.
+        down_scale: likewise of down_proj.
+        up_scale: likewise of up_proj, if that is given.
+        gate_up_input_scale: [num_experts], what the ``tensor`` quantization of hidden_states divides by.
+        down_input_scale: [num_experts], likewise of what down_proj multiplies.
+        input_quantization: how what a projection multiplies is rounded, the ``activation`` of
+            ``quantized_linear``.
+        kwargs: of ``experts``. is_transposed must be False, plan torch.
+
+    Returns:
+        [t, hidden], contiguous, in the dtype of hidden_states.
+
+    Raises:
+        ValueError: tokens differ in number, projections are transposed, or input scales do not go with the
+            quantization.
+    """
+    given = _SIGNATURE.bind(*args, **kwargs)
+    given.apply_defaults()
+    named = given.arguments
+    _num_tokens(named)
+    del named["plan"]
+    inputs = (gate_up_input_scale, down_input_scale)
+    is_known = input_quantization in float8.ACTIVATIONS
+    if not is_known or any((input_quantization == "tensor") != (scale is not None) for scale in inputs):
+        raise ValueError(
+            f"quantized_experts: input_quantization must be one of {', '.join(float8.ACTIVATIONS)}, and "
+            f"input scales go with tensor alone, got {input_quantization!r}."
+        )
+    if named["is_transposed"] or (up_scale is None) != (named["up_proj"] is None):
+        raise ValueError(
+            "quantized_experts: projections must be [num_experts, rows, columns], each with scales."
+        )
+    up_scales = [gate_up_scale] if up_scale is None else [gate_up_scale, up_scale]
+    scales = [quantized.Scales(scale, gate_up_input_scale) for scale in up_scales]
+    scales.append(quantized.Scales(down_scale, down_input_scale))
+    products = partial(
+        quantized.products,
+        scales=scales,
+        quantization=input_quantization,
+        dtype=named["hidden_states"].dtype,
+    )
+    return by_torch.run(**named, products=products)
+
+
+_SIGNATURE = inspect.signature(experts)
+_OWN = inspect.signature(quantized_experts)
+# The arguments of experts are written once; those of its own have to be named.
+quantized_experts.__signature__ = _OWN.replace(  # type: ignore[attr-defined]
+    parameters=[
+        *_SIGNATURE.parameters.values(),
+        *(each for each in _OWN.parameters.values() if each.kind == inspect.Parameter.KEYWORD_ONLY),
+    ]
+)
+
+
+def _num_tokens(given: Mapping[str, Any]) -> int:
+    rows, index, weights = (given[name] for name in ("hidden_states", "top_k_index", "top_k_weights"))
+    if rows.shape[0] != index.shape[0] or weights.shape != index.shape:
+        raise ValueError(
+            f"experts of {rows.shape[0]} tokens need as many rows of indices and weights, got "
+            f"{list(index.shape)} and {list(weights.shape)}."
+        )
+    return int(index.shape[0])
 
 
 def _can_triton(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
 
 
-define(
-    experts,
-    fake=lambda hidden_states, down_proj, is_transposed, **_: hidden_states.new_empty(
-        (hidden_states.shape[0], down_proj.shape[-1 if is_transposed else -2])
-    ),
-)
+for op in (experts, quantized_experts):
+    define(
+        op,
+        fake=lambda hidden_states, down_proj, is_transposed, **_: hidden_states.new_empty(
+            (hidden_states.shape[0], down_proj.shape[-1 if is_transposed else -2])
+        ),
+    )

@@ -1,4 +1,4 @@
-"""``ad_flashinfer.quantized_linear``: a linear whose weight is float8, with the scales of its checkpoint."""
+"""``ad_flashinfer.quantized_linear``: a linear of a float8 or 4-bit weight, with its checkpoint's scales."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def quantized_linear(
     input_scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "none",
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """q(x) (weight * weight_scale)^T + bias, where q rounds activations as the checkpoint asks.
 
@@ -29,13 +30,16 @@ def quantized_linear(
 
     Args:
         x: [..., depth], float32, float64, bfloat16 or float16.
-        weight: [rows, depth], float8_e4m3fn.
+        weight: [rows, depth], float8_e4m3fn; or integers of 4 bits, uint8 [rows, depth / 2]: element 2i in
+            the low half of byte i, element 2i + 1 in the high one, each for itself minus its zero point.
         weight_scale: of all of the weight, [] or [1]; of each row, [rows, 1]; or of each block of 128 x 128,
-            [ceil(rows / 128), ceil(depth / 128)]. Any real dtype.
+            [ceil(rows / 128), ceil(depth / 128)]. Any real dtype. Of 4 bits, of each group of elements of a
+            row, [rows, depth / group].
         input_scale: [] or [1], the s of ``tensor``.
         bias: [rows]; added before the rounding, but with ``block`` to the rounded sum, as transformers does.
         activation: none: q(x) is x; tensor: s is input_scale; token: s is the largest magnitude of the row
             / 448; block: s is that of each 128 elements of the row, from the first on, / 448.
+        zero_point: uint8 [rows, depth / group], of 4 bits alone. Default: 8.
 
     Returns:
         [..., rows], contiguous, in the dtype of x.
@@ -53,7 +57,8 @@ def quantized_linear(
             f"quantized_linear: x must be of 16, 32 or 64 bits, got {x.dtype}; a module casts activations to "
             "the dtype of a quantized weight: load the checkpoint with dequantize."
         )
-    tokens, how = x.reshape(-1, x.shape[-1]), quantized.Quantization(weight_scale, input_scale, activation)
+    tokens = x.reshape(-1, x.shape[-1])
+    how = quantized.Quantization(weight_scale, input_scale, activation, zero_point)
     with torch.cuda.device_of(x):
         out = quantized.run(tokens, weight, how, bias)
     return out.view(*x.shape[:-1], out.shape[-1])

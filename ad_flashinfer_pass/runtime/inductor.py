@@ -1,10 +1,10 @@
 """Inductor on what lies between our ops.
 
 A transformed graph is cut at the ops of ``ad_flashinfer`` that use the cache: they read lengths on the host
-and write to pages, which Inductor must neither see through nor move. It is cut at ``experts``, too, which has
-kernels of its own and no fixed number of tokens for each of them. What lies between two cuts, a piece, is
-compiled by ``torch.compile``. Its weights are its inputs, so that equal pieces, those of equal layers, are
-compiled once: the compile time does not grow with the number of layers.
+and write to pages, which Inductor must neither see through nor move. It is cut at experts, too, quantized or
+not, which have kernels of their own and no fixed number of tokens for each of them. What lies between two
+cuts, a piece, is compiled by ``torch.compile``. Its weights are its inputs, so that equal pieces, those of
+equal layers, are compiled once: the compile time does not grow with the number of layers.
 
 Tokens come as one row, [1, T], in decode steps too, which the packing proof allows. T is then the only size
 that changes, and a piece is compiled twice: for any T, and for T = 1, where Inductor makes matrix-vector
@@ -44,7 +44,14 @@ _TOKENS, _ROWS = 48, 24
 """Tokens and logits' rows of the example: not 0 or 1, which are constants to a ShapeEnv; not equal."""
 _CUTS = frozenset(
     getattr(torch.ops.ad_flashinfer, op.__name__).default
-    for op in (ops.prepare_metadata, ops.append_kv, ops.rope_append, ops.cached_attention, ops.experts)
+    for op in (
+        ops.prepare_metadata,
+        ops.append_kv,
+        ops.rope_append,
+        ops.cached_attention,
+        ops.experts,
+        ops.quantized_experts,
+    )
 )
 
 _REFUSALS = (TorchDynamoException, FailOnRecompileLimitHit, ConstraintViolationError)

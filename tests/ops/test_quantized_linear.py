@@ -155,3 +155,26 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
     args = arguments("tensor", "token", torch.float32) | change
     with pytest.raises(ValueError, match=message):
         ops.quantized_linear(**args)
+
+
+@pytest.mark.parametrize("has_zero_point", [False, True])
+@pytest.mark.parametrize("activation", ["none", "token"])
+def test_takes_integers_of_4_bits(activation: str, has_zero_point: bool) -> None:
+    """As a linear of the plain weights, and by opcheck."""
+    draw = torch.Generator().manual_seed(0)
+    packed, zero_point = (
+        torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for shape in ((ROWS, DEPTH // 2), (ROWS, 10))
+    )
+    args = arguments("channel", activation, torch.float32)
+    args["weight_scale"] = torch.rand(ROWS, 10, generator=draw)
+    args |= {"weight": packed, "zero_point": zero_point & 15 if has_zero_point else None}
+    low_first = torch.stack((packed % 16, packed // 16), -1).flatten(1).double()
+    zero = (args["zero_point"].double() if has_zero_point else torch.full((ROWS, 10), 8.0)).repeat_interleave(
+        30, 1
+    )
+    weight = (low_first - zero) * args["weight_scale"].double().repeat_interleave(30, 1)
+    x = float8.quantized(args["x"].double().flatten(0, 1), None, activation).view(2, 7, DEPTH)
+    exact = ops.quantized_linear(**args | {"x": args["x"].double()})
+    torch.testing.assert_close(exact, F.linear(x, weight, args["bias"].double()), rtol=1e-12, atol=1e-9)
+    torch.library.opcheck(torch.ops.ad_flashinfer.quantized_linear.default, (), args)

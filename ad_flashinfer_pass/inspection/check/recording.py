@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph.weights import experts_of
 from ad_flashinfer_pass.inspection.check.steps import Step
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
@@ -108,8 +109,7 @@ def sites_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[SiteValues]
 
 def routings_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[Routing]:
     """The experts of a dense graph, each with those of the cached one."""
-    op = torch.ops.ad_flashinfer.experts.default
-    pairs = zip(*(gm.graph.find_nodes(op="call_function", target=op) for gm in (source, cached)), strict=True)
+    pairs = zip(*(experts_of(gm) for gm in (source, cached)), strict=True)
     return [Routing(a, *(g.op_args(node)["top_k_index"].name for node in (a, b))) for a, b in pairs]
 
 

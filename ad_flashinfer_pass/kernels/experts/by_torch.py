@@ -16,8 +16,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: torch.square(F.relu(x)),
 }
-_COPIED_BYTES = 1 << 28
+COPIED_BYTES = 1 << 28
 """Of weights at a time, where each row multiplies a copy of its expert's."""
+Product = Callable[[Tensor], Tensor]
+"""Of rows [n, columns], sorted by expert, each with its expert's weight: [n, rows]."""
 
 
 def run(
@@ -38,30 +40,35 @@ def run(
     is_concatenated: bool = True,
     is_transposed: bool = False,
     weigh_input: bool = False,
+    products: Callable[[Tensor, list[Tensor]], list[Product]] | None = None,
 ) -> Tensor:
-    """``ops.experts``, each product rounded to the dtype of the experts."""
+    """``ops.experts``, each product rounded to the dtype of the experts.
+
+    Args:
+        products: of the expert of each row, sorted, and the projections. Default: plain ones.
+    """
     num_tokens, top_k = top_k_index.shape
     ups = [gate_up_proj] if up_proj is None else [gate_up_proj, up_proj]
-    *ups, down = [weight if is_transposed else weight.mT for weight in (*ups, down_proj)]
+    weights = [weight.mT if is_transposed else weight for weight in (*ups, down_proj)]
     # All that is sent to one expert lies together.
     expert, order = top_k_index.reshape(-1).sort(stable=True)
-    product = _product(expert, *ups, down)
-    rows, weights = hidden_states[order // top_k], top_k_weights.reshape(-1)[order][:, None]
+    *into, out_of = (products or _products)(expert, weights)
+    rows, factors = hidden_states[order // top_k], top_k_weights.reshape(-1)[order][:, None]
     if weigh_input:
-        rows = rows * weights
-    parts = [product(rows.to(up.dtype), up) for up in ups]
+        rows = rows * factors
+    parts = [product(rows) for product in into]
     middle = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if gate_up_bias is not None:
         middle = middle + gate_up_bias[expert]
     middle = gated(middle, activation, alpha, beta, limit, in_float32, has_gate, is_concatenated)
-    results = product(middle.to(down.dtype), down)
+    results = out_of(middle)
     if down_bias is not None:
         results = results + down_bias[expert]
     if not weigh_input:
-        results = results * weights
+        results = results * factors
     by_token = torch.empty_like(results)
     by_token[order] = results
-    return by_token.view(num_tokens, top_k, down.shape[-1]).sum(1).to(hidden_states.dtype)
+    return by_token.view(num_tokens, top_k, results.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def gated(
@@ -87,21 +94,25 @@ def gated(
     return (gate * (up if beta == 0.0 else up + beta)).to(x.dtype)
 
 
-_Product = Callable[[Tensor, Tensor], Tensor]
-"""Of rows [n, in], sorted by expert, with [num_experts, in, out]: each row with its expert's."""
-
-
-def _product(expert: Tensor, *weights: Tensor) -> _Product:
-    """The product for rows of these experts."""
+def _products(expert: Tensor, weights: list[Tensor]) -> list[Product]:
+    """Each row, cast to the dtype of the weight, with its expert's [num_experts, rows, columns]."""
+    product: Callable[..., Tensor]
     device = expert.device
-    if device.type == "cuda" and all(_fits_grouped_mm(weight) for weight in weights):
+    columns = [weight.mT for weight in weights]
+    if device.type == "cuda" and all(_fits_grouped_mm(weight) for weight in columns):
         ends = torch.searchsorted(
             expert, torch.arange(weights[0].shape[0], device=device, dtype=expert.dtype), right=True
         )
-        return partial(_grouped_mm, offs=ends.int())
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return partial(_by_row, expert=expert)
-    return partial(_by_expert, counts=torch.bincount(expert, minlength=weights[0].shape[0]).tolist())
+        product = partial(_grouped_mm, offs=ends.int())
+    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        product = partial(_by_row, expert=expert)
+    else:
+        product = partial(_by_expert, counts=torch.bincount(expert, minlength=weights[0].shape[0]).tolist())
+    return [partial(_cast, product, weight) for weight in columns]
+
+
+def _cast(product: Callable[..., Tensor], weight: Tensor, rows: Tensor) -> Tensor:
+    return product(rows.to(weight.dtype), weight)
 
 
 def _fits_grouped_mm(weight: Tensor) -> bool:
@@ -118,7 +129,7 @@ def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 def _by_row(rows: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """Slow, but of a fixed number of launches: a CUDA graph can hold it."""
-    step = max(1, _COPIED_BYTES // (weight[0].numel() * weight.itemsize))
+    step = max(1, COPIED_BYTES // (weight[0].numel() * weight.itemsize))
     parts = [
         torch.bmm(some[:, None], weight[chosen])[:, 0]
         for some, chosen in zip(rows.split(step), expert.split(step), strict=True)

@@ -1,10 +1,12 @@
-"""Numbers of float8_e4m3fn and their scales, by torch's kernels: what ``ops.quantized_linear`` computes."""
+"""Numbers of float8_e4m3fn or 4 bits and their scales, by torch's kernels: ``ops.quantized_linear``."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ad_flashinfer_pass.kernels.linear import four_bits
 
 BLOCK = 128
 """Rows and columns of a weight that share a scale, and elements of an activation."""
@@ -20,10 +22,12 @@ def by_torch(
     input_scale: Tensor | None,
     bias: Tensor | None,
     activation: str,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """``ops.quantized_linear``; x [tokens, depth]."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    out = F.linear(quantized(x.to(exact), input_scale, activation), dequantized(weight, weight_scale, exact))
+    plain = dequantized(weight, weight_scale, exact, zero_point)
+    out = F.linear(quantized(x.to(exact), input_scale, activation), plain)
     if bias is None:
         return out.to(x.dtype)
     if activation == "block":
@@ -36,7 +40,7 @@ def quantized(x: Tensor, scale: Tensor | None, activation: str) -> Tensor:
 
     Args:
         x: [tokens, depth], float32 or float64.
-        scale: one number, for ``tensor``.
+        scale: one number, or one a token, for ``tensor``.
         activation: one of ``ACTIVATIONS``.
     """
     if activation == "none":
@@ -54,22 +58,30 @@ def quantized(x: Tensor, scale: Tensor | None, activation: str) -> Tensor:
     return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight * scale, rounded once to float32 or float64, then to a dtype.
+def dequantized(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None
+) -> Tensor:
+    """weight * scale, rounded once to float32 or float64, then to a dtype; [..., rows, depth].
 
     Args:
-        weight: [rows, depth].
-        scale: one number, [rows, 1], or [rows / 128, depth / 128], rounded up.
+        weight: [..., rows, depth], or 4 bits: uint8 [..., rows, depth / 2].
+        scale: one number, [..., 1, 1], [..., rows, 1], or [..., rows / 128, depth / 128], rounded up; of 4
+            bits as ``four_bits.dequantized`` takes it.
         dtype: of the result.
+        zero_point: of integers of 4 bits.
     """
+    if weight.dtype == torch.uint8:
+        return four_bits.dequantized(weight, scale, zero_point, dtype)
     exact = torch.promote_types(dtype, torch.float32)
     scale = scale.to(exact)
     if is_by_blocks(weight, scale):
-        rows, depth = weight.shape
-        scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :depth]
+        rows, depth = weight.shape[-2:]
+        scale = scale.repeat_interleave(BLOCK, -2)[..., :rows, :]
+        scale = scale.repeat_interleave(BLOCK, -1)[..., :depth]
     return (weight.to(exact) * scale).to(dtype)
 
 
 def is_by_blocks(weight: Tensor, scale: Tensor) -> bool:
     """Whether each block of a weight has its own scale, not each row or all of it."""
-    return scale.numel() > 1 and tuple(scale.shape) != (weight.shape[0], 1)
+    shape = tuple(scale.shape[-2:])
+    return len(shape) == 2 and shape not in ((1, 1), (weight.shape[-2], 1))

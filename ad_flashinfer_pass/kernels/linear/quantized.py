@@ -1,4 +1,4 @@
-"""Which kernels run a linear whose weight is float8, by device, dtypes and how its activations are quantized.
+"""Which kernels run a linear whose weight is float8 or of 4 bits, by device, dtypes and how its activations are quantized.
 
 - ``float8.by_torch``: what ``ops.quantized_linear`` says, in float32; on a CPU, and in float32.
 - ``torch._scaled_mm``: both factors in float8 (W8A8), where one scale is that of a token, or of all, and the
@@ -29,6 +29,7 @@ class Quantization(NamedTuple):
     weight_scale: Tensor
     input_scale: Tensor | None = None
     activation: str = "none"
+    zero_point: Tensor | None = None
 
     @property
     def has_many_scales(self) -> bool:
@@ -45,7 +46,10 @@ class Quantization(NamedTuple):
 def run(x: Tensor, weight: Tensor, how: Quantization, bias: Tensor | None) -> Tensor:
     """``ops.quantized_linear``; x [tokens, depth]."""
     if x.device.type != "cuda" or x.dtype not in _FLOATS:
-        return float8.by_torch(x, weight, how.weight_scale, how.input_scale, bias, how.activation)
+        args = (how.weight_scale, how.input_scale, bias, how.activation, how.zero_point)
+        return float8.by_torch(x, weight, *args)
+    if weight.dtype == torch.uint8:
+        return F.linear(x, float8.dequantized(weight, how.weight_scale, x.dtype, how.zero_point), bias)
     if fits_scaled_mm(x.dtype, weight, how):
         return _scaled_mm(x.contiguous(), weight, how, bias)
     from ad_flashinfer_pass.kernels.linear.quantize import expand  # needs triton
@@ -56,7 +60,8 @@ def run(x: Tensor, weight: Tensor, how: Quantization, bias: Tensor | None) -> Te
 def fits_scaled_mm(dtype: torch.dtype, weight: Tensor, how: Quantization) -> bool:
     """Whether torch._scaled_mm computes it, for x of a 16-bit dtype."""
     return (
-        how.activation in ("tensor", "token")
+        weight.dtype == torch.float8_e4m3fn
+        and how.activation in ("tensor", "token")
         and how.scaling(weight) != "block"
         and not any(size % _MULTIPLE for size in weight.shape)
         and (dtype == torch.bfloat16 or not how.has_many_scales)

@@ -76,7 +76,7 @@ def as_one_op(model: nn.Module) -> Iterator[None]:
 
 def _by_the_op(module: nn.Module, name: str) -> Callable[..., Any] | None:
     """The forward of a known module by the op; None for all others."""
-    if _goes_through_the_interface(module):
+    if goes_through_the_interface(module):
         return partial(_of_interface, module, gate_of(module, name))
     written = _WRITTEN.get(type(module).__name__)
     if written is None or not type(module).__module__.startswith("transformers."):
@@ -91,7 +91,7 @@ def _by_the_op(module: nn.Module, name: str) -> Callable[..., Any] | None:
     return partial(written.forward, module, gate)
 
 
-def _goes_through_the_interface(module: nn.Module) -> bool:
+def goes_through_the_interface(module: nn.Module) -> bool:
     """Whether this module computes by one of the functions of transformers' experts interface."""
     moe = sys.modules.get("transformers.integrations.moe")
     forward = type(module).forward

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ad_flashinfer_pass.errors import LoadError, is_out_of_memory
 from ad_flashinfer_pass.models.cache_scales import is_cache_scale
-from ad_flashinfer_pass.models.float8_layout import SUPPORTED
-from ad_flashinfer_pass.models.float8_weights import REAL, Float8Weights
 from ad_flashinfer_pass.models.quantization import Quantized, Stored, find_quantized_tensor
+from ad_flashinfer_pass.models.quantized.formats import SUPPORTED
+from ad_flashinfer_pass.models.quantized.scheme import REAL
+from ad_flashinfer_pass.models.quantized.weights import QuantizedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def load_weights(
         directory: of the checkpoint.
         hf_config: what the model is built from; config.json is not read again.
         reports: the messages of transformers while this runs, see ``quiet_transformers``.
-        quantized: what the files beside the weights say of them. Linears that are float8 stay so.
+        quantized: what the files beside the weights say of them. Those of linears and experts stay quantized.
         dequantize: no, all of them become plain.
         settings: passed on to transformers: dtype, attn_implementation, trust_remote_code.
 
@@ -103,7 +104,7 @@ def load_weights(
             is missing or damaged.
     """
     weights = stored = read_headers(directory)
-    float8 = None
+    packed = None
     if quantized is None:
         quantized = find_quantized_tensor(weights.tensors)
     if quantized is not None:
@@ -111,9 +112,9 @@ def load_weights(
             refuse_quantized(directory, quantized)
         if settings["dtype"] == "auto":
             settings["dtype"] = _dtype(hf_config, weights.tensors)
-        float8 = Float8Weights(directory, weights.tensors, quantized, settings["dtype"])
-        float8.check_modules(_without_weights(hf_config, settings), dequantize)
-        stored = weights._replace(tensors=float8.plain(), is_plain=False)
+        packed = QuantizedWeights(directory, weights.tensors, quantized, settings["dtype"], dequantize)
+        packed.check_modules(_without_weights(hf_config, settings))
+        stored = weights._replace(tensors=packed.plain(), is_plain=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of casts, which are refused below with names
@@ -121,7 +122,7 @@ def load_weights(
                 stored,
                 hf_config,
                 settings,
-                None if float8 is None else float8.read,
+                None if packed is None else packed.read,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # likewise, as info has them
@@ -136,8 +137,8 @@ def load_weights(
     _check_left_out(stored, info["unexpected_keys"], module)
     _check_kinds(stored, info["unexpected_keys"], module)
     _note_untied(directory, module)
-    if float8 is not None and not dequantize:
-        float8.put_into(module)
+    if packed is not None and not dequantize:
+        packed.put_into(module)
     return module, weights
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ad_flashinfer_pass.models.float8_layout import Layout, read_layout
 from ad_flashinfer_pass.models.json_file import read_json
+from ad_flashinfer_pass.models.quantized.formats import read_layout
+from ad_flashinfer_pass.models.quantized.layout import Layout
 from ad_flashinfer_pass.models.source import Source
 
 

@@ -13,10 +13,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.models.float8_layout import Layout
-from ad_flashinfer_pass.models.float8_weights import quantize_like
 from ad_flashinfer_pass.models.loading import model_building
 from ad_flashinfer_pass.models.quantization import find_quantized
+from ad_flashinfer_pass.models.quantized.layout import Layout
+from ad_flashinfer_pass.models.quantized.on_meta import quantize_like
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
     check_architecture,

@@ -146,7 +146,9 @@ def write(
     """A checkpoint, its tensors changed by ``edit`` and its settings by the rest."""
     architectures.random_model(config or small_config()).save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    for name in [
+        name for name in tensors if name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
+    ]:
         base, weight = name.removesuffix(".weight"), tensors[name]
         scale = scale_of(weight, form.weights)
         tensors[name] = (weight / expanded(scale, weight.shape)).to(torch.float8_e4m3fn)
@@ -196,16 +198,42 @@ class Stated(nn.Module):
         return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).double() * scale.double()
 
 
-def stated_model(directory: Path, form: Format) -> nn.Module:
+class StatedExperts(nn.Module):
+    """Experts of which each is three linears and silu, one token after the other."""
+
+    def __init__(self, base: str, number: int, tensors: Tensors, form: Format) -> None:
+        super().__init__()
+        names = ("gate_proj", "up_proj", "down_proj")
+        self.experts = nn.ModuleList(
+            nn.ModuleList(Stated(f"{base}.{expert}.{name}", tensors, form, None) for name in names)
+            for expert in range(number)
+        )
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows = []
+        for x, chosen, factors in zip(hidden_states, index.tolist(), weights, strict=True):
+            parts = []
+            for expert, factor in zip(chosen, factors, strict=True):
+                gate, up, down = self.experts[expert]
+                parts.append(down(nn.functional.silu(gate(x)) * up(x)) * factor)
+            rows.append(torch.stack(parts).sum(0))
+        return torch.stack(rows)
+
+
+def stated_model(
+    directory: Path, form: Format, config: transformers.PretrainedConfig | None = None
+) -> nn.Module:
     """The model of transformers that computes what a checkpoint states, in float32 but for the linears."""
     tensors = load_file(directory / "model.safetensors")
-    model = architectures.random_model(small_config())
+    model = architectures.random_model(config or small_config())
     model.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if tensor.dtype == torch.float32}, strict=False
     )
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and f"{name}.{form.scale}" in tensors:
             model.set_submodule(name, Stated(name, tensors, form, module.bias))
+        elif f"{name}.0.up_proj.{form.scale}" in tensors:
+            model.set_submodule(name, StatedExperts(name, module.num_experts, tensors, form))
     return model
 
 

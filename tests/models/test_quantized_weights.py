@@ -19,9 +19,9 @@ from ad_flashinfer_pass import LLM, CacheSession, SamplingParams, build_model, c
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.inspection import explain, plan
-from ad_flashinfer_pass.models.float8_layout import SUPPORTED
-from ad_flashinfer_pass.models.float8_weights import QuantizedLinear
 from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.models.quantized.formats import SUPPORTED
+from ad_flashinfer_pass.models.quantized.modules import QuantizedLinear
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
 from tests import architectures
@@ -29,7 +29,6 @@ from tests.models.float8_checkpoints import (
     FORMATS,
     Format,
     Tensors,
-    dequantized,
     dequantized_model,
     scale_of,
     small_config,
@@ -41,6 +40,10 @@ NUM_NEW_TOKENS = 64
 PROMPTS = architectures.random_prompts((1, 5, 14), vocab_size=128)
 Edit = Callable[[Tensors], Any]
 formats = pytest.mark.parametrize("name", FORMATS)
+arithmetic = pytest.mark.parametrize(
+    "name", ["modelopt", "compressed_dynamic", "compressed_weights", "block"]
+)
+"""Formats that compute otherwise."""
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +93,7 @@ def test_computes_what_the_format_states(name: str) -> None:
     torch.testing.assert_close(loaded(name).double()(ids).logits, wanted, rtol=1e-9, atol=1e-9)
 
 
-@formats
+@arithmetic
 def test_generates_as_the_format_states(name: str) -> None:
     """64 greedy tokens of transformers' generate on the float64 model, in a batch, by the pass."""
     llm = build_model(config(name))
@@ -163,7 +166,7 @@ def assert_computes_as_stated(directory: Path, form: Format, quantized: int) -> 
     torch.testing.assert_close(module.double()(ids).logits, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["modelopt", "compressed_dynamic", "block"])
+@pytest.mark.parametrize("name", ["modelopt", "block"])
 def test_generates_by_torch_compile(name: str) -> None:
     """The same tokens through the other door."""
     session = CacheSession(max_batch_size=4, max_seq_len=128, kv_cache_config={"tokens_per_block": 16})
@@ -179,7 +182,7 @@ def test_generates_by_torch_compile(name: str) -> None:
     assert [record.what for record in session.compiles].count("pass") == 1
 
 
-@pytest.mark.parametrize("name", ["modelopt", "block"])
+@pytest.mark.parametrize("name", ["modelopt"])
 def test_is_saved_and_restored(tmp_path: Path, name: str) -> None:
     """Float8 weights and scales come back from the file."""
     program = to_program(build_model(config(name)).model)
@@ -189,7 +192,7 @@ def test_is_saved_and_restored(tmp_path: Path, name: str) -> None:
     assert [list(result.token_ids) for result in results] == stated_tokens(name)
 
 
-@pytest.mark.parametrize("name", ["modelopt", "block"])
+@pytest.mark.parametrize("name", ["block"])
 def test_is_planned_without_weights(name: str) -> None:
     """From the files beside the weights: the ops, and the bytes that the weights have once they are read."""
     graph: Any = transform_module(loaded(name), config(name))[0].module
@@ -257,33 +260,6 @@ def test_dequantizes(name: str) -> None:
     wanted = dequantized_model(checkpoint(name), FORMATS[name])
     for key, tensor in wanted.state_dict().items():
         torch.testing.assert_close(module.state_dict()[key], tensor, rtol=0, atol=0)
-    llm = build_model(config(name, dequantize=True))
-    results = llm.generate(PROMPTS, SamplingParams(max_new_tokens=8))
-    assert [list(result.token_ids) for result in results] == architectures.generated_by_transformers(
-        wanted, PROMPTS, 8
-    )
-
-
-@pytest.mark.parametrize("name", ["modelopt", "compressed_dynamic", "block"])
-def test_dequantizes_experts(tmp_path: Path, name: str) -> None:
-    """Each is stored by itself and stacked by transformers; without dequantize, they are refused by name."""
-    moe = architectures.small_config("qwen3_moe")
-    form = FORMATS[name]
-    ignored: Any = {"ignore": ["lm_head", "re:.*mlp.gate$"]} if name == "compressed_dynamic" else {}
-    write(tmp_path, form, config=moe, **ignored)
-    given: Any = {"model": str(tmp_path), "device": "cpu"}
-    with pytest.raises(LoadError, match=r"experts.* not that of a linear .* dequantize \(--dequantize\)"):
-        load_model(AutoDeployConfig(**given))
-    state = load_model(AutoDeployConfig(**given, dequantize=True)).module.state_dict()
-    stored = load_file(tmp_path / "model.safetensors")
-    for layer in range(moe.num_hidden_layers):
-        for expert in range(moe.num_experts):
-            base = f"model.layers.{layer}.mlp.experts"
-            weights = [
-                dequantized(stored, f"{base}.{expert}.{part}_proj", form) for part in ("gate", "up", "down")
-            ]
-            assert torch.equal(state[f"{base}.gate_up_proj"][expert], torch.cat(weights[:2]))
-            assert torch.equal(state[f"{base}.down_proj"][expert], weights[2])
 
 
 def test_the_command_dequantizes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,14 +431,6 @@ FLOAT8 = torch.ones(160, 160).to(torch.float8_e4m3fn)
             ],
             "'model.embed_tokens.weight' is not that of a linear",
         ),
-        (
-            "block",
-            lambda tensors: [
-                change(f"model.layers.0.mlp.experts.0.up_proj.{part}", value)(tensors)
-                for part, value in (("weight", FLOAT8), ("weight_scale_inv", torch.ones(2, 2)))
-            ],
-            "experts.0.up_proj.weight' is not that of a linear (experts and embeddings are not)",
-        ),
     ],
 )
 def test_refuses_what_is_damaged(tmp_path: Path, name: str, edit: Edit, message: str) -> None:
@@ -494,7 +462,7 @@ def test_refuses_what_is_left_over(tmp_path: Path, name: str, tensor: str) -> No
     [
         ("modelopt_config", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "its quant_algo is 'FP8_PER"),
         ("modelopt_config", {"ignore": []}, "hf_quant_config.json says otherwise"),
-        ("compressed_dynamic", {"format": "pack-quantized"}, "its format is 'pack-quantized'"),
+        ("compressed_dynamic", {"format": "int-quantized"}, "its format is 'int-quantized'"),
         (
             "compressed_dynamic",
             {"sparsity_config": {"format": "sparse-24-bitmask"}},

@@ -1,0 +1,95 @@
+"""Where in a model of transformers the weights of a checkpoint lie."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ad_flashinfer_pass.experts import goes_through_the_interface
+from ad_flashinfer_pass.models.quantized.layout import Layout
+from ad_flashinfer_pass.models.quantized.scheme import Scheme
+
+EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<number>\d+)\.(?P<part>\w+)")
+PARTS = {
+    **{"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
+    **{"w1": "gate", "w3": "up", "w2": "down"},
+}
+"""The projections of an expert that is stored by itself, by the names of its linears."""
+
+
+class Modules:
+    """The modules of a model by the names of their weights, as transformers takes them.
+
+    Args:
+        model: of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._modules = dict(model.named_modules())
+        self._experts: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for path, module in self._modules.items():
+            if goes_through_the_interface(module):
+                self._experts[_numbers(path)].append(path)
+
+    def linear(self, name: str) -> str | None:
+        """The linear whose weight has this name."""
+        path = self._path(name.removesuffix(".weight"))
+        return path if path is not None and type(self._modules[path]) is nn.Linear else None
+
+    def experts(self, name: str) -> str | None:
+        """The experts of which this weight is one, or of one of them: of its layer, if that has no others."""
+        match = EXPERT.fullmatch(name.removesuffix(".weight"))
+        if match is None:
+            path = self._path(name.rpartition(".")[0])
+            is_known = path is not None and path in self._experts[_numbers(path)]
+            return path if is_known and hasattr(self._modules[path or ""], name.rpartition(".")[2]) else None
+        found = self._experts.get(_numbers(match["layer"]), [])
+        return found[0] if len(found) == 1 and match["part"] in PARTS else None
+
+    def has_layer_of(self, name: str) -> bool:
+        """Whether a tensor is of a layer that the model has."""
+        parts = name.split(".")
+        known = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in self._modules)
+        return known == len(parts) - 1 or any(part.isdigit() for part in parts[:known])
+
+    def variants(self, name: str) -> Iterator[str]:
+        """The names of a module with and without the prefix of its model, as transformers takes either."""
+        yield from (name, self._prefix + name, name.removeprefix(self._prefix))
+
+    def _path(self, name: str) -> str | None:
+        return next((each for each in self.variants(name) if each in self._modules), None)
+
+
+def linears_of(model: Any, layout: Layout) -> dict[str, tuple[nn.Linear, Scheme]]:
+    """The linears of a model that a layout says are quantized, by name."""
+    head = model.get_output_embeddings() if layout.head_is_plain else None
+    return {
+        name: (module, group.scheme)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and (group := layout.group_of(name)) is not None
+    }
+
+
+def experts_of(model: nn.Module, layout: Layout) -> dict[str, tuple[Any, Scheme]]:
+    """The experts of a model that a layout says are quantized, by name."""
+    return {
+        path: (module, scheme)
+        for path, module in model.named_modules()
+        if goes_through_the_interface(module) and (scheme := scheme_of(layout, path)) is not None
+    }
+
+
+def scheme_of(layout: Layout, path: str) -> Scheme | None:
+    """How a linear, or experts together or one by one, are quantized."""
+    names = (path, f"{path}.gate_up_proj", f"{path}.0.gate_proj", f"{path}.0.w1")
+    found = (layout.group_of(name) for name in names)
+    return next((group.scheme for group in found if group is not None), None)
+
+
+def _numbers(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path.split(".") if part.isdigit())

@@ -32,7 +32,7 @@ class ExpertsSite:
     width: int
     """Elements between the projections of an expert."""
     dtype: str
-    """Of the weights."""
+    """Of the weights; mxfp4 or int4 where two are in a byte."""
     bytes_each: int
     """Of one expert's weights."""
     kernel: str
@@ -86,6 +86,10 @@ def _site(node: fx.Node) -> ExpertsSite:
     down: Any = g.value(args["down_proj"])
     num_experts, *sizes = map(int, down.shape)
     hidden, width = reversed(sizes) if args["is_transposed"] else sizes
+    dtype = str(down.dtype).removeprefix("torch.")
+    if down.dtype == torch.uint8:  # two numbers in a byte
+        width *= 2
+        dtype = "mxfp4" if g.value(args["down_scale"]).dtype == torch.uint8 else "int4"
     parts = [g.value(weight) for weight in _weights(node)]
     return ExpertsSite(
         module=g.module_path(node),
@@ -94,7 +98,7 @@ def _site(node: fx.Node) -> ExpertsSite:
         top_k=int(g.shape(args["top_k_index"])[1]),
         hidden=hidden,
         width=width,
-        dtype=str(down.dtype).removeprefix("torch."),
+        dtype=dtype,
         bytes_each=sum(part.nbytes for part in parts) // num_experts,
         kernel=args["plan"],
     )

@@ -18,11 +18,15 @@ from ad_flashinfer_pass.models.quantized.scheme import DTYPES, Operands, Scheme
 
 
 def quantize_like(model: nn.Module, layout: Layout) -> None:
-    """Replace what a layout names by quantized modules with weights on meta."""
+    """Replace what a layout names, and an op computes, by quantized modules with weights on meta."""
     for name, (linear, scheme) in linears_of(model, layout).items():
+        if scheme.only_dequantized:
+            continue
         operands = _on_meta(scheme, tuple(linear.weight.shape))
         model.set_submodule(name, QuantizedLinear(operands, linear.bias, scheme.activation))
     for name, (module, scheme) in experts_of(model, layout).items():
+        if scheme.only_dequantized:
+            continue
         into, out_of = (getattr(module, part) for part in names_of(module))
         if scheme.is_of_experts:
             projections = Projections(*(_on_meta(scheme, tuple(each.mT.shape)) for each in (into, out_of)))

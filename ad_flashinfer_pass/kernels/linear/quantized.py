@@ -1,4 +1,4 @@
-"""Which kernels run a linear whose weight is float8 or of 4 bits, by device, dtypes and how its activations are quantized.
+"""Which kernels run a linear whose weight is float8 or of 4 bits, by device, dtypes and activations.
 
 - ``float8.by_torch``: what ``ops.quantized_linear`` says, in float32; on a CPU, and in float32.
 - ``torch._scaled_mm``: both factors in float8 (W8A8), where one scale is that of a token, or of all, and the

@@ -12,7 +12,11 @@ from ad_flashinfer_pass.graph import edit as g
 
 EXPERTS_WEIGHTS = ("gate_up_proj", "down_proj", "up_proj", "gate_up_bias", "down_bias")
 """Arguments of ``ops.experts``, projections before biases."""
-_SCALES = ("gate_up_scale", "down_scale", "up_scale", "gate_up_input_scale", "down_input_scale")
+_SCALES = (
+    *("gate_up_scale", "down_scale", "up_scale"),
+    *("gate_up_input_scale", "down_input_scale"),
+    *("gate_up_zero_point", "down_zero_point", "up_zero_point"),
+)
 """Those of ``ops.quantized_experts`` beside them."""
 
 

@@ -95,6 +95,9 @@ def quantized_experts(
     up_scale: Tensor | None = None,
     gate_up_input_scale: Tensor | None = None,
     down_input_scale: Tensor | None = None,
+    gate_up_zero_point: Tensor | None = None,
+    down_zero_point: Tensor | None = None,
+    up_zero_point: Tensor | None = None,
     input_quantization: str = "none",
     **kwargs: Any,
 ) -> Tensor:
@@ -111,11 +114,14 @@ def quantized_experts(
             [num_experts, rows, 1]; or of each block of 128 x 128, [num_experts, ceil(rows / 128),
             ceil(columns / 128)].
             MXFP4: uint8 [num_experts, rows, columns / 32], 2^(scale - 127) for each 32 elements of a row.
-            Integers: a real dtype, [num_experts, rows, columns / group]; they stand for themselves minus 8.
+            Integers: a real dtype, [num_experts, rows, columns / group].
         down_scale: likewise of down_proj.
         up_scale: likewise of up_proj, if that is given.
         gate_up_input_scale: [num_experts], what the ``tensor`` quantization of hidden_states divides by.
         down_input_scale: [num_experts], likewise of what down_proj multiplies.
+        gate_up_zero_point: uint8 of the shape of gate_up_scale, what is taken from integers. Default: 8.
+        down_zero_point: likewise.
+        up_zero_point: likewise.
         input_quantization: how what a projection multiplies is rounded, the ``activation`` of
             ``quantized_linear``.
         kwargs: of ``experts``. is_transposed must be False, plan torch.
@@ -143,9 +149,10 @@ def quantized_experts(
         raise ValueError(
             "quantized_experts: projections must be [num_experts, rows, columns], each with scales."
         )
-    up_scales = [gate_up_scale] if up_scale is None else [gate_up_scale, up_scale]
-    scales = [quantized.Scales(scale, gate_up_input_scale) for scale in up_scales]
-    scales.append(quantized.Scales(down_scale, down_input_scale))
+    scales = [quantized.Scales(gate_up_scale, gate_up_input_scale, gate_up_zero_point)]
+    if up_scale is not None:
+        scales.append(quantized.Scales(up_scale, gate_up_input_scale, up_zero_point))
+    scales.append(quantized.Scales(down_scale, down_input_scale, down_zero_point))
     products = partial(
         quantized.products,
         scales=scales,

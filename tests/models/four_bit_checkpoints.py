@@ -140,6 +140,7 @@ INTEGERS = {
     "awq": Integers({**_AWQ, "modules_to_not_convert": None}, 32, True, _awq),
     "gptq": Integers({**_GPTQ, "checkpoint_format": "gptq", "damp_percent": 0.1}, 32, True, _gptq),
     "gptq_v2": Integers({**_GPTQ, "checkpoint_format": "gptq_v2"}, 32, True, partial(_gptq, less=0)),
+    "gptq_sym": Integers({**_GPTQ, "sym": True}, 32, False, _gptq),
     "gptq_channel": Integers({**_GPTQ, "group_size": -1, "desc_act": True}, None, True, _gptq),
 }
 
@@ -151,11 +152,14 @@ def llama() -> transformers.PretrainedConfig:
 
 
 def write_integers(
-    directory: Path, form: Integers, edit: Callable[[Tensors], Any] | None = None, **settings: Any
+    directory: Path,
+    form: Integers,
+    edit: Callable[[Tensors], Any] | None = None,
+    config: transformers.PretrainedConfig | None = None,
+    **settings: Any,
 ) -> Path:
     """A llama whose linears are random integers; beside it ``plain.pt``, the weights that they stand for."""
-    config = llama()
-    architectures.random_model(config).save_pretrained(directory)
+    architectures.random_model(config or llama()).save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     plain = dict(tensors)
     for seed, name in enumerate([name for name in tensors if name.endswith("_proj.weight")]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ad_flashinfer_pass import SamplingParams, build_model
@@ -58,6 +58,27 @@ def test_dequantizes(name: str) -> None:
     state = loaded(checkpoint(name), dequantize=True).state_dict()
     for key, tensor in plain(name).state_dict().items():
         assert torch.equal(state[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["packed", "awq", "gptq_sym"])
+@torch.no_grad()
+def test_experts_compute_as_plain_weights_do(tmp_path: Path, name: str) -> None:
+    """Stored one by one, with zero points or without."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+    moe = architectures.small_config("qwen3_moe", initializer_range=0.2, **sizes)
+    ignored: dict[str, Any] = {"ignore": ["lm_head", "re:.*mlp.gate$"]} if name == "packed" else {}
+    directory = write_integers(tmp_path, INTEGERS[name], config=moe, **ignored)
+    module, ids = loaded(directory), torch.tensor(PROMPTS[2:])
+    weights = torch.load(directory / "plain.pt")
+    architectures.random_model(moe).save_pretrained(tmp_path / "plain")
+    save_file(weights, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    wanted = loaded(tmp_path / "plain")(ids).logits
+    torch.testing.assert_close(module(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    planned, held = load_weightless(config(directory))[0].state_dict(), module.state_dict()
+    assert {key: tensor.shape for key, tensor in planned.items()} == {
+        key: tensor.shape for key, tensor in held.items()
+    }
+    assert held["model.layers.0.mlp.experts.down_proj"].dtype == torch.uint8
 
 
 def test_generates_by_both_doors() -> None:
@@ -181,6 +202,11 @@ def zero_of_15(tensors: Tensors) -> None:
             )
         ),
         ("gptq", out_of_order, "g_idx' has groups out of order (desc_act, act-order)"),
+        (
+            "gptq_sym",
+            change(f"{QUERY}.qzeros", torch.zeros(2, 16).int()),
+            "another zero point than 8, though",
+        ),
         ("gptq", zero_of_15, "qzeros' has a zero point of 15, which is stored less 1"),
         ("packed", change(f"{QUERY}.weight_g_idx", torch.zeros(64).int()), "weight_g_idx' would be left out"),
         (

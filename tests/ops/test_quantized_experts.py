@@ -21,6 +21,7 @@ KINDS = {
     "weights": ("row", "none"),
     "mxfp4": ("mxfp4", "none"),
     "integers": ("integers", "token"),
+    "zero_points": ("integers", "none"),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -56,6 +57,10 @@ def arguments(kind: str, dtype: torch.dtype = torch.float32, biases: bool = Fals
         "down_scale": down_scale,
         "input_quantization": quantization,
     }
+    if kind == "zero_points":
+        for part in ("gate_up", "down"):
+            shape = given[f"{part}_scale"].shape
+            given[f"{part}_zero_point"] = torch.randint(0, 16, shape, generator=draw, dtype=torch.uint8)
     if quantization == "tensor":
         given["gate_up_input_scale"] = torch.rand(EXPERTS, generator=draw) * 0.01 + 0.005
         given["down_input_scale"] = torch.rand(EXPERTS, generator=draw) * 0.1 + 0.05
@@ -87,6 +92,7 @@ def product(args: dict[str, Any], part: str, expert: int, x: Tensor) -> Tensor:
         args[f"{part}_scale"][expert],
         None if input_scale is None else input_scale[expert],
         activation=args["input_quantization"],
+        zero_point=args[f"{part}_zero_point"][expert] if f"{part}_zero_point" in args else None,
     )
     bias = args.get(f"{part}_bias")
     return out if bias is None else out + bias[expert]
@@ -120,6 +126,8 @@ def test_takes_up_by_itself(kind: str) -> None:
     wanted = ops.quantized_experts(**args)
     args["gate_up_proj"], args["up_proj"] = args["gate_up_proj"].chunk(2, 1)
     scale = args["gate_up_scale"]
+    if kind == "zero_points":
+        args["gate_up_zero_point"], args["up_zero_point"] = args["gate_up_zero_point"].chunk(2, 1)
     if kind == "block":
         args["gate_up_scale"], args["up_scale"] = scale[:, :2], scale[:, 1:]
     else:

@@ -19,6 +19,7 @@ class Scales(NamedTuple):
     weight: Tensor
     input: Tensor | None
     """[num_experts]."""
+    zero_point: Tensor | None = None
 
 
 def products(
@@ -61,7 +62,8 @@ def _product(
     x = quantized(rows.to(exact), input_scale, quantization)
     out = rows.new_empty((rows.shape[0], weight.shape[1]), dtype=dtype)
     for part, chosen in _by_row(expert, weight) if counts is None else _by_expert(counts):
-        plain = dequantized(weight[chosen], scales.weight[chosen], exact)
+        zero_point = None if scales.zero_point is None else scales.zero_point[chosen]
+        plain = dequantized(weight[chosen], scales.weight[chosen], exact, zero_point)
         out[part] = x[part] @ plain.mT if plain.ndim == 2 else torch.bmm(x[part, None], plain.mT)[:, 0]
     return out
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ad_flashinfer_pass.kernels.linear import four_bits
 from ad_flashinfer_pass.models.quantized.layout import Exact, Group, Layout, Nothing, is_name
 from ad_flashinfer_pass.models.quantized.scheme import (
     FINITE,
@@ -34,6 +35,8 @@ class Gptq(Scheme):
     """Inputs that share a scale. None: all."""
     is_less_1: bool
     """Zero points are stored so."""
+    is_symmetric: bool
+    """All zero points are 8."""
 
     weight: ClassVar[str] = ".qweight"
 
@@ -60,18 +63,20 @@ class Gptq(Scheme):
         order = torch.arange(depth, dtype=torch.int32) // (self.group or depth)
         if ".g_idx" in parts and not torch.equal(parts[".g_idx"], order):
             return ".g_idx", "has groups out of order (desc_act, act-order), which is not supported"
-        if self.is_less_1 and (words_to_numbers(parts[".qzeros"]) == 15).any():
+        zero_point = words_to_numbers(parts[".qzeros"])
+        if self.is_less_1 and (zero_point == 15).any():
             return ".qzeros", "has a zero point of 15, which is stored less 1 and stands for 0 or 16"
+        if self.is_symmetric and (zero_point + self.is_less_1 != four_bits.ZERO_POINT).any():
+            return ".qzeros", "has another zero point than 8, though the files say sym"
         return None
 
     def operands(self, parts: Parts) -> Operands:
         """By rows, in order."""
-        zero_point = words_to_numbers(parts[".qzeros"]) + self.is_less_1
-        return Operands(
-            words_to_bytes(parts[".qweight"].T),
-            parts[".scales"].T.contiguous(),
-            zero_point=zero_point.T.contiguous(),
-        )
+        zero_point = None
+        if not self.is_symmetric:
+            zero_point = (words_to_numbers(parts[".qzeros"]) + self.is_less_1).T.contiguous()
+        weight = words_to_bytes(parts[".qweight"].T)
+        return Operands(weight, parts[".scales"].T.contiguous(), zero_point=zero_point)
 
 
 class Section(Exact):
@@ -88,7 +93,7 @@ class Section(Exact):
     dynamic: Nothing = None
     desc_act: Any = None
     static_groups: Any = None
-    sym: Any = None
+    sym: bool = False
     true_sequential: Any = None
     damp_percent: Any = None
     damp_auto_increment: Any = None
@@ -120,6 +125,7 @@ class Section(Exact):
         scheme = Gptq(
             None if self.group_size == -1 else self.group_size,
             "gptq_v2" not in (self.checkpoint_format, self.format),
+            self.sym,
         )
         return Layout(
             (Group(("Linear",), scheme),), (), is_name, head_is_plain=not self.lm_head, names_all=False

@@ -103,6 +103,9 @@ class QuantizedExperts(_Holder):
             up_scale=None if up is None else up.weight_scale,
             gate_up_input_scale=gate_up.input_scale,
             down_input_scale=down.input_scale,
+            gate_up_zero_point=gate_up.zero_point,
+            down_zero_point=down.zero_point,
+            up_zero_point=None if up is None else up.zero_point,
         )
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
@@ -126,6 +129,9 @@ class QuantizedExperts(_Holder):
             up_scale=self.up_scale,
             gate_up_input_scale=self.gate_up_input_scale,
             down_input_scale=self.down_input_scale,
+            gate_up_zero_point=self.gate_up_zero_point,
+            down_zero_point=self.down_zero_point,
+            up_zero_point=self.up_zero_point,
             input_quantization=self.input_quantization,
         )
         return out
@@ -172,17 +178,23 @@ def put_together(experts: Sequence[Mapping[str, Operands]]) -> Projections:
         part.weight_scale.expand(-1, rows, -1) if part.weight_scale.shape[1:] == (1, 1) else part.weight_scale
         for part in (gate, up)
     ]
-    weight = torch.cat([gate.weight, up.weight], 1)
-    return Projections(Operands(weight, torch.cat(scales, 1), gate.input_scale), stacked["down"])
+    zero_points = [part.zero_point for part in (gate, up) if part.zero_point is not None]
+    gate_up = Operands(
+        torch.cat([gate.weight, up.weight], 1),
+        torch.cat(scales, 1),
+        gate.input_scale,
+        torch.cat(zero_points, 1) if zero_points else None,
+    )
+    return Projections(gate_up, stacked["down"])
 
 
 def _stacked(operands: Sequence[Operands]) -> Operands:
-    _, scale, inputs, _ = operands[0]
-    scales = [
-        each.weight_scale.reshape(1, 1) if scale.numel() == 1 else each.weight_scale for each in operands
-    ]
+    weights, scales, inputs, zero_points = zip(*operands, strict=True)
+    if scales[0].numel() == 1:
+        scales = tuple(scale.reshape(1, 1) for scale in scales)
     return Operands(
-        torch.stack([each.weight for each in operands]),
+        torch.stack(weights),
         torch.stack(scales),
-        None if inputs is None else torch.stack([each.input_scale.reshape(()) for each in operands]),  # type: ignore[union-attr]
+        None if inputs[0] is None else torch.stack([scale.reshape(()) for scale in inputs]),
+        None if zero_points[0] is None else torch.stack(zero_points),
     )

@@ -209,10 +209,6 @@ class QuantizedWeights:
                     f"has an input_scale of {scales[-1].item():.6g}, "  # type: ignore[union-attr]
                     f"its gate one of {scales[0].item():.6g}, though both multiply the same; {_DEQUANTIZE}",
                 )
-            if any(each.zero_point is not None for each in operands.values()):
-                raise self._refusal(
-                    self.found[parts["up"]], f"has zero points, which experts have not; {_DEQUANTIZE}"
-                )
             experts.append(operands)
         return put_together(experts)
 

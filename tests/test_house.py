@@ -22,8 +22,9 @@ config, files
 graph
 masks, kernels
 ops, matching
+experts
 models, runtime
-experts, records
+records
 registry
 transforms
 pipeline, saved_program

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 _QUANTIZED = torch.ops.ad_flashinfer.quantized_linear.default
-_TENSORS = ("weight", "bias", "weight_scale", "input_scale")
+_TENSORS = ("weight", "bias", "weight_scale", "input_scale", "zero_point")
 
 
 @register("fuse_gemms")
@@ -70,7 +70,7 @@ def _quantization(gm: fx.GraphModule, args: Mapping[str, Any]) -> tuple[Any, ...
         return ()
     weight, scale = g.attribute(args["weight"]), g.attribute(args["weight_scale"])
     if weight.dtype == torch.uint8:
-        return (args["weight"],)  # with none: zero points would have to come along
+        return scale.shape[1], args["zero_point"] is None
     by_blocks = float8.is_by_blocks(weight, scale)
     if by_blocks and len(weight) % float8.BLOCK:
         return (args["weight"],)  # with none: the next one's rows would begin within a block
@@ -90,9 +90,13 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
         bias = _add_parameter(gm, f"{name}_bias", [each["bias"] for each in args])
     x, op, operands = args[0].get("input"), aten.linear.default, [bias]
     if "weight_scale" in args[0]:
-        scale = _add_scales(gm, f"{name}_weight_scale", args)
+        rows = [len(g.attribute(each["weight"])) for each in args]
+        scale = _add_scales(gm, f"{name}_weight_scale", [each["weight_scale"] for each in args], rows)
+        zero = None
+        if args[0]["zero_point"] is not None:
+            zero = _add_scales(gm, f"{name}_zero_point", [each["zero_point"] for each in args], rows)
         x, op = args[0]["x"], _QUANTIZED
-        operands = [scale, args[0]["input_scale"], bias, args[0]["activation"]]
+        operands = [scale, args[0]["input_scale"], bias, args[0]["activation"], zero]
     with gm.graph.inserting_before(linears[0]):
         fused = g.call_op(gm.graph, op, x, weight, *operands)
     g.copy_origin(fused, linears[0])
@@ -109,14 +113,15 @@ def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
                 user.target = aten.reshape.default
 
 
-def _add_scales(gm: fx.GraphModule, name: str, args: list[dict[str, Any]]) -> fx.Node:
-    """Scales of weights below each other; they are few, and the transformed module keeps its own."""
-    parts = []
-    for each in args:
-        scale, rows = g.attribute(each["weight_scale"]).detach(), len(g.attribute(each["weight"]))
-        parts.append(scale.reshape(1, 1).expand(rows, 1) if scale.numel() == 1 else scale)
+def _add_scales(gm: fx.GraphModule, name: str, parts: list[fx.Node], rows: list[int]) -> fx.Node:
+    """Those of weights below each other; they are few, and the transformed module keeps its own."""
+    scales = [g.attribute(part).detach() for part in parts]
+    by_rows = [
+        scale.reshape(1, 1).expand(number, 1) if scale.numel() == 1 else scale
+        for scale, number in zip(scales, rows, strict=True)
+    ]
     with gm.graph.inserting_before(gm.graph.find_nodes(op="placeholder")[0]):
-        return g.add_attribute(gm, name, nn.Parameter(torch.cat(parts), requires_grad=False))
+        return g.add_attribute(gm, name, nn.Parameter(torch.cat(by_rows), requires_grad=False))
 
 
 def _add_parameter(gm: fx.GraphModule, name: str, parts: list[fx.Node]) -> fx.Node:

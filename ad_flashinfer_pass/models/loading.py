@@ -34,6 +34,8 @@ from ad_flashinfer_pass.models.generation_file import (
 )
 from ad_flashinfer_pass.models.json_file import Fields, check_types, read_json
 from ad_flashinfer_pass.models.quantization import Quantized, find_quantized
+from ad_flashinfer_pass.models.quantized.on_meta import quantize_like
+from ad_flashinfer_pass.models.quantized.random import draw
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
     UNEXPECTED_VALUE,
@@ -126,7 +128,7 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         eos_token_ids = _eos_token_ids(source, raw, hf_config, generation, tokenizer)
         with model_building(source, hf_config, f"{device}"):
             module, resolved = _build(source, hf_config, resolved, device, reports, quantized)
-    if quantized is not None and config.skip_loading_weights:
+    if quantized is not None and config.skip_loading_weights and isinstance(quantized.layout, str):
         logger.warning(
             "%s: the weights are %s; random weights of the unquantized model are drawn in their place",
             config.model,
@@ -197,6 +199,9 @@ def _build(
     if config.skip_loading_weights:
         redrawn = "initializer_range" not in config.model_kwargs
         module = _random_module(hf_config, device, redrawn, settings)
+        if quantized is not None and not isinstance(quantized.layout, str) and not config.dequantize:
+            quantize_like(module, quantized.layout)
+            draw(module, device, hf_config.get_text_config(decoder=True).hidden_size ** -0.5)
     else:
         settings.setdefault("dtype", "auto")
         module, weights = load_weights(

@@ -60,7 +60,7 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
         finally:
             hook.remove()
     layout = None if quantized is None else quantized.layout
-    if isinstance(layout, Layout) and not config.skip_loading_weights:
+    if isinstance(layout, Layout):
         if not config.dequantize:
             quantize_like(module, layout)
     elif quantized is not None:

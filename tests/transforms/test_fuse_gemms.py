@@ -146,3 +146,38 @@ def test_float8_linears_keep_their_scales(part: Float8Gate, num_fused: int) -> N
     assert reports["fuse_gemms"].num_matches == num_fused
     assert len(find(gm, torch.ops.ad_flashinfer.quantized_linear)) == 2 - num_fused
     assert_computes(gm, model)
+
+
+class FourBits(nn.Module):
+    """A linear of 4 bits in groups of 16."""
+
+    def __init__(self, rows: int, has_zero_point: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.randint(256, (rows, WIDTH // 2)).to(torch.uint8), requires_grad=False
+        )
+        self.scale = nn.Parameter(torch.rand(rows, WIDTH // 16) / 64)
+        zero = torch.randint(16, (rows, WIDTH // 16)).to(torch.uint8) if has_zero_point else None
+        self.zero = None if zero is None else nn.Parameter(zero, requires_grad=False)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., WIDTH] -> [..., rows]."""
+        args = (x, self.weight, self.scale, None, None, "none", self.zero)
+        out: Tensor = torch.ops.ad_flashinfer.quantized_linear(*args)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("has_zero_points", "num_fused"), [((True, True), 1), ((False, False), 1), ((True, False), 0)]
+)
+def test_linears_of_4_bits_keep_scales_and_zero_points(
+    has_zero_points: tuple[bool, bool], num_fused: int
+) -> None:
+    part = Float8Gate("tensor")
+    part.left, part.right = (FourBits(256, has) for has in has_zero_points)  # type: ignore[assignment]
+    model = SmallModel(mix=lambda m, x, p: m.parts["gate"](x), gate=part)
+    ctx = context()
+    gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    assert reports["fuse_gemms"].num_matches == num_fused
+    assert_computes(gm, model)

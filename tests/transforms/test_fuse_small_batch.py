@@ -77,10 +77,8 @@ class Float8Gated(Gated):
 
     def __init__(self, scaling: str, activation: str) -> None:
         super().__init__()
-        self.gate, self.up, self.down = (
-            Float8Linear(rows, depth, activation, scaling)
-            for rows, depth in ((48, WIDTH), (48, WIDTH), (WIDTH, 48))
-        )
+        for name, rows, depth in (("gate", 48, WIDTH), ("up", 48, WIDTH), ("down", WIDTH, 48)):
+            setattr(self, name, Float8Linear(rows, depth, activation, scaling))
 
 
 @pytest.mark.parametrize("activation", ["none", "tensor", "token"])
@@ -95,17 +93,26 @@ def test_float8_linears_take_in_the_same(scaling: str, activation: str) -> None:
     assert lm_head["weight_scale"] is None
 
 
-def test_halves_whose_scales_share_a_block_are_not_gated() -> None:
-    """The fused weight has 96 rows in one block, and 48 are not the rows of whole blocks."""
-    part = Float8Gated("block", "block")
-    part.gate, part.up = Float8Linear(96, WIDTH, "block", "block"), nn.Identity()
-    part.forward = (
-        lambda x: (  # type: ignore[method-assign]
-            x + part.down(F.silu(part.gate(x)[..., :48]) * part.gate(x)[..., 48:])
+class Halves(Gated):
+    """Gate and up as halves of one linear, whose blocks have scales; 48 rows are no whole blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = (
+            Float8Linear(96, 256, "block", "block"),
+            nn.Linear(48, WIDTH).requires_grad_(False),
         )
-    )
-    _, (gate, *_) = fused(part)
-    assert not gate["gated"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape as x."""
+        gate, up = self.both(x.repeat(1, 1, 8)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up).to(x.dtype)
+
+
+def test_halves_whose_scales_share_a_block_are_not_gated() -> None:
+    _, (both, *_) = fused(Halves())
+    assert both["weight_scale"] is not None
+    assert not both["gated"]
 
 
 @pytest.mark.parametrize("change", ["eps_times_alpha", "one_number", "every_second"])

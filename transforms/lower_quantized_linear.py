@@ -81,8 +81,8 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> None:
         if is_plain:
             scales = (scale, call(aten.reshape.default, weight_scale, [1]))
         else:
-            one = call(aten.full.default, [1], 1.0)
-            one.kwargs = {"dtype": torch.float32, "device": g.value(x).device}
+            device = g.value(x).device
+            one = g.call_op(graph, aten.full.default, [1], 1.0, dtype=torch.float32, device=device)
             scales = (one, one)
         weight = call(aten.t.default, args["weight"])
         out = call(aten._scaled_mm.default, values, weight, *scales, None, None, dtype, True)

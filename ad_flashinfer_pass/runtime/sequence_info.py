@@ -29,13 +29,16 @@ writes the metadata of the next step on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from enum import IntEnum
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ad_flashinfer_pass.runtime.staged_buffer import StagedBuffer
 
 METADATA_ARGS = (
     "batch_info_host",
@@ -50,8 +53,24 @@ METADATA_ARGS = (
 IDLE = -2
 """In place of a token: the sequence had stopped before this step."""
 _MAX_STOP_TOKENS = 8
-_STAGES = 4
-_ALIGNMENT = 16
+
+
+class Kind(IntEnum):
+    """What a sequence does in a step; the sequences of a step stand in this order."""
+
+    PREFILL = 0
+    """Many tokens, none in the cache."""
+    EXTEND = 1
+    """Many tokens, others of the sequence in the cache."""
+    DECODE = 2
+    """One token."""
+
+    @classmethod
+    def of(cls, num_cached: int, num_new: int) -> Kind:
+        """The kind of a sequence with so many tokens in the cache, and so many new ones."""
+        if num_new == 1:
+            return cls.DECODE
+        return cls.EXTEND if num_cached else cls.PREFILL
 
 
 class SequenceStep(NamedTuple):
@@ -169,7 +188,7 @@ class SequenceInfo:
         self.max_prefill_rows = max_batch_size + -(-max_num_tokens // max_seq_len)
         self.max_rows = self.max_prefill_rows + max_batch_size
         self._batch_info_host = torch.zeros(len(BatchInfo._fields), dtype=torch.int32)
-        self._buffer = _StagedBuffer(
+        self._buffer = StagedBuffer(
             {
                 "input_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
@@ -208,8 +227,7 @@ class SequenceInfo:
         """Write the metadata of one step. Never waits for the device.
 
         Args:
-            sequences: ordered prefill (many tokens, no past), extend (many tokens, a past), decode (one
-                token).
+            sequences: in the order of ``Kind``.
             pad_to: add padding rows up to this shape. There may be no sequences then.
             row_params: for each row of logits what ``advance`` and ``sample_and_advance`` go by; else that of
                 the step before stands.
@@ -318,11 +336,11 @@ class SequenceInfo:
     def _layout(self, sequences: Sequence[SequenceStep], bucket: Bucket | None) -> _Layout:
         """The step as it is written: with padding, if to a bucket."""
         lens = [len(seq.token_ids) for seq in sequences]
-        kinds = [_kind(seq) for seq in sequences]
+        kinds = [Kind.of(seq.input_pos, n) for seq, n in zip(sequences, lens, strict=True)]
         self._check(sequences, lens, kinds, may_be_empty=bucket is not None)
         gather = [end - 1 for seq, end in zip(sequences, accumulate(lens), strict=True) if seq.gather]
         kinds = self._short_extends(kinds, lens)
-        counts = [value for kind in range(3) for value in _count(kinds, lens, kind)]
+        counts = [value for kind in Kind for value in _count(kinds, lens, kind)]
         if bucket is None:
             return _Layout(sequences, counts, gather, len(gather))
         num_long, long_tokens = counts[0] + counts[2], counts[1] + counts[3]
@@ -344,11 +362,13 @@ class SequenceInfo:
         counts = [len(rows), bucket.num_tokens, 0, 0, bucket.num_decode, bucket.num_decode]
         return _Layout(padded, counts, moved, len(gather))
 
-    def _short_extends(self, kinds: list[int], lens: list[int]) -> list[int]:
-        """The kinds, with 0 for extends up to the last one that is too long to be one."""
-        is_long = [kind == 1 and n > self.max_extend_len > 0 for kind, n in zip(kinds, lens, strict=True)]
+    def _short_extends(self, kinds: list[Kind], lens: list[int]) -> list[Kind]:
+        """The kinds, with prefill for extends up to the last one that is too long to be one."""
+        is_long = [
+            kind is Kind.EXTEND and n > self.max_extend_len > 0 for kind, n in zip(kinds, lens, strict=True)
+        ]
         lead = len(kinds) - is_long[::-1].index(True) if any(is_long) else 0
-        return [0] * lead + kinds[lead:]
+        return [Kind.PREFILL] * lead + kinds[lead:]
 
     def _padding_prompts(
         self, prompts: Sequence[SequenceStep], num_missing: int, bucket: Bucket
@@ -366,7 +386,7 @@ class SequenceInfo:
         return rows + [SequenceStep((), 0, ())] * (self.max_prefill_rows - len(rows))
 
     def _check(
-        self, sequences: Sequence[SequenceStep], lens: list[int], kinds: list[int], *, may_be_empty: bool
+        self, sequences: Sequence[SequenceStep], lens: list[int], kinds: list[Kind], *, may_be_empty: bool
     ) -> None:
         if min(lens, default=int(may_be_empty)) == 0:
             raise ValueError("a step must hold at least one sequence, each with at least one token")
@@ -392,75 +412,6 @@ class SequenceInfo:
                 )
 
 
-def _kind(seq: SequenceStep) -> int:
-    """0 prefill, 1 extend, 2 decode."""
-    if len(seq.token_ids) == 1:
-        return 2
-    return 1 if seq.input_pos else 0
-
-
-def _count(kinds: list[int], lens: list[int], kind: int) -> tuple[int, int]:
+def _count(kinds: list[Kind], lens: list[int], kind: Kind) -> tuple[int, int]:
     chosen = [n for k, n in zip(kinds, lens, strict=True) if k == kind]
     return len(chosen), sum(chosen)
-
-
-class _StagedBuffer:
-    """One device buffer with named parts, and pinned copies of it that are written in turn.
-
-    On a CPU they are the same memory. Elsewhere a copy may still wait on the device for the steps before it,
-    while the next one is written: it has another stage.
-
-    Args:
-        fields: dtype and shape of each part; of the last one only what is used is copied.
-        device: where the buffer is.
-    """
-
-    def __init__(self, fields: dict[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
-        sizes = [_round_up(dtype.itemsize * prod(shape)) for dtype, shape in fields.values()]
-        starts = [0, *accumulate(sizes)]
-        is_cuda = device.type == "cuda"
-        num_stages = 1 if device.type == "cpu" else _STAGES
-        self._stages = torch.zeros(num_stages, starts[-1], dtype=torch.uint8, pin_memory=is_cuda)
-        self._on_device = self._stages[0] if device.type == "cpu" else self._stages[0].to(device)
-        self._events = [torch.cuda.Event() for _ in range(num_stages)] if is_cuda else []
-        self._last = (starts[-2], next(reversed(fields.values()))[0].itemsize)
-        self._stage = 0
-
-        def views_of(buffer: Tensor) -> dict[str, Tensor]:
-            return {
-                name: buffer[start : start + dtype.itemsize * prod(shape)].view(dtype).view(shape)
-                for start, (name, (dtype, shape)) in zip(starts, fields.items(), strict=False)
-            }
-
-        self.views = views_of(self._on_device)
-        # numpy takes a short list ten times faster than torch.
-        self._arrays = [
-            {name: view.numpy() for name, view in views_of(stage).items()} for stage in self._stages
-        ]
-
-    def next_stage(self) -> Callable[[str, Sequence[Any]], None]:
-        """What writes the first elements of a part. Waits for the copy ``_STAGES`` steps ago, if it must."""
-        self._stage = (self._stage + 1) % len(self._stages)
-        if self._events:
-            self._events[self._stage].synchronize()
-        arrays = self._arrays[self._stage]
-
-        def write(name: str, values: Sequence[Any]) -> None:
-            if values:
-                arrays[name][: len(values)] = values
-
-        return write
-
-    def copy_to_device(self, num_last: int) -> None:
-        """Copy what was written, with this many elements of the last part."""
-        stage = self._stages[self._stage]
-        if stage.data_ptr() == self._on_device.data_ptr():
-            return
-        end = self._last[0] + num_last * self._last[1]
-        self._on_device[:end].copy_(stage[:end], non_blocking=True)
-        if self._events:
-            self._events[self._stage].record(torch.cuda.current_stream(self._on_device.device))
-
-
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

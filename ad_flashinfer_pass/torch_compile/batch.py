@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ad_flashinfer_pass.errors import SessionError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
-from ad_flashinfer_pass.torch_compile.sequences import Entries, Sequences, kind
+from ad_flashinfer_pass.runtime.sequence_info import Kind, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.torch_compile.sequences import Entries, Sequences
 
 
 class Session(Protocol):
@@ -129,7 +129,7 @@ class Batch:
         self.sequences, steps, self._new_pages = session.sequences.plan(entries)
         packed = list(zip(self.sequences, steps, strict=True))
         if self._sort:
-            packed.sort(key=lambda item: kind(item[1].input_pos, item[1].token_ids))
+            packed.sort(key=lambda item: Kind.of(item[1].input_pos, len(item[1].token_ids)))
         self.packed = dict(packed)
         try:
             self._inputs = self._written()

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from ad_flashinfer_pass.errors import CapacityError, SessionError
 from ad_flashinfer_pass.runtime.page_pool import PagePool
-from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo, SequenceStep
-
-_KINDS = ("prefill", "extend", "decode")
+from ad_flashinfer_pass.runtime.sequence_info import Kind, SequenceInfo, SequenceStep
 
 Schedule = Sequence[tuple[int | None, Sequence[int]]]
 """(sequence, its new tokens); None begins one."""
@@ -66,9 +64,9 @@ class Sequences:
             raise SessionError("a step takes one sequence or more, each once and with one token or more.")
         self._check_size(entries)
         pasts = [0 if sequence is None else self.known(sequence).length for sequence, _ in entries]
-        kinds = [kind(past, tokens) for past, (_, tokens) in zip(pasts, entries, strict=True)]
+        kinds = [Kind.of(past, len(tokens)) for past, (_, tokens) in zip(pasts, entries, strict=True)]
         if not sort and kinds != sorted(kinds):
-            given = ", ".join(_KINDS[found] for found in kinds)
+            given = ", ".join(kind.name.lower() for kind in kinds)
             raise SessionError(f"a step must be ordered prefill, extend, decode, got {given}.")
         needed = 0
         for past, (_, tokens) in zip(pasts, entries, strict=True):
@@ -145,11 +143,6 @@ class Sequences:
 
     def _num_pages(self, length: int) -> int:
         return -(-length // self._info.tokens_per_block)
-
-
-def kind(past: int, tokens: Sequence[int]) -> int:
-    """0 prefill, 1 extend, 2 decode, the order of a step; a prompt of one token is a decode."""
-    return 2 if len(tokens) == 1 else int(past > 0)
 
 
 def _integers(tokens: Sequence[int]) -> list[int]:

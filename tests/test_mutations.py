@@ -216,7 +216,6 @@ def everything_is_causal(patch: Patch) -> None:
         (),
         reads_positions=False,
         starts_anywhere=True,
-        isolates_packed=True,
         shifts_rows=False,
     )
     patch.setattr(masks, "prove", lambda mask, max_seq_len: certificate)

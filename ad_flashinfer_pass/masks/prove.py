@@ -24,8 +24,6 @@ from ad_flashinfer_pass.masks.reading import Reading
 
 __all__ = ["HIDDEN", "Certificate", "MaskClass", "fingerprint", "prove"]
 
-# Lengths of the sequences in the two packed rows that are run to see whether the mask isolates them.
-_PACKED = ((3, 5, 1, 4), (6, 1, 2, 4))
 _LARGEST_RUN = 130
 _LARGEST_PICTURE = 256
 _HINT_SIZE = 24
@@ -95,8 +93,6 @@ class Certificate:
     """The mask looks at the values of the positions."""
     starts_anywhere: bool
     """It is the same if the positions of a row do not start at 0."""
-    isolates_packed: bool
-    """Where positions begin again in a row, sequences do not see each other; seen in a run, not proved."""
     shifts_rows: bool
     """It adds something to whole rows, which softmax ignores unless there are sinks."""
 
@@ -156,7 +152,6 @@ def prove(mask: fx.Node, max_seq_len: int) -> Certificate:
         runs=runs,
         reads_positions=program.reads_positions,
         starts_anywhere=starts_anywhere,
-        isolates_packed=_isolates_packed(program, found, low, max_seq_len),
         shifts_rows=proof.shifts_rows(),
     )
 
@@ -295,14 +290,3 @@ def _compare_runs(program: MaskProgram, found: MaskClass, low: int, high: int) -
                 "code of the mask."
             )
         yield rows, size
-
-
-def _isolates_packed(program: MaskProgram, found: MaskClass, low: int, high: int) -> bool:
-    size = sum(_PACKED[0])
-    if not program.reads_positions or not low <= size <= high:
-        return False
-    packed = _PACKED if program.has_rows else _PACKED[:1]
-    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in packed])
-    visible, _ = _seen(program.run(len(packed), size, positions), size)
-    expected = torch.stack([torch.block_diag(*map(found.visible, lengths)).bool() for lengths in packed])
-    return bool((visible == expected[:, None]).all())

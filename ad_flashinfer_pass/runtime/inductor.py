@@ -68,7 +68,6 @@ class Piece(nn.Module):
 
     def __init__(self, source: fx.GraphModule, token_dims: list[tuple[int, int]], where: str) -> None:
         super().__init__()
-        self.num_nodes = len(source.graph.nodes)
         self.where = where
         self.layers: list[int | None] = []
         """Of the places of the graph that call it."""

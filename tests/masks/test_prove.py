@@ -708,14 +708,13 @@ def packed(i: Tensor, p: Tensor) -> Tensor:
     return same & (p[:, None, None, :] <= p[:, None, :, None])
 
 
-def test_packed_positions_are_isolated_and_may_start_anywhere() -> None:
-    """The mask of transformers holds for rows that start later, and isolates sequences."""
+def test_packed_positions_may_start_anywhere() -> None:
+    """The mask of transformers holds for rows that start later."""
     certificate = proved(packed, 131072)
 
     assert certificate.mask_class == MaskClass()
     assert certificate.reads_positions
     assert certificate.starts_anywhere
-    assert certificate.isolates_packed
     assert certificate.contract == "positions are consecutive within a sequence"
 
 
@@ -737,13 +736,12 @@ def test_positions_of_another_row_may_start_elsewhere() -> None:
     assert not certificate.starts_anywhere
 
 
-def test_mask_without_positions_isolates_nothing() -> None:
-    """A mask of indices holds wherever a row starts, and does not see where sequences begin."""
+def test_mask_without_positions_may_start_anywhere() -> None:
+    """A mask of indices holds wherever a row starts."""
     certificate = proved(causal, 300)
 
     assert not certificate.reads_positions
     assert certificate.starts_anywhere
-    assert not certificate.isolates_packed
 
 
 # Graphs

@@ -38,11 +38,16 @@ _GEMMA: dict[str, Any] = {
 }
 
 
-def _config(name: str, **changes: Any) -> Callable[[], transformers.PretrainedConfig]:
-    return lambda: getattr(transformers, name)(**{**_COMMON, **changes})
+def _config(name: str, **changes: Any) -> Callable[..., transformers.PretrainedConfig]:
+    def config(num_layers: int = 3) -> transformers.PretrainedConfig:
+        fields = {**_COMMON, **changes, "num_hidden_layers": num_layers}
+        of_layers = {name: value[:num_layers] for name, value in fields.items() if isinstance(value, list)}
+        return getattr(transformers, name)(**{**fields, **of_layers})
+
+    return config
 
 
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+CONFIGS: dict[str, Callable[..., transformers.PretrainedConfig]] = {
     "llama_gqa4": _config("LlamaConfig", num_key_value_heads=1),
     "llama_mha": _config("LlamaConfig", num_key_value_heads=4),
     "qwen2": _config("Qwen2Config"),
@@ -61,7 +66,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "olmo2": _config("Olmo2Config"),
     "stablelm": _config("StableLmConfig", partial_rotary_factor=0.5),
     "gpt_neox": _config("GPTNeoXConfig"),
-    "smollm3": _config("SmolLM3Config", no_rope_layers=[1, 1, 0]),
+    "smollm3": _config("SmolLM3Config", no_rope_layers=[1, 0, 1]),
     "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
 }
 

@@ -9,6 +9,9 @@ from functools import wraps
 # The tensors of the tests are so small that a second thread only costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Read when torch is imported. In a small graph with sizes that vary, an entry costs more than it saves.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+
 import pytest
 import torch
 
@@ -22,7 +25,7 @@ if not torch.cuda.is_available():
 config._default_device = wraps(config._default_device)(lambda: "cpu")
 
 # An export makes objects by the hundred thousand and drops few of them before its end.
-gc.set_threshold(50_000)
+gc.set_threshold(200_000)
 
 # Longest first: a worker that takes one of these last leaves the other with nothing to do.
 _LONG = "end_to_end architectures generate mutations exported debugging_stories".split()
@@ -31,3 +34,8 @@ _LONG = "end_to_end architectures generate mutations exported debugging_stories"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the modules of few and long tests."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at it again."""
+    gc.freeze()

@@ -211,18 +211,20 @@ def minor_version() -> str:
     return ".".join(transformers.__version__.split(".")[:2])
 
 
-def small_config(model_type: str, **changes: Any) -> transformers.PretrainedConfig:
+def small_config(model_type: str, *, fewest_layers: int = 3, **changes: Any) -> transformers.PretrainedConfig:
     """The config of a family with small sizes and, of its layers, the first of each kind.
 
     Args:
         model_type: as in transformers' configs.
+        fewest_layers: if there are fewer kinds.
         changes: fields that win over all others.
 
     Raises:
         ValueError: the config refuses the sizes.
     """
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**{**_small_fields(config_class()), **_OVERRIDES.get(model_type, {}), **changes})
+    fields = _small_fields(config_class(), fewest_layers)
+    return config_class(**{**fields, **_OVERRIDES.get(model_type, {}), **changes})
 
 
 def small_vision_config(model_type: str) -> transformers.PretrainedConfig:
@@ -240,7 +242,7 @@ def small_vision_config(model_type: str) -> transformers.PretrainedConfig:
     return config_class(**fields)
 
 
-def _small_fields(default: transformers.PretrainedConfig) -> dict[str, Any]:
+def _small_fields(default: transformers.PretrainedConfig, fewest_layers: int = 3) -> dict[str, Any]:
     fields = default.to_dict()
     aliases = default.attribute_map
     small = {aliases.get(name, name): size for name, size in _SMALL.items()}
@@ -250,7 +252,7 @@ def _small_fields(default: transformers.PretrainedConfig) -> dict[str, Any]:
     if "qk_rope_head_dim" in fields and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]  # latent attention expands to all heads
     num_layers = getattr(default, "num_hidden_layers", 0)
-    layers = _layers_of_each_kind(fields, num_layers)
+    layers = _layers_of_each_kind(fields, num_layers, fewest_layers)
     if num_layers:
         small[aliases.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
     for name, values in fields.items():
@@ -268,13 +270,13 @@ def _small_fields(default: transformers.PretrainedConfig) -> dict[str, Any]:
     return small
 
 
-def _layers_of_each_kind(fields: dict[str, Any], num_layers: int) -> list[int]:
+def _layers_of_each_kind(fields: dict[str, Any], num_layers: int, fewest: int) -> list[int]:
     """Indices of layers, in order, with at least one of each kind of the lists that have a value a layer."""
     lists = [v for v in fields.values() if isinstance(v, list) and len(v) == num_layers > 4]
     kinds = [str([values[layer] for values in lists]) for layer in range(num_layers)]
     chosen = sorted({kinds.index(kind) for kind in kinds})[:4]
     rest = [layer for layer in range(num_layers) if layer not in chosen]
-    return sorted(chosen + rest[: max(0, 3 - len(chosen))])
+    return sorted(chosen + rest[: max(0, fewest - len(chosen))])
 
 
 def random_model(

@@ -56,7 +56,7 @@ def count(session: CacheSession, what: str) -> int:
 @pytest.mark.parametrize("name", [name for name in architectures.CONFIGS if name not in ELSEWHERE])
 def test_generates_the_tokens_of_transformers(name: str) -> None:
     """In one ragged batch and alone, from one graph: no step is compiled anew."""
-    model = architectures.random_model(architectures.CONFIGS[name]())
+    model = architectures.random_model(architectures.CONFIGS[name](num_layers=2))
     expected = architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
     model.set_experts_implementation("ad_flashinfer")
     session = session_for_tests()

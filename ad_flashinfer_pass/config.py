@@ -90,7 +90,7 @@ class KvCacheConfig(_Strict):
     dtype: KvDtype = "auto"
     """Element type of K and V; auto takes the model's, fp8 is float8_e4m3fn: half the memory of bfloat16."""
     k_scale: float | list[float] = 1.0
-    """With fp8, K is stored divided by this: one number, or one a cache, in order."""
+    """With fp8, K is divided by this when it is stored: one number, or one for each cache, in order."""
     v_scale: float | list[float] = 1.0
     """Likewise for V."""
     tokens_per_block: int = Field(default=32, ge=1)
@@ -136,7 +136,7 @@ class InsertCachedAttention(TransformConfig):
     """Settings of ``insert_cached_attention``."""
 
     max_extend_len: int = 0
-    """If not 0, sequences with a past and 2 to that many new tokens, 32 at most, go to xqa.extend."""
+    """If not 0, at most 32: sequences with a past and 2 to this many new tokens go to xqa.extend."""
 
     @field_validator("max_extend_len", mode="before")
     @classmethod
@@ -150,7 +150,7 @@ class TuneAttention(TransformConfig):
     """Settings of ``tune_attention``."""
 
     decode: Literal["auto", AttentionKernel] = "auto"
-    """The provider that decodes at all sites; auto takes the fastest by measurement, for each batch size."""
+    """The provider that decodes at all sites; auto measures, and takes the fastest for each batch size."""
 
 
 # They stand here, and not with their transforms, because a config is made before torch is imported.
@@ -179,10 +179,10 @@ class AutoDeployConfig(_Strict):
     skip_loading_weights: bool = False
     """Draw random weights (seed 0) in place of reading a checkpoint."""
     dequantize: bool = False
-    """Read float8 weights as plain ones of the model's dtype; activations are not quantized then."""
+    """Convert float8 weights to the model's dtype when they are read; activations are then not quantized."""
     generation_config: Literal["auto", "none"] = "auto"
-    """What requests without sampling parameters do: auto as the model's generation_config.json says, none the
-    most likely token each time. Its end tokens count either way."""
+    """Sampling of requests without parameters: auto does what the model's generation_config.json says, none
+    takes the most likely token. The file's end tokens count in both cases."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -194,7 +194,8 @@ class AutoDeployConfig(_Strict):
     attn_backend: Literal["flashinfer_trtllm"] = "flashinfer_trtllm"
     """The cached attention. On a CPU its kernels are the reference provider."""
     compile_backend: CompileBackend = "torch-simple"
-    """How the transformed graph is run."""
+    """How the transformed graph runs: torch-simple op by op, torch-cudagraph by replays of captured CUDA
+    graphs, torch-opt compiled by Inductor and, on CUDA, captured."""
     cuda_graph_batch_sizes: list[int] | None = None
     """Batch sizes for which torch-cudagraph captures a graph; default: powers of two up to max_batch_size."""
     cuda_graph_token_buckets: list[int] | None = None

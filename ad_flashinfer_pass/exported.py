@@ -57,14 +57,14 @@ def transform(
     on_event: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> CachedModel:
-    """Give a program's attention paged caches.
+    """Give the attention of an exported program paged caches.
 
     Args:
         program: a function of input_ids and position_ids, int64 [batch, seq], both dynamic, by these names or
             in this order; its first output is the logits [batch, seq, vocab]. It is not changed.
-        config: how it is served; its model keys are not read.
+        config: how it is served; its keys about the model are not read.
         on_event: called with the name of each transform as it begins.
-        settings: or the keys of the config.
+        settings: the keys of a config, in place of ``config``.
 
     Returns:
         The model with its pools allocated.
@@ -83,14 +83,15 @@ def transform(
 
 
 def to_program(model: CachedModel) -> ExportedProgram:
-    """A transformed model as a program, for ``torch.export.save``.
+    """A transformed model as an ExportedProgram, for ``torch.export.save``.
 
     Its inputs are, by name, the tokens, the metadata and the caches; the numbers of tokens, sequences, rows
-    of logits and pages are dynamic. torch.export writes into its guards that no number is 1, which the graph
-    does not need: call ``program.module(check_guards=False)``, or ``restore`` it.
+    of logits and pages are dynamic. torch.export adds guards that no number is 1, which the graph does not
+    need: call ``program.module(check_guards=False)``, or ``restore`` the program.
 
     Raises:
-        ConfigError: the model was compiled or captured, or recomputes sequences at a length.
+        ConfigError: the model was compiled or captured, or it computes sequences anew when they grow beyond
+            some length (longrope).
     """
     check_type("model", model, CachedModel)
     module = model.module
@@ -124,13 +125,13 @@ def to_program(model: CachedModel) -> ExportedProgram:
 def restore(
     program: ExportedProgram | Path | str, config: AutoDeployConfig | None = None, **settings: Any
 ) -> CachedModel:
-    """A program of ``to_program``, from a file, as a model with pools of its own.
+    """A model, with pools of its own, from a program that ``to_program`` made.
 
     Args:
-        program: the file, of which nothing is run; or what ``torch.export.load`` made of it.
-        config: with the sizes for which it was transformed. Of the dtypes, scales and device, only what is
-            given has to be the program's; compile_backend and the number of pages may differ.
-        settings: or the keys of the config.
+        program: path of the saved file, of which no code is run, or what ``torch.export.load`` returned.
+        config: with the sizes for which the program was transformed. Dtypes, scales and device must be the
+            program's if they are given; compile_backend and the number of pages may differ.
+        settings: the keys of a config, in place of ``config``.
 
     Raises:
         ConfigError: a setting is unknown, or is not that of the program.

@@ -36,7 +36,7 @@ def transform_module(
     Args:
         module: in eval mode, on ``config.device`` if that is given; takes input_ids and position_ids, int64
             [b, s], and returns logits [b, s, vocab] or an object that has them.
-        config: its model keys are not read; a device that it does not name is the module's.
+        config: its keys about the model are not read. If it names no device, the module's is used.
         on_event: called with the name of each transform as it begins.
 
     Returns:

@@ -30,7 +30,7 @@ def dump(
         sm: compute capability of the GPU that will run it, 90 for 9.0. Default: that of ``config.device``.
         layer: only this layer, and what it reads.
         around: only what is near this node; see ``GraphData.find`` for the names that it may have.
-        hops: edges that are near.
+        hops: how many edges away from it a node still counts as near.
         on_event: called with the name of each phase as it begins.
 
     Raises:

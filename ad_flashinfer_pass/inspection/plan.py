@@ -131,7 +131,7 @@ def plan(
         config: the model and the settings of the pass.
         graph: a saved ExportedProgram in place of the model.
         stage: plan for the graph after this transform or stage. Before the insertion it has no pools.
-        memory: bytes of the device. Default: no limit, so that all that the config wants is planned.
+        memory: bytes of the device. Default: no limit; all that the config asks for is planned.
         sm: compute capability of the GPU, 90 for 9.0. Default: that of ``config.device``, or a CPU.
         on_event: called with the name of each phase as it begins.
 

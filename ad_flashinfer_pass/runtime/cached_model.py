@@ -26,7 +26,7 @@ class CachedModel:
         caches: pools by the name of their graph input, [num_pages, 2, heads, page_size, head_dim].
         sequence_info: owner of the metadata tensors.
         vocab_size: width of the logits.
-        weights: what steps read of the weights; None: it is not known.
+        weights: what a step reads of the weights; None if that is not known.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class CachedModel:
         return self._steps.sample_and_advance(is_greedy=is_greedy)
 
     def step_with(self, sequences: Sequence[SequenceStep], **inputs: Tensor) -> Tensor:
-        """``step`` with inputs of one's own in place of the metadata's, of a graph that is not captured.
+        """Like ``step``, but the caller gives some of the inputs; the graph must not be captured.
 
         Args:
-            sequences: as for ``step``; their token_ids are only counted where inputs_embeds are given.
+            sequences: as for ``step``; if inputs_embeds are given, only the number of their token_ids counts.
             inputs: by name, for the tokens of all sequences in order: inputs_embeds [tokens, d], position_ids
                 [tokens], or [n, tokens] if a token has several.
 

@@ -48,15 +48,17 @@ class GenerationResult:
     prompt: str | None
     """None if the prompt was given as token ids or as messages."""
     prompt_token_ids: list[int]
+    """Empty if the prompt could not be read."""
     token_ids: list[int]
     """Generated tokens, the one that stopped generation included."""
     text: str | None
     """Without special tokens, stop strings and stop tokens; None without tokenizer."""
     finish_reason: FinishReason
+    """``stop`` (an end token or stop string), ``length``, ``error`` or ``cancelled``."""
     error: str | None
     """Why the prompt was refused or its generation failed; None if neither."""
     is_cut: bool = False
-    """Whether max_seq_len ended it, short of max_new_tokens; finish_reason is ``length`` either way."""
+    """Whether max_seq_len ended it before max_new_tokens; ``finish_reason`` is ``length`` in both cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,16 @@ class Progress:
     """Where a call of ``generate``, ``generate_iter`` or ``chat`` stands."""
 
     num_finished: int
+    """Prompts that ended, failed or were refused."""
     num_total: int
+    """Prompts of the call."""
     num_new_tokens: int
+    """Generated tokens of all prompts."""
     pages_in_use: int
+    """Pages of the cache that sequences have, those of other calls included."""
     num_pages: int
     num_preemptions: int
+    """How often, during the call, a sequence lost its pages and was computed anew."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +127,18 @@ class _Call:
 class LLM:
     """A model with its tokenizer, ready to generate.
 
-    Several calls, and iterators of ``generate_iter`` and ``stream``, can be open at once, also in several
-    threads: whichever is advanced steps the engine for all.
+    Several calls and iterators (``generate_iter``, ``stream``) may be open at once, in one thread or in
+    several. Whichever of them advances runs the next step for all.
 
     Args:
         model: what the pass returns.
-        tokenizer: None leaves token ids as the only prompts and results.
-        eos_token_ids: tokens that end generation; default: those of the model's generation_config.json, as
-            far as it is known, and of the tokenizer.
+        tokenizer: without one (None), prompts and results are token ids only.
+        eos_token_ids: tokens that end generation. Default: those that the model's generation_config.json, if
+            there is one, and the tokenizer name.
         reports: what each transform did to the graph.
-        default_sampling: what holds for calls without ``sampling_params``; default: what the model's
-            generation_config.json says, as transformers reads it. ``SamplingParams()`` leaves the file aside.
+        default_sampling: for calls without ``sampling_params``. Default: what the model's
+            generation_config.json says, as transformers reads it; give ``SamplingParams()`` to ignore the
+            file.
         prefill_chunk_tokens: see ``Engine``.
         steps_ahead: see ``Engine``.
 
@@ -181,25 +189,25 @@ class LLM:
         on_progress: Callable[[Progress], None] | None = None,
         **keywords: Unpack[SamplingKeywords],
     ) -> list[GenerationResult]:
-        """Continue prompts, in one batch as far as pages allow.
+        """Continue prompts, in one batch as far as the pages of the cache allow.
 
-        An exception in the middle (Ctrl-C) cancels what is left.
+        An exception on the way, such as Ctrl-C, cancels the prompts that are not finished.
 
         Args:
-            prompts: one text or list of token ids, or a sequence of those. Text is encoded with the
-                tokenizer's special tokens.
+            prompts: one text, one list of token ids, or a sequence of them. The tokenizer adds its special
+                tokens to a text.
             sampling_params: for all prompts, or one for each. Default: ``default_sampling``.
             on_progress: called after each step.
             keywords: fields of ``SamplingParams``, such as ``max_new_tokens=64``, which override those of
                 ``sampling_params``.
 
         Returns:
-            A result for each prompt, in their order. A prompt that is refused or fails has ``error``, and
-            no text if it was refused; the others are not affected.
+            One result for each prompt, in the order of the prompts. If a prompt is refused or fails, its
+            result has ``error``, and no text if it was refused; the other prompts are not affected.
 
         Raises:
-            RequestError: ``sampling_params`` has another length than ``prompts``, a keyword is unknown or its
-                value out of range, or an argument is of a wrong type. Nothing has run then.
+            RequestError: ``sampling_params`` and ``prompts`` differ in length, a keyword is unknown or its
+                value is out of range, or an argument has a wrong type. Nothing has run then.
         """
         return list(self.generate_iter(prompts, sampling_params, on_progress=on_progress, **keywords))
 
@@ -211,13 +219,13 @@ class LLM:
         on_progress: Callable[[Progress], None] | None = None,
         **keywords: Unpack[SamplingKeywords],
     ) -> Generator[GenerationResult, None, None]:
-        """``generate``, lazily: nothing runs until the iterator is advanced, and closing it cancels the rest.
+        """Like ``generate``, but lazy: nothing runs until the iterator advances; closing it cancels the rest.
 
         Yields:
             Results in the order of the prompts, each as soon as it and those before it are ready.
 
         Raises:
-            RequestError: as ``generate``, before the iterator is advanced.
+            RequestError: as for ``generate``, at the call, before the iterator advances.
         """
         return self._generate(_as_list(prompts), self.encode, sampling_params, on_progress, keywords)
 
@@ -229,7 +237,7 @@ class LLM:
         on_progress: Callable[[Progress], None] | None = None,
         **keywords: Unpack[SamplingKeywords],
     ) -> list[GenerationResult]:
-        """Answer chats, by the chat template of the tokenizer. ``stream(encode_chat(messages))`` is lazy.
+        """Answer chats, by the tokenizer's chat template. To stream one: ``stream(encode_chat(messages))``.
 
         Args:
             messages: one chat, such as ``[{"role": "user", "content": "Hello"}]``, or a list of chats.
@@ -238,11 +246,11 @@ class LLM:
             keywords: as in ``generate``.
 
         Returns:
-            A result for each chat, in their order. A chat that is no list of messages, or that the template
-            refuses, has ``error``; the others are not affected.
+            One result for each chat, in the order of the chats. If a chat is not a list of messages, or the
+            template refuses it, its result has ``error``; the other chats are not affected.
 
         Raises:
-            RequestError: as ``generate``, or the model has no chat template.
+            RequestError: as for ``generate``, or the model has no chat template.
         """
         require_template(self.tokenizer)
         chats = _as_chats(messages)
@@ -262,7 +270,7 @@ class LLM:
             keywords: as in ``generate``.
 
         Yields:
-            Pieces of text, none of them empty, none with a part of a character or of a stop string.
+            Pieces of text. None is empty, and none contains a part of a character or of a stop string.
 
         Raises:
             RequestError: on the first advance, if the request is refused; later, if it fails.
@@ -287,8 +295,8 @@ class LLM:
         """Token ids of a prompt.
 
         Raises:
-            RequestError: the prompt is neither text nor token ids, or it is text and there is no
-                tokenizer, or that fails.
+            RequestError: the prompt is neither text nor token ids; it is text and there is no tokenizer; or
+                the tokenizer fails.
         """
         if not isinstance(prompt, str):
             with foreign_code("this prompt cannot be read"):  # of a class that raises, or a tensor on meta
@@ -301,10 +309,10 @@ class LLM:
             return list(self.tokenizer(prompt)["input_ids"])
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a chat up to the answer, by the tokenizer's chat template.
+        """Token ids of a chat, up to where the answer begins, by the tokenizer's chat template.
 
         Raises:
-            RequestError: there is no template, the messages are none, or the template refuses them.
+            RequestError: there is no template, these are not messages, or the template refuses them.
         """
         with self.engine.turns, foreign_code("these messages cannot be read"):
             return apply_template(messages, self.tokenizer)

@@ -30,7 +30,7 @@ _GAMMA = -0x61C8864680B583EB
 class SamplingParams:
     """How one request is continued, and when it ends.
 
-    Every value is checked, and kept as a plain number, bool or tuple; numpy's numbers are numbers.
+    Values are checked, and kept as plain numbers, bools or tuples; numbers of numpy are accepted.
 
     Raises:
         RequestError: a value is of a wrong type or out of range.
@@ -39,7 +39,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     """Tokens to generate, at most."""
     temperature: float = 0.0
-    """0 takes the most likely token, whatever the filters; more flattens the distribution."""
+    """0 takes the most likely token, whatever the filters are; a higher one flattens the distribution."""
     top_k: int = 0
     """Keep this many of the most likely tokens (more if they tie); 0 keeps all."""
     top_p: float = 1.0
@@ -47,9 +47,9 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep the tokens at least this likely relative to the most likely one."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and of the continuation less likely, below 1 more."""
+    """Above 1, tokens of the prompt and of the continuation become less likely; below 1, more likely."""
     no_repeat_ngram_size: int = 0
-    """No so many tokens in a row occur twice in prompt and continuation; 0 is off."""
+    """No run of this many tokens occurs twice in prompt and continuation; 0 is off."""
     suppress_tokens: Sequence[int] = ()
     """Tokens that are never chosen."""
     seed: int | None = None
@@ -63,12 +63,12 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the token is the most likely one of the logits as they are."""
+        """Whether the most likely token of the unchanged logits is taken."""
         return self.temperature == 0 and not self.is_penalised
 
     @property
     def is_penalised(self) -> bool:
-        """Whether tokens that occurred, or some always, are made less likely, greedy or not."""
+        """Whether some tokens are made less likely, be the choice greedy or not."""
         return bool(self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.suppress_tokens)
 
     def __post_init__(self) -> None:

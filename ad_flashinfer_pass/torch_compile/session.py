@@ -50,13 +50,13 @@ class CacheSession:
     Args:
         max_batch_size: sequences of one step, at most.
         max_seq_len: tokens of one sequence, at most.
-        max_num_tokens: tokens of one step, at most; default: all sequences at full length if that is 8192 or
-            fewer, else 8192, and always one longest prompt.
+        max_num_tokens: tokens of one step, at most. Default: max_batch_size * max_seq_len, but no more than
+            8192, or max_seq_len if that is more.
         device: where the models are.
         kv_cache_config: as in ``AutoDeployConfig``. ``max_tokens`` bounds what the pools hold; default:
             max_batch_size * max_seq_len.
         kernel_dir: as in ``AutoDeployConfig``.
-        transforms: likewise; what is said here about a transform goes for every model of the session.
+        transforms: as in ``AutoDeployConfig``, for every model of the session.
         on_event: called with a line of text as each part of a compilation begins; the first call of a large
             model takes a minute or more.
 
@@ -132,7 +132,7 @@ class CacheSession:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no sequence has."""
+        """Pages that no sequence uses."""
         return self._pages.num_free
 
     @property
@@ -151,7 +151,7 @@ class CacheSession:
         return sum(cache.nbytes for cache in self._caches.values())
 
     def prefill(self, input_ids: TokenIds) -> Batch:
-        """New sequences with their prompts.
+        """Begin sequences with their prompts.
 
         Args:
             input_ids: int64 [b, s] or [s], or one list of tokens a sequence, of any lengths.
@@ -163,11 +163,11 @@ class CacheSession:
         return self.step([(None, prompt) for prompt in _prompts(input_ids)], sort=True)
 
     def decode(self, token_ids: Tensor | Sequence[int], sequences: Sequence[int] | None = None) -> Batch:
-        """One more token for each sequence. The host does not wait for tokens that are on the device.
+        """Add a token to each sequence. The host does not wait for tokens that are on the device.
 
         Args:
             token_ids: int64 [b] or [b, 1], or a list: the tokens, as sampled from the step before.
-            sequences: whose they are; default: all, in the order in which they began.
+            sequences: the sequence of each token; default: all, in the order in which they began.
 
         Raises:
             SessionError: a batch is open, a sequence is unknown, or there are more or fewer tokens than
@@ -188,7 +188,7 @@ class CacheSession:
         return self.step([(sequence, [token]) for sequence, token in zip(chosen, tokens, strict=True)])
 
     def step(self, schedule: Schedule, *, sort: bool = False) -> Batch:
-        """Any mixture of prompts, chunks and single tokens.
+        """A step with any mixture of prompts, chunks and single tokens.
 
         Args:
             schedule: (sequence, its new tokens) in the order prefill (no past), extend (several tokens on a
@@ -196,8 +196,8 @@ class CacheSession:
             sort: bring the schedule into that order; results stay in the order given.
 
         Raises:
-            SessionError: a batch is open, the order is another, a sequence is unknown or given twice, or has
-                no tokens.
+            SessionError: a batch is open, the order is wrong, or a sequence is unknown, given twice or
+                without tokens.
             CapacityError: the session is too small.
         """
         batch = self._batch(schedule, sort=sort)
@@ -224,7 +224,7 @@ class CacheSession:
         """Forget the last tokens of a sequence, for example drafts that were refused.
 
         Args:
-            sequence: which.
+            sequence: its number.
             length: tokens that stay, 1 or more.
 
         Raises:

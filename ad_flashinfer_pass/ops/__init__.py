@@ -5,12 +5,17 @@ import torch
 from ad_flashinfer_pass.ops.append_kv import append_kv
 from ad_flashinfer_pass.ops.attention import attention
 from ad_flashinfer_pass.ops.cached_attention import cached_attention
+from ad_flashinfer_pass.ops.causal_conv1d import cached_causal_conv1d, causal_conv1d
 from ad_flashinfer_pass.ops.experts import experts, quantized_experts
+from ad_flashinfer_pass.ops.gated_delta_rule import cached_gated_delta_rule, gated_delta_rule
+from ad_flashinfer_pass.ops.kda import cached_kda, kda
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.quantized_linear import quantized_linear
 from ad_flashinfer_pass.ops.rope_append import rope_append
+from ad_flashinfer_pass.ops.selective_scan import cached_selective_scan, selective_scan
 from ad_flashinfer_pass.ops.sequence_length import sequence_length
+from ad_flashinfer_pass.ops.ssd_scan import cached_ssd_scan, ssd_scan
 from ad_flashinfer_pass.ops.top_k import top_k
 
 TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
@@ -28,12 +33,22 @@ __all__ = [
     "append_kv",
     "attention",
     "cached_attention",
+    "cached_causal_conv1d",
+    "cached_gated_delta_rule",
+    "cached_kda",
+    "cached_selective_scan",
+    "cached_ssd_scan",
+    "causal_conv1d",
     "experts",
+    "gated_delta_rule",
+    "kda",
     "linear",
     "prepare_metadata",
     "quantized_experts",
     "quantized_linear",
     "rope_append",
+    "selective_scan",
     "sequence_length",
+    "ssd_scan",
     "top_k",
 ]

@@ -1,0 +1,42 @@
+"""Mamba 2: a matrix of each head that forgets by one number a token. S <- exp(dt A) S + dt x B^T;  out = S C."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIZE = 64
+"""Tokens of a chunk."""
+
+
+def inputs(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    """What ``chunk`` takes of each token, in float32 at least; dt: as it multiplies."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    dt = dt.to(dtype)
+    group = hidden_states.shape[2] // B.shape[2]
+    B, C = (x.to(dtype).repeat_interleave(group, 2) for x in (B, C))
+    return hidden_states.to(dtype) * dt[..., None], dt * A.to(dtype), B, C
+
+
+def time_steps(
+    dt: Tensor, bias: Tensor | None, softplus: bool, least: float | None = None, most: float | None = None
+) -> Tensor:
+    """The time step of each token, from what the model projects; bias: for the last dimension."""
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    if softplus:
+        dt = torch.nn.functional.softplus(dt)
+    return dt if least is None else dt.clamp(least, most)
+
+
+def chunk(state: Tensor, x: Tensor, decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``slots.Chunk``; state: [n, num_heads, head_dim, state_size]."""
+    x, B, C = (each.transpose(1, 2) for each in (x, B, C))
+    total = decay.transpose(1, 2).cumsum(2)
+    num = x.shape[2]
+    later = torch.ones(num, num, dtype=torch.bool, device=x.device).triu(1)
+    pairs = (total[..., :, None] - total[..., None, :]).masked_fill(later, float("-inf")).exp()
+    grown = total.exp()[..., None]
+    result = ((C @ B.mT) * pairs) @ x + (C * grown) @ state.mT
+    left = (total[..., -1:] - total).exp()[..., None]
+    return result.transpose(1, 2), state * grown[..., -1:, :] + (x * left).mT @ B

@@ -12,13 +12,10 @@ stands between the two projections: that is traced, and has to be what the op co
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
-import io
 import sys
-import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import product
@@ -35,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.experts.by_torch import ACTIVATIONS, gated
+from ad_flashinfer_pass.known_code import digest
 
 aten = torch.ops.aten
 _ANY_WIDTH = 8
@@ -82,7 +80,7 @@ def _by_the_op(module: nn.Module, name: str) -> Callable[..., Any] | None:
     if written is None or not type(module).__module__.startswith("transformers."):
         return None
     parts = [module, *(module.get_submodule(part) for part in written.parts)]
-    if _digest(type(part).forward for part in parts) not in written.digests:
+    if digest(type(part).forward for part in parts) not in written.digests:
         return None
     weight = next(module.parameters())
     example = (2 * _ANY_WIDTH, weight.dtype, weight.device)
@@ -205,16 +203,6 @@ _WRITTEN = {
     "Llama4TextMoe": _Written(_llama4, "experts.act_fn", ("experts", "router"), ("9d7df63b0a7af6de",)),
     "LongcatFlashExperts": _Written(_longcat, "act_fn", (), ("b89842d1183acf1c",)),
 }
-
-
-def _digest(functions: Iterable[Callable[..., Any]]) -> str:
-    """Of the code of functions, without comments and layout."""
-    found = hashlib.sha256()
-    for function in functions:
-        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):
-            if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
-                found.update(f"{token.string} ".encode())
-    return found.hexdigest()[:16]
 
 
 def _multiplied(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

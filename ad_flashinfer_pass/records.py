@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import fx
@@ -66,6 +67,43 @@ class KvCacheResource:
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
 
+@dataclass(frozen=True)
+class StateResource:
+    """A pool that the runtime must own: the states of one layer, a slot for each sequence.
+
+    Shape: [num_slots, *shape].
+    """
+
+    name: str
+    """The graph input that takes it."""
+    shape: tuple[int, ...]
+    """Of one state."""
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of one state."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def allocate(self, num_slots: int, device: torch.device) -> torch.Tensor:
+        """The pool."""
+        return torch.zeros((num_slots, *self.shape), dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class StateSite:
+    """One op with a state after insertion."""
+
+    where: str
+    module: str
+    """Path of the module that made it."""
+    op: str
+    """The source op."""
+    kernel: str
+    cache: str
+    """Name of the state resource."""
+
+
 @dataclass
 class SiteNotes:
     """What was found about an attention on its way; its node carries it as ``meta["site_notes"]``."""
@@ -102,6 +140,8 @@ class TransformContext:
     sequence_info: SequenceInfo
     resources: list[KvCacheResource] = field(default_factory=list)
     sites: list[CachedSite] = field(default_factory=list)
+    states: list[StateResource] = field(default_factory=list)
+    state_sites: list[StateSite] = field(default_factory=list)
     caches: dict[str, torch.Tensor] = field(default_factory=dict)
     """Allocated pools by the name of their graph input."""
     vocab_size: int = 0

@@ -182,6 +182,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],

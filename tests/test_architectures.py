@@ -45,6 +45,16 @@ SAME_TOKENS = {
     "persimmon": "one projection for q, k and v, qk-norm",
     "phi": "partial rotary, biases",
     "starcoder2": "biases, window",
+    # With states beside the pages, or without any pages.
+    "falcon_h1": "Mamba 2 beside attention in each layer",
+    "jamba": "Mamba 1, attention without positions, experts",
+    "kimi_linear": "Kimi's delta attention, MLA, experts",
+    "lfm2": "convolutions",
+    "mamba": "Mamba 1 alone: no attention",
+    "mamba2": "Mamba 2 alone: no attention",
+    "nemotron_h": "layers of Mamba 2, of attention and of experts",
+    "qwen3_next": "gated delta rule, gated attention, experts",
+    "zamba": "a scan for each head, attention that several layers share",
 }
 
 
@@ -91,7 +101,7 @@ def test_generates_the_tokens_of_transformers(name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "error", "said"),
     [
-        pytest.param("lfm2", PackingError, "conv1d", id="convolution_beside_attention"),
+        pytest.param("minimax", PackingError, "slice", id="recurrence_written_out"),
         pytest.param("doge", MaskError, "the attention mask", id="mask_from_activations"),
     ],
 )

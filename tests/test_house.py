@@ -18,13 +18,13 @@ PACKAGE = "ad_flashinfer_pass"
 # line above. What is only imported to check types, or within a function, counts too.
 ROOMS = """
 errors, autodeploy_keys, autodeploy_hook, configs, demo
-config, files
+config, files, known_code
 graph
 masks, kernels
 ops, matching
 experts
 models, runtime
-records
+records, states
 registry
 transforms
 pipeline, saved_program

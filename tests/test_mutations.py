@@ -34,6 +34,7 @@ from ad_flashinfer_pass.transforms import (
     expand_flex_attention,
     functionalize,
     insert_cached_attention,
+    insert_cached_state,
     match_repeat_kv,
     number_by_positions,
 )
@@ -121,6 +122,12 @@ def alibi(factor: float) -> Callable[..., Tensor]:
     return attend
 
 
+def two_convolutions(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
+    for weight in (torch.ones(x.shape[-1], 3), torch.full((x.shape[-1], 3), -0.5)):
+        x = x + torch.ops.ad_flashinfer.causal_conv1d(x, weight)
+    return x
+
+
 def rounded(model: SmallModel, x: Tensor, p: Tensor) -> Tensor:
     return x + (x * 3).to(torch.int32).to(torch.float32)
 
@@ -152,6 +159,7 @@ def prefix(logits: Tensor, p: Tensor) -> Tensor:
 
 ORACLES: dict[str, Callable[[], None]] = {
     "two_layers": serves(lambda: SmallModel(sdpa, FORMS["sdpa_expanded"])),
+    "states": serves(lambda: SmallModel(sdpa, mix=two_convolutions)),
     "scaled": serves(lambda: SmallModel(FORMS["scaled_query"])),
     "grouped": serves(lambda: SmallModel(FORMS["grouped_matmul"])),
     "tiled": serves(lambda: SmallModel(FORMS["tiled"])),
@@ -358,15 +366,42 @@ def caches(choose: Callable[[list[fx.Node]], fx.Node]) -> Callable[[Patch], None
 
 def stale_lengths(patch: Patch) -> None:
     """Kernels get the lengths before the step."""
-    insert = insert_cached_attention._insert_metadata
+    insert = insert_cached_attention._insert_inputs
 
-    def broken(gm: fx.GraphModule, ctx: TransformContext) -> Any:
-        inputs, block_table, slots = insert(gm, ctx)
-        with gm.graph.inserting_after(block_table):
+    def broken(gm: fx.GraphModule, ctx: TransformContext) -> dict[str, fx.Node]:
+        inputs = insert(gm, ctx)
+        with gm.graph.inserting_after(inputs["cu_num_pages"]):
             stale = g.call_op(gm.graph, aten.clamp_min.default, inputs["input_pos"], 1)
-        return {**inputs, "seq_len_with_cache": stale}, block_table, slots
+        return {**inputs, "seq_len_with_cache": stale}
 
-    patch.setattr(insert_cached_attention, "_insert_metadata", broken)
+    patch.setattr(insert_cached_attention, "_insert_inputs", broken)
+
+
+def states(swap: Callable[[list[Any], list[Any]], None]) -> Callable[[Patch], None]:
+    """An op with a state gets other arguments: of the first one's and its own."""
+
+    def mutate(patch: Patch) -> None:
+        insert = insert_cached_state._insert
+
+        def broken(gm: fx.GraphModule, *args: Any) -> None:
+            insert(gm, *args)
+            op = torch.ops.ad_flashinfer.cached_causal_conv1d.default
+            first, *_, last = [*gm.graph.find_nodes(op="call_function", target=op)] * 2
+            own = list(last.args)
+            swap(list(first.args), own)
+            last.args = tuple(own)
+
+        patch.setattr(insert_cached_state, "_insert", broken)
+
+    return mutate
+
+
+def first_pool(first: list[Any], own: list[Any]) -> None:
+    own[4] = first[4]
+
+
+def never_new(first: list[Any], own: list[Any]) -> None:
+    own[-2] = own[-3]  # cu_seqlen, which is 0 for the first sequence alone
 
 
 def first_row_for_all(patch: Patch) -> None:
@@ -450,6 +485,8 @@ MUTATIONS = [
     of(PACKING, "counts", replaced(check_packing, "_check_numbers", nothing), "refused_number_of_tokens"),
     of(INSERT, "every layer has the first cache", caches(lambda made: made[0]), "two_layers"),
     of(INSERT, "lengths without this step's tokens", stale_lengths, "two_layers"),
+    of("insert_cached_state", "every layer has the first pool", states(first_pool), "states"),
+    of("insert_cached_state", "no sequence begins but the first", states(never_new), "states"),
     of("gather_logits_before_lm_head", "the first row for all", first_row_for_all, "two_layers"),
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from ad_flashinfer_pass.errors import PackingError
 from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.axes import Axis, Dims, Size
-from ad_flashinfer_pass.ops import TOKEN_BY_TOKEN
+from ad_flashinfer_pass.ops import STATES, TOKEN_BY_TOKEN
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 
@@ -60,8 +60,8 @@ def _way_out(node: fx.Node) -> str:
     refusal = "so sequences cannot share a batch. "
     if g.is_op(node, *_CONVOLUTIONS):
         return refusal + (
-            "A convolution reads a token's neighbours: its state would have to be kept beside the KV cache, "
-            "as that of every recurrent layer, which is not supported. Serve it where such states are."
+            "A convolution reads a token's neighbours: let the model call one that keeps them for each "
+            "sequence, ad_flashinfer.causal_conv1d."
         )
     if _namespace(node) not in _KNOWN:
         return refusal + (
@@ -626,6 +626,16 @@ def _attention(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
     return (reader.batch, reader.place, *ax.of_shape(g.shape(node)[2:]))
 
 
+def _state(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
+    """Tokens meet in a state of their sequence: [batch, tokens, ...], beside weights without tokens."""
+    for name, operand in args.items():
+        if not g.is_tensor(operand):
+            continue
+        if reader.is_of_tokens(ax.flat(reader.of(operand))):
+            reader.check_layout(operand, name)
+    return (reader.batch, reader.place, *ax.of_shape(g.shape(node)[2:]))
+
+
 def _by_contract(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims | list[Dims]:
     """Along all dimensions but the last, an element of the result is computed from that of each operand."""
     operands = [reader.of(operand) for operand in _operands(args)]
@@ -661,7 +671,7 @@ _RULES: dict[Any, _Rule] = {
         "glu unsafe_split",
     ),
     **_table(_pointwise, "where masked_fill complex polar"),
-    **_table(_cat, "cat concat"),
+    **_table(_cat, "cat concat concatenate"),
     **_table(_diff, "diff"),
     **_table(_stack, "stack"),
     **_table(_repeat, "repeat"),
@@ -684,6 +694,7 @@ _RULES: dict[Any, _Rule] = {
     **_table(_with_one_less, "view_as_complex"),
     **_table(_by_place, "arange linspace tril triu eye"),
     torch.ops.ad_flashinfer.attention: _attention,
+    **dict.fromkeys(STATES, _state),
     torch.ops.ad_flashinfer.sequence_length: _kept,
 }
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution, aten.conv_transpose1d, aten.unfold, aten.im2col)

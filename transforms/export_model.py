@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ad_flashinfer_pass import experts, states
 from ad_flashinfer_pass.errors import ExportError, UnsupportedError
-from ad_flashinfer_pass.experts import as_one_op
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.ops import STATES
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 
@@ -62,7 +63,7 @@ def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
     example = wrapped.example((_EXAMPLE_BATCH, _EXAMPLE_SEQ), ctx.device)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
-        with torch.no_grad(), as_one_op(model):
+        with torch.no_grad(), experts.as_one_op(model), states.as_ops(model):
             program = torch.export.export(
                 wrapped,
                 example,
@@ -92,7 +93,8 @@ def reason_of(err: Exception) -> str:
     if fixed is not None:
         return (
             f"its code fixes a size of {fixed[1]} to {fixed[2]}, as a loop over the tokens does. Compute "
-            "from shapes with tensors; the state of a recurrent layer is no KV cache and cannot be served."
+            "from shapes with tensors; of recurrent layers those are served whose functions are known "
+            "(docs/architectures.md)."
         )
     branch = re.search(r"data-dependent expression (.+?) \(unhinted", text)
     if branch is not None:
@@ -324,10 +326,10 @@ def _shape_of(node: fx.Node, tokens: tuple[int, int]) -> list[int]:
 
 
 def _can_be_compared(gm: fx.GraphModule) -> bool:
-    """Whether the graph gives the model's numbers: it has weights, and no experts that round otherwise."""
-    op = torch.ops.ad_flashinfer.experts.default
-    is_exact = not gm.graph.find_nodes(op="call_function", target=op)
-    calls = [node for node in gm.graph.nodes if node.op == "call_function" and g.mutates_input(node)]
+    """Whether the graph gives the model's numbers: it has weights, and no op that rounds otherwise."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    is_exact = not any(g.is_op(node, torch.ops.ad_flashinfer.experts, *STATES) for node in calls)
+    calls = [node for node in calls if g.mutates_input(node)]
     if any(node.all_input_nodes[0].op == "get_attr" for node in calls):
         return False  # each run would change the model; such a write is refused by what follows
     return g.has_weights(gm) and (is_exact or all(p.dtype == torch.float32 for p in gm.parameters()))

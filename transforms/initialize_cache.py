@@ -2,7 +2,8 @@
 
 Tokens planned: max_tokens of kv_cache_config, else max_batch_size * max_seq_len, at most what fits in
 free_gpu_memory_fraction of the free memory of the device. Each pool gets that many pages and page 0, which is
-scratch: padding rows read and write it, and no sequence owns it.
+scratch: padding rows read and write it, and no sequence owns it. Pools of states get a slot for each of
+max_batch_size sequences, and slot 0, before the pages get the rest.
 """
 
 from __future__ import annotations
@@ -43,10 +44,19 @@ def initialize_cache(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     Raises:
         CapacityError: not even one page a layer fits.
     """
-    report = TransformReport("initialize_cache", num_matches=len(ctx.resources))
+    report = TransformReport("initialize_cache", num_matches=len(ctx.resources) + len(ctx.states))
     info = ctx.sequence_info
     pages = count_pages(ctx, free_bytes(ctx.device))
+    for state in ctx.states:
+        ctx.caches[state.name] = state.allocate(info.num_slots, ctx.device)
+    if ctx.states:
+        report.notes.append(
+            f"{info.max_batch_size} slots: {state_bytes(ctx) / 2**20:.1f} MiB in {len(ctx.states)} pools, "
+            f"{state_bytes(ctx) // info.num_slots} bytes a sequence"
+        )
     ctx.num_pages = pages.allocated + 1
+    if not ctx.resources:
+        return model, report
     for resource in ctx.resources:
         ctx.caches[resource.name] = resource.allocate(ctx.num_pages, ctx.device)
     report.notes.append(
@@ -70,14 +80,21 @@ def count_pages(ctx: TransformContext, free: int) -> Pages:
     bytes_per_page = sum(resource.bytes_per_page for resource in ctx.resources)
     wanted = pages_wanted(ctx.config, info)
     share = int(free * config.free_gpu_memory_fraction)
-    fitting = share // bytes_per_page - 1
-    if fitting < 1:
+    states = state_bytes(ctx)
+    fitting = (share - states) // bytes_per_page - 1 if bytes_per_page else wanted
+    if fitting < 1 or states > share:
+        of_states = f", of which {states} for the states of {info.max_batch_size} sequences" if states else ""
         raise CapacityError(
-            f"the KV cache needs at least {2 * bytes_per_page} bytes, {share} are free on {ctx.device} "
-            f"(free_gpu_memory_fraction={config.free_gpu_memory_fraction}). Free memory or lower "
-            "tokens_per_block."
+            f"the KV cache needs at least {2 * bytes_per_page + states} bytes{of_states}, {share} are free "
+            f"on {ctx.device} (free_gpu_memory_fraction={config.free_gpu_memory_fraction}). Free memory or "
+            f"lower {'max_batch_size' if states else 'tokens_per_block'}."
         )
     return Pages(wanted, fitting, bytes_per_page)
+
+
+def state_bytes(ctx: TransformContext) -> int:
+    """Bytes of the pools of states."""
+    return ctx.sequence_info.num_slots * sum(state.bytes_per_slot for state in ctx.states)
 
 
 def pages_wanted(config: AutoDeployConfig, info: SequenceInfo) -> int:

@@ -27,6 +27,7 @@ from ad_flashinfer_pass.errors import ConfigError, NoAttentionError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.ops import STATES
 from ad_flashinfer_pass.records import (
     CachedSite,
     KvCacheResource,
@@ -58,13 +59,15 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
     report = TransformReport("insert_cached_attention")
     op = torch.ops.ad_flashinfer.attention.default
     sites = list(model.graph.find_nodes(op="call_function", target=op))
-    if not sites:
+    if not sites and not any(g.is_op(node, *STATES) for node in model.graph.nodes):
         raise NoAttentionError(
             "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
         )
     ctx.sequence_info.max_extend_len = ctx.config.settings(InsertCachedAttention).max_extend_len
     scales = _scales(ctx, list(dict.fromkeys(cache_pair(node) for node in sites)))
-    inputs, block_table, slot_mapping = _insert_metadata(model, ctx)
+    inputs = _insert_inputs(model, ctx)
+    if sites:
+        block_table, slot_mapping = _insert_block_table(model, ctx, inputs)
     caches: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for node in sites:
         _insert_site(model, ctx, node, caches, scales, inputs, block_table, slot_mapping)
@@ -78,12 +81,16 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
     return model, report
 
 
-def _insert_metadata(
-    gm: fx.GraphModule, ctx: TransformContext
-) -> tuple[dict[str, fx.Node], fx.Node, fx.Node]:
+def _insert_inputs(gm: fx.GraphModule, ctx: TransformContext) -> dict[str, fx.Node]:
     examples = ctx.sequence_info.named_args()
     inputs = {name: g.add_input(gm, name, examples[name]) for name in METADATA_ARGS}
     _insert_lengths(gm, ctx)
+    return inputs
+
+
+def _insert_block_table(
+    gm: fx.GraphModule, ctx: TransformContext, inputs: dict[str, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
     placeholders = gm.graph.find_nodes(op="placeholder")
     position_ids: fx.Node = next(node for node in placeholders if node.name == "position_ids")
     info = ctx.sequence_info
@@ -107,7 +114,7 @@ def _insert_metadata(
     with gm.graph.inserting_after(prepared):
         slot_mapping = g.call_op(gm.graph, operator.getitem, prepared, 1)
         block_table = g.call_op(gm.graph, operator.getitem, prepared, 0)
-    return inputs, block_table, slot_mapping
+    return block_table, slot_mapping
 
 
 def _insert_lengths(gm: fx.GraphModule, ctx: TransformContext) -> None:

@@ -25,7 +25,6 @@ from ad_flashinfer_pass.matching import AttentionMatch, MaskTerm, Operand
 from ad_flashinfer_pass.records import SiteNotes, Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 
-assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
 aten = torch.ops.aten
 
 
@@ -53,7 +52,7 @@ def match_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module,
             continue
         _replace(model.graph, match)
         report.num_matches += 1
-    if not report.num_matches:
+    if not report.num_matches and not any(g.is_op(node, *ops.STATES) for node in model.graph.nodes):
         raise NoAttentionError(_nothing_found(model, report.skipped))
     g.finish(model)
     return model, report
@@ -75,7 +74,8 @@ def _nothing_found(gm: fx.GraphModule, skipped: list[Skip]) -> str:
         f"no attention was found in a graph of {len(gm.graph.nodes)} nodes: looked for "
         "scaled_dot_product_attention and for matmul -> softmax -> matmul"
         + (f", and passed over {seen}" if seen else "")
-        + ". Models without attention (state-space, recurrent) have no KV cache to insert."
+        + ". Of models without attention those can be served whose layers are ops with a state "
+        "(ad_flashinfer_pass.ops.STATES)."
     )
 
 

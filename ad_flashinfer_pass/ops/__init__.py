@@ -28,7 +28,18 @@ TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
 result is computed from the same element of each operand that has tokens. ``check_packing`` takes their word;
 add yours: ``TOKEN_BY_TOKEN.add(torch.ops.my_kernels.rms_norm)``."""
 
+STATES: set[torch._ops.OpOverloadPacket] = {
+    torch.ops.ad_flashinfer.causal_conv1d,
+    torch.ops.ad_flashinfer.gated_delta_rule,
+    torch.ops.ad_flashinfer.kda,
+    torch.ops.ad_flashinfer.selective_scan,
+    torch.ops.ad_flashinfer.ssd_scan,
+}
+"""Ops that read the earlier tokens of a sequence through a state of fixed size. Their tensors of tokens are
+[batch, tokens, ...], and each has a cached op, ``cached_`` and its name."""
+
 __all__ = [
+    "STATES",
     "TOKEN_BY_TOKEN",
     "append_kv",
     "attention",

@@ -1,4 +1,4 @@
-"""``ad_flashinfer.causal_conv1d``: each channel over a token and those before it, and the same with a cache."""
+"""``ad_flashinfer.causal_conv1d``: each channel over a token and those before it; the same with a cache."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ def gated_delta_rule(
 ) -> Tensor:
     """Each head has a matrix S [k_dim, v_dim], zero at first, that learns the value of a key.
 
-    A token does ``S = exp(g) * S``, ``S = S + outer(k, beta * (v - k @ S))``, and gets ``q @ S / sqrt(k_dim)``,
-    in float32.
+    A token does ``S = exp(g) * S``, ``S = S + outer(k, beta * (v - k @ S))``, and gets
+    ``q @ S / sqrt(k_dim)``, in float32.
 
     Args:
         query: [b, s, num_k_heads, k_dim].
@@ -49,8 +49,8 @@ def cached_gated_delta_rule(
     """``gated_delta_rule`` of the new tokens of sequences, from the states in their slots on.
 
     Args:
-        query: [b, s, num_k_heads, k_dim] with b * s tokens of a ragged batch, padding last; so are key, value,
-            g and beta. For these and use_qk_l2norm see ``gated_delta_rule``.
+        query: [b, s, num_k_heads, k_dim] with b * s tokens of a ragged batch, padding last; so are key,
+            value, g and beta. For these and use_qk_l2norm see ``gated_delta_rule``.
         recurrent_state: [num_slots, num_heads, k_dim, v_dim]; read and written.
         batch_info_host: for this and what follows see ``cached_causal_conv1d``.
 

@@ -42,6 +42,4 @@ def cached_kda(
 
 
 define(kda, fake=lambda query, value, **_: query.new_empty(value.shape))
-define(
-    cached_kda, fake=lambda query, value, **_: query.new_empty(value.shape), mutates=("recurrent_state",)
-)
+define(cached_kda, fake=lambda query, value, **_: query.new_empty(value.shape), mutates=("recurrent_state",))

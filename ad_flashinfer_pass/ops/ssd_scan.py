@@ -66,8 +66,8 @@ def cached_ssd_scan(
     """``ssd_scan`` of the new tokens of sequences, from the states in their slots on.
 
     Args:
-        hidden_states: [b, s, num_heads, head_dim] with b * s tokens of a ragged batch, padding last; so are dt,
-            B and C. For these and what follows see ``ssd_scan``.
+        hidden_states: [b, s, num_heads, head_dim] with b * s tokens of a ragged batch, padding last; so are
+            dt, B and C. For these and what follows see ``ssd_scan``.
         recurrent_state: [num_slots, num_heads, head_dim, state_size]; read and written.
         batch_info_host: for this and what follows see ``cached_causal_conv1d``.
 

@@ -23,7 +23,8 @@ class CachedModel:
 
     Args:
         module: called with the metadata and the caches by name; returns logits [1, n, vocab].
-        caches: pools by the name of their graph input, [num_pages, 2, heads, page_size, head_dim].
+        caches: pools by the name of their graph input: of pages, ``kv_cache_*`` [num_pages, 2, heads,
+            page_size, head_dim], and of states, [num_slots, ...].
         sequence_info: owner of the metadata tensors.
         vocab_size: width of the logits.
         weights: what a step reads of the weights; None if that is not known.
@@ -41,7 +42,9 @@ class CachedModel:
         self.caches = caches
         self.sequence_info = sequence_info
         self.device = sequence_info.device
-        self.num_pages = next(iter(caches.values())).shape[0]
+        self._paged = [cache for name, cache in caches.items() if name.startswith("kv_cache_")]
+        pages = sequence_info.max_batch_size * sequence_info.max_blocks_per_seq + 1
+        self.num_pages = self._paged[0].shape[0] if self._paged else pages  # which then hold nothing
         self.vocab_size = vocab_size
         self.weights = weights or StepWeights()
         self.generation_config: GenerationConfig | None = None
@@ -154,5 +157,5 @@ class CachedModel:
         if self.device.type == "cuda":
             index = index.pin_memory().to(self.device, non_blocking=True)
         with torch.inference_mode():
-            for cache in self.caches.values():
+            for cache in self._paged:
                 cache[index] = 0

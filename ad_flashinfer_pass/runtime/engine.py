@@ -343,7 +343,9 @@ class Engine:
             is_last = end == request.num_tokens
             num_pages = len(request.pages) if is_last else self._scheduler.num_pages_for(end)
             pages = request.pages[:num_pages]
-            steps.append(SequenceStep(new, request.num_cached, pages, is_last, request.first_len))
+            steps.append(
+                SequenceStep(new, request.num_cached, pages, is_last, request.first_len, request.slot)
+            )
         return steps
 
     def _read_oldest(self) -> None:

@@ -1,6 +1,6 @@
-"""The pages of the KV cache: who may use which.
+"""The pages of the KV cache, and the slots of states: who may use which.
 
-Pure bookkeeping, no tensors. Page 0 is scratch, for padding rows, and is never handed out.
+Pure bookkeeping, no tensors. Page 0 is scratch, for padding rows, and is never handed out; so is slot 0.
 """
 
 from __future__ import annotations

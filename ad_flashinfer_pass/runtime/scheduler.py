@@ -38,6 +38,8 @@ class SequenceState:
     """See ``sequence_info.SequenceStep``."""
     pages: list[int] = field(default_factory=list)
     """Pages of positions 0 .. num_tokens - 1 at least while running, empty while waiting."""
+    slot: int = 0
+    """Where its state is while running, 0 while waiting."""
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +93,7 @@ class Scheduler(Generic[S]):
         self._tokens_per_page = tokens_per_page
         # With one token of budget for each running sequence, nothing that runs can starve.
         self._max_running = min(max_batch_size, max_num_tokens)
+        self._slots = PagePool(self._max_running + 1)
         self._max_num_tokens = max_num_tokens
         self._clear_pages = clear_pages
         self._max_chunk = prefill_chunk_tokens or max_num_tokens
@@ -137,12 +140,13 @@ class Scheduler(Generic[S]):
         for sequence in self._running:
             self._to_clear += sequence.pages
         self._pool.free_all()
+        self._slots.free_all()
         self._running = []
         self._waiting = deque(sequences)
         self.epoch += 1
         for sequence in self._waiting:
             sequence.pages = []
-            sequence.num_cached = sequence.num_pending = 0
+            sequence.slot = sequence.num_cached = sequence.num_pending = 0
 
     def schedule(self) -> list[tuple[S, int]]:
         """Choose the next step.
@@ -243,6 +247,7 @@ class Scheduler(Generic[S]):
             if needed > self._pool.num_free:
                 return
             self._give(sequence, num_pages)
+            (sequence.slot,) = self._slots.allocate(1)
             self._running.append(self._waiting.popleft())
 
     def _recompute(self) -> None:
@@ -264,5 +269,6 @@ class Scheduler(Generic[S]):
     def _release_pages(self, sequence: S) -> None:
         self._to_clear += sequence.pages
         self._pool.free(sequence.pages)
-        sequence.pages = []
+        self._slots.free([sequence.slot])
+        sequence.pages, sequence.slot = [], 0
         self.epoch += 1

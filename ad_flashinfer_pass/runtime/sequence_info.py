@@ -17,6 +17,8 @@ seq_len_with_cache    int32 [R]     input_pos + new tokens
 cache_loc             int32 [*]     page ids of all sequences, concatenated
 cu_num_pages          int32 [R+1]   exclusive prefix sum of the pages of each sequence
 token_gather_indices  int64 [n]     rows of the flattened tokens whose logits are wanted
+slot_idx              int64 [R]     slot of the state of each sequence, 0 for padding; only for graphs that
+                                    take it (``has_states``)
 sequence_lengths      int64         length of its sequence when a token is first computed, shaped as
                                     input_ids; only for graphs that take it (``has_lengths``)
 ====================  ============  =======================================================================
@@ -88,6 +90,9 @@ class SequenceStep(NamedTuple):
     """Tokens that the sequence began with, to which rotary frequencies may go, although a chunk or a second
     computation of it has fewer or more; 0: those up to the end of this step. For a generated token its own
     place decides."""
+    slot: int = 0
+    """Where its state is, other than slot 0; only for graphs with states. Where input_pos is 0, what is there
+    does not count; elsewhere it is what the step before has left, so that no step can be run twice."""
 
 
 class RowParams(NamedTuple):
@@ -179,10 +184,14 @@ class SequenceInfo:
         """If not 0, extends of more tokens are counted as prefill; see ``ops.cached_attention``."""
         self.has_lengths = False
         """Whether the graph takes ``sequence_lengths``."""
+        self.has_states = False
+        """Whether the graph takes ``slot_idx``."""
         self.recompute_at: int | None = None
         """If not None, a sequence that grows beyond so many tokens is to be computed anew, as one that began
         with one token more."""
         self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
+        self.num_slots = max_batch_size + 1
+        """States that a pool holds, of which slot 0 is scratch."""
         self.device = device
         # Every prompt of a batch and the padding of a token bucket, which counts as prompts too.
         self.max_prefill_rows = max_batch_size + -(-max_num_tokens // max_seq_len)
@@ -202,6 +211,7 @@ class SequenceInfo:
                 "min_p": (torch.float32, (max_batch_size,)),
                 "top_k": (torch.int32, (max_batch_size,)),
                 "is_stopped": (torch.int32, (max_batch_size,)),
+                "slot_idx": (torch.int64, (self.max_rows,)),
                 "cu_seqlen": (torch.int32, (self.max_rows + 1,)),
                 "input_pos": (torch.int32, (self.max_rows,)),
                 "seq_len_with_cache": (torch.int32, (self.max_rows,)),
@@ -262,6 +272,8 @@ class SequenceInfo:
             write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stops])
             for name, column in zip(RowParams._fields[1:], columns, strict=True):
                 write(name, column)
+        if self.has_states:
+            write("slot_idx", [seq.slot for seq in sequences])
         write("cu_seqlen", [0, *ends])
         write("input_pos", [start for start, _ in spans])
         write("seq_len_with_cache", [end for _, end in spans])
@@ -282,6 +294,8 @@ class SequenceInfo:
         args["position_ids"] = views["position_ids"][:total].view(self._shape)
         if self.has_lengths:
             args["sequence_lengths"] = views["sequence_lengths"][:total].view(self._shape)
+        if self.has_states:
+            args["slot_idx"] = views["slot_idx"]
         args["token_gather_indices"] = views["token_gather_indices"][: self._num_gather]
         return args
 
@@ -410,6 +424,12 @@ class SequenceInfo:
                     f"sequence {index}: {end} tokens need {num_pages} pages or more, up to "
                     f"{self.max_blocks_per_seq}, other than page 0, got {list(seq.pages)}"
                 )
+        slots = [seq.slot for seq in sequences]
+        if self.has_states and (len({*slots}) < len(slots) or not all(0 < s < self.num_slots for s in slots)):
+            raise ValueError(
+                f"the model has states: each sequence needs a slot of its own in 1..{self.num_slots - 1}, "
+                f"got {slots}"
+            )
 
 
 def _count(kinds: list[Kind], lens: list[int], kind: Kind) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -64,11 +65,11 @@ class Case(NamedTuple):
     """Shape of one state."""
     module: str
     function: str
-    names: dict[str, str] = {}
+    names: Mapping[str, str] = MappingProxyType({})
     """Of arguments, there."""
-    options: Args = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     """Of the op."""
-    given: Args = {}
+    given: Mapping[str, Any] = MappingProxyType({})
     """For the function."""
     channels_first: bool = False
 
@@ -141,7 +142,7 @@ def test_computes_what_transformers_computes(name: str, num: int) -> None:
     case, args = CASES[name], arguments(name, 2, num)
     module = importlib.import_module(f"transformers.models.{case.module}.modeling_{case.module}")
     function = inspect.unwrap(getattr(module, case.function))
-    given = {key: arg for key, arg in args.items() if key not in case.options} | case.given
+    given = {key: arg for key, arg in args.items() if key not in case.options} | dict(case.given)
     if case.module == "qwen3_next" and "num_k_heads" not in inspect.getsource(function):  # before 5.23
         given |= {key: given[key].repeat_interleave(2, 2) for key in ("query", "key")}
     if case.channels_first:
@@ -171,7 +172,11 @@ NEW_OWNER = 5
 
 def metadata(step: list[tuple[int, int]], past: dict[int, int]) -> dict[str, Tensor]:
     info = SequenceInfo(
-        max_seq_len=256, max_batch_size=4, max_num_tokens=128, tokens_per_block=256, device=torch.device("cpu")
+        max_seq_len=256,
+        max_batch_size=4,
+        max_num_tokens=128,
+        tokens_per_block=256,
+        device=torch.device("cpu"),
     )
     info.nest_sequences([SequenceStep([0] * num, past[slot], [slot]) for slot, num in step])
     args = info.named_args()
@@ -197,11 +202,16 @@ def test_in_pieces_it_is_what_it_is_over_whole_sequences(name: str) -> None:
             past[2] = 0
         spans = {slot: slice(past[slot], past[slot] + num) for slot, num in step}
         packed = {
-            key: torch.cat([*(whole[slot][key][:, span] for slot, span in spans.items()), whole[1][key][:, :2]], 1)
+            key: torch.cat(
+                [*(whole[slot][key][:, span] for slot, span in spans.items()), whole[1][key][:, :2]], 1
+            )
             for key in names
         }
         cached = getattr(torch.ops.ad_flashinfer, f"cached_{name}")
-        options = {arg.name: arg.default_value for arg in getattr(torch.ops.ad_flashinfer, name).default._schema.arguments}
+        options = {
+            arg.name: arg.default_value
+            for arg in getattr(torch.ops.ad_flashinfer, name).default._schema.arguments
+        }
         found = cached(**{**options, **whole[1], **packed}, **{case.state: pool}, **metadata(step, past))
         expected = torch.cat([wanted[slot][:, span] for slot, span in spans.items()], 1)
         torch.testing.assert_close(found[:, :-2], expected, rtol=1e-4, atol=1e-4)
@@ -216,7 +226,10 @@ def test_nothing_of_the_device_is_read_on_the_host(name: str, step: list[tuple[i
     """On meta, where there is nothing to read, and the fakes agree; so that a CUDA graph can hold it."""
     tokens = sum(num for _, num in step)
     case, args = CASES[name], arguments(name, 1, tokens)
-    defaults = {arg.name: arg.default_value for arg in getattr(torch.ops.ad_flashinfer, name).default._schema.arguments}
+    defaults = {
+        arg.name: arg.default_value
+        for arg in getattr(torch.ops.ad_flashinfer, name).default._schema.arguments
+    }
     given = {**defaults, **args, case.state: torch.zeros(6, *case.slot), **metadata(step, {1: 0, 2: 0})}
     on_meta = {
         key: arg.to("meta") if isinstance(arg, Tensor) and key != "batch_info_host" else arg
@@ -240,4 +253,6 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     defaults = {arg.name: arg.default_value for arg in source._schema.arguments}
     pool = {case.state: torch.zeros(6, *case.slot)}
     cached = getattr(torch.ops.ad_flashinfer, f"cached_{name}").default
-    torch.library.opcheck(cached, (), {**defaults, **args, **pool, **metadata([(1, 4), (2, 1)], {1: 0, 2: 3})})
+    torch.library.opcheck(
+        cached, (), {**defaults, **args, **pool, **metadata([(1, 4), (2, 1)], {1: 0, 2: 3})}
+    )

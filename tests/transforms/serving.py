@@ -38,7 +38,9 @@ def assert_serves_like(cached_model: CachedModel, model: nn.Module, tolerance: f
     dense = [model(ids, positions)[0] for ids, positions in prompts]
     for index, step in enumerate(STEPS):
         sequences = [
-            SequenceStep(prompts[i][0][0, start:end].tolist(), start, PAGES[i][: -(-end // PAGE)], gather)
+            SequenceStep(
+                prompts[i][0][0, start:end].tolist(), start, PAGES[i][: -(-end // PAGE)], gather, slot=3 - i
+            )
             for i, start, end, gather in step
         ]
         wanted = torch.stack([dense[i][end - 1] for i, _, end, gather in step if gather])

@@ -1,6 +1,6 @@
 """The gated delta rule: a matrix of each head that forgets, and learns a value for a key.
 
-S <- exp(decay) S;  S <- S + k (beta (v - k S));  out = q S, with a decay for each head, or for each of its rows.
+S <- exp(decay) S;  S <- S + k (beta (v - k S));  out = q S, with a decay of each head, or of each row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mamba 2: a matrix of each head that forgets by one number a token. S <- exp(dt A) S + dt x B^T;  out = S C."""
+"""Mamba 2: a matrix of each head, and one decay. S <- exp(dt A) S + dt x B^T;  out = S C."""
 
 from __future__ import annotations
 

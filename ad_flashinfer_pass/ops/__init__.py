@@ -28,15 +28,15 @@ TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
 result is computed from the same element of each operand that has tokens. ``check_packing`` takes their word;
 add yours: ``TOKEN_BY_TOKEN.add(torch.ops.my_kernels.rms_norm)``."""
 
-STATES: set[torch._ops.OpOverloadPacket] = {
-    torch.ops.ad_flashinfer.causal_conv1d,
-    torch.ops.ad_flashinfer.gated_delta_rule,
-    torch.ops.ad_flashinfer.kda,
-    torch.ops.ad_flashinfer.selective_scan,
-    torch.ops.ad_flashinfer.ssd_scan,
+STATES: dict[torch._ops.OpOverloadPacket, torch._ops.OpOverloadPacket] = {
+    torch.ops.ad_flashinfer.causal_conv1d: torch.ops.ad_flashinfer.cached_causal_conv1d,
+    torch.ops.ad_flashinfer.gated_delta_rule: torch.ops.ad_flashinfer.cached_gated_delta_rule,
+    torch.ops.ad_flashinfer.kda: torch.ops.ad_flashinfer.cached_kda,
+    torch.ops.ad_flashinfer.selective_scan: torch.ops.ad_flashinfer.cached_selective_scan,
+    torch.ops.ad_flashinfer.ssd_scan: torch.ops.ad_flashinfer.cached_ssd_scan,
 }
-"""Ops that read the earlier tokens of a sequence through a state of fixed size. Their tensors of tokens are
-[batch, tokens, ...], and each has a cached op, ``cached_`` and its name."""
+"""Ops that read the earlier tokens of a sequence through a state of fixed size, with the op that keeps it in a
+slot. Their tensors of tokens are [batch, tokens, ...]."""
 
 __all__ = [
     "STATES",

@@ -52,7 +52,7 @@ _CUTS = frozenset(
         ops.experts,
         ops.quantized_experts,
     )
-)
+) | {cached.default for cached in ops.STATES.values()}
 
 _REFUSALS = (TorchDynamoException, FailOnRecompileLimitHit, ConstraintViolationError)
 

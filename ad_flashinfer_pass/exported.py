@@ -35,8 +35,14 @@ from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.ops.experts import KERNELS as EXPERTS_KERNELS
 from ad_flashinfer_pass.ops.linear import KERNELS as LINEAR_KERNELS
-from ad_flashinfer_pass.records import CachedSite, KvCacheResource, SiteNotes, TransformContext
-from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.records import (
+    CachedSite,
+    KvCacheResource,
+    SiteNotes,
+    StateResource,
+    TransformContext,
+)
+from ad_flashinfer_pass.runtime.cached_model import POOLS, CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 from ad_flashinfer_pass.transforms.export_model import plain_module
 
@@ -147,6 +153,7 @@ def restore(
     ctx = pipeline.context(pipeline.on_device_of(getattr(gm, _MADE_FOR, None), _config(config, settings)))
     inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     ctx.sequence_info.has_lengths = "sequence_lengths" in inputs
+    ctx.sequence_info.has_states = "slot_idx" in inputs
     for name in ctx.sequence_info.named_args():
         if name not in inputs:
             raise ConfigError(f"the program takes no {name}: it was not made by transform.")
@@ -155,12 +162,15 @@ def restore(
             _, _, heads, page_size, head_dim = g.shape(node)
             resource = KvCacheResource(name, int(heads), int(head_dim), int(page_size), g.value(node).dtype)
             ctx.resources.append(resource)
+        elif name.startswith(POOLS):
+            shape = tuple(map(int, g.shape(node)[1:]))
+            ctx.states.append(StateResource(name, shape, g.value(node).dtype))
     ctx.vocab_size = int(g.shape(g.args(output)[0])[-1])
     _check_kernels(gm)
     ctx.sites = _sites(gm)
     attention = torch.ops.ad_flashinfer.cached_attention.default
-    first = next(iter(gm.graph.find_nodes(op="call_function", target=attention)))
-    ctx.sequence_info.max_extend_len = g.op_args(first)["max_extend_len"]
+    for node in gm.graph.find_nodes(op="call_function", target=attention):
+        ctx.sequence_info.max_extend_len = g.op_args(node)["max_extend_len"]
     _check_settings(gm, ctx)
     module, _ = pipeline.Pipeline.of(ctx.config).since("initialize_cache").run(gm, ctx)
     return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
@@ -222,10 +232,10 @@ def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
         _check_versions(ctx.sites, torch.cuda.get_device_capability(here)[0])
     config, cache = ctx.config, ctx.config.kv_cache_config
     sites = list({each.cache: each.site for each in ctx.sites}.values())
-    found: list[tuple[BaseModel, str, Any, Any]] = [
-        (config, "dtype", sites[0].dtype, _dtype(config.dtype, sites[0])),
-        (cache, "dtype", sites[0].kv_dtype, _dtype(cache.dtype, sites[0])),
-    ]
+    found: list[tuple[BaseModel, str, Any, Any]] = []
+    for site in sites[:1]:
+        found.append((config, "dtype", site.dtype, _dtype(config.dtype, site)))
+        found.append((cache, "dtype", site.kv_dtype, _dtype(cache.dtype, site)))
     for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
         scales = scale if isinstance(scale, list) else [scale] * len(sites)
         found.append((cache, name, [getattr(site, name) for site in sites], scales))

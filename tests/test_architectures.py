@@ -52,13 +52,14 @@ SAME_TOKENS = {
     "lfm2": "convolutions",
     "mamba": "Mamba 1 alone: no attention",
     "mamba2": "Mamba 2 alone: no attention",
-    "nemotron_h": "layers of Mamba 2, of attention and of experts",
     "qwen3_next": "gated delta rule, gated attention, experts",
     "zamba": "a scan for each head, attention that several layers share",
 }
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Layers of Mamba 2, of attention and of experts; transformers' cached steps ignore the least time step.
+    "nemotron_h_any_time_step": ("nemotron_h", {"time_step_min": 1e-30}),
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "llama4_temperature": (
         "llama4_text",

@@ -61,7 +61,8 @@ def _way_out(node: fx.Node) -> str:
     if g.is_op(node, *_CONVOLUTIONS):
         return refusal + (
             "A convolution reads a token's neighbours: let the model call one that keeps them for each "
-            "sequence, ad_flashinfer.causal_conv1d."
+            "sequence, ad_flashinfer.causal_conv1d; within ad_flashinfer_pass.states.as_ops(model) an "
+            "export of transformers' models does."
         )
     if _namespace(node) not in _KNOWN:
         return refusal + (

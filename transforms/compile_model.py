@@ -106,15 +106,21 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
     """
     info = ctx.sequence_info
     few, short = max(1, min(2, info.max_seq_len, info.max_num_tokens // 2)), info.max_batch_size >= 2
-    num_pages = min(len(cache) for cache in ctx.caches.values()) - 1
+    paged = [ctx.caches[resource.name] for resource in ctx.resources]
+    num_pages = ctx.num_pages - 1
     many = min(_MANY, info.max_seq_len, info.max_num_tokens, num_pages * info.tokens_per_block)
     pages = list(range(1, 1 + -(-many // info.tokens_per_block)))
     steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), ([many], True))
     for lengths, gather in steps:
-        info.nest_sequences([SequenceStep([0] * n, 0, pages if n == many else [1], gather) for n in lengths])
+        info.nest_sequences(
+            [
+                SequenceStep([0] * n, 0, pages if n == many else [1], gather, slot=1 + row)
+                for row, n in enumerate(lengths)
+            ]
+        )
         with torch.inference_mode():
             model(**info.named_args(), **ctx.caches)
-    for cache in ctx.caches.values():
+    for cache in paged:
         cache[pages] = 0
 
 

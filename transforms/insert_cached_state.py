@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.records import StateResource, StateSite, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -51,13 +52,23 @@ _KINDS = {
 
 @register("insert_cached_state")
 def insert_cached_state(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
-    """Give every op with a state its pool."""
+    """Give every op with a state its pool.
+
+    Raises:
+        UnsupportedError: extends are drafts, as ``max_extend_len`` of ``insert_cached_attention`` says.
+    """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("insert_cached_state")
     ops = {getattr(torch.ops.ad_flashinfer, name): kind for name, kind in _KINDS.items()}
     sites = [node for node in model.graph.nodes if g.is_op(node, *ops)]
     if not sites:
         return model, report
+    if ctx.sequence_info.max_extend_len:
+        raise UnsupportedError(
+            f"{g.where(sites[0])}: {sites[0].target} has a state, which cannot be taken back where a draft "
+            "is rejected: leave max_extend_len of transforms.insert_cached_attention at 0.",
+            node=sites[0],
+        )
     ctx.sequence_info.has_states = True
     placeholders = {node.name: node for node in model.graph.find_nodes(op="placeholder")}
     slot_idx = g.add_input(model, "slot_idx", ctx.sequence_info.named_args()["slot_idx"])

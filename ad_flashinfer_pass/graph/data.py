@@ -36,6 +36,12 @@ _ENVIRONMENT = re.compile(r"^.*/(?:site|dist)-packages/")
 _KINDS: dict[str, Kind] = {
     "ad_flashinfer.attention": "attention",
     "ad_flashinfer.cached_attention": "attention",
+    # Tokens meet there, too.
+    "ad_flashinfer.cached_causal_conv1d": "attention",
+    "ad_flashinfer.cached_gated_delta_rule": "attention",
+    "ad_flashinfer.cached_kda": "attention",
+    "ad_flashinfer.cached_selective_scan": "attention",
+    "ad_flashinfer.cached_ssd_scan": "attention",
     "aten.scaled_dot_product_attention": "attention",
     "ad_flashinfer.append_kv": "append",
     "ad_flashinfer.rope_append": "append",

@@ -65,6 +65,25 @@ class SiteExplanation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StateExplanation:
+    """One op with a state."""
+
+    module: str
+    """Path of the module that made it."""
+    where: str
+    """Node and source line."""
+    op: str
+    kernel: str
+    cache: str
+    """Name of the pool."""
+    shape: tuple[int, ...]
+    """Of the state of one sequence."""
+    dtype: str
+    bytes: int
+    """Of that state."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelUse:
     """A kernel that was chosen, for how many sites, and why."""
 
@@ -110,6 +129,8 @@ class Explanation:
     """What outside attention would keep a CUDA graph from being captured; see ``inspection.lint``."""
     experts: list[ExpertsSite] = field(default_factory=list)
     """Of the layers that have some, in order."""
+    states: list[StateExplanation] = field(default_factory=list)
+    """Of the ops that have one, in order."""
     refusal: RefusalExplanation | None = None
 
 
@@ -201,7 +222,13 @@ def explain_run(run: Stages, config: AutoDeployConfig, sm: int | None) -> Explan
         sites = [_site_before_insertion(index, node) for index, node in enumerate(_attentions(run.module))]
     outside = [f"{f.where}: {f.message} ({f.rule})" for f in lint_graph(run.module, suppress=["host-plan"])]
     experts = [_with_kernel(site, run.ctx) for site in step_weights(run.module).experts]
-    return Explanation(sites=sites, transforms=_notes(run.reports), not_captured=outside, experts=experts)
+    return Explanation(
+        sites=sites,
+        transforms=_notes(run.reports),
+        not_captured=outside,
+        experts=experts,
+        states=_states(run.ctx),
+    )
 
 
 def _with_kernel(site: ExpertsSite, ctx: TransformContext) -> ExpertsSite:
@@ -213,6 +240,22 @@ def _with_kernel(site: ExpertsSite, ctx: TransformContext) -> ExpertsSite:
         and ctx.config.transforms["tune_experts"].enabled
     )
     return replace(site, kernel="triton, chosen by time in the build") if is_tuned else site
+
+
+def _states(ctx: TransformContext) -> list[StateExplanation]:
+    return [
+        StateExplanation(
+            module=site.module,
+            where=site.where,
+            op=site.op,
+            kernel=site.kernel,
+            cache=site.cache,
+            shape=state.shape,
+            dtype=str(state.dtype).removeprefix("torch."),
+            bytes=state.bytes_per_slot,
+        )
+        for site, state in zip(ctx.state_sites, ctx.states, strict=True)
+    ]
 
 
 def _sites(ctx: TransformContext, config: AutoDeployConfig, sm: int | None) -> list[SiteExplanation]:
@@ -318,15 +361,41 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
                 sites.add_row(name, cell)
         tables.append(sites)
     total = sum(site.cache_bytes_per_token for site in explanation.sites)
-    tables.append(f"{len(explanation.sites)} attentions, {total:,} cache bytes a token in all")
+    if explanation.sites or not explanation.states:
+        tables.append(f"{len(explanation.sites)} attentions, {total:,} cache bytes a token in all")
     kernels = table("phase", "kernel", "sites", "why", title="Kernels")
     for use in kernel_uses(explanation):
         kernels.add_row(use.phase, use.kernel, str(use.num_sites), use.reason)
+    for name, count in Counter(each.op for each in explanation.states).items():
+        kernels.add_row(
+            "both", "torch", str(count), f"{name}: the kernel that there is, of any dtype and device"
+        )
     outside = table("what outside attention will not capture", title="Capture")
     for each in explanation.not_captured:
         outside.add_row(short(each))
-    tables += [kernels, *_experts_tables(explanation.experts), evidence]
+    tables += [kernels, *_states_tables(explanation.states), *_experts_tables(explanation.experts), evidence]
     return [*tables, outside] if explanation.not_captured else tables
+
+
+STATES_COLUMNS = ("layers", "module", "op", "kernel", "state of a sequence", "bytes")
+
+
+def states_rows(states: list[StateExplanation]) -> list[tuple[str, ...]]:
+    """Cells under ``STATES_COLUMNS``, layers that are alike as one row."""
+    rows = (
+        (each.module, each.op, each.kernel, f"{each.dtype}{list(each.shape)}", f"{each.bytes:,}")
+        for each in states
+    )
+    return [(str(len(places)), *cells) for places, cells in folded(rows)]
+
+
+def _states_tables(states: list[StateExplanation]) -> list[RenderableType]:
+    if not states:
+        return []
+    shown = table(*STATES_COLUMNS, title="States")
+    for row in states_rows(states):
+        shown.add_row(*row)
+    return [shown, f"{len(states)} states, {sum(each.bytes for each in states):,} bytes a sequence in all"]
 
 
 EXPERTS_COLUMNS = (

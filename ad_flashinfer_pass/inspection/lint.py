@@ -24,6 +24,7 @@ from ad_flashinfer_pass.inspection.tables import folded, source_line, table
 from ad_flashinfer_pass.inspection.target import check_target, site_choices
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.capability import PHASES
+from ad_flashinfer_pass.runtime.cached_model import POOLS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -104,7 +105,7 @@ def lint_graph(
     Args:
         gm: its nodes have ``meta["val"]``.
         static_inputs: inputs that are the same tensors in each call, which the graph may therefore write.
-            Default: the caches, ``kv_cache_*``.
+            Default: the pools, ``kv_cache_*``, ``conv_state_*`` and ``recurrent_state_*``.
         suppress: rules that are left out.
 
     Raises:
@@ -113,7 +114,7 @@ def lint_graph(
     _check_rules(suppress)
     if static_inputs is None:
         names = (node.name for node in gm.graph.find_nodes(op="placeholder"))
-        static_inputs = {name for name in names if name.startswith("kv_cache_")}
+        static_inputs = {name for name in names if name.startswith(POOLS)}
     graph = _Graph(gm, static_inputs)
     found = []
     for node in gm.graph.nodes:

@@ -7,6 +7,7 @@ function with which ``initialize_cache`` allocates them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,6 +164,7 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
     rows = [
         *before,
         *(_pool_row(group, pages.allocated) for group in _pools(run.ctx.resources)),
+        *_state_rows(run.ctx),
         *_workspaces(run.ctx, config, sm, is_captured),
         *_activations(final, config),
         *(_graphs(config) if is_captured else []),
@@ -247,7 +249,7 @@ def _metadata(ctx: TransformContext) -> PlanRow:
 def _pages(ctx: TransformContext, memory: int | None, taken: int) -> Pages:
     from ad_flashinfer_pass.transforms.initialize_cache import Pages, count_pages
 
-    if not ctx.resources:
+    if not ctx.resources and not ctx.states:
         return Pages(wanted=0, fitting=0, bytes_per_page=0)
     # Without a limit: more than any config can want.
     free = 2**62 if memory is None else memory - taken
@@ -258,8 +260,12 @@ def _pages(ctx: TransformContext, memory: int | None, taken: int) -> Pages:
 
 
 def _pages_arithmetic(ctx: TransformContext, pages: Pages, memory: int | None, taken: int) -> str:
+    from ad_flashinfer_pass.transforms.initialize_cache import state_bytes
+
     info, config = ctx.sequence_info, ctx.config.kv_cache_config
     if not ctx.resources:
+        if ctx.states:
+            return "no attention: a sequence has states and no pages"
         return "no pools before insert_cached_attention"
     wanted = (
         f"wanted: {info.max_batch_size} sequences x ceil({info.max_seq_len} / {info.tokens_per_block}) = "
@@ -269,8 +275,10 @@ def _pages_arithmetic(ctx: TransformContext, pages: Pages, memory: int | None, t
         wanted += f", at most ceil(max_tokens {config.max_tokens} / {info.tokens_per_block})"
     if memory is None:
         return wanted
+    states = f" - {state_bytes(ctx):,} of states" if ctx.states else ""
+    share = f"({memory:,} - {taken:,}) x {config.free_gpu_memory_fraction}{states}"
     return (
-        f"{wanted}; fitting: ({memory:,} - {taken:,}) x {config.free_gpu_memory_fraction} / "
+        f"{wanted}; fitting: {f'({share})' if states else share} / "
         f"{pages.bytes_per_page:,} bytes a page - 1 scratch page = {pages.fitting}"
     )
 
@@ -290,6 +298,21 @@ def _pools(resources: Iterable[KvCacheResource]) -> list[PoolGroup]:
             arithmetic=text,
         )
         for text, group in groups.items()
+    ]
+
+
+def _state_rows(ctx: TransformContext) -> list[PlanRow]:
+    """Of the pools of states, those of one shape together."""
+    slots = ctx.sequence_info.num_slots
+    shapes = Counter((state.shape, state.dtype, state.bytes_per_slot) for state in ctx.states)
+    return [
+        PlanRow(
+            name=f"{count} pool{'s' * (count > 1)} of states",
+            bytes=count * slots * size,
+            arithmetic=f"{count} x ({slots - 1} + 1 scratch) slots x {size:,} bytes: "
+            f"{str(dtype).removeprefix('torch.')}{list(shape)}",
+        )
+        for (shape, dtype, size), count in shapes.items()
     ]
 
 

@@ -17,12 +17,14 @@ from ad_flashinfer_pass.inspection.diff import GraphDiff, LayerDiff, diff_graphs
 from ad_flashinfer_pass.inspection.drawing import draw_layer
 from ad_flashinfer_pass.inspection.explain import (
     EXPERTS_COLUMNS,
+    STATES_COLUMNS,
     Explanation,
     KernelUse,
     SiteExplanation,
     experts_rows,
     explain_run,
     kernel_uses,
+    states_rows,
 )
 from ad_flashinfer_pass.inspection.lint import RULES, Finding, as_row, lint_run
 from ad_flashinfer_pass.inspection.plan import MemoryPlan, answers, gib, plan_run
@@ -129,7 +131,10 @@ def to_html(found: Report) -> str:
     return environment.from_string(template).render(
         report=found,
         sites=_sites(found.explanation.sites),
-        experts=(EXPERTS_COLUMNS, experts_rows(found.explanation.experts)),
+        tables=[
+            ("States", STATES_COLUMNS, states_rows(found.explanation.states)),
+            ("Experts", EXPERTS_COLUMNS, experts_rows(found.explanation.experts)),
+        ],
         notes={each.name: _notes(each) for each in found.transforms},
         findings=[cells for _, cells in folded(map(as_row, found.findings))],
         answers=answers(found.memory),

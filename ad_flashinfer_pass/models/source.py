@@ -199,12 +199,6 @@ def check_architecture(hf_config: PretrainedConfig, config: AutoDeployConfig) ->
             f"{kind!r} is an encoder, in which tokens attend to later tokens (config.json has no "
             f"is_decoder: true); {_SUPPORTED}."
         )
-    text = hf_config.get_text_config(decoder=True)
-    if "num_attention_heads" not in {*text.to_dict(), *text.attribute_map}:
-        raise LoadError(
-            f"{kind!r} has no attention heads (a state-space or recurrent model), so there is no "
-            f"KV cache to page; {_SUPPORTED}."
-        )
 
 
 def with_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> AutoDeployConfig:

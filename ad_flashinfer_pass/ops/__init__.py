@@ -35,8 +35,8 @@ STATES: dict[torch._ops.OpOverloadPacket, torch._ops.OpOverloadPacket] = {
     torch.ops.ad_flashinfer.selective_scan: torch.ops.ad_flashinfer.cached_selective_scan,
     torch.ops.ad_flashinfer.ssd_scan: torch.ops.ad_flashinfer.cached_ssd_scan,
 }
-"""Ops that read the earlier tokens of a sequence through a state of fixed size, with the op that keeps it in a
-slot. Their tensors of tokens are [batch, tokens, ...]."""
+"""Ops that read the earlier tokens of a sequence through a state of fixed size, with the op that keeps it in
+a slot. Their tensors of tokens are [batch, tokens, ...]."""
 
 __all__ = [
     "STATES",

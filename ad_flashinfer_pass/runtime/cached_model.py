@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers.generation.configuration_utils import GenerationConfig
 
 
+POOLS = ("kv_cache_", "conv_state_", "recurrent_state_")
+"""How the names of graph inputs begin that are memory of the runtime's: pages, and states of two kinds."""
+
+
 class CachedModel:
     """A transformed graph with its resources.
 
@@ -42,7 +46,7 @@ class CachedModel:
         self.caches = caches
         self.sequence_info = sequence_info
         self.device = sequence_info.device
-        self._paged = [cache for name, cache in caches.items() if name.startswith("kv_cache_")]
+        self._paged = [cache for name, cache in caches.items() if name.startswith(POOLS[0])]
         pages = sequence_info.max_batch_size * sequence_info.max_blocks_per_seq + 1
         self.num_pages = self._paged[0].shape[0] if self._paged else pages  # which then hold nothing
         self.vocab_size = vocab_size

@@ -28,8 +28,10 @@ from ad_flashinfer_pass.errors import (
     PackingError,
     SessionError,
     TransformError,
+    UnsupportedError,
 )
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.ops import STATES
 from ad_flashinfer_pass.pipeline import Pipeline
 from ad_flashinfer_pass.records import CachedSite, TransformContext
 from ad_flashinfer_pass.torch_compile import runners
@@ -52,7 +54,7 @@ _ATTENTION_TRANSFORMS = ("match_repeat_kv", "match_attention", "classify_mask")
 # What this module and a session do in their place.
 _NOT_HERE = ("export_model", "gather_logits_before_lm_head", "initialize_cache")
 
-_RECURRENT = "The state of a recurrent layer is not a KV cache and cannot be served."
+_RECURRENT = "A session keeps no state of a recurrent layer: give such a model to LLM."
 _SPLIT = (
     "A graph break split the model into pieces, and what runs between them is not checked: "
     "torch.compile(..., fullgraph=True) says where."
@@ -261,6 +263,13 @@ def _transform(gm: fx.GraphModule, ctx: TransformContext) -> list[Hashable]:
 
     Gives the keys of the layers, in order; none if there is no attention.
     """
+    for node in gm.graph.nodes:
+        if g.is_op(node, *STATES):
+            raise UnsupportedError(
+                f"{g.where(node)}: {node.target} has a state, which a session of torch.compile does not "
+                "keep: give the model to LLM, or to ad_flashinfer_pass.exported.transform.",
+                node=node,
+            )
     transforms = Pipeline.of(ctx.config).without(*_NOT_HERE)
     early = transforms.before("post_load_fusion")
     try:

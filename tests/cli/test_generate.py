@@ -214,10 +214,6 @@ def encoder(directory: Path) -> None:
     transformers.BertConfig().save_pretrained(directory)
 
 
-def state_space_model(directory: Path) -> None:
-    transformers.MambaConfig().save_pretrained(directory)
-
-
 def no_config(directory: Path) -> None:
     (directory / "config.json").unlink()
 
@@ -228,7 +224,6 @@ def no_config(directory: Path) -> None:
         (missing_tensor, 1, "'model.norm.weight' of shape [16] is missing", "another config.json"),
         (misshapen_tensor, 1, "must have shape [16], found [15]", "another config.json"),
         (encoder, 1, "'bert' is an encoder", "supported are"),
-        (state_space_model, 1, "'mamba' has no attention heads", "supported are"),
         (no_config, 2, "no config.json", "give the directory"),
     ],
 )

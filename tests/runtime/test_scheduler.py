@@ -109,11 +109,13 @@ def test_preempts_the_youngest_and_recomputes_it_from_the_start() -> None:
     pages = list(youngest.pages)
     assert h.step() == [(0, 1)], "sequence 0 needs a third page"
     assert (youngest.pages, youngest.num_cached, len(youngest.token_ids)) == ([], 0, 9)
+    assert youngest.slot == 0
     assert sorted(h.cleared) == sorted(pages)
     assert h.scheduler.num_preemptions == 1
     h.scheduler.remove(h.sequences[0])
     assert h.step() == [(1, 9)], "it goes before the one that arrived after it"
-    assert late.pages == []
+    assert (late.pages, late.slot) == ([], 0)
+    assert youngest.slot > 0
 
 
 def test_a_sequence_that_is_youngest_itself_gives_way() -> None:
@@ -137,6 +139,20 @@ def test_remove_frees_the_pages_of_running_and_forgets_waiting_sequences() -> No
         h.scheduler.remove(sequence)
     assert h.pool.num_in_use == 0
     assert h.scheduler.schedule() == []
+
+
+def test_as_many_slots_as_sequences_that_run_and_each_has_its_own() -> None:
+    """However often they come and go."""
+    h = Harness(max_batch_size=3)
+    for number in range(6):
+        h.add(1)
+        h.step()
+        if number >= 2:
+            h.scheduler.remove(h.sequences[number - 2])
+            h.step()
+        slots = [sequence.slot for sequence in h.sequences if sequence.pages]
+        assert len({*slots}) == len(slots)
+        assert {*slots} <= {1, 2, 3}
 
 
 def test_restart_queues_all_in_order_without_pages() -> None:

@@ -260,8 +260,8 @@ def test_refuses_a_negative_number() -> None:
 def test_a_step_may_name_a_token_of_the_step_before() -> None:
     """-1 - i stands for the i-th sampled token, wherever it goes."""
     model = ToyModel()
-    model.nest([SequenceStep([1, 2], 0, [1]), SequenceStep([3], 0, [2])], [RowParams()] * 2)
+    model.nest([SequenceStep([1, 2], 0, [1], slot=1), SequenceStep([3], 0, [2], slot=2)], [RowParams()] * 2)
     tokens = model.forward().argmax(-1)
     model.sequence_info.advance(tokens)
-    model.nest([SequenceStep([-2], 1, [2]), SequenceStep([-1], 2, [1])])
+    model.nest([SequenceStep([-2], 1, [2], slot=2), SequenceStep([-1], 2, [1], slot=1)])
     assert model.sequence_info.named_args()["input_ids"].flatten().tolist() == tokens.flip(0).tolist()

@@ -2,7 +2,8 @@
 
 The logits after some tokens are drawn from a hash of all of them. ``ToyModel`` gets those tokens by
 reading them back from the pages that it was given, so that a wrong page, position or order gives
-wrong logits.
+wrong logits. Beside them a hash of its tokens goes from step to step in the slot of each sequence: where it
+is not that of the pages, the logits are wrong, too.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def greedy_alone(prompt: Sequence[int], num_tokens: int, eos: Sequence[int] = ()
     return token_ids[len(prompt) :]
 
 
+def _hashed(state: int, token_ids: Sequence[int]) -> int:
+    """A state after some more tokens."""
+    for token in token_ids:
+        state = (state * 1009 + token + 2) % (2**61 - 1)
+    return state
+
+
 class ToyGraph(nn.Module):
     """Stands for a transformed graph: writes tokens into pages, and hashes all tokens read back from them."""
 
@@ -51,7 +59,7 @@ class ToyGraph(nn.Module):
         self.fail_next: BaseException | None = None
         self.steps: list[list[SequenceStep]] = []
 
-    def forward(self, kv_cache_0: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, kv_cache_0: Tensor, recurrent_state_0: Tensor, **inputs: Tensor) -> Tensor:
         """[1, gathered tokens, VOCAB_SIZE]; page 0 is written and never read."""
         tokens = inputs["input_ids"].flatten().tolist()
         logits = dict.fromkeys(range(len(tokens)), torch.zeros(VOCAB_SIZE))
@@ -60,14 +68,20 @@ class ToyGraph(nn.Module):
         pages = [page for _, s in step for page in s.pages]
         assert len(set(pages)) == len(pages), f"a page belongs to two sequences: {pages}"
         assert not pages or 0 < min(pages) <= max(pages) < len(kv_cache_0), f"a page is out of range: {pages}"
-        kv_cache_0[0] = -1
+        owned = [s.slot for _, s in step]
+        assert len(set(owned)) == len(owned), f"a slot belongs to two sequences: {owned}"
+        assert not owned or 0 < min(owned) <= max(owned) < len(recurrent_state_0), f"out of range: {owned}"
+        kv_cache_0[0] = recurrent_state_0[0] = -1
         for last, s in step:
             slots = [self._slot(s, position) for position in range(s.input_pos + len(s.token_ids))]
             for slot, token in zip(slots[s.input_pos :], s.token_ids, strict=True):
                 assert 0 <= token < VOCAB_SIZE
                 kv_cache_0[slot] = token + 1
             # -1 where nothing was written: only a sequence that has stopped may have that, and nobody looks.
-            logits[last] = toy_logits(tuple(int(kv_cache_0[slot]) - 1 for slot in slots))
+            seen = tuple(int(kv_cache_0[slot]) - 1 for slot in slots)
+            state = _hashed(int(recurrent_state_0[s.slot]) if s.input_pos else 0, s.token_ids)
+            recurrent_state_0[s.slot] = state
+            logits[last] = toy_logits(seen if state == _hashed(0, seen) else (-1, *seen))
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
@@ -89,7 +103,8 @@ class ToyGraph(nn.Module):
             assert inputs["seq_len_with_cache"][row] == length
             assert positions[first:end] == list(range(start, length)) or not own
             if own and own != [0]:
-                step = SequenceStep(tokens[first:end], start, own, end - 1 in gathered)
+                slot = int(inputs["slot_idx"][row])
+                step = SequenceStep(tokens[first:end], start, own, end - 1 in gathered, slot=slot)
                 found.append((end - 1, step))
         return found
 
@@ -117,7 +132,11 @@ class ToyModel(CachedModel):
     ) -> None:
         self.graph = ToyGraph(tokens_per_page)
         info = SequenceInfo(max_seq_len, max_batch_size, max_num_tokens, tokens_per_page, torch.device("cpu"))
-        caches = {"kv_cache_0": torch.zeros(num_pages, tokens_per_page, dtype=torch.int64)}
+        info.has_states = True
+        caches = {
+            "kv_cache_0": torch.zeros(num_pages, tokens_per_page, dtype=torch.int64),
+            "recurrent_state_0": torch.full((info.num_slots,), 7, dtype=torch.int64),
+        }
         module: nn.Module = self.graph
         if with_graphs:
             buckets = default_token_buckets(max_num_tokens)

@@ -61,9 +61,10 @@ class _Data(BaseModel):
 
 
 class SiteCheck(_Data):
-    """One attention site against float64."""
+    """One attention site, or one op with a state, against float64."""
 
     index: int
+    op: str = "attention"
     module: str
     where: str
     prefill: str
@@ -257,6 +258,8 @@ def prepare(
     # The pools are as small as the check lets them be, whatever the config wants.
     ctx.num_pages = check_steps.num_pages(lengths, ctx.sequence_info.tokens_per_block)
     ctx.caches = {each.name: each.allocate(ctx.num_pages, ctx.device) for each in ctx.resources}
+    num_slots = ctx.sequence_info.num_slots
+    ctx.caches |= {each.name: each.allocate(num_slots, ctx.device) for each in ctx.states}
     compiled, _ = wanted.since("compile").run(gm, ctx, after=keep)
     dense.cached, dense.compiled = kept[last_cached], compiled if captures else None
     return dense
@@ -318,9 +321,13 @@ def check_prepared(
 def _check_dense(prepared: Prepared, tokens: Sequence[Tensor], dense: Sequence[Tensor]) -> dict[str, Any]:
     """The graph before the insertion beside the source."""
     found = [_dense_logits(prepared.source, ids) for ids in tokens]
-    dtype = next(each.dtype for each in prepared.exported.parameters() if each.dtype in _KL)
-    compared = _compare_logits("dense", list(zip(found, dense, strict=True)), _KL[dtype])
+    compared = _compare_logits("dense", list(zip(found, dense, strict=True)), _KL[_dtype(prepared)])
     return {"logits": (compared,)}
+
+
+def _dtype(prepared: Prepared) -> torch.dtype:
+    """The model's."""
+    return next(each.dtype for each in prepared.exported.parameters() if each.dtype in _KL)
 
 
 def _check_cached(
@@ -343,13 +350,14 @@ def _check_cached(
     on_event("compare: captured steps")
     captured, replayed, eager = _run_captured(prepared, gm, steps)
     on_event("compare: attention in float64")
-    expected = [float64.expected(each.site, site, steps) for each, site in zip(ctx.sites, sites, strict=True)]
+    needs = [*(each.site for each in ctx.sites), *(None for _ in ctx.state_sites)]
+    expected = [float64.expected(each, site, steps) for each, site in zip(needs, sites, strict=True)]
     checked = [_check_site(ctx, i, site, expected[i], steps) for i, site in enumerate(sites)]
     found: dict[str, Any] = {
         "sites": tuple(checked),
         "logits": (
-            *_check_logits(ctx, steps, logits, dense),
-            *_check_logits(ctx, steps, captured, dense, "captured"),
+            *_check_logits(prepared, steps, logits, dense),
+            *_check_logits(prepared, steps, captured, dense, "captured"),
         ),
         "routing": _check_routing(prepared, routings, steps, tokens),
         "replayed": replayed,
@@ -407,7 +415,6 @@ def _run_captured(
 def _check_site(
     ctx: TransformContext, index: int, site: SiteValues, expected: Tensor, steps: Sequence[Step]
 ) -> SiteCheck:
-    what = ctx.sites[index]
     found = site.rows()["out"].double()
     error = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
     phases = [step.phase for step in steps for s in step.sequences for _ in s.token_ids]
@@ -415,6 +422,19 @@ def _check_site(
     for phase, each in zip(phases, error.tolist(), strict=True):
         # A NaN stays: comparing with it is false.
         errors[phase] = each if not each <= errors.get(phase, 0.0) else errors.get(phase, 0.0)
+    if index >= len(ctx.sites):
+        state = ctx.state_sites[index - len(ctx.sites)]
+        return SiteCheck(
+            index=index,
+            op=state.op,
+            module=state.module,
+            where=state.where,
+            prefill=state.kernel,
+            decode=state.kernel,
+            errors=errors,
+            tolerance=_TOLERANCES[g.value(site.cached).dtype],
+        )
+    what = ctx.sites[index]
     prefill, decode = (g.op_args(site.cached)[f"{phase}_kernel"] for phase in ("prefill", "decode"))
     rounds = what.site.kv_dtype.itemsize == 1 and {prefill, decode} != {"reference"}
     return SiteCheck(
@@ -452,13 +472,14 @@ def _check_routing(
 
 
 def _check_logits(
-    ctx: TransformContext,
+    prepared: Prepared,
     steps: Sequence[Step],
     found: Sequence[Tensor],
     dense: Sequence[Tensor],
     phase: Phase | None = None,
 ) -> list[LogitsCheck]:
     """By phase, or all under one name."""
+    ctx = prepared.ctx
     rows: dict[Phase, list[tuple[Tensor, Tensor]]] = {}
     for step, logits in zip(steps, found, strict=True):
         wanted = [
@@ -466,8 +487,8 @@ def _check_logits(
             for owner, s in zip(step.owners, step.sequences, strict=True)
         ]
         rows.setdefault(phase or step.phase, []).append((logits, torch.stack(wanted)))
-    site = ctx.sites[0].site
-    tolerance = None if site.kv_dtype.itemsize == 1 else _KL[site.dtype]
+    rounds = any(site.site.kv_dtype.itemsize == 1 for site in ctx.sites)
+    tolerance = None if rounds else _KL[_dtype(prepared)]
     return [_compare_logits(name, parts, tolerance) for name, parts in rows.items()]
 
 
@@ -491,7 +512,7 @@ def _describe(site: SiteCheck) -> str:
     phase = max(site.errors, key=lambda name: (site.errors[name] != site.errors[name], site.errors[name]))
     kernel = site.decode if phase == "decode" else site.prefill
     return (
-        f"attention site {site.index} ({site.module}, {site.where}): in {phase} steps its result is off by "
+        f"{site.op} site {site.index} ({site.module}, {site.where}): in {phase} steps its result is off by "
         f"{site.errors[phase]:.2g} of its largest value (at most {site.tolerance:g}), run by {kernel}"
     )
 
@@ -510,7 +531,7 @@ def _first_departure(prepared: Prepared, ids: Tensor, compared: Sequence[LogitsC
     if prepared.cached is not None:
         info = prepared.ctx.sequence_info
         pages = list(range(1, -(-ids.shape[1] // info.tokens_per_block) + 1))
-        step = Step("prefill", [SequenceStep(ids[0].tolist(), 0, pages)], [0])
+        step = Step("prefill", [SequenceStep(ids[0].tolist(), 0, pages, slot=1)], [0])
         recorder = Recorder(prepared.cached, source)
         CachedGraph(prepared.cached, info, prepared.ctx.caches).run(step, recorder)
         pairs.append(("after the insertion", prepared.cached, source, recorder.kept))
@@ -542,12 +563,13 @@ def as_tables(found: CheckReport) -> list[RenderableType]:
         parts.append(f"Checked: {found.layers}.")
     phases = list(dict.fromkeys(phase for site in found.sites for phase in site.errors))
     sites = table(
-        "#", "module", "prefill", "decode", *phases, "at most", "", title="Attention against float64"
+        "#", "op", "module", "prefill", "decode", *phases, "at most", "", title="Sites against float64"
     )
     for site in found.sites:
         errors = [f"{site.errors[phase]:.1e}" for phase in phases]
         sites.add_row(
             str(site.index),
+            site.op,
             site.module,
             site.prefill,
             site.decode,

@@ -1,4 +1,4 @@
-"""Attention in float64, written out: what a cached attention is compared with."""
+"""Attention in float64, written out, and ops with a state: what the cached ones are compared with."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ad_flashinfer_pass.kernels.attention.capability import Site
 _BLOCK = 2**24
 
 
-def expected(needs: Site, site: SiteValues, steps: Sequence[Step]) -> Tensor:
+def expected(needs: Site | None, site: SiteValues, steps: Sequence[Step]) -> Tensor:
     """float64 results of a site for all tokens, in the order of the steps.
 
-    Over the queries, keys and values that the site saw, K and V as the cache's dtype rounds them.
+    Over the arguments that the site saw; K and V of an attention as the cache's dtype rounds them. An op with
+    a state has no ``needs``.
     """
     parts = [
         (owner, range(s.input_pos, s.input_pos + len(s.token_ids)))
@@ -31,14 +32,29 @@ def expected(needs: Site, site: SiteValues, steps: Sequence[Step]) -> Tensor:
     owners = torch.tensor([owner for owner, span in parts for _ in span])
     positions = torch.tensor([position for _, span in parts for position in span])
     rows = site.rows()
-    rows["key"] = _rounded(rows["key"], needs.k_scale, needs.kv_dtype)
-    rows["value"] = _rounded(rows["value"], needs.v_scale, needs.kv_dtype)
-    result = torch.empty_like(rows["out"], dtype=torch.float64)
+    result = torch.empty_like(rows.pop("out"), dtype=torch.float64)
+    if needs is not None:
+        rows["key"] = _rounded(rows["key"], needs.k_scale, needs.kv_dtype)
+        rows["value"] = _rounded(rows["value"], needs.v_scale, needs.kv_dtype)
     for owner in owners.unique():
         mine = (owners == owner).nonzero()[:, 0]
         mine = mine[positions[mine].argsort()].to(result.device)
-        result[mine] = attention(site.node, *(rows[name][mine] for name in ("query", "key", "value")))
+        own = {name: values[mine] for name, values in rows.items()}
+        result[mine] = _with_state(site.node, own) if needs is None else attention(site.node, **own)
     return result
+
+
+def _with_state(node: fx.Node, rows: dict[str, Tensor]) -> Tensor:
+    """The source op over one sequence, [tokens, ...] of each argument that is by token."""
+    assert callable(node.target)
+    args: dict[str, Any] = {}
+    for name, arg in g.op_args(node).items():
+        if name in rows:
+            args[name] = rows[name][None].double()
+        else:
+            args[name] = _tensor(arg).double() if isinstance(arg, fx.Node) else arg
+    result: Tensor = node.target(**args)
+    return result[0]
 
 
 def attention(node: fx.Node, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

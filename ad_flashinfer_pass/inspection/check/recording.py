@@ -1,34 +1,34 @@
-"""Runs the steps of a check through a cached graph, node by node, and keeps what its attention sites saw."""
+"""Runs the steps of a check through a cached graph, node by node, and keeps what its sites saw."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch.fx.node import map_arg
 
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import experts_of
 from ad_flashinfer_pass.inspection.check.steps import Step
+from ad_flashinfer_pass.ops import STATES
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 
 @dataclass
 class SiteValues:
-    """What is recorded of an attention: rows in the order of the steps."""
+    """What is recorded of an attention, or of an op with a state: rows in the order of the steps."""
 
     node: fx.Node
     """In the source graph."""
     cached: fx.Node
-    values: dict[str, list[Tensor]] = field(
-        default_factory=lambda: {"query": [], "key": [], "value": [], "out": []}
-    )
+    values: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def rows(self) -> dict[str, Tensor]:
-        """[tokens, heads, size] of each."""
+        """[tokens, ...] of each argument that is by token, and of the result, ``out``."""
         return {name: torch.cat(values) for name, values in self.values.items()}
 
 
@@ -100,11 +100,14 @@ class ArgumentRecorder(fx.Interpreter):
 
 
 def sites_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[SiteValues]:
-    """The attention sites of a dense graph, each with what replaced it."""
-    ops = torch.ops.ad_flashinfer
-    dense = source.graph.find_nodes(op="call_function", target=ops.attention.default)
-    replaced = cached.graph.find_nodes(op="call_function", target=ops.cached_attention.default)
-    return [SiteValues(*pair) for pair in zip(dense, replaced, strict=True)]
+    """The attention sites of a dense graph, and then its ops with a state, each with what replaced it."""
+    ours = torch.ops.ad_flashinfer
+    pairs: list[tuple[fx.Node, fx.Node]] = []
+    for replaced in ({ours.attention: ours.cached_attention}, STATES):
+        dense = [node for node in source.graph.nodes if g.is_op(node, *replaced)]
+        inserted = [node for node in cached.graph.nodes if g.is_op(node, *replaced.values())]
+        pairs += zip(dense, inserted, strict=True)
+    return [SiteValues(*pair) for pair in pairs]
 
 
 def routings_of(source: fx.GraphModule, cached: fx.GraphModule) -> list[Routing]:
@@ -143,8 +146,12 @@ def record(
 
 
 def _operands(node: fx.Node) -> dict[str, fx.Node]:
-    args = g.op_args(node)
-    return {name: args[name] for name in ("query", "key", "value")}
+    """The arguments that are by token."""
+    tensors = {name: arg for name, arg in g.op_args(node).items() if g.is_tensor(arg)}
+    by_token = {
+        name: g.value(arg).dim() > 2 and isinstance(g.shape(arg)[1], SymInt) for name, arg in tensors.items()
+    }
+    return {name: arg for name, arg in tensors.items() if by_token[name]}
 
 
 def _needed(node: fx.Node, present: set[str]) -> set[str]:

@@ -23,7 +23,7 @@ with safe_open(pathlib.Path(__file__).with_name("{file}"), framework="pt", devic
     scalars = json.loads(file.metadata()["scalars"])
 expected, rows = tensors.pop("expected"), tensors.pop("rows")
 tensors["batch_info_host"] = tensors["batch_info_host"].cpu()
-found = torch.ops.ad_flashinfer.cached_attention(**tensors, **scalars).flatten(0, 1)[rows].double()
+found = torch.ops.ad_flashinfer.{op}(**tensors, **scalars).flatten(0, 1)[rows].double()
 print(f"largest error: {{(found - expected).abs().max() / expected.abs().max():.3g}} of the largest value")
 '''
 
@@ -74,7 +74,12 @@ def write_reproducer(
     write_file(
         script,
         _SCRIPT.format(
-            index=index, module=module, phase=step.phase, file=file.name, device=recorder.result.device
+            op=str(site.cached.target).split(".")[1],
+            index=index,
+            module=module,
+            phase=step.phase,
+            file=file.name,
+            device=recorder.result.device,
         ),
     )
     return script

@@ -75,7 +75,7 @@ def steps(tokens: Sequence[Tensor], page_size: int) -> list[Step]:
     def to(owner: int, end: int) -> tuple[int, SequenceStep]:
         start, done[owner] = done[owner], end
         own = pages[owner][: -(-end // page_size)]
-        return owner, SequenceStep(lists[owner][start:end], start, own)
+        return owner, SequenceStep(lists[owner][start:end], start, own, slot=owner + 1)
 
     def step(phase: Phase, *parts: tuple[int, SequenceStep], bucket: Bucket | None = None) -> Step:
         kind = [2 if len(s.token_ids) == 1 else int(s.input_pos > 0) for _, s in parts]

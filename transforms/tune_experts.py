@@ -8,11 +8,12 @@ that lie transposed get other strides, so that a kernel reads whole rows: the pa
 was transformed do, so no weight is in memory twice. Under torch.compile, which would compile anew for other
 strides, such experts are left to torch. On CUDA, in bfloat16 and float16; only sizes that are captured are
 timed.
+
+Experts in float8 run the same kernels: the weights become 16 bits in registers, which is exact, and
+activations stay in 16 bits.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,8 +26,15 @@ from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 _EXPERTS = torch.ops.ad_flashinfer.experts.default
-_ROUTING = ("hidden_states", "top_k_index", "top_k_weights")
+_QUANTIZED = torch.ops.ad_flashinfer.quantized_experts.default
+_SCALES = ("gate_up_scale", "down_scale", "up_scale")
+_OPTIONS = (
+    *("activation", "alpha", "beta", "limit", "in_float32"),
+    *("has_gate", "is_concatenated", "is_transposed", "weigh_input"),
+)
+"""Arguments that are no tensors."""
 _FLOATS = (torch.bfloat16, torch.float16)
+_FLOAT8 = [(torch.float8_e4m3fn, dtype) for dtype in _FLOATS]
 _PROJECTIONS = EXPERTS_WEIGHTS[:3]
 
 
@@ -35,15 +43,16 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
     """Lay out the weights of experts and choose their kernels."""
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("tune_experts")
-    nodes = list(model.graph.find_nodes(op="call_function", target=_EXPERTS))
+    nodes = [node for node in model.graph.nodes if g.is_op(node, _EXPERTS, _QUANTIZED)]
     if not nodes or ctx.device.type != "cuda":
         return model, report
     from ad_flashinfer_pass.kernels.experts import select  # needs triton
 
     served = []
     for node in nodes:
-        dtype = g.value(g.op_args(node)["down_proj"]).dtype
-        if dtype not in _FLOATS:
+        args = g.op_args(node)
+        dtype, x_dtype = (g.value(args[name]).dtype for name in ("down_proj", "hidden_states"))
+        if dtype not in _FLOATS and (dtype, x_dtype) not in _FLOAT8:
             report.skipped.append(Skip(g.where(node), f"its experts are {dtype}: by torch's kernels"))
             continue
         if not _lies_by_rows(model, node, ctx):
@@ -78,7 +87,8 @@ def _lies_by_rows(gm: fx.GraphModule, node: fx.Node, ctx: TransformContext) -> b
 
 def _reads_weights(node: fx.Node) -> bool:
     args = g.op_args(node)
-    return all(args[name] is None or args[name].op == "get_attr" for name in EXPERTS_WEIGHTS)
+    tensors = (args.get(name) for name in (*EXPERTS_WEIGHTS, *_SCALES))
+    return all(tensor is None or tensor.op == "get_attr" for tensor in tensors)
 
 
 def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) -> None:
@@ -89,11 +99,11 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
         return
     row = []
     for args in map(g.op_args, nodes):
-        weights = {name: None if args[name] is None else g.attribute(args[name]) for name in EXPERTS_WEIGHTS}
-        options: dict[str, Any] = {
-            name: arg for name, arg in args.items() if name not in (*_ROUTING, *EXPERTS_WEIGHTS, "plan")
-        }
-        row.append((int(g.shape(args["top_k_index"])[1]), weights, options))
+        tensors = [name for name in (*EXPERTS_WEIGHTS, *_SCALES) if name in args]
+        weights = {name: None if args[name] is None else g.attribute(args[name]) for name in tensors}
+        options = {name: args[name] for name in _OPTIONS}
+        x_dtype = g.value(args["hidden_states"]).dtype
+        row.append((int(g.shape(args["top_k_index"])[1]), x_dtype, weights, options))
     layers = ExpertsLayers(row)
     sizes, buckets = bucket_sizes(ctx.config)
     plans, notes = tune(

@@ -22,6 +22,7 @@ from ad_flashinfer_pass.ops.launch import launching
 
 KERNELS = {"torch": (0,), "triton": (0,), "gemv": (6,), "grouped": (7,)}
 """The kernels that a plan may name, with the numbers of options that it takes."""
+_FLOATS = (torch.bfloat16, torch.float16)
 
 
 def experts(
@@ -124,7 +125,8 @@ def quantized_experts(
         up_zero_point: likewise.
         input_quantization: how what a projection multiplies is rounded, the ``activation`` of
             ``quantized_linear``.
-        kwargs: of ``experts``. is_transposed must be False, plan torch.
+        kwargs: of ``experts``. is_transposed must be False; kernels other than torch's take float8 and leave
+            activations in 16 bits (W8A16), whatever input_quantization says.
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.
@@ -136,8 +138,7 @@ def quantized_experts(
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
     named = given.arguments
-    _num_tokens(named)
-    del named["plan"]
+    chosen = KernelPlan.parse(named.pop("plan")).at(_num_tokens(named))
     inputs = (gate_up_input_scale, down_input_scale)
     is_known = input_quantization in float8.ACTIVATIONS
     if not is_known or any((input_quantization == "tensor") != (scale is not None) for scale in inputs):
@@ -149,6 +150,15 @@ def quantized_experts(
         raise ValueError(
             "quantized_experts: projections must be [num_experts, rows, columns], each with scales."
         )
+    hidden_states, down_proj = named["hidden_states"], named["down_proj"]
+    is_float8 = down_proj.dtype == torch.float8_e4m3fn and hidden_states.dtype in _FLOATS
+    if chosen.name != "torch" and is_float8 and len(hidden_states) and hidden_states.device.type == "cuda":
+        from ad_flashinfer_pass.kernels.experts import select  # needs triton
+
+        del named["in_float32"]
+        scaled = arguments(**named, gate_up_scale=gate_up_scale, down_scale=down_scale, up_scale=up_scale)
+        with launching(hidden_states.device, top_k_index=named["top_k_index"], down_proj=down_proj):
+            return select.run(scaled, chosen)
     scales = [quantized.Scales(gate_up_scale, gate_up_input_scale, gate_up_zero_point)]
     if up_scale is not None:
         scales.append(quantized.Scales(up_scale, gate_up_input_scale, up_zero_point))
@@ -184,7 +194,7 @@ def _num_tokens(given: Mapping[str, Any]) -> int:
 
 
 def _can_triton(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cuda" and weight.dtype in _FLOATS
 
 
 for op in (experts, quantized_experts):

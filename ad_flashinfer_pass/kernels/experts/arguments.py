@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ad_flashinfer_pass.kernels.linear import float8
 
 
 class Projection(NamedTuple):
@@ -14,11 +17,25 @@ class Projection(NamedTuple):
     """[num_experts, rows, columns], of any strides."""
     bias: Tensor | None
     """[num_experts, rows]."""
+    scale: Tensor | None = None
+    """Of a float8 weight, as ``ops.quantized_experts`` takes it; of any strides."""
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Of the weight, then of the bias; 0 without one."""
         return (*self.weight.stride(), *((0, 0) if self.bias is None else self.bias.stride()))
+
+    @property
+    def scale_strides(self) -> tuple[int, int]:
+        """Of experts and of rows, or rows of blocks; 0 where all have one scale."""
+        if self.scale is None:
+            return 0, 0
+        return self.scale.stride(0), self.scale.stride(1) if self.scale.shape[1] > 1 else 0
+
+    @property
+    def is_by_blocks(self) -> bool:
+        """Whether each block of 128 x 128 has a scale."""
+        return self.scale is not None and float8.is_by_blocks(self.weight[0], self.scale[0])
 
 
 class Experts(NamedTuple):
@@ -37,6 +54,16 @@ class Experts(NamedTuple):
     beta: float
     limit: float | None
     weigh_input: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what stands between the projections."""
+        return self.down.weight.dtype if self.down.scale is None else self.hidden_states.dtype
+
+    @property
+    def is_by_blocks(self) -> bool:
+        """Whether each block of a weight has a scale."""
+        return self.gate.is_by_blocks or self.down.is_by_blocks
 
     @property
     def width(self) -> int:
@@ -66,23 +93,32 @@ def arguments(
     is_concatenated: bool = True,
     is_transposed: bool = False,
     weigh_input: bool = False,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
 ) -> Experts:
-    """The arguments of ``ops.experts`` by what the products read; views of the weights."""
+    """The arguments of ``ops.experts`` and the scales of float8 weights by what the products read; views.
+
+    Float8 weights are not transposed.
+    """
     if is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
         up_proj = None if up_proj is None else up_proj.mT
-    gate, up = Projection(gate_up_proj, gate_up_bias), None
+    gate, up = Projection(gate_up_proj, gate_up_bias, gate_up_scale), None
     if has_gate:
         half = down_proj.shape[2]
         cuts = (slice(half), slice(half, None)) if is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         weights = (gate_up_proj, up_proj) if up_proj is not None else [gate_up_proj[:, cut] for cut in cuts]
+        scales = (gate_up_scale, up_scale)
+        if up_proj is None and gate_up_scale is not None:
+            scales = _halves(gate_up_scale, cuts, half)
         gate, up = [
-            Projection(weight, None if gate_up_bias is None else gate_up_bias[:, cut])
-            for weight, cut in zip(weights, cuts, strict=True)
+            Projection(weight, None if gate_up_bias is None else gate_up_bias[:, cut], scale)
+            for weight, cut, scale in zip(weights, cuts, scales, strict=True)
         ]
         if up.strides != gate.strides:  # in two tensors that lie otherwise
             gate, up = [part._replace(weight=part.weight.contiguous()) for part in (gate, up)]
-    down = Projection(down_proj, down_bias)
+    down = Projection(down_proj, down_bias, down_scale)
     return Experts(
         hidden_states.contiguous(),
         top_k_index.contiguous(),
@@ -96,3 +132,13 @@ def arguments(
         limit,
         weigh_input,
     )
+
+
+def _halves(scale: Tensor, cuts: tuple[slice, slice], rows: int) -> tuple[Tensor, Tensor]:
+    """Scales of gate and of up, each of so many rows."""
+    if scale.shape[1] == 1:
+        return scale, scale
+    if scale.shape[1] == 2 * rows:
+        return scale[:, cuts[0]], scale[:, cuts[1]]
+    first, second = scale.chunk(2, 1)  # rows of blocks, which belong to one of them
+    return first, second

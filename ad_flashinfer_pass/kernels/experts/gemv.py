@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels.experts.arguments import Experts
 from ad_flashinfer_pass.kernels.experts.gate import activate
+from ad_flashinfer_pass.kernels.linear import float8
 
 
 class Config(NamedTuple):
@@ -32,6 +33,7 @@ class Config(NamedTuple):
     down_warps: int
 
 
+_SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
 _CANDIDATES = [(2, 1024, 4, 2, 512, 2), (1, 1024, 4, 2, 1024, 2)]
@@ -54,7 +56,7 @@ def run(x: Experts, config: Config) -> Tensor:
     """
     num_tokens, top_k = x.top_k_index.shape
     new = x.hidden_states.new_empty
-    middle = new((num_tokens * top_k, x.width), dtype=x.down.weight.dtype)
+    middle = new((num_tokens * top_k, x.width), dtype=x.dtype)
     _up[(num_tokens * top_k, triton.cdiv(x.width, config.rows))](
         x.hidden_states,
         x.top_k_index,
@@ -63,9 +65,12 @@ def run(x: Experts, config: Config) -> Tensor:
         x.gate.bias,
         None if x.up is None else x.up.weight,
         None if x.up is None else x.up.bias,
+        x.gate.scale,
+        None if x.up is None else x.up.scale,
         middle,
         x.width,
         *x.gate.strides,
+        *x.gate.scale_strides,
         x.alpha,
         x.beta,
         float("inf") if x.limit is None else x.limit,
@@ -73,6 +78,7 @@ def run(x: Experts, config: Config) -> Tensor:
         TOP_K=top_k,
         ACTIVATION=x.activation,
         SCALED=x.alpha != 1.0,
+        BY_BLOCKS=x.gate.is_by_blocks,
         ROWS=config.rows,
         BLOCK=config.depth,
         num_warps=config.warps,
@@ -84,11 +90,14 @@ def run(x: Experts, config: Config) -> Tensor:
         None if x.weigh_input else x.top_k_weights,
         x.down.weight,
         x.down.bias,
+        x.down.scale,
         out,
         x.hidden,
         *x.down.strides,
+        *x.down.scale_strides,
         DEPTH=x.width,
         TOP_K=top_k,
+        BY_BLOCKS=x.down.is_by_blocks,
         ROWS=config.down_rows,
         BLOCK=config.down_depth,
         num_warps=config.down_warps,
@@ -105,6 +114,8 @@ def _up(  # type: ignore[no-untyped-def]
     bias,
     up_weight,
     up_bias,
+    scale,
+    up_scale,
     out,
     num_rows,
     stride_expert,
@@ -112,6 +123,8 @@ def _up(  # type: ignore[no-untyped-def]
     stride_column,
     stride_bias_expert,
     stride_bias,
+    stride_scale_expert,
+    stride_scale_row,
     alpha,
     beta,
     limit,
@@ -119,6 +132,7 @@ def _up(  # type: ignore[no-untyped-def]
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -129,6 +143,8 @@ def _up(  # type: ignore[no-untyped-def]
     row_mask = rows < num_rows
     lanes = tl.arange(0, BLOCK)
     offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
+    scales = expert * stride_scale_expert
+    scales += (tl.program_id(1) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, DEPTH, BLOCK):
@@ -137,15 +153,25 @@ def _up(  # type: ignore[no-untyped-def]
         place = offsets + start * stride_column
         w = tl.load(weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
         v = tl.load(x + (pair // TOP_K) * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-        sums += w.to(tl.float32) * v[None, :]
+        scaled = v
+        if BY_BLOCKS:
+            block_scales = scales + (start + lanes) // _SCALE_BLOCK
+            scaled = v * tl.load(scale + block_scales, mask=lane_mask, other=0.0).to(tl.float32)
+        sums += w.to(tl.float32) * scaled[None, :]
         if up_weight is not None:
             w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
-            ups += w.to(tl.float32) * v[None, :]
+            if BY_BLOCKS:
+                scaled = v * tl.load(up_scale + block_scales, mask=lane_mask, other=0.0).to(tl.float32)
+            ups += w.to(tl.float32) * scaled[None, :]
     total, up = tl.sum(sums, axis=1), tl.sum(ups, axis=1)
+    if scale is not None and not BY_BLOCKS:
+        total *= tl.load(scale + scales, mask=row_mask, other=0.0).to(tl.float32)
+        if up_weight is not None:
+            up *= tl.load(up_scale + scales, mask=row_mask, other=0.0).to(tl.float32)
     if token_weights is not None:
-        scale = tl.load(token_weights + pair).to(tl.float32)
-        total *= scale
-        up *= scale
+        factor = tl.load(token_weights + pair).to(tl.float32)
+        total *= factor
+        up *= factor
     biases = expert * stride_bias_expert + rows * stride_bias
     if bias is not None:
         total += tl.load(bias + biases, mask=row_mask, other=0.0).to(tl.float32)
@@ -162,6 +188,7 @@ def _down(  # type: ignore[no-untyped-def]
     token_weights,
     weight,
     bias,
+    scale,
     out,
     num_rows,
     stride_expert,
@@ -169,8 +196,11 @@ def _down(  # type: ignore[no-untyped-def]
     stride_column,
     stride_bias_expert,
     stride_bias,
+    stride_scale_expert,
+    stride_scale_row,
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -184,9 +214,13 @@ def _down(  # type: ignore[no-untyped-def]
     for place in tl.static_range(TOP_K):
         pair = token * TOP_K + place
         expert = tl.load(index + pair).to(tl.int64)
-        scale = 1.0
+        factor = 1.0
         if token_weights is not None:
-            scale = tl.load(token_weights + pair).to(tl.float32)
+            factor = tl.load(token_weights + pair).to(tl.float32)
+        scales = expert * stride_scale_expert
+        if scale is not None and not BY_BLOCKS:
+            row_scales = scale + scales + rows * stride_scale_row
+            factors = factor * tl.load(row_scales, mask=row_mask, other=0.0).to(tl.float32)
         offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
         for start in tl.static_range(0, DEPTH, BLOCK):
             lane_mask = start + lanes < DEPTH
@@ -195,9 +229,16 @@ def _down(  # type: ignore[no-untyped-def]
                 weight + offsets + start * stride_column, mask=mask, other=0.0, eviction_policy="evict_first"
             )
             v = tl.load(x + pair * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-            sums += w.to(tl.float32) * (v * scale)[None, :]
+            if BY_BLOCKS:
+                block_scales = scale + scales + (start + lanes) // _SCALE_BLOCK
+                block_scales += tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
+                v *= tl.load(block_scales, mask=lane_mask, other=0.0).to(tl.float32)
+            if scale is None or BY_BLOCKS:
+                sums += w.to(tl.float32) * (v * factor)[None, :]
+            else:
+                sums += w.to(tl.float32) * v[None, :] * factors[:, None]
         if bias is not None:
             place_of_bias = expert * stride_bias_expert + rows * stride_bias
-            biases += scale * tl.load(bias + place_of_bias, mask=row_mask, other=0.0).to(tl.float32)
+            biases += factor * tl.load(bias + place_of_bias, mask=row_mask, other=0.0).to(tl.float32)
     total = tl.sum(sums, axis=1) + biases
     tl.store(out + token * num_rows + rows, total.to(out.dtype.element_ty), mask=row_mask)

@@ -23,8 +23,10 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import overlap, workspaces
 from ad_flashinfer_pass.kernels.experts.arguments import Experts, Projection
 from ad_flashinfer_pass.kernels.experts.gate import activate
+from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
+_SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _PAIRS_AT_ONCE = 4096
 _COLUMNS = 256
 _TOKENS_FIRST = 64
@@ -56,16 +58,19 @@ _CANDIDATES = {
 }
 
 
-def candidates(per_expert: float, device: torch.device) -> list[Config]:
+def candidates(per_expert: float, device: torch.device, by_blocks: bool = False) -> list[Config]:
     """The configurations worth timing, the most promising first.
 
     Args:
         per_expert: mean number of tokens that an expert gets.
         device: where they run; stages are as many as its shared memory holds.
+        by_blocks: each block of a weight has a scale, so that a program's rows must lie in one.
     """
     block = next((block for block in _CANDIDATES if per_expert <= block), 128)
     near = [block, *(other for other in _CANDIDATES if other in (block // 2, 2 * block))]
     found = [Config(*values) for size in near for values in _CANDIDATES[size]]
+    if by_blocks:
+        found = [config._replace(down_rows=min(config.down_rows, float8.BLOCK)) for config in found]
     if device.type != "cuda":
         return found
     properties: Any = torch.cuda.get_device_properties(device)
@@ -93,9 +98,9 @@ def run(x: Experts, config: Config) -> Tensor:
     num_pairs, num_experts = num_tokens * top_k, x.down.weight.shape[0]
     device = x.hidden_states.device
     routes = _routed(x.top_k_index, num_experts, config.tokens)
-    middle = torch.empty((num_pairs, x.width), dtype=x.down.weight.dtype, device=device)
+    middle = torch.empty((num_pairs, x.width), dtype=x.dtype, device=device)
     _multiply(x.hidden_states, top_k, x.gate, x, routes, middle, config.rows, config.depth, config)
-    partial = torch.empty((num_pairs, x.hidden), dtype=x.down.weight.dtype, device=device)
+    partial = torch.empty((num_pairs, x.hidden), dtype=x.dtype, device=device)
     _multiply(middle, 1, x.down, None, routes, partial, config.down_rows, config.down_depth, config)
     out = torch.empty((num_tokens, x.hidden), dtype=x.hidden_states.dtype, device=device)
     _sum[(num_tokens, triton.cdiv(x.hidden, _COLUMNS))](
@@ -173,6 +178,8 @@ def _multiply(
         projection.bias,
         None if up is None else up.weight,
         None if up is None else up.bias,
+        projection.scale,
+        None if up is None else up.scale,
         gate.top_k_weights if gate is not None and gate.weigh_input else None,
         routes.pairs,
         routes.ranges,
@@ -182,6 +189,7 @@ def _multiply(
         num_blocks,
         num_rows,
         *projection.strides,
+        *projection.scale_strides,
         1.0 if gate is None else gate.alpha,
         0.0 if gate is None else gate.beta,
         float("inf") if gate is None or gate.limit is None else gate.limit,
@@ -189,6 +197,7 @@ def _multiply(
         PAIRS_PER_ROW=pairs_per_row,
         ACTIVATION="" if gate is None else gate.activation,
         SCALED=gate is not None and gate.alpha != 1.0,
+        BY_BLOCKS=projection.is_by_blocks,
         ROWS=rows,
         TOKENS=config.tokens,
         BLOCK=depth,
@@ -256,6 +265,8 @@ def _product(  # type: ignore[no-untyped-def]
     bias,
     up_weight,
     up_bias,
+    scale,
+    up_scale,
     token_weights,
     lists,
     ranges,
@@ -269,6 +280,8 @@ def _product(  # type: ignore[no-untyped-def]
     stride_column,
     stride_bias_expert,
     stride_bias,
+    stride_scale_expert,
+    stride_scale_row,
     alpha,
     beta,
     limit,
@@ -276,6 +289,7 @@ def _product(  # type: ignore[no-untyped-def]
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -297,6 +311,8 @@ def _product(  # type: ignore[no-untyped-def]
     lanes = tl.arange(0, BLOCK)
     offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
     inputs = x + (pairs // PAIRS_PER_ROW)[:, None] * DEPTH + lanes[None, :]
+    scales = expert * stride_scale_expert
+    scales += (tl.program_id(0) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
     sums = tl.zeros((TOKENS, ROWS) if TOKENS_FIRST else (ROWS, TOKENS), dtype=tl.float32)
     ups = tl.zeros_like(sums)
     for start in range(0, DEPTH, BLOCK):
@@ -305,17 +321,35 @@ def _product(  # type: ignore[no-untyped-def]
             w_mask &= (start + lanes < DEPTH)[None, :]
             v_mask &= (start + lanes < DEPTH)[None, :]
         w = tl.load(weight + offsets + start * stride_column, mask=w_mask, other=0.0)
-        v = tl.load(inputs + start, mask=v_mask, other=0.0).to(w.dtype)
-        sums = tl.dot(v, w.T, sums) if TOKENS_FIRST else tl.dot(w, v.T, sums)
+        v = tl.load(inputs + start, mask=v_mask, other=0.0)
+        if scale is None:
+            v = v.to(w.dtype)
+        else:
+            w = w.to(v.dtype)  # exact
+        if BY_BLOCKS:
+            part = tl.dot(v, w.T) if TOKENS_FIRST else tl.dot(w, v.T)
+            sums += part * tl.load(scale + scales + start // _SCALE_BLOCK).to(tl.float32)
+        else:
+            sums = tl.dot(v, w.T, sums) if TOKENS_FIRST else tl.dot(w, v.T, sums)
         if up_weight is not None:
             w = tl.load(up_weight + offsets + start * stride_column, mask=w_mask, other=0.0)
-            ups = tl.dot(v, w.T, ups) if TOKENS_FIRST else tl.dot(w, v.T, ups)
+            if scale is not None:
+                w = w.to(v.dtype)
+            if BY_BLOCKS:
+                part = tl.dot(v, w.T) if TOKENS_FIRST else tl.dot(w, v.T)
+                ups += part * tl.load(up_scale + scales + start // _SCALE_BLOCK).to(tl.float32)
+            else:
+                ups = tl.dot(v, w.T, ups) if TOKENS_FIRST else tl.dot(w, v.T, ups)
     if not TOKENS_FIRST:
         sums, ups = sums.T, ups.T
+    if scale is not None and not BY_BLOCKS:
+        sums *= tl.load(scale + scales, mask=row_mask, other=0.0).to(tl.float32)[None, :]
+        if up_weight is not None:
+            ups *= tl.load(up_scale + scales, mask=row_mask, other=0.0).to(tl.float32)[None, :]
     if token_weights is not None:
-        scale = tl.load(token_weights + pairs, mask=token_mask, other=0.0).to(tl.float32)[:, None]
-        sums *= scale
-        ups *= scale
+        factors = tl.load(token_weights + pairs, mask=token_mask, other=0.0).to(tl.float32)[:, None]
+        sums *= factors
+        ups *= factors
     biases = expert * stride_bias_expert + rows * stride_bias
     if bias is not None:
         sums += tl.load(bias + biases, mask=row_mask, other=0.0).to(tl.float32)[None, :]

@@ -13,7 +13,9 @@ DEFAULT = "triton"
 """The first of ``candidates``."""
 
 
-def candidates(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> list[Kernel]:
+def candidates(
+    num_tokens: int, top_k: int, num_experts: int, device: torch.device, by_blocks: bool = False
+) -> list[Kernel]:
     """The kernels worth timing, the most promising first.
 
     Args:
@@ -21,10 +23,12 @@ def candidates(num_tokens: int, top_k: int, num_experts: int, device: torch.devi
         top_k: experts of a token.
         num_experts: of the layer.
         device: where they run.
+        by_blocks: each block of a weight has a scale.
     """
     by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens)]
     per_expert = num_tokens * top_k / num_experts
-    return by_gemv + [Kernel("grouped", config) for config in grouped.candidates(per_expert, device)]
+    by_group = grouped.candidates(per_expert, device, by_blocks)
+    return by_gemv + [Kernel("grouped", config) for config in by_group]
 
 
 def run(x: Experts, kernel: Kernel) -> Tensor:
@@ -39,7 +43,8 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
     """
     if kernel.name == DEFAULT:
         num_tokens, top_k = x.top_k_index.shape
-        kernel = candidates(num_tokens, top_k, x.down.weight.shape[0], x.top_k_index.device)[0]
+        num_experts, device = x.down.weight.shape[0], x.top_k_index.device
+        kernel = candidates(num_tokens, top_k, num_experts, device, x.is_by_blocks)[0]
     if kernel.name == "gemv":
         return gemv.run(x, gemv.Config(*kernel.options))
     return grouped.run(x, grouped.Config(*kernel.options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels.experts import by_torch, select
 from ad_flashinfer_pass.kernels.experts.arguments import arguments
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
+from ad_flashinfer_pass.kernels.linear.float8 import is_by_blocks
 from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
 
 Weights = Mapping[str, Any]
@@ -29,33 +31,43 @@ class ExpertsKind(NamedTuple):
     hidden: int
     width: int
     dtype: torch.dtype
+    """Of the weights."""
+    x_dtype: torch.dtype
+    by_blocks: bool
+    """Each block of a float8 weight has a scale."""
     options: tuple[tuple[str, Any], ...]
     """The arguments of ``ops.experts`` that are no tensors."""
 
     def __str__(self) -> str:
-        return f"{self.top_k} of {self.num_experts} experts {self.width} x {self.hidden} {self.dtype}"
+        blocks = " by blocks" if self.by_blocks else ""
+        sizes = f"{self.top_k} of {self.num_experts} experts {self.width} x {self.hidden}"
+        return f"{sizes} {self.dtype}{blocks}"
 
 
-def _kind(top_k: int, weights: Weights, options: Mapping[str, Any]) -> ExpertsKind:
+def _kind(top_k: int, x_dtype: torch.dtype, weights: Weights, options: Mapping[str, Any]) -> ExpertsKind:
     down = weights["down_proj"].mT if options["is_transposed"] else weights["down_proj"]
+    scales = [(weights[f"{name}_proj"], weights.get(f"{name}_scale")) for name in ("gate_up", "down")]
+    by_blocks = any(scale is not None and is_by_blocks(weight[0], scale[0]) for weight, scale in scales)
     num_experts, hidden, width = down.shape
-    return ExpertsKind(num_experts, top_k, hidden, width, down.dtype, tuple(options.items()))
+    sizes = (num_experts, top_k, hidden, width)
+    return ExpertsKind(*sizes, down.dtype, x_dtype, by_blocks, tuple(options.items()))
 
 
 class ExpertsLayers:
     """The layers of experts of a model: a ``Subject``, whose sizes are numbers of tokens.
 
     Args:
-        layers: of each the experts of a token, the weights as ``ops.experts`` takes them by name, on one CUDA
-            device, and its arguments that are no tensors.
+        layers: of each the experts of a token, the dtype of what comes in, the weights and scales as
+            ``ops.quantized_experts`` takes them by name, on one CUDA device, and its arguments that are no
+            tensors.
     """
 
     default = select.DEFAULT
 
-    def __init__(self, layers: Sequence[tuple[int, Weights, Mapping[str, Any]]]) -> None:
-        self.row = [(_kind(*layer), layer[1]) for layer in layers]
+    def __init__(self, layers: Sequence[tuple[int, torch.dtype, Weights, Mapping[str, Any]]]) -> None:
+        self.row = [(_kind(*layer), layer[2]) for layer in layers]
         self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
-        self.device = layers[0][1]["down_proj"].device
+        self.device = layers[0][2]["down_proj"].device
 
     def key(self, size: int) -> str:
         """See ``Subject``."""
@@ -64,8 +76,7 @@ class ExpertsLayers:
 
     def candidates(self, size: int) -> list[str]:
         """See ``Subject``; those of any kind, of which the default is the first of each."""
-        others = [str(kernel) for kind in self.kinds for kernel in self._of(kind, size)[1:]]
-        return list(dict.fromkeys([self.default, *others, "torch"]))
+        return list(dict.fromkeys(chain.from_iterable(self._of(kind, size) for kind in self.kinds)))
 
     def measure(self, size: int, kernels: list[str]) -> Measured:
         """See ``Subject``; tokens choose their experts at random, which is the worst for their number."""
@@ -73,26 +84,25 @@ class ExpertsLayers:
         for kind in self.kinds:
             layers = [weights for other, weights in self.row if other == kind][:_LAYERS]
             launched = [self._launch(kind, size, weights) for weights in layers]
-            tried = [self.default, *map(str, self._of(kind, size)[1:]), "torch"]
-            times = {
-                name: [microseconds([partial(run, name) for run in launched])]
-                for name in kernels
-                if name in tried
-            }
+            tried = [name for name in self._of(kind, size) if name in kernels]
+            times = {name: [microseconds([partial(run, name) for run in launched])] for name in tried}
             chosen.append(fastest(times, self.default))
             shown = ", ".join(f"{name} {us:.1f}" for name, (us,) in times.items())
             notes.append(f"{size} tokens, {kind}: {chosen[-1]} ({shown} us)")
         return Measured(chosen, notes)
 
-    def _of(self, kind: ExpertsKind, size: int) -> list[Kernel]:
-        return select.candidates(size, kind.top_k, kind.num_experts, self.device)
+    def _of(self, kind: ExpertsKind, size: int) -> list[str]:
+        found = select.candidates(size, kind.top_k, kind.num_experts, self.device, kind.by_blocks)
+        # torch has no kernel for float8: it would copy the weights of each token's experts.
+        others = [] if kind.dtype == torch.float8_e4m3fn else ["torch"]
+        return [self.default, *map(str, found[1:]), *others]
 
     def _launch(self, kind: ExpertsKind, size: int, weights: Weights) -> Callable[[str], Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)
         new = {"device": self.device, "generator": generator}
-        hidden = torch.randn(size, kind.hidden, **new).to(kind.dtype)
+        hidden = torch.randn(size, kind.hidden, **new).to(kind.x_dtype)
         best, index = torch.rand(size, kind.num_experts, **new).topk(kind.top_k)
-        routing, options = (hidden, index, best.to(kind.dtype)), {**weights, **dict(kind.options)}
+        routing, options = (hidden, index, best.to(kind.x_dtype)), {**weights, **dict(kind.options)}
         in_float32 = options.pop("in_float32")
         x = arguments(*routing, **options)
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ad_flashinfer_pass.kernels.experts import gemv, grouped, select, top_k  # noqa: E402
 from ad_flashinfer_pass.kernels.experts.arguments import Experts, arguments  # noqa: E402
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel  # noqa: E402
-from ad_flashinfer_pass.ops.experts import experts  # noqa: E402
+from ad_flashinfer_pass.ops.experts import experts, quantized_experts  # noqa: E402
 
 # The interpreter multiplies bfloat16 by its bits.
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -94,6 +94,28 @@ def test_all_tokens_may_choose_one_expert_and_choose_it_twice(kernel: Kernel) ->
     tensors, options = inputs(6, {}, bias=False)
     tensors[1][:] = EXPERTS - 1
     assert_near(select.run(arguments(*tensors, **options), kernel), tensors, options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("scaling", ["expert", "row", "block"])
+def test_float8(scaling: str, kernel: Kernel) -> None:
+    """The sizes are more than one block, and no multiple of it."""
+    generator = torch.Generator().manual_seed(0)
+    number, hidden, width = 3, 160, 128
+
+    def weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.randn(number, rows, columns, generator=generator).to(torch.float8_e4m3fn)
+        sizes = {"expert": (1, 1), "row": (rows, 1), "block": (-(-rows // 128), -(-columns // 128))}[scaling]
+        return numbers.to(DEVICE), (torch.rand(number, *sizes, generator=generator) / 16).to(DEVICE)
+
+    (up, up_scale), (down, down_scale) = weight(2 * width, hidden), weight(hidden, width)
+    weights, index = torch.rand(5, number, generator=generator).topk(2)
+    x = torch.randn(5, hidden, generator=generator).to(DEVICE, DTYPE)
+    scales: dict[str, Any] = {"gate_up_scale": up_scale, "down_scale": down_scale}
+    routing = (index.to(DEVICE), weights.to(DEVICE, DTYPE))
+    found = select.run(arguments(x, *routing, up, down, **scales), kernel)
+    wanted = quantized_experts(x.double(), routing[0], routing[1].double(), up, down, **scales)
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() <= 1.5 * torch.finfo(DTYPE).eps
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)

@@ -17,7 +17,7 @@ OPTIONS = {"activation": "silu", "in_float32": False, "is_transposed": False}
 
 def layers(num_layers: int = 2) -> ExpertsLayers:
     weights = {"gate_up_proj": torch.zeros(16, 8, 6), "down_proj": torch.zeros(16, 6, 4)}
-    return ExpertsLayers([(2, weights, OPTIONS)] * num_layers)
+    return ExpertsLayers([(2, torch.float32, weights, OPTIONS)] * num_layers)
 
 
 def test_layers_that_are_alike_are_one_kind() -> None:

@@ -1,0 +1,176 @@
+"""Models with quantized weights on a GPU, each beside its floor.
+
+    python benchmarks/quantized.py --json benchmarks/results/quantized.json
+
+Random weights in the form that a checkpoint's files would say. A decode step and the reading of prompts of
+1,024 tokens, through the engine, as ``bench`` does it. ``floor_ms``: weights, of experts those that so many
+tokens are expected to choose, and K and V of every token, over the bandwidth of a copy of the same run.
+``activations``: what the linears of a step multiply float8 weights by.
+
+``--smoke`` runs all of it with small shapes on the CPU, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import LlamaConfig, PretrainedConfig
+
+from ad_flashinfer_pass import build
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.deployment.bench import bench, copy_bandwidth, machine
+from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
+from benchmarks.experts import PACKAGES, SMALL, _installed, graph_of, qwen3_30b_a3b
+
+_FLOAT8 = {"num_bits": 8, "type": "float"}
+DYNAMIC = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**_FLOAT8, "strategy": "channel"},
+            "input_activations": {**_FLOAT8, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+BLOCKS = {
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+    "modules_to_not_convert": ["lm_head", "mlp.gate"],
+}
+_NUMBERS = {"small_gemm": "16 bits", "small_gemm_w8a8": "float8"}
+
+
+def llama_8b(**changes: Any) -> PretrainedConfig:
+    """meta-llama/Llama-3.1-8B's shape."""
+    shape = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(architectures=["LlamaForCausalLM"], **{**shape, **changes})
+
+
+MODELS: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
+    "Llama-3.1-8B, float8 by channel and token, fp8 cache": (llama_8b(), DYNAMIC, "fp8"),
+    "Qwen3-30B-A3B, float8 by blocks": (qwen3_30b_a3b(48), BLOCKS, "auto"),
+}
+_SMALL = (llama_8b(**SMALL), qwen3_30b_a3b(2, **{**SMALL, "moe_intermediate_size": 64}))
+
+
+def activations(model: CachedModel, batch: int) -> str:
+    """What the float8 linears of a decode step multiply by, those that are most first."""
+    graph: fx.GraphModule = graph_of(model, batch)
+    found = []
+    for node in graph.graph.nodes:
+        if g.is_op(node, torch.ops.ad_flashinfer.linear.default):
+            args = g.op_args(node)
+            if args["weight_scale"] is not None:
+                found.append(_NUMBERS.get(KernelPlan.parse(args["plan"]).at(batch).name, "float8"))
+    return " and ".join(sorted(set(found), key=found.count, reverse=True)) or "float8"
+
+
+def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One of ``MODELS``."""
+    shape, settings, kv_dtype = MODELS[name]
+    with tempfile.TemporaryDirectory() as directory:
+        shape = _SMALL[list(MODELS).index(name)] if args.smoke else shape
+        shape.save_pretrained(directory)
+        file = Path(directory) / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
+        config = AutoDeployConfig(
+            model=directory,
+            skip_loading_weights=True,
+            generation_config="none",
+            dtype="bfloat16",
+            device=str(device),
+            compile_backend=args.compile_backend,
+            max_batch_size=max(args.batches),
+            max_seq_len=args.context + args.new + 16,
+            max_num_tokens=args.max_num_tokens,
+            cuda_graph_batch_sizes=args.batches,
+            kv_cache_config={"dtype": kv_dtype},  # type: ignore[arg-type]  # pydantic makes it one
+        )
+        start = time.perf_counter()
+        llm = build.build_model(config, on_event=lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+        seconds = time.perf_counter() - start
+    model = llm.model
+    assert isinstance(model, CachedModel)
+    steps = bench(llm, input_len=args.context, output_len=args.new, concurrencies=args.batches)
+    prompts = bench(llm, input_len=args.context, output_len=1, concurrencies=args.batches)
+    rows = [
+        {
+            "sequences": row.concurrency,
+            "step_ms": row.step_ms,
+            "floor_ms": row.floor_ms,
+            "activations": activations(model, row.concurrency),
+            "prompt_tokens_per_s": prompt_row.prompt_tokens_per_s,
+            "first_token_ms": prompt_row.first_token.p50,
+        }
+        for row, prompt_row in zip(steps.rows, prompts.rows, strict=True)
+    ]
+    return {"name": name, "build_seconds": seconds, "rows": rows}
+
+
+def main() -> int:
+    """Parse arguments, measure, print and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--new", type=int, default=48, help="tokens generated for each prompt")
+    parser.add_argument("--compile-backend", default="torch-opt")
+    parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cpu") if args.smoke else torch.device("cuda", 0)
+    models: list[dict[str, Any]] = []
+    results = {
+        "machine": machine(device),
+        "versions": {name: found for name in PACKAGES if (found := _installed(name))},
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "copy_bytes_per_s": copy_bandwidth(device),
+        "models": models,
+    }
+    for name in args.models:
+        models.append(measure(name, args, device))
+        print(json.dumps(models[-1]), flush=True)
+        if args.json is not None:  # after each, so that an interrupted run leaves what it has
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -179,7 +179,8 @@ class AutoDeployConfig(_Strict):
     skip_loading_weights: bool = False
     """Draw random weights (seed 0) in place of reading a checkpoint."""
     dequantize: bool = False
-    """Convert float8 weights to the model's dtype when they are read; activations are then not quantized."""
+    """Convert quantized weights to the model's dtype when they are read; activations are then left as they
+    are."""
     generation_config: Literal["auto", "none"] = "auto"
     """Sampling of requests without parameters: auto does what the model's generation_config.json says, none
     takes the most likely token. The file's end tokens count in both cases."""

@@ -142,7 +142,7 @@ _MODEL_OPTIONS: dict[str, Any] = {
         option(
             MODEL,
             None,
-            "Read float8 weights as plain ones of the model's dtype.",
+            "Read quantized weights as plain ones of the model's dtype.",
             "--dequantize",
         ),
     ],

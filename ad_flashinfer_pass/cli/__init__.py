@@ -32,6 +32,7 @@ from ad_flashinfer_pass.cli import (
     migrate,
     plan,
     prebuild,
+    quantize,
     report,
 )
 from ad_flashinfer_pass.cli.options import PROG, print_error
@@ -54,6 +55,7 @@ for _command, _examples in (
     (plan.plan, plan.EXAMPLES),
     (report.report, report.EXAMPLES),
     (calibrate.calibrate, calibrate.EXAMPLES),
+    (quantize.quantize, quantize.EXAMPLES),
     (prebuild.prebuild, prebuild.EXAMPLES),
     (bench.bench, bench.EXAMPLES),
     (doctor.doctor, doctor.EXAMPLES),

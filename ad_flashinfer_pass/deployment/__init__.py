@@ -1,1 +1,1 @@
-"""Before and beside a run: bench, calibrate, doctor, migrate, prebuild."""
+"""Before and beside a run: bench, calibrate, doctor, migrate, prebuild, quantize."""

@@ -661,6 +661,7 @@ def test_every_command_of_a_graph_takes_what_decides_it() -> None:
     }
     assert lacking.pop("doctor") >= {"--model"}
     assert lacking.pop("migrate") >= {"--model"}
+    assert lacking.pop("quantize") >= {"--compile-backend"}
     assert {name: options for name, options in lacking.items() if options} == {
         "calibrate": {"--kv-cache-dtype"},
         "prebuild": {"--kernel-dir"},

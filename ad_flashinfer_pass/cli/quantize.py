@@ -55,8 +55,8 @@ def quantize(
 
     Each row of a weight gets a scale, and activations are quantized token by token as they come, so that
     nothing has to be calibrated. The head, embeddings and routers stay as they are. The folder --output holds
-    a compressed-tensors checkpoint, which transformers and vLLM read, too. The logits of both models are
-    compared on the prompts of a file or, without one, on random tokens.
+    a compressed-tensors checkpoint, which vLLM reads, too, and transformers if it has no experts. The logits
+    of both models are compared on the prompts of a file or, without one, on random tokens.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format must be {' or '.join(FORMATS)}, got {form!r}.")

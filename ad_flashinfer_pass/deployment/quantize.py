@@ -65,8 +65,8 @@ def quantize(
     """Write a compressed-tensors checkpoint: float8_e4m3fn, a scale a row, activations by token.
 
     Linears and experts that are stored one by one become float8, the head, embeddings and routers stay plain.
-    It is read by this package, by transformers with compressed-tensors (without experts) and by vLLM. Both
-    models are in memory at the end, to be compared.
+    It is read by this package, by vLLM, and by transformers with compressed-tensors, if there are no experts,
+    whose scales it leaves away. Both models are in memory at the end, to be compared.
 
     Args:
         config: of a model whose weights are not quantized.

@@ -14,12 +14,13 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ad_flashinfer_pass.errors import LoadError, is_out_of_memory
@@ -116,13 +117,14 @@ def load_weights(
         packed.check_modules(_without_weights(hf_config, settings))
         stored = weights._replace(tensors=packed.plain(), is_plain=False)
     try:
-        with warnings.catch_warnings():
+        loading = nullcontext() if packed is None else packed.stand_ins.while_loading()
+        with warnings.catch_warnings(), loading:
             warnings.simplefilter("ignore")  # of casts, which are refused below with names
             loaded: Any = _from_pretrained(
                 stored,
                 hf_config,
                 settings,
-                None if packed is None else packed.read,
+                None if packed is None else packed.deferred,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # likewise, as info has them
@@ -130,8 +132,12 @@ def load_weights(
     except RuntimeError as err:
         if is_out_of_memory(err):
             raise
+        if packed is not None and packed.fault is not None:
+            raise packed.fault from None
         raise LoadError(f"{directory}: {_conversion_failure(stored.tensors, reports, err)}") from err
     module, info = loaded
+    if packed is not None and packed.fault is not None:
+        raise packed.fault
     _check_mismatched(directory, info["mismatched_keys"])
     _check_missing(directory, info["missing_keys"], module)
     _check_left_out(stored, info["unexpected_keys"], module)
@@ -159,7 +165,7 @@ def _from_pretrained(
     weights: Weights,
     hf_config: PretrainedConfig,
     settings: dict[str, Any],
-    read: Callable[[str], Tensor] | None,
+    read: Callable[[str], Any] | None,
     **options: Any,
 ) -> Any:
     if weights.is_plain:

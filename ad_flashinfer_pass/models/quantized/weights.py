@@ -34,6 +34,7 @@ from ad_flashinfer_pass.models.quantized.places import (
     scheme_of,
 )
 from ad_flashinfer_pass.models.quantized.scheme import REAL, Part, Scheme
+from ad_flashinfer_pass.models.quantized.stand_ins import Deferred, StandIns
 
 _DAMAGED = "the checkpoint is incomplete, damaged or of a kind that is not supported"
 _DEQUANTIZE = "set dequantize (--dequantize) to read all of them as plain weights"
@@ -78,6 +79,8 @@ class QuantizedWeights:
         self.layout = quantized.layout
         self.dtype = dtype
         self.dequantize = dequantize
+        self.stand_ins = StandIns(self._is_made_of)
+        self.fault: LoadError | None = None
         self._tensors = tensors
         self._opened = {
             file: safe_open(file, framework="pt") for file in {stored.file for stored in tensors.values()}
@@ -114,6 +117,19 @@ class QuantizedWeights:
         weight = weight.to(self.dtype)
         return weight.mT.contiguous() if each.scheme.is_of_experts else weight
 
+    def deferred(self, name: str) -> Deferred:
+        """The tensor that ``read`` gives, for transformers; what it raises there is in ``fault``."""
+        return Deferred(self._read_for_transformers, name)
+
+    def _read_for_transformers(self, name: str) -> Tensor:
+        if name in self.found and not self.dequantize:
+            self.stand_ins.note(name)
+        try:
+            return self.read(name)
+        except LoadError as err:  # transformers does not let it through
+            self.fault = err
+            raise
+
     def check_modules(self, model: nn.Module) -> None:
         """That each weight that lies in the model is one of linears or experts, and the others are plain.
 
@@ -146,7 +162,7 @@ class QuantizedWeights:
             if (path := modules.linear(name)) is not None:
                 linear = model.get_submodule(path)
                 assert isinstance(linear, nn.Linear)
-                self._check_same(name, linear.weight, self.read(name), path)
+                self._check_held(linear, "weight", [name], path)
                 operands = each.scheme.operands(self._parts(each))
                 model.set_submodule(path, QuantizedLinear(operands, linear.bias, each.scheme.activation))
                 del linear
@@ -170,7 +186,7 @@ class QuantizedWeights:
         found = {}
         for name in names:
             part = name.rpartition(".")[2]
-            self._check_same(name, getattr(module, part), self.read(name), path)
+            self._check_held(module, part, [name], path)
             found[part] = self.found[name].scheme.operands(self._parts(self.found[name]))
         wanted = names_of(module)
         if set(found) != set(wanted):
@@ -180,44 +196,46 @@ class QuantizedWeights:
 
     def _experts_one_by_one(self, module: Any, path: str, names: list[str]) -> Projections:
         into, out_of = names_of(module)
-        number = getattr(module, out_of).shape[0]
         wanted = ("gate", "up", "down") if module.has_gate else ("up", "down")
-        by_number: list[dict[str, str]] = [{} for _ in range(number)]
-        for name in names:
-            match = EXPERT.fullmatch(self.found[name].base)
-            assert match is not None
-            if int(match["number"]) < number:
-                by_number[int(match["number"])][PARTS[match["part"]]] = name
+        by_number = _by_number(names)
         experts = []
-        for index, parts in enumerate(by_number):
+        for index in range(getattr(module, out_of).shape[0]):
+            parts = by_number.get(index, {})
             if set(parts) != set(wanted):
                 raise self._error(names[0], f"is quantized, but not all of expert {index} of {path!r}")
-            weights = {part: self.read(parts[part]) for part in wanted}
-            down = weights.pop("down")
-            self._check_same(parts["down"], getattr(module, out_of)[index], down, path)
-            self._check_same(
-                parts["up"], getattr(module, into)[index], torch.cat(list(weights.values())), path
-            )
-            operands = {
-                part: self.found[parts[part]].scheme.operands(self._parts(self.found[parts[part]]))
-                for part in wanted
-            }
-            scales = [operands[part].input_scale for part in wanted[:-1]]
-            if scales[0] is not None and scales[0].item() != scales[-1].item():  # type: ignore[union-attr]
+            found = {part: self.found[name] for part, name in parts.items()}
+            experts.append({part: each.scheme.operands(self._parts(each)) for part, each in found.items()})
+            scales = [experts[-1][part].input_scale for part in wanted[:-1]]
+            if scales[0] is not None and scales[0] != scales[-1]:
                 raise self._refusal(
-                    self.found[parts["up"]],
-                    f"has an input_scale of {scales[-1].item():.6g}, "  # type: ignore[union-attr]
-                    f"its gate one of {scales[0].item():.6g}, though both multiply the same; {_DEQUANTIZE}",
+                    found["up"],
+                    f"has another input_scale than its gate, which multiplies the same; {_DEQUANTIZE}",
                 )
-            experts.append(operands)
+        for weight, ends in ((into, wanted[:-1]), (out_of, wanted[-1:])):
+            made_of = [name for parts in by_number.values() for end, name in parts.items() if end in ends]
+            self._check_held(module, weight, made_of, path)
         return put_together(experts)
 
-    def _check_same(self, name: str, held: Tensor, read: Tensor, path: str) -> None:
-        if not torch.equal(held, read.to(held.dtype)):
-            each = self.found[name]
+    def _check_held(self, module: nn.Module, weight: str, names: list[str], path: str) -> None:
+        held = self.stand_ins.holds(module, weight, names)
+        if not held and not self._is_made_of(getattr(module, weight), names):
+            each = self.found[names[0]]
             raise self._error(
                 each.base + each.scheme.weight, f"was changed by transformers before it came to {path!r}"
             )
+
+    def _is_made_of(self, weight: Tensor, names: list[str]) -> bool:
+        """Whether a weight is the one of this name, or has those of experts one after the other."""
+        by_number = _by_number(names)
+        if not by_number:
+            return len(names) == 1 and torch.equal(weight, self.read(names[0]).to(weight.dtype))
+        if weight.ndim != 3 or sorted(by_number) != list(range(len(weight))):
+            return False
+        for number, parts in by_number.items():
+            rows = torch.cat([self.read(parts[part]) for part in ("gate", "up", "down") if part in parts])
+            if not torch.equal(weight[number], rows.to(weight.dtype)):
+                return False
+        return True
 
     def _check_others(self, model: nn.Module, modules: Modules) -> None:
         """That the files want the other linears and experts to be plain."""
@@ -295,3 +313,14 @@ class QuantizedWeights:
     def _refusal(self, each: Found, what: str) -> LoadError:
         name = each.base + each.scheme.weight
         return LoadError(f"{self.directory}: the weights are {self.quantized}, but tensor {name!r} {what}.")
+
+
+def _by_number(names: list[str]) -> dict[int, dict[str, str]]:
+    """The weights of experts that are stored one by one, by number and part; empty if one is not."""
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        match = EXPERT.fullmatch(name.removesuffix(".weight"))
+        if match is None or match["part"] not in PARTS:
+            return {}
+        found[int(match["number"])][PARTS[match["part"]]] = name
+    return found

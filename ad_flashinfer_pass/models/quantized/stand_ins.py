@@ -1,0 +1,81 @@
+"""What keeps a model that is being loaded small: a weight that was recognized gives way to one number.
+
+transformers takes each tensor when it needs it, and hands the weight that it makes of some of them to the
+module. If that is exactly what a quantized weight stands for, the module will be replaced: until then it
+holds zeros that share one place in memory. Where transformers does otherwise, nothing is recognized, and the
+weights are kept and compared later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+_IN_ORDER = "HF_DEACTIVATE_ASYNC_LOAD"
+"""transformers then reads the tensors of one weight after those of another."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is read when transformers takes it, as it takes slices of safetensors files."""
+
+    read: Callable[[str], Tensor]
+    name: str
+
+    def __getitem__(self, _: object) -> Tensor:
+        return self.read(self.name)
+
+
+class StandIns:
+    """The weights of modules that were recognized.
+
+    Args:
+        is_made_of: whether a weight is exactly what these tensors stand for.
+    """
+
+    def __init__(self, is_made_of: Callable[[Tensor, list[str]], bool]) -> None:
+        self._is_made_of = is_made_of
+        self._read: list[str] = []
+        self._held: dict[tuple[nn.Module, str], set[str]] = {}
+
+    def note(self, name: str) -> None:
+        """A quantized weight is read."""
+        self._read.append(name)
+
+    def holds(self, module: nn.Module, weight: str, names: Iterable[str]) -> bool:
+        """Whether a weight was recognized as made of these."""
+        return self._held.get((module, weight)) == set(names)
+
+    @contextmanager
+    def while_loading(self) -> Iterator[None]:
+        """Within, transformers loads the model."""
+        before = os.environ.get(_IN_ORDER)
+        os.environ[_IN_ORDER] = "1"
+        hook = register_module_parameter_registration_hook(self._registered)
+        try:
+            yield
+        finally:
+            hook.remove()
+            if before is None:
+                del os.environ[_IN_ORDER]
+            else:
+                os.environ[_IN_ORDER] = before
+
+    def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta or not self._read:
+            return None
+        read, self._read = self._read, []
+        if not self._is_made_of(parameter, read):
+            return None
+        self._held[module, name] = set(read)
+        stand_in: Any = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        stand_in = nn.Parameter(stand_in, requires_grad=False)
+        stand_in._is_hf_initialized = True  # as transformers marks what it has loaded
+        return stand_in

@@ -52,6 +52,19 @@ def test_computes_as_plain_weights_do(name: str) -> None:
     }
 
 
+@torch.no_grad()
+def test_takes_rows_that_fill_no_word(tmp_path: Path) -> None:
+    """Zero points of 4 rows are half of a word."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 128}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 4}
+    small = architectures.small_config("llama", **sizes, **heads)
+    module = loaded(write_integers(tmp_path, INTEGERS["packed_zero"], config=small))
+    assert module.model.layers[0].self_attn.k_proj.zero_point.shape == (4, 2)
+    model, ids = architectures.random_model(small), torch.tensor(PROMPTS[2:])
+    model.load_state_dict(torch.load(tmp_path / "plain.pt"), strict=False)
+    torch.testing.assert_close(module(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @formats
 def test_dequantizes(name: str) -> None:
     """Then it is the plain model, bit by bit."""

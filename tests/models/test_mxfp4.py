@@ -40,6 +40,7 @@ def plain() -> Any:
         checkpoint(),
         dtype=torch.float32,
         attn_implementation="eager",
+        experts_implementation="eager",
         quantization_config=config_class(dequantize=True),
     ).eval()
 

@@ -142,7 +142,9 @@ def words_to_bytes(words: Tensor) -> Tensor:
 
     Which is what a little-endian machine has in memory.
     """
-    return words.contiguous().view(torch.uint8)
+    if not words.is_contiguous() or words.stride(-1) != 1:  # one of size 1 counts as contiguous
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def words_to_numbers(words: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ weights are kept and compared later.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 _IN_ORDER = "HF_DEACTIVATE_ASYNC_LOAD"
 """transformers then reads the tensors of one weight after those of another."""
+_LOCK = threading.Lock()
+_LOADING: ContextVar[StandIns | None] = ContextVar("loading", default=None)
+"""Of a thread."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +61,24 @@ class StandIns:
 
     @contextmanager
     def while_loading(self) -> Iterator[None]:
-        """Within, transformers loads the model."""
-        before = os.environ.get(_IN_ORDER)
-        os.environ[_IN_ORDER] = "1"
-        hook = register_module_parameter_registration_hook(self._registered)
-        try:
-            yield
-        finally:
-            hook.remove()
-            if before is None:
-                del os.environ[_IN_ORDER]
-            else:
-                os.environ[_IN_ORDER] = before
+        """Within, transformers loads the model, in this thread; one model at a time."""
+        _listen()
+        with _LOCK:
+            before = os.environ.get(_IN_ORDER)
+            os.environ[_IN_ORDER] = "1"
+            token = _LOADING.set(self)
+            try:
+                yield
+            finally:
+                _LOADING.reset(token)
+                if before is None:
+                    del os.environ[_IN_ORDER]
+                else:
+                    os.environ[_IN_ORDER] = before
 
-    def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta or not self._read:
+    def registered(self, module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        """What a module holds in place of a parameter that transformers hands to it; None: that."""
+        if parameter.is_meta or not self._read:
             return None
         read, self._read = self._read, []
         if not self._is_made_of(parameter, read):
@@ -79,3 +88,14 @@ class StandIns:
         stand_in = nn.Parameter(stand_in, requires_grad=False)
         stand_in._is_hf_initialized = True  # as transformers marks what it has loaded
         return stand_in
+
+
+@cache
+def _listen() -> None:
+    # Once: other threads, which make modules of their own, must not see hooks come and go.
+    register_module_parameter_registration_hook(_registered)
+
+
+def _registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    loading = _LOADING.get()
+    return None if loading is None or parameter is None else loading.registered(module, name, parameter)

@@ -33,7 +33,10 @@ class Format(NamedTuple):
 def _compressed_tensors(weights: str, activation: str) -> Format:
     """As llm-compressor writes it."""
     numbers = {"num_bits": 8, "type": "float", "symmetric": True, "observer": "minmax", "group_size": None}
-    inputs = {**numbers, "strategy": activation, "dynamic": activation == "token", "observer": None}
+    inputs = {**numbers, "strategy": activation, "dynamic": activation != "tensor", "observer": None}
+    if weights == "block":
+        numbers = {**numbers, "block_structure": [128, 128]}
+        inputs |= {"strategy": "group", "group_size": 128}
     group = {
         "targets": ["Linear"],
         "weights": {**numbers, "strategy": weights, "dynamic": False},
@@ -78,6 +81,7 @@ FORMATS = {
     "compressed_static": _compressed_tensors("tensor", "tensor"),
     "compressed_dynamic": _compressed_tensors("channel", "token"),
     "compressed_weights": _compressed_tensors("channel", "none"),
+    "compressed_block": _compressed_tensors("block", "block"),
     "block": Format(
         {
             "quant_method": "fp8",
@@ -119,14 +123,16 @@ def _pairs(values: Tensor, size: int) -> Any:
     return zip(values, torch.arange(size).split(128), strict=True)
 
 
-def small_config() -> transformers.PretrainedConfig:
-    """Biases, a tied head, and sizes of which none is a multiple of a block."""
+def small_config(
+    hidden_size: int = 160, intermediate_size: int = 200, num_attention_heads: int = 5
+) -> transformers.PretrainedConfig:
+    """Biases, a tied head, and sizes of which by default none is a multiple of a block."""
     return transformers.Qwen2Config(
         vocab_size=128,
-        hidden_size=160,
-        intermediate_size=200,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
-        num_attention_heads=5,
+        num_attention_heads=num_attention_heads,
         num_key_value_heads=1,
         max_position_embeddings=256,
         initializer_range=0.2,

@@ -53,6 +53,18 @@ def test_computes_as_plain_weights_do(name: str) -> None:
 
 
 @torch.no_grad()
+def test_leaves_out_biases_of_zeros(tmp_path: Path) -> None:
+    """Libraries of GPTQ give one to each linear; one that is not of zeros is refused."""
+    zeros = torch.zeros(128, dtype=torch.float16)
+    directory = write_integers(tmp_path, INTEGERS["gptq"], change(f"{QUERY}.bias", zeros))
+    ids = torch.tensor(PROMPTS[2:])
+    assert torch.equal(loaded(directory)(ids).logits, loaded(checkpoint("gptq"))(ids).logits)
+    write_integers(tmp_path, INTEGERS["gptq"], change(f"{QUERY}.bias", zeros + 1))
+    with pytest.raises(LoadError, match=rf"'{QUERY}\.bias' would be left out"):
+        loaded(directory)
+
+
+@torch.no_grad()
 def test_takes_rows_that_fill_no_word(tmp_path: Path) -> None:
     """Zero points of 4 rows are half of a word."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 128}

@@ -269,14 +269,18 @@ def test_the_command_dequantizes(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.count("ad_flashinfer.quantized_linear.default(") == count
 
 
-@pytest.mark.parametrize("name", ["compressed_static", "compressed_dynamic", "compressed_weights"])
+@pytest.mark.parametrize(
+    "name", ["compressed_static", "compressed_dynamic", "compressed_weights", "compressed_block"]
+)
 @torch.no_grad()
-def test_computes_as_transformers_does(name: str) -> None:
-    """Which reads these with the format's own library."""
+def test_computes_as_transformers_does(tmp_path: Path, name: str) -> None:
+    """Which reads these with the format's own library, if no block is cut."""
     pytest.importorskip("compressed_tensors")
+    directory = write(tmp_path, FORMATS[name], config=small_config(256, 128, 4))
     ids = torch.tensor(PROMPTS[2:])
-    wanted = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name))(ids).logits
-    torch.testing.assert_close(loaded(name)(ids).logits, wanted)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+    module = load_model(AutoDeployConfig(model=str(directory), device="cpu")).module
+    torch.testing.assert_close(module(ids).logits, wanted)
 
 
 @pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC"])

@@ -81,6 +81,7 @@ class QuantizedWeights:
         self.dequantize = dequantize
         self.stand_ins = StandIns(self._is_made_of)
         self.fault: LoadError | None = None
+        self._no_biases: set[str] = set()
         self._tensors = tensors
         self._opened = {
             file: safe_open(file, framework="pt") for file in {stored.file for stored in tensors.values()}
@@ -94,7 +95,7 @@ class QuantizedWeights:
 
     def plain(self) -> dict[str, Stored]:
         """The tensors of the unquantized model, without what makes up the quantized ones."""
-        parts = {each.base + part for each in self.found.values() for part in each.parts}
+        parts = {each.base + part for each in self.found.values() for part in each.parts} | self._no_biases
         plain = {name: stored for name, stored in self._tensors.items() if name not in parts}
         for name, each in self.found.items():
             *more, rows, depth = each.sizes
@@ -148,6 +149,10 @@ class QuantizedWeights:
                 )
             if not self.dequantize and each.scheme.only_dequantized and known is not None:
                 raise self._refusal(each, f"is of numbers that no kernel here computes with; {_DEQUANTIZE}")
+            bias = each.base + ".bias"  # GPTQ's libraries give each linear one
+            has_bias = known is None or getattr(model.get_submodule(known), "bias", None) is not None
+            if bias in self._tensors and not has_bias and not self._stored(bias).any():
+                self._no_biases.add(bias)
         self._check_others(model, modules)
 
     def put_into(self, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.kernels.experts import quantized
 from ad_flashinfer_pass.kernels.experts.by_torch import gated
 from ad_flashinfer_pass.kernels.linear import float8
 
@@ -115,6 +116,16 @@ def test_of_plain_activations_is_experts_of_plain_weights(kind: str, gate: dict[
     for part in ("gate_up", "down"):
         plain[f"{part}_proj"] = float8.dequantized(args[f"{part}_proj"], args[f"{part}_scale"], torch.float32)
     torch.testing.assert_close(ops.quantized_experts(**args), ops.experts(**plain))
+
+
+@kinds
+def test_does_without_the_counts_that_a_graph_cannot_know(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, some at a time, it gives the same."""
+    args = arguments(kind, torch.float64)
+    wanted = ops.quantized_experts(**args)
+    monkeypatch.setattr(quantized, "_counts", lambda expert, num_experts: None)
+    monkeypatch.setattr(quantized, "COPIED_BYTES", 3 * 8 * args["down_proj"][0].numel())
+    torch.testing.assert_close(ops.quantized_experts(**args), wanted, rtol=1e-12, atol=1e-12)
 
 
 @kinds

@@ -38,14 +38,19 @@ def products(
         quantization: how rows are rounded before.
         dtype: of the results; summed in float32, or float64 if it is that.
     """
-    if expert.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        counts = None
-    else:
-        counts = torch.bincount(expert, minlength=weights[0].shape[0]).tolist()
+    counts = _counts(expert, weights[0].shape[0])
     return [
         partial(_product, expert, counts, weight, each, quantization, dtype)
         for weight, each in zip(weights, scales, strict=True)
     ]
+
+
+def _counts(expert: Tensor, num_experts: int) -> list[int] | None:
+    """Rows of each expert; None where a CUDA graph is captured, which knows no numbers."""
+    if expert.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    counts: list[int] = torch.bincount(expert, minlength=num_experts).tolist()
+    return counts
 
 
 def _product(

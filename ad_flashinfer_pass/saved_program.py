@@ -98,21 +98,21 @@ _LARGEST_POWER = 64
 _LONGEST = 10_000
 
 
-def load(file: Path | str, device: str | torch.device | None = None) -> ExportedProgram:
+def load(file: Path | str) -> ExportedProgram:
     """Read what ``torch.export.save`` wrote, without running anything of it.
 
     Args:
         file: a .pt2 file of torch 2.9 or later.
-        device: where its weights go; default: where they were.
 
     Returns:
-        The program. In place of its example inputs it has tensors without elements.
+        The program, its weights on the device where they were. In place of its example inputs it has tensors
+        without elements.
 
     Raises:
         LoadError: there is no such file, it is damaged, or it holds what only code of the file could read.
     """
     with _reading(Path(file)) as archive:
-        return _program(archive, device)
+        return _program(archive, None)
 
 
 def load_module(file: Path | str, device: str | torch.device = "cpu") -> fx.GraphModule:

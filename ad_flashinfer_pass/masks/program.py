@@ -177,7 +177,7 @@ class MaskProgram:
                     f"{self.where}: {node.name} changes {_base(node).target} in place, which would carry "
                     "over to the next call. Build the mask from a copy of it."
                 )
-            if node.op == "get_attr" and not _is_loaded(_attribute(node)):
+            if node.op == "get_attr" and not _is_loaded(g.attribute(node)):
                 raise MaskError(
                     f"{self.where}: the attention mask reads {node.target}, which holds no values. Load the "
                     "weights and buffers of the model before the pass."
@@ -191,7 +191,7 @@ class MaskProgram:
 
     def _reads_tokens(self, node: fx.Node) -> MaskError:
         is_learned = any(
-            n.op == "get_attr" and isinstance(_attribute(n), torch.nn.Parameter) for n in self.nodes
+            n.op == "get_attr" and isinstance(g.attribute(n), torch.nn.Parameter) for n in self.nodes
         )
         advice = (
             "It depends on activations of the model (learned or dynamic sparsity), which no kernel computes."
@@ -218,7 +218,7 @@ class MaskProgram:
         values: dict[fx.Node, Tensor] = {}
         for node in self.nodes:
             if node.op == "get_attr":
-                values[node] = _attribute(node).detach().cpu()
+                values[node] = g.attribute(node).detach().cpu()
             elif node.op == "call_function" and self._is_constant(node, values):
                 values[node] = self._call(node, values, {})
         return values
@@ -444,13 +444,6 @@ def _is_aten(node: fx.Node) -> bool:
 
 def _is_loaded(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
-
-
-def _attribute(node: fx.Node) -> Tensor:
-    owner: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
-    return owner
 
 
 def _digest(tensor: Tensor) -> str:

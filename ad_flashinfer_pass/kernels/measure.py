@@ -72,7 +72,7 @@ def tune(
     notes: list[str] = []
     known, new = read_choices(), dict[str, Any]()
     chosen: dict[K, dict[int, Kernel]] = {kind: {} for kind in subject.kinds}
-    packages = ("torch", "triton", "flashinfer-python")
+    packages = ("torch", "triton", "flashinfer-python", "ad-flashinfer-pass")
     versions = " ".join(f"{package} {modules.installed(package)}" for package in packages)
     by_size = {size: found for size in sizes if (found := subject.candidates(size))}
     for index, (size, candidates) in enumerate(by_size.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,12 @@ def _no_notes(quiet: bool) -> bool:
     return quiet
 
 
+def _existing_folder(folder: str | None) -> str | None:
+    if folder is not None and not os.path.isdir(folder):  # of any text
+        raise typer.BadParameter(f"{folder} is no folder")
+    return folder
+
+
 # Options of several commands.
 PromptFileOption = Annotated[
     Path | None,
@@ -72,6 +79,7 @@ KernelDirOption = Annotated[
         "FOLDER",
         "Folder that prebuild made. FlashInfer loads its kernels from it and need not compile them.",
         "--kernel-dir",
+        callback=_existing_folder,
     ),
 ]
 _SM = option(

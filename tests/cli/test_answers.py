@@ -38,6 +38,8 @@ OF_ALL = [
     (["--max-seq-len", "9" * 400], 2, "max_seq_len"),
     (["--max-seq-len", "0"], 2, "max_seq_len: input should be greater than or equal to 1, got 0."),
     (["--tokens-per-block", "1000000000000"], 2, "tokens_per_block must be at most 2147483647"),
+    (["--kernel-dir", "none"], 2, "Invalid value for '--kernel-dir': none is no folder; see "),
+    (["--kernel-dir", LONG], 2, "is no folder; see "),
     (["--graph", "binary"], 1, "binary is not a zip file"),
     (["--graph", "none"], 1, "none: no such file"),
     (["--graph", "folder"], 1, "folder: is a directory"),

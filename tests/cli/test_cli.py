@@ -238,7 +238,7 @@ def test_every_option_of_the_model_arrives(command: Command) -> None:
     """Each option sets its key of AutoDeployConfig."""
     options = (
         "--model m --random-weights --trust-remote-code --dtype float16 --device cuda:1 "
-        "--compile-backend torch-opt --kv-cache-dtype fp8 --kernel-dir k "
+        "--compile-backend torch-opt --kv-cache-dtype fp8 --kernel-dir / "
         "--max-batch-size 2 --max-seq-len 50 --max-num-tokens 20 --tokens-per-block 8"
     )
     assert command("generate", "x", *options.split()).code == 0
@@ -264,7 +264,7 @@ def test_every_option_of_the_model_arrives(command: Command) -> None:
         "dtype": "float16",
         "device": "cuda:1",
         "compile_backend": "torch-opt",
-        "kernel_dir": "k",
+        "kernel_dir": "/",
         "max_batch_size": 2,
         "max_seq_len": 50,
         "max_num_tokens": 20,

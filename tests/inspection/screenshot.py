@@ -12,7 +12,7 @@ from ad_flashinfer_pass.inspection.report import to_html
 from tests.inspection.browser import Page
 
 FILE = Path(__file__).parents[2] / "docs" / "report.png"
-WIDTH, HEIGHT, SCALE = 1360, 1300, 0.8
+WIDTH, HEIGHT, SCALE = 1360, 1345, 0.8
 
 
 def picture(profile: Path) -> bytes:

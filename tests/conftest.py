@@ -28,7 +28,7 @@ config._default_device = wraps(config._default_device)(lambda: "cpu")
 gc.set_threshold(200_000)
 
 # Longest first: a worker that takes one of these last leaves the other with nothing to do.
-_LONG = "end_to_end architectures generate mutations exported debugging_stories".split()
+_LONG = "end_to_end architectures quantized_weights backend generate exported debugging_stories".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

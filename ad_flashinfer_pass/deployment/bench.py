@@ -1,9 +1,9 @@
-"""Throughput and latency of a model under a number of concurrent requests, beside the floor of the memory.
+"""Throughput and latency of a model under concurrent requests, compared with the floor that its memory sets.
 
 The floor of a decode step is the time in which the device's memory delivers what every step must read: each
-weight once, and K and V of every token in the batch. Of experts it is those that a batch is expected to
-choose, where all are as likely. The bandwidth is measured in the same run, by a large copy. No step that
-reads all of that can be faster; one that is close to it has nothing left to gain.
+weight once, and K and V of every token in the batch. Of the experts it counts those that a batch is expected
+to choose if all are equally likely. The bandwidth is measured in the same run, by a large copy. No step can
+be faster than the floor; a step that is close to it has nothing left to gain.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _COPY_BYTES = {"cuda": 2**32, "cpu": 2**28}
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of times in milliseconds."""
+    """Percentiles of times, in milliseconds."""
 
     p50: float
     p90: float
@@ -115,10 +115,11 @@ def bench(
 
     Args:
         llm: the model; nothing else may use it meanwhile.
-        input_len: random tokens of each prompt.
-        output_len: tokens that each request generates, whatever they are.
+        input_len: number of tokens of each prompt; they are random.
+        output_len: number of tokens that each request generates; end tokens do not end it.
         concurrencies: requests that run at once; as soon as one ends, another starts.
-        requests_each: requests for each of those places. 1 gives steps of exactly that batch size.
+        requests_each: how many requests follow one another in each of those places. 1 gives steps of exactly
+            that batch size.
         on_progress: called with (concurrency, requests done, requests in all).
 
     Returns:

@@ -26,7 +26,7 @@ It costs no precision: a floating-point number of 8 bits has as many digits at h
 
 @dataclass(frozen=True, kw_only=True)
 class KvScales:
-    """One number a cache, in the order of kv_cache_0, kv_cache_1, ..."""
+    """One number for each cache, in the order kv_cache_0, kv_cache_1, ..."""
 
     k_scale: list[float]
     v_scale: list[float]
@@ -43,7 +43,7 @@ def calibrate(
     """Run prompts through a model whose cache is not quantized, and measure the cache.
 
     Args:
-        config: of the model; its kv_cache_config.dtype and compile_backend are not read.
+        config: the model and its settings; kv_cache_config.dtype and compile_backend are not read.
         prompts: texts or token ids; of each, at most max_seq_len tokens are taken.
         on_event: called with the name of each phase as it begins.
 

@@ -54,7 +54,7 @@ class Check(BaseModel):
 
 
 class ProviderState(BaseModel):
-    """What one kernel provider does on one GPU, for attention like that of Llama 3.1 8B."""
+    """What one kernel provider can do on one GPU, for attention like that of Llama 3.1 8B."""
 
     name: str
     phase: Phase
@@ -97,7 +97,7 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
     """Look at this machine; compiles nothing and allocates nothing on a device.
 
     Args:
-        kernel_dir: a folder of ``prebuild``'s to be looked at too.
+        kernel_dir: a folder that ``prebuild`` made, to be looked at too.
     """
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     checks = [

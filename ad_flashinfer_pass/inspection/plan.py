@@ -89,8 +89,8 @@ class MemoryPlan(_Data):
     pages_arithmetic: str
     max_seq_len: int
     weights_read: dict[int, int]
-    """Bytes of weights that a decode step reads, by its number of sequences; of experts, those that so many
-    tokens are expected to choose, where all are as likely. Empty: there are no experts."""
+    """Bytes of weights that a decode step reads, by its number of sequences; of the experts, it counts those
+    that so many tokens are expected to choose if all are equally likely. Empty if there are no experts."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property

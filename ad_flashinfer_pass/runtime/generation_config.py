@@ -57,7 +57,7 @@ _WAY_OUT = (
 def default_sampling(
     config: GenerationConfig | None, where: str = "generation_config.json"
 ) -> SamplingParams:
-    """How requests without parameters of their own are continued: with None, by the most likely tokens.
+    """Sampling of requests that give no parameters; where the config is None, the most likely tokens.
 
     Args:
         config: what a model's files say.

@@ -16,7 +16,7 @@ def as_int(name: str, value: Any) -> int:
     """An integer of any size.
 
     Raises:
-        RequestError: it is none; names it as ``name``.
+        RequestError: it is not an integer; the message calls it ``name``.
     """
     try:
         if not isinstance(value, bool):
@@ -30,7 +30,7 @@ def as_float(name: str, value: Any) -> float:
     """A number, also one that is not finite.
 
     Raises:
-        RequestError: it is none, or too large for a float.
+        RequestError: it is not a number, or it is too large for a float.
     """
     try:
         if isinstance(value, Real) and not isinstance(value, bool):
@@ -72,7 +72,7 @@ def as_token_ids(prompt: Any) -> list[int]:
     """A prompt's ids.
 
     Raises:
-        RequestError: it is no sequence of integers.
+        RequestError: it is not a sequence of integers.
     """
     prompt = plain(prompt)
     try:

@@ -104,7 +104,7 @@ class LogitsCheck(_Data):
 class RoutingCheck(_Data):
     """The experts of one layer: whether tokens go where the dense graph before the insertion sends them.
 
-    It is not judged: a rounding before a router turns a close choice, and later layers follow.
+    It is shown, not judged: rounding before a router can turn a close choice, and later layers follow it.
     """
 
     module: str

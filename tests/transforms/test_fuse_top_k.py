@@ -51,7 +51,9 @@ def fused(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule, Any]:
 def test_softmax_and_division_are_taken_in(
     family: str, changes: dict[str, Any], softmax: str, dtype: torch.dtype
 ) -> None:
-    model: nn.Module = architectures.random_model(architectures.small_config(family, **changes))
+    model: nn.Module = architectures.random_model(
+        architectures.small_config(family, fewest_layers=2, **changes)
+    )
     model = model.to(dtype=dtype)
     before, after, report = fused(model)
     nodes = find(after, TOP_K)

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.known_code import digest
 
+assert ops.__name__  # importing it registers torch.ops.ad_flashinfer
 _KEPT_APART = ("cu_seqlens", "seq_idx", "initial_state", "initial_states")
 """What no caller gives who has no cache and no packed sequences."""
 
@@ -151,7 +153,7 @@ def _check(name: str, kwargs: dict[str, Any]) -> None:
 
 
 _FUNCTIONS = {
-    "causal_conv1d_fn": _Function(_convolution, (), ("46a64a533f7f9585",)),
+    "causal_conv1d_fn": _Function(_convolution, (), ("46a64a533f7f9585", "c93514a2a7a80462")),
     "torch_chunk_gated_delta_rule": _Function(
         _gated_delta_rule, ("l2norm",), ("9a2e2b325c0f03fa", "29773abc75d3e3d0")
     ),

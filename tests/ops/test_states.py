@@ -170,15 +170,21 @@ STEPS = [
 NEW_OWNER = 5
 
 
+def defaults(name: str) -> Args:
+    """Of the source op's arguments, which its cached op has none for."""
+    schema = getattr(torch.ops.ad_flashinfer, name).default._schema
+    return {arg.name: arg.default_value for arg in schema.arguments}
+
+
 def metadata(step: list[tuple[int, int]], past: dict[int, int]) -> dict[str, Tensor]:
     info = SequenceInfo(
         max_seq_len=256,
         max_batch_size=4,
-        max_num_tokens=128,
+        max_num_tokens=256,
         tokens_per_block=256,
         device=torch.device("cpu"),
     )
-    info.nest_sequences([SequenceStep([0] * num, past[slot], [slot]) for slot, num in step])
+    info.nest_sequences([SequenceStep([0] * num, past[slot], [slot + 1]) for slot, num in step])
     args = info.named_args()
     slots = torch.zeros_like(args["input_pos"], dtype=torch.int64)
     slots[: len(step)] = torch.tensor([slot for slot, _ in step])
@@ -208,11 +214,9 @@ def test_in_pieces_it_is_what_it_is_over_whole_sequences(name: str) -> None:
             for key in names
         }
         cached = getattr(torch.ops.ad_flashinfer, f"cached_{name}")
-        options = {
-            arg.name: arg.default_value
-            for arg in getattr(torch.ops.ad_flashinfer, name).default._schema.arguments
-        }
-        found = cached(**{**options, **whole[1], **packed}, **{case.state: pool}, **metadata(step, past))
+        found = cached(
+            **{**defaults(name), **whole[1], **packed}, **{case.state: pool}, **metadata(step, past)
+        )
         expected = torch.cat([wanted[slot][:, span] for slot, span in spans.items()], 1)
         torch.testing.assert_close(found[:, :-2], expected, rtol=1e-4, atol=1e-4)
         past |= {slot: span.stop for slot, span in spans.items()}
@@ -226,11 +230,7 @@ def test_nothing_of_the_device_is_read_on_the_host(name: str, step: list[tuple[i
     """On meta, where there is nothing to read, and the fakes agree; so that a CUDA graph can hold it."""
     tokens = sum(num for _, num in step)
     case, args = CASES[name], arguments(name, 1, tokens)
-    defaults = {
-        arg.name: arg.default_value
-        for arg in getattr(torch.ops.ad_flashinfer, name).default._schema.arguments
-    }
-    given = {**defaults, **args, case.state: torch.zeros(6, *case.slot), **metadata(step, {1: 0, 2: 0})}
+    given = {**defaults(name), **args, case.state: torch.zeros(6, *case.slot), **metadata(step, {1: 0, 2: 0})}
     on_meta = {
         key: arg.to("meta") if isinstance(arg, Tensor) and key != "batch_info_host" else arg
         for key, arg in given.items()
@@ -250,9 +250,8 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     args = {key: arg.to(dtype) if isinstance(arg, Tensor) else arg for key, arg in args.items()}
     source = getattr(torch.ops.ad_flashinfer, name).default
     torch.library.opcheck(source, (), args)
-    defaults = {arg.name: arg.default_value for arg in source._schema.arguments}
     pool = {case.state: torch.zeros(6, *case.slot)}
     cached = getattr(torch.ops.ad_flashinfer, f"cached_{name}").default
     torch.library.opcheck(
-        cached, (), {**defaults, **args, **pool, **metadata([(1, 4), (2, 1)], {1: 0, 2: 3})}
+        cached, (), {**defaults(name), **args, **pool, **metadata([(1, 4), (2, 1)], {1: 0, 2: 3})}
     )

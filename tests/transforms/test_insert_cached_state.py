@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ad_flashinfer_pass import inspection, states
+from ad_flashinfer_pass import inspection
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
-from ad_flashinfer_pass.errors import CapacityError, PackingError, UnsupportedError
+from ad_flashinfer_pass.errors import CapacityError, UnsupportedError
 from ad_flashinfer_pass.exported import restore, to_program
 from ad_flashinfer_pass.inspection.check.check import check_prepared, prepare
 from ad_flashinfer_pass.kernels.state import ssd_scan
@@ -128,7 +126,7 @@ def test_a_model_without_attention_is_saved_and_restored(recurrent: nn.Module) -
     """States alone; the file has the graph, and pools are made anew."""
     model = transform_module(recurrent, config())[0]
     wanted = architectures.generated_by_transformers(recurrent, PROMPTS[:3], 8)
-    sizes = {"max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 32}
+    sizes: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 32}
 
     restored = restore(to_program(model), kv_cache_config={"tokens_per_block": 16}, device="cpu", **sizes)
 
@@ -193,62 +191,6 @@ def test_refuses_drafts(recurrent: nn.Module) -> None:
     drafts = config(transforms={"insert_cached_attention": {"max_extend_len": 4}})
     with pytest.raises(UnsupportedError, match=r"causal_conv1d.* cannot be taken back.*max_extend_len"):
         transform_module(recurrent, drafts)
-
-
-def globals_of(model: nn.Module) -> dict[str, Any]:
-    return vars(sys.modules[type(model).__module__])
-
-
-@pytest.fixture
-def functions(recurrent: nn.Module) -> Iterator[dict[str, Any]]:
-    """Of the model's file; what is there afterwards is what was there."""
-    before = dict(globals_of(recurrent))
-    yield globals_of(recurrent)
-    assert globals_of(recurrent) == before
-
-
-def test_functions_are_put_back_also_after_a_failure(recurrent: nn.Module, functions: dict[str, Any]) -> None:
-    """They compute by ops within, and by themselves afterwards."""
-    own = functions["mamba2_chunk_scan"]
-    taken = []
-
-    def fails() -> None:
-        with states.as_ops(recurrent):
-            taken.append(functions["mamba2_chunk_scan"])
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails()
-    assert taken != [own]
-    assert functions["mamba2_chunk_scan"] is own
-
-
-def test_other_code_is_another_function(
-    recurrent: nn.Module, functions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A function of that name that was not read stays as it is, and the pass refuses what it does."""
-
-    def causal_conv1d_fn(hidden_states: Tensor, weight: Tensor, bias: Tensor, **kwargs: Any) -> Tensor:
-        return torch.conv1d(hidden_states, weight[:, None], bias, padding=3, groups=len(weight))[:, :, :-3]
-
-    with monkeypatch.context() as patch:
-        patch.setitem(functions, "causal_conv1d_fn", causal_conv1d_fn)
-        with states.as_ops(recurrent):
-            assert functions["causal_conv1d_fn"] is causal_conv1d_fn
-        with pytest.raises(PackingError, match=r"conv1d .*ad_flashinfer_pass\.states\.as_ops"):
-            transform_module(recurrent, config())
-
-
-def test_functions_refuse_what_the_ops_do_not_have(recurrent: nn.Module) -> None:
-    """Packed sequences, a state to start from, another activation."""
-    x, weight = torch.ones(1, 4, 5), torch.ones(4, 3)
-    with states.as_ops(recurrent):
-        convolve = globals_of(recurrent)["causal_conv1d_fn"]
-        assert callable(convolve)
-        with pytest.raises(UnsupportedError, match="seq_idx"):
-            convolve(x, weight, seq_idx=torch.zeros(1, 5))
-        with pytest.raises(UnsupportedError, match="'gelu'"):
-            convolve(x, weight, activation="gelu")
 
 
 class Convolution(nn.Module):

@@ -1,0 +1,70 @@
+"""The ops with a state on a GPU: as on the CPU, and captured once for steps of any lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass import ops
+from tests.ops.test_states import CASES, arguments, by_token, defaults, metadata
+
+pytestmark = pytest.mark.gpu
+
+# Of each step: the slot of each sequence, its new tokens and those before them. Slot 0 is padding, so that
+# all steps of a kind have as many tokens.
+PREFILL = [
+    [(0, 4, 0), (1, 70, 0), (2, 66, 0)],
+    [(0, 7, 0), (2, 3, 66), (1, 130, 70)],
+    [(0, 50, 0), (1, 9, 0), (2, 81, 69)],
+]
+DECODE = [
+    [(0, 1, 0), (1, 1, 0), (2, 1, 0)],
+    [(1, 1, 1), (2, 1, 1), (0, 1, 0)],
+    [(2, 1, 0), (0, 1, 0), (1, 1, 2)],
+]
+
+
+def on_gpu(args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: arg.cuda() if isinstance(arg, Tensor) and name != "batch_info_host" else arg
+        for name, arg in args.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [PREFILL, DECODE], ids=["prefill", "decode"])
+@pytest.mark.parametrize("name", CASES)
+def test_replays_give_what_the_cpu_gives(
+    name: str, steps: list[list[tuple[int, int, int]]], dtype: torch.dtype
+) -> None:
+    """Of one captured step; pools are full of NaN at first, and what is nobody's stays so."""
+    case, cached = CASES[name], getattr(ops, f"cached_{name}")
+    tokens = sum(num for _, num, _ in steps[0])
+
+    def drawn(seed: int) -> dict[str, Any]:
+        args = arguments(name, 1, tokens, seed=seed).items()
+        return {key: arg.to(dtype) if isinstance(arg, Tensor) and key != "A" else arg for key, arg in args}
+
+    fixed, names = drawn(0), by_token(arguments(name, 1, 140), 140)
+    state = torch.full((6, *case.slot), float("nan"), dtype=dtype if case.state == "conv_state" else None)
+    pool, buffers, result, graph = state.cuda(), on_gpu(fixed), torch.empty(0), None
+    for number, step in enumerate(steps):
+        own = {key: drawn(number)[key] for key in names}
+        meta = metadata([(slot, num) for slot, num, _ in step], {slot: past for slot, _, past in step})
+        if graph is None:
+            given = {**defaults(name), **buffers, **on_gpu(meta)}
+            cached(**given, **{case.state: pool.clone()})
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = cached(**given, **{case.state: pool})
+        for key, arg in {**own, **meta}.items():
+            given[key].copy_(arg)
+        graph.replay()
+        wanted = cached(**{**defaults(name), **fixed, **own, **meta}, **{case.state: state})
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(result.cpu(), wanted, atol=tolerance, rtol=tolerance)
+    assert pool[[3, 4, 5]].isnan().all()

@@ -284,13 +284,14 @@ def random_model(
     config: transformers.PretrainedConfig,
     attn_implementation: str | None = None,
     auto: Any = transformers.AutoModelForCausalLM,
+    seed: int = 0,
 ) -> transformers.PreTrainedModel:
-    """The model of a config, by ``auto``, with random weights, norms and biases included; seed 0, fp32, eval.
+    """The model of a config, by ``auto``, with random weights, norms and biases included; fp32, eval.
 
     Raises:
         ValueError: transformers has no such attention for this model.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = auto.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

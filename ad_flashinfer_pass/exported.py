@@ -188,7 +188,7 @@ def _check_kernels(gm: fx.GraphModule) -> None:
             "decode_kernel": attention,
         },
         torch.ops.ad_flashinfer.experts.default: {"plan": EXPERTS_KERNELS},
-        torch.ops.ad_flashinfer.quantized_experts.default: {"plan": {"torch": (0,)}},
+        torch.ops.ad_flashinfer.quantized_experts.default: {"plan": EXPERTS_KERNELS},
         torch.ops.ad_flashinfer.linear.default: {"plan": LINEAR_KERNELS},
     }
     for node, arguments in ((node, known.get(node.target, {})) for node in gm.graph.nodes):

@@ -44,7 +44,7 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("tune_experts")
     nodes = [node for node in model.graph.nodes if g.is_op(node, _EXPERTS, _QUANTIZED)]
-    if not nodes or ctx.device.type != "cuda":
+    if not nodes or (ctx.target or ctx.device).type != "cuda":
         return model, report
     from ad_flashinfer_pass.kernels.experts import select  # needs triton
 

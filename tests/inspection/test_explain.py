@@ -190,6 +190,12 @@ def test_experts_are_shown_alike_everywhere(tmp_path: Path, one_run: Callable[..
     assert "for 1, " in "".join(answers(found.memory))
     on_gpu = explain(deploy, sm=90).experts
     assert {site.kernel for site in on_gpu} == {"triton, chosen by time in the build"}
+    graph = one_run(deploy, sm=90).module
+    assert isinstance(graph, fx.GraphModule)
+    op = torch.ops.ad_flashinfer.experts.default
+    assert [node.kwargs["plan"] for node in graph.graph.find_nodes(op="call_function", target=op)] == [
+        "triton"
+    ] * 3
     title, total = as_tables(explain(deploy))[-3:-1]
     assert getattr(title, "title", None) == "Experts"
     assert total == "A token reads 73,728 bytes of the 147,456 of all experts"

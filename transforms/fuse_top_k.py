@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.kernels.experts.arguments import MAX_COLUMNS, MAX_K
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 
@@ -48,8 +49,6 @@ def fuse_top_k(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
 
 def _unfit(node: fx.Node) -> str | None:
     """Why the kernel cannot run a ``topk``."""
-    from ad_flashinfer_pass.kernels.experts.top_k import MAX_COLUMNS, MAX_K  # needs triton
-
     args, shape = g.op_args(node), g.shape(g.args(node)[0])
     if g.value(args["self"]).dtype not in _FLOATS:
         return f"it is of {g.value(args['self']).dtype}"

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import EXPERTS_WEIGHTS
+from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -46,8 +47,6 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
     nodes = [node for node in model.graph.nodes if g.is_op(node, _EXPERTS, _QUANTIZED)]
     if not nodes or (ctx.target or ctx.device).type != "cuda":
         return model, report
-    from ad_flashinfer_pass.kernels.experts import select  # needs triton
-
     served = []
     for node in nodes:
         args = g.op_args(node)
@@ -58,7 +57,7 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         if not _lies_by_rows(model, node, ctx):
             report.skipped.append(Skip(g.where(node), "its weights lie transposed: by torch's kernels"))
             continue
-        node.kwargs = {**node.kwargs, "plan": select.DEFAULT}
+        node.kwargs = {**node.kwargs, "plan": DEFAULT}
         served.append(node)
     report.num_matches = len(served)
     if ctx.config.compile_backend != "torch-simple" and g.has_weights(model):

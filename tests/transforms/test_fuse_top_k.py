@@ -17,7 +17,6 @@ from ad_flashinfer_pass.transforms import fuse_top_k
 from tests import architectures
 from tests.transforms.small_models import find
 
-pytest.importorskip("triton", reason="triton is not installed")
 TOP_K = torch.ops.ad_flashinfer.top_k
 # What stands between logits and experts, and is gone where the softmax is taken in.
 AROUND = (torch.ops.aten.topk, torch.ops.aten.softmax, torch.ops.aten.sum)

@@ -1,4 +1,7 @@
-"""The arguments of ``ops.experts`` in one form, whatever the layout of the weights."""
+"""The arguments of ``ops.experts`` in one form, whatever the layout of the weights, and what kernels take.
+
+Needs no triton, as a graph that is shown for a GPU elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.linear import float8
+
+DEFAULT = "triton"
+"""The plan of experts that were not measured: the first of ``select.candidates``."""
+MAX_COLUMNS = 1024
+"""Of a row of ``top_k``."""
+MAX_K = 32
+"""Of ``top_k``: each is a turn of a loop that is written out."""
 
 
 class Projection(NamedTuple):

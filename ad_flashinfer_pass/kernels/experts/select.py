@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.experts import gemv, grouped
-from ad_flashinfer_pass.kernels.experts.arguments import Experts
+from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, Experts
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
-
-DEFAULT = "triton"
-"""The first of ``candidates``."""
 
 
 def candidates(
@@ -36,7 +33,7 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
 
     Args:
         x: the arguments, on a CUDA device.
-        kernel: of ``candidates``, or ``DEFAULT``.
+        kernel: of ``candidates``, or ``arguments.DEFAULT``.
 
     Returns:
         [t, hidden], in the dtype of hidden_states.

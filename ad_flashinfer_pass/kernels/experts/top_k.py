@@ -10,17 +10,13 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels import overlap
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
-MAX_COLUMNS = 1024
-MAX_K = 32
-"""Each is a turn of a loop that is written out."""
-
 
 def run(x: Tensor, k: int, softmax: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``ops.top_k`` in one kernel.
 
     Args:
-        x: [rows, columns], contiguous, on a CUDA device; of at most ``MAX_COLUMNS`` columns.
-        k: at most ``MAX_K``, and as many as there are columns.
+        x: [rows, columns], contiguous, on a CUDA device; of at most ``arguments.MAX_COLUMNS`` columns.
+        k: at most ``arguments.MAX_K``, and as many as there are columns.
         softmax: see ``ops.top_k``.
         dtype: of the values.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.experts import by_torch, select
-from ad_flashinfer_pass.kernels.experts.arguments import arguments
+from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, arguments
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 from ad_flashinfer_pass.kernels.linear.float8 import is_by_blocks
 from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
@@ -62,7 +62,7 @@ class ExpertsLayers:
             tensors.
     """
 
-    default = select.DEFAULT
+    default = DEFAULT
 
     def __init__(self, layers: Sequence[tuple[int, torch.dtype, Weights, Mapping[str, Any]]]) -> None:
         self.row = [(_kind(*layer), layer[2]) for layer in layers]

@@ -148,7 +148,7 @@ def test_the_first_candidate_is_the_default() -> None:
     tensors, options = inputs(3, {}, bias=False)
     x: Experts = arguments(*tensors, **options)
     first = select.candidates(3, TOP_K, EXPERTS, DEVICE)[0]
-    assert torch.equal(select.run(x, Kernel(select.DEFAULT)), select.run(x, first))
+    assert torch.equal(select.run(x, Kernel(DEFAULT)), select.run(x, first))
 
 
 @pytest.mark.parametrize("kib", [99, 163, 227])

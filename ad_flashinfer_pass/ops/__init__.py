@@ -11,7 +11,6 @@ from ad_flashinfer_pass.ops.gated_delta_rule import cached_gated_delta_rule, gat
 from ad_flashinfer_pass.ops.kda import cached_kda, kda
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
-from ad_flashinfer_pass.ops.quantize import quantize
 from ad_flashinfer_pass.ops.quantized_linear import quantized_linear
 from ad_flashinfer_pass.ops.rope_append import rope_append
 from ad_flashinfer_pass.ops.selective_scan import cached_selective_scan, selective_scan
@@ -56,7 +55,6 @@ __all__ = [
     "kda",
     "linear",
     "prepare_metadata",
-    "quantize",
     "quantized_experts",
     "quantized_linear",
     "rope_append",

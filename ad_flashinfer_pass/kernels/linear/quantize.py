@@ -17,27 +17,21 @@ _ROWS, _COLUMNS = 16, 512
 
 
 def quantize(
-    x: Tensor,
-    scale: Tensor | None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
+    x: Tensor, scale: Tensor | None, norm: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """``ops.quantize``.
+    """round(clamp(x / s, -448, 448)) as ``ops.quantized_linear`` has it.
 
     Args:
-        x: [tokens, depth], or [tokens, 2 * depth] if gated; contiguous, bfloat16 or float16, on a CUDA
-            device.
+        x: [tokens, depth], contiguous, bfloat16 or float16, on a CUDA device.
         scale: one number, the s of all tokens; None: of each token its largest magnitude / 448.
         norm: [depth]; x is first divided by its root mean square and multiplied by this, in float32.
         eps: added to the mean square.
-        gated: what is quantized is silu(first half) * second half.
 
     Returns:
         float8_e4m3fn [tokens, depth], and s, float32 [tokens, 1].
     """
-    num_tokens, depth = len(x), x.shape[1] // (2 if gated else 1)
-    values = torch.empty((num_tokens, depth), dtype=torch.float8_e4m3fn, device=x.device)
+    num_tokens, depth = x.shape
+    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(depth)
     _quantize[(num_tokens,)](
@@ -48,7 +42,6 @@ def quantize(
         scales,
         eps,
         depth,
-        GATED=gated,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
         **overlap.options(x.device, num_tokens),
@@ -82,25 +75,13 @@ def expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _quantize(  # type: ignore[no-untyped-def]
-    x,
-    scale,
-    norm,
-    values,
-    scales,
-    eps,
-    depth,
-    GATED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    x, scale, norm, values, scales, eps, depth, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
 ):
     await_turn(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < depth
-    row = x + token * (2 * depth if GATED else depth)
-    v = tl.load(row + lanes, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
-        v *= tl.sigmoid(v) * tl.load(row + depth + lanes, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(x + token * depth + lanes, mask=mask, other=0.0).to(tl.float32)
     if norm is not None:
         v *= tl.rsqrt(tl.sum(v * v, axis=0) / depth + eps)
         v *= tl.load(norm + lanes, mask=mask, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass.kernels.experts import gemv, grouped, select, top_k  # noqa: E402
-from ad_flashinfer_pass.kernels.experts.arguments import Experts, arguments  # noqa: E402
+from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, Experts, arguments  # noqa: E402
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel  # noqa: E402
 from ad_flashinfer_pass.ops.experts import experts, quantized_experts  # noqa: E402
 

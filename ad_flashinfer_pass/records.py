@@ -99,7 +99,10 @@ class StateSite:
     """Path of the module that made it."""
     op: str
     """The source op."""
-    kernel: str
+    prefill: str
+    """Kernel for steps with prompts."""
+    decode: str
+    """Kernel for one token of each sequence."""
     cache: str
     """Name of the state resource."""
 

@@ -102,4 +102,7 @@ def _insert(
         cached = g.call_op(gm.graph, op, *args.values(), pool, *metadata)
     g.copy_origin(cached, node)
     g.replace(node, cached)
-    ctx.state_sites.append(StateSite(g.where(cached), g.module_path(cached), name, "torch", resource.name))
+    decode = "triton" if (ctx.target or ctx.device).type == "cuda" else "torch"
+    ctx.state_sites.append(
+        StateSite(g.where(cached), g.module_path(cached), name, "torch", decode, resource.name)
+    )

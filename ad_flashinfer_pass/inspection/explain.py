@@ -73,7 +73,10 @@ class StateExplanation:
     where: str
     """Node and source line."""
     op: str
-    kernel: str
+    prefill: str
+    """Kernel for steps with prompts."""
+    decode: str
+    """Kernel for one token of each sequence."""
     cache: str
     """Name of the pool."""
     shape: tuple[int, ...]
@@ -248,7 +251,8 @@ def _states(ctx: TransformContext) -> list[StateExplanation]:
             module=site.module,
             where=site.where,
             op=site.op,
-            kernel=site.kernel,
+            prefill=site.prefill,
+            decode=site.decode,
             cache=site.cache,
             shape=state.shape,
             dtype=str(state.dtype).removeprefix("torch."),
@@ -366,10 +370,6 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
     kernels = table("phase", "kernel", "sites", "why", title="Kernels")
     for use in kernel_uses(explanation):
         kernels.add_row(use.phase, use.kernel, str(use.num_sites), use.reason)
-    for name, count in Counter(each.op for each in explanation.states).items():
-        kernels.add_row(
-            "both", "torch", str(count), f"{name}: the kernel that there is, of any dtype and device"
-        )
     outside = table("what outside attention will not capture", title="Capture")
     for each in explanation.not_captured:
         outside.add_row(short(each))
@@ -377,13 +377,20 @@ def as_tables(explanation: Explanation) -> list[RenderableType]:
     return [*tables, outside] if explanation.not_captured else tables
 
 
-STATES_COLUMNS = ("layers", "module", "op", "kernel", "state of a sequence", "bytes")
+STATES_COLUMNS = ("layers", "module", "op", "prefill", "decode", "state of a sequence", "bytes")
 
 
 def states_rows(states: list[StateExplanation]) -> list[tuple[str, ...]]:
     """Cells under ``STATES_COLUMNS``, layers that are alike as one row."""
     rows = (
-        (each.module, each.op, each.kernel, f"{each.dtype}{list(each.shape)}", f"{each.bytes:,}")
+        (
+            each.module,
+            each.op,
+            each.prefill,
+            each.decode,
+            f"{each.dtype}{list(each.shape)}",
+            f"{each.bytes:,}",
+        )
         for each in states
     )
     return [(str(len(places)), *cells) for places, cells in folded(rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.state import delta_rule as kernel
@@ -28,9 +29,9 @@ def gated_delta_rule(
     Returns:
         [b, s, num_heads, v_dim] in the dtype of query.
     """
-    inputs = kernel.inputs(query, key, value, g, beta, use_qk_l2norm)
-    state = inputs[0].new_zeros(value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    return scan(kernel.chunk, state, inputs, kernel.SIZE).to(query.dtype)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    state = value.new_zeros((*value.shape[::2], key.shape[3], value.shape[3]), dtype=dtype)
+    return scan(kernel.recurrence(use_qk_l2norm, g), state, query, key, value, g, beta)
 
 
 def cached_gated_delta_rule(
@@ -57,9 +58,9 @@ def cached_gated_delta_rule(
     Returns:
         As ``gated_delta_rule``; zeros for padding tokens.
     """
-    inputs = kernel.inputs(query, key, value, g, beta, use_qk_l2norm)
     batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
-    return cached_scan(kernel.chunk, recurrent_state, inputs, kernel.SIZE, batch).to(query.dtype)
+    recurrence = kernel.recurrence(use_qk_l2norm, g)
+    return cached_scan(recurrence, recurrent_state, batch, query, key, value, g, beta)
 
 
 define(gated_delta_rule, fake=lambda query, value, **_: query.new_empty(value.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.state import delta_rule as kernel
@@ -13,9 +14,9 @@ def kda(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, use_qk_l2norm: bool = False
 ) -> Tensor:
     """``gated_delta_rule`` with a decay for each row of the matrix: g is [b, s, num_heads, k_dim]."""
-    inputs = kernel.inputs(query, key, value, g, beta, use_qk_l2norm)
-    state = inputs[0].new_zeros(value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    return scan(kernel.chunk, state, inputs, kernel.SIZE_BY_ROW).to(query.dtype)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    state = value.new_zeros((*value.shape[::2], key.shape[3], value.shape[3]), dtype=dtype)
+    return scan(kernel.recurrence(use_qk_l2norm, g), state, query, key, value, g, beta)
 
 
 def cached_kda(
@@ -36,9 +37,9 @@ def cached_kda(
     Args:
         query: for this and the others see ``cached_gated_delta_rule``.
     """
-    inputs = kernel.inputs(query, key, value, g, beta, use_qk_l2norm)
     batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
-    return cached_scan(kernel.chunk, recurrent_state, inputs, kernel.SIZE_BY_ROW, batch).to(query.dtype)
+    recurrence = kernel.recurrence(use_qk_l2norm, g)
+    return cached_scan(recurrence, recurrent_state, batch, query, key, value, g, beta)
 
 
 define(kda, fake=lambda query, value, **_: query.new_empty(value.shape))

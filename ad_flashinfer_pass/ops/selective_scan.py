@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
+import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.state import selective_scan as kernel
 from ad_flashinfer_pass.kernels.state.slots import Batch, cached_scan, scan
-from ad_flashinfer_pass.kernels.state.ssd_scan import time_steps
 from ad_flashinfer_pass.ops.define import define
 
 
@@ -39,10 +37,9 @@ def selective_scan(
     Returns:
         [b, s, channels] in the dtype of hidden_states.
     """
-    inputs = kernel.inputs(hidden_states, time_steps(dt, dt_bias, dt_softplus), B, C)
-    state = inputs[0].new_zeros(*hidden_states.shape[::2], A.shape[1])
-    scanned = scan(partial(kernel.chunk, A=A), state, inputs, kernel.SIZE)
-    return _with_skip(scanned, hidden_states, D)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    state = hidden_states.new_zeros((*hidden_states.shape[:3:2], A.shape[1]), dtype=dtype)
+    return scan(kernel.recurrence(A, D, dt_bias, dt_softplus), state, hidden_states, dt, B, C)
 
 
 def cached_selective_scan(
@@ -69,18 +66,11 @@ def cached_selective_scan(
         batch_info_host: for this and what follows see ``cached_causal_conv1d``.
 
     Returns:
-        As ``selective_scan``; no number that means anything for padding tokens.
+        As ``selective_scan``; zeros for padding tokens.
     """
-    inputs = kernel.inputs(hidden_states, time_steps(dt, dt_bias, dt_softplus), B, C)
     batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
-    scanned = cached_scan(partial(kernel.chunk, A=A), recurrent_state, inputs, kernel.SIZE, batch)
-    return _with_skip(scanned, hidden_states, D)
-
-
-def _with_skip(scanned: Tensor, hidden_states: Tensor, D: Tensor | None) -> Tensor:
-    if D is not None:
-        scanned = scanned + hidden_states * D.to(scanned.dtype)
-    return scanned.to(hidden_states.dtype)
+    recurrence = kernel.recurrence(A, D, dt_bias, dt_softplus)
+    return cached_scan(recurrence, recurrent_state, batch, hidden_states, dt, B, C)
 
 
 define(selective_scan, fake=lambda hidden_states, **_: hidden_states.new_empty(hidden_states.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.state import ssd_scan as kernel
@@ -40,10 +41,13 @@ def ssd_scan(
     Returns:
         [b, s, num_heads, head_dim] in the dtype of hidden_states.
     """
-    dt = kernel.time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    inputs = kernel.inputs(hidden_states, dt, A, B, C)
-    state = inputs[0].new_zeros(*hidden_states.shape[::2], hidden_states.shape[3], B.shape[3])
-    return _with_skip(scan(kernel.chunk, state, inputs, kernel.SIZE), hidden_states, D)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    state = hidden_states.new_zeros(
+        (*hidden_states.shape[:3:2], hidden_states.shape[3], B.shape[3]), dtype=dtype
+    )
+    return scan(
+        kernel.recurrence(A, D, dt_bias, dt_softplus, (dt_min, dt_max)), state, hidden_states, dt, B, C
+    )
 
 
 def cached_ssd_scan(
@@ -72,19 +76,11 @@ def cached_ssd_scan(
         batch_info_host: for this and what follows see ``cached_causal_conv1d``.
 
     Returns:
-        As ``ssd_scan``; no number that means anything for padding tokens.
+        As ``ssd_scan``; zeros for padding tokens.
     """
-    dt = kernel.time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    inputs = kernel.inputs(hidden_states, dt, A, B, C)
     batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
-    scanned = cached_scan(kernel.chunk, recurrent_state, inputs, kernel.SIZE, batch)
-    return _with_skip(scanned, hidden_states, D)
-
-
-def _with_skip(scanned: Tensor, hidden_states: Tensor, D: Tensor | None) -> Tensor:
-    if D is not None:
-        scanned = scanned + hidden_states * D.to(scanned.dtype)[:, None]
-    return scanned.to(hidden_states.dtype)
+    recurrence = kernel.recurrence(A, D, dt_bias, dt_softplus, (dt_min, dt_max))
+    return cached_scan(recurrence, recurrent_state, batch, hidden_states, dt, B, C)
 
 
 define(ssd_scan, fake=lambda hidden_states, **_: hidden_states.new_empty(hidden_states.shape))

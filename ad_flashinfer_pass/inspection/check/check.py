@@ -429,8 +429,8 @@ def _check_site(
             op=state.op,
             module=state.module,
             where=state.where,
-            prefill=state.kernel,
-            decode=state.kernel,
+            prefill=state.prefill,
+            decode=state.decode,
             errors=errors,
             tolerance=_TOLERANCES[g.value(site.cached).dtype],
         )

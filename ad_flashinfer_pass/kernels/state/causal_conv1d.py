@@ -22,14 +22,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
 def cached_convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, pool: Tensor, batch: Batch
 ) -> Tensor:
-    """``ops.cached_causal_conv1d``: prompts and single tokens alike, by one gather."""
+    """``ops.cached_causal_conv1d``: prompts and single tokens alike by one gather, or single tokens alone."""
     num_long, _, num_decode = batch.counts()
     num, back = num_long + num_decode, weight.shape[1] - 1
-    tokens = x.flatten(0, 1)
+    tokens, sequences = x.flatten(0, 1), batch.rows(0, num)
+    if x.is_cuda and num == tokens.shape[0] and back:
+        from ad_flashinfer_pass.kernels.state import step  # needs triton
+
+        return step.convolve(tokens, weight, bias, activation, pool, *sequences).view(x.shape)
     starts = batch.cu_seqlen[: num + 1].long()
     # Of each sequence, what its slot holds and then its tokens: where the last of them are, counted from
     # the sequence's first token.
-    memory = torch.cat([batch.read(pool, num).transpose(1, 2).flatten(0, 1).to(x.dtype), tokens])
+    memory = torch.cat([sequences.read(pool).transpose(1, 2).flatten(0, 1).to(x.dtype), tokens])
 
     def rows(of: Tensor, place: Tensor) -> Tensor:
         """Where ``memory`` has the tokens at these places of these sequences."""
@@ -44,7 +48,7 @@ def cached_convolve(
     found = memory[rows(of[:, None], place[:, None] + window)]
     lens, all_rows = starts.diff(), torch.arange(num, device=x.device)
     kept = memory[rows(all_rows[:, None], lens[:, None] + window[:-1])]
-    batch.write(pool, kept.transpose(1, 2))
+    sequences.write(pool, kept.transpose(1, 2))
     result = _result(found.transpose(1, 2), weight, bias, activation).masked_fill(~is_token, 0)
     return result.view(x.shape)
 

@@ -5,27 +5,38 @@ S <- exp(decay) S;  S <- S + k (beta (v - k S));  out = q S, with a decay of eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-SIZE = 64
+from ad_flashinfer_pass.kernels.state.slots import Recurrence
+
+_SIZE = 64
 """Tokens of a chunk with one decay for each head."""
-SIZE_BY_ROW = 16
+_SIZE_BY_ROW = 16
 """With one for each row: there is a number for each pair of tokens and row."""
 
 
-def inputs(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool
-) -> tuple[Tensor, ...]:
-    """What ``chunk`` takes of each token, in float32 at least.
+def recurrence(normalise: bool, g: Tensor) -> Recurrence:
+    """Of query, key, value, g and beta; see ``ops.gated_delta_rule`` and ``ops.kda``."""
+    step: Callable[..., Tensor] | None = None
+    if g.is_cuda:
+        from ad_flashinfer_pass.kernels.state import step as by_triton  # needs triton
 
-    Args:
-        query: [b, s, num_k_heads, k_dim]; key alike.
-        value: [b, s, num_heads, v_dim].
-        g: [b, s, num_heads] or [b, s, num_heads, k_dim].
-        beta: [b, s, num_heads].
-        normalise: divide queries and keys by their norms.
-    """
+        step = partial(by_triton.delta_rule, normalise)
+
+    size = _SIZE if g.dim() == 3 else _SIZE_BY_ROW
+    return Recurrence(
+        partial(_inputs, normalise), chunk, lambda result, query, *_: result.to(query.dtype), size, step
+    )
+
+
+def _inputs(
+    normalise: bool, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor
+) -> tuple[Tensor, ...]:
+    """In float32 at least, with a query, key and decay for each head."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, value, g, beta = (x.to(dtype) for x in (query, key, value, g, beta))
     if normalise:
@@ -40,7 +51,7 @@ def inputs(
 def chunk(
     state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See ``slots.Chunk``; state: [n, num_heads, k_dim, v_dim]."""
+    """See ``Recurrence``; state: [n, num_heads, k_dim, v_dim]."""
     query, key, value, decay, beta = (x.transpose(1, 2) for x in (query, key, value, decay, beta))
     total = decay.cumsum(2)
     grown = total.exp()

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIZE = 64
+from ad_flashinfer_pass.kernels.state.slots import Recurrence
+from ad_flashinfer_pass.kernels.state.ssd_scan import time_steps
+
+_SIZE = 64
 """Tokens of a chunk."""
 
 
-def inputs(hidden_states: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
-    """What ``chunk`` takes of each token beside A, in float32 at least; dt: as it multiplies."""
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    return tuple(x.to(dtype) for x in (hidden_states, dt, B, C))
+def recurrence(A: Tensor, D: Tensor | None, dt_bias: Tensor | None, softplus: bool) -> Recurrence:
+    """Of hidden_states, dt, B and C; see ``ops.selective_scan``."""
+
+    def inputs(hidden_states: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        dt = time_steps(dt, dt_bias, softplus)
+        return tuple(x.to(dtype) for x in (hidden_states, dt, B, C))
+
+    def finish(scanned: Tensor, hidden_states: Tensor, *_: Tensor) -> Tensor:
+        if D is not None:
+            scanned = scanned + hidden_states * D.to(scanned.dtype)
+        return scanned.to(hidden_states.dtype)
+
+    step: Callable[..., Tensor] | None = None
+    if A.is_cuda:
+        from ad_flashinfer_pass.kernels.state import step as by_triton  # needs triton
+
+        step = partial(by_triton.selective, (A, D, dt_bias), softplus)
+
+    return Recurrence(inputs, partial(chunk, A), finish, _SIZE, step)
 
 
-def chunk(state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``slots.Chunk``; state: [n, channels, state_size]."""
+def chunk(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``Recurrence``; state: [n, channels, state_size]."""
     factor = (dt[..., None] * A.to(dt.dtype)).exp()
     states = (dt * x)[..., None] * B[..., None, :]
     reach = 1

@@ -1,9 +1,4 @@
-"""Recurrences over whole sequences, and over a ragged batch whose states lie in slots.
-
-A recurrence is given as a function of a chunk: from the states of some sequences and a few of their next
-tokens to what these tokens get, and the states after them. One token more is a chunk of one. A token whose
-inputs are all zero must leave the state as it is.
-"""
+"""Recurrences over whole sequences, and over a ragged batch whose states lie in slots."""
 
 from __future__ import annotations
 
@@ -14,8 +9,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Chunk = Callable[..., tuple[Tensor, Tensor]]
-"""Of states [n, ...] and inputs [n, tokens, ...]: results [n, tokens, ...], and the states after them."""
+
+class Recurrence(NamedTuple):
+    """What an op computes, as functions of its tensors by token."""
+
+    inputs: Callable[..., tuple[Tensor, ...]]
+    """Of them, [n, tokens, ...]: what ``chunk`` takes of each token."""
+    chunk: Callable[..., tuple[Tensor, Tensor]]
+    """Of states [n, ...] and inputs: results [n, tokens, ...], and the states after them. One token more is a
+    chunk of one. A token whose inputs are all zero leaves the state as it is."""
+    finish: Callable[..., Tensor]
+    """Of results and the tensors by token: what the op gives."""
+    size: int
+    """Tokens of a chunk, at most."""
+    step: Callable[..., Tensor] | None = None
+    """The whole for one token of each sequence, on a GPU: of the tensors by token, [n, ...], the pool, the
+    slots and input_pos."""
+
+
+class Rows(NamedTuple):
+    """Some sequences of a batch."""
+
+    slot_idx: Tensor
+    input_pos: Tensor
+
+    def read(self, pool: Tensor) -> Tensor:
+        """Their states: zero for one that begins, whatever is in its slot."""
+        is_new = self.input_pos == 0
+        return pool[self.slot_idx].masked_fill(is_new.view(-1, *[1] * (pool.dim() - 1)), 0)
+
+    def write(self, pool: Tensor, states: Tensor) -> None:
+        """Keep their states. Those of padding share slot 0, which nobody reads."""
+        pool.index_copy_(0, self.slot_idx, states.to(pool.dtype))
 
 
 class Batch(NamedTuple):
@@ -31,66 +56,72 @@ class Batch(NamedTuple):
         num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = self.batch_info_host[:5].tolist()
         return num_prefill + num_extend, prefill_tokens + extend_tokens, num_decode
 
-    def read(self, pool: Tensor, num: int) -> Tensor:
-        """States of the first sequences: zero for one that begins, whatever is in its slot."""
-        is_new = self.input_pos[:num] == 0
-        return pool[self.slot_idx[:num]].masked_fill(is_new.view(-1, *[1] * (pool.dim() - 1)), 0)
-
-    def write(self, pool: Tensor, states: Tensor) -> None:
-        """Keep the states of the first sequences. Those of padding share slot 0, which nobody reads."""
-        pool.index_copy_(0, self.slot_idx[: states.shape[0]], states.to(pool.dtype))
+    def rows(self, first: int, num: int) -> Rows:
+        """Some of the sequences."""
+        return Rows(self.slot_idx[first : first + num], self.input_pos[first : first + num])
 
 
-def scan(chunk: Chunk, state: Tensor, inputs: Sequence[Tensor], size: int) -> Tensor:
-    """Results [b, s, ...] of inputs [b, s, ...], from the states [b, ...] on, in chunks of some tokens."""
+def scan(recurrence: Recurrence, state: Tensor, *tokens: Tensor) -> Tensor:
+    """The op over whole sequences: tensors by token [b, s, ...], from the states [b, ...] on."""
+    result, _ = _in_chunks(recurrence, state, tokens)
+    return recurrence.finish(result, *tokens)
+
+
+def _in_chunks(recurrence: Recurrence, state: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     results = []
-    for parts in zip(*(x.split(size, 1) for x in inputs), strict=True):
-        result, state = chunk(state, *parts)
+    inputs = recurrence.inputs(*tokens)
+    for parts in zip(*(x.split(recurrence.size, 1) for x in inputs), strict=True):
+        result, state = recurrence.chunk(state.to(inputs[0].dtype), *parts)
         results.append(result)
-    return torch.cat(results, 1)
+    return torch.cat(results, 1), state
 
 
-def cached_scan(chunk: Chunk, pool: Tensor, inputs: Sequence[Tensor], size: int, batch: Batch) -> Tensor:
-    """Results of the tokens of a ragged batch; nothing waits for the device, and shapes are the host's.
+def cached_scan(recurrence: Recurrence, pool: Tensor, batch: Batch, *tokens: Tensor) -> Tensor:
+    """The op over a ragged batch; nothing waits for the device, and shapes are the host's.
 
     Args:
-        chunk: see ``Chunk``.
+        recurrence: of the op.
         pool: [num_slots, ...]; read and written at the slots of the sequences.
-        inputs: [b, s, ...], all of the tokens.
-        size: tokens of a chunk, at most.
         batch: of the tokens.
+        tokens: tensors by token, [b, s, ...].
 
     Returns:
         [b, s, ...]; zeros for padding tokens.
     """
-    lead = inputs[0].shape[:2]
-    inputs = [x.flatten(0, 1) for x in inputs]
+    lead = tokens[0].shape[:2]
+    flat = [x.flatten(0, 1) for x in tokens]
     num_long, long_tokens, num_decode = batch.counts()
-    states = batch.read(pool, num_long + num_decode).to(inputs[0].dtype)
-    results, after = [], []
+    results = []
     if num_long:
-        long = [x[:long_tokens] for x in inputs]
-        result, state = _long(chunk, states[:num_long], long, min(size, long_tokens), batch.cu_seqlen)
-        results.append(result)
-        after.append(state)
+        long = [x[None, :long_tokens] for x in flat]
+        prompts = batch.rows(0, num_long)
+        result, states = _long(recurrence, prompts.read(pool), long, batch.cu_seqlen[: num_long + 1].long())
+        prompts.write(pool, states)
+        results.append(recurrence.finish(result[None], *long)[0])
     if num_decode:
-        one_each = (x[long_tokens : long_tokens + num_decode, None] for x in inputs)
-        result, state = chunk(states[num_long:], *one_each)
-        results.append(result[:, 0])
-        after.append(state)
-    batch.write(pool, torch.cat(after))
-    padding = inputs[0].shape[0] - long_tokens - num_decode
+        rows = batch.rows(num_long, num_decode)
+        one_each = [x[long_tokens : long_tokens + num_decode] for x in flat]
+        if recurrence.step is not None:
+            results.append(recurrence.step(*one_each, pool, rows.slot_idx, rows.input_pos))
+        else:
+            one_each = [x[:, None] for x in one_each]
+            result, states = _in_chunks(recurrence, rows.read(pool), one_each)
+            rows.write(pool, states)
+            results.append(recurrence.finish(result, *one_each)[:, 0])
+    padding = flat[0].shape[0] - long_tokens - num_decode
     if padding:
         results.append(results[0].new_zeros(padding, *results[0].shape[1:]))
-    return torch.cat(results).view(*lead, *results[0].shape[1:])
+    found = results[0] if len(results) == 1 else torch.cat(results)
+    return found.view(*lead, *results[0].shape[1:])
 
 
 def _long(
-    chunk: Chunk, states: Tensor, inputs: list[Tensor], size: int, cu_seqlen: Tensor
+    recurrence: Recurrence, states: Tensor, tokens: Sequence[Tensor], starts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sequences of many tokens: their chunks one after the other, as many as there are at most."""
+    inputs = [x[0] for x in recurrence.inputs(*tokens)]
     num, num_tokens, device = states.shape[0], inputs[0].shape[0], states.device
-    starts = cu_seqlen[: num + 1].long()
+    size = min(recurrence.size, num_tokens)
     counts = (starts.diff() + size - 1) // size
     ends = counts.cumsum(0)
     number = torch.arange(num_tokens // size + num, device=device)
@@ -101,11 +132,11 @@ def _long(
     is_token = (row < num)[:, None] & (at < starts[of + 1][:, None])
     at = at.where(is_token, num_tokens)
     chunks = [_one_more(x)[at] for x in inputs]
-    states = _one_more(states)
+    states = _one_more(states.to(inputs[0].dtype))
     results = []
     for index in range(at.shape[0]):
         here = slice(index, index + 1)
-        result, state = chunk(states.index_select(0, row[here]), *(x[here] for x in chunks))
+        result, state = recurrence.chunk(states.index_select(0, row[here]), *(x[here] for x in chunks))
         states.index_copy_(0, row[here], state)
         results.append(result)
     by_chunk = torch.cat(results)

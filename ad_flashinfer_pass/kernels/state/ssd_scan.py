@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-SIZE = 64
+from ad_flashinfer_pass.kernels.state.slots import Recurrence
+
+_SIZE = 64
 """Tokens of a chunk."""
 
 
-def inputs(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
-    """What ``chunk`` takes of each token, in float32 at least; dt: as it multiplies."""
+def recurrence(
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    limits: tuple[float, float | None],
+) -> Recurrence:
+    """Of hidden_states, dt, B and C; see ``ops.ssd_scan``."""
+
+    def inputs(hidden_states: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+        return _inputs(hidden_states, time_steps(dt, dt_bias, softplus, *limits), A, B, C)
+
+    def finish(scanned: Tensor, hidden_states: Tensor, *_: Tensor) -> Tensor:
+        if D is not None:
+            scanned = scanned + hidden_states * D.to(scanned.dtype)[:, None]
+        return scanned.to(hidden_states.dtype)
+
+    step: Callable[..., Tensor] | None = None
+    if A.is_cuda:
+        from ad_flashinfer_pass.kernels.state import step as by_triton  # needs triton
+
+        step = partial(by_triton.ssd, (A, D, dt_bias), softplus, limits)
+
+    return Recurrence(inputs, chunk, finish, _SIZE, step)
+
+
+def _inputs(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    """In float32 at least, with B and C for each head."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     dt = dt.to(dtype)
     group = hidden_states.shape[2] // B.shape[2]
@@ -30,7 +61,7 @@ def time_steps(
 
 
 def chunk(state: Tensor, x: Tensor, decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``slots.Chunk``; state: [n, num_heads, head_dim, state_size]."""
+    """See ``Recurrence``; state: [n, num_heads, head_dim, state_size]."""
     x, B, C = (each.transpose(1, 2) for each in (x, B, C))
     total = decay.transpose(1, 2).cumsum(2)
     num = x.shape[2]

@@ -1,0 +1,358 @@
+"""One token of each sequence through its state, as one Triton kernel for each op: read and written once.
+
+Slots that several rows share, as padding rows share slot 0, hold the state of one of them afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 4096
+"""Elements of a state that one program holds, at most, unless one row of it is larger."""
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, pool: Tensor, *rows: Tensor
+) -> Tensor:
+    """``ops.cached_causal_conv1d`` of one token each, [n, channels]; rows: slot_idx and input_pos."""
+    x = _plain(x)
+    out = x.new_empty(x.shape)
+    block = min(1024, triton.next_power_of_2(x.shape[1]))
+    with torch.cuda.device_of(x):
+        _convolve[(x.shape[0], triton.cdiv(x.shape[1], block))](
+            x,
+            weight.contiguous(),
+            bias,
+            pool,
+            *rows,
+            out,
+            x.stride(0),
+            x.shape[1],
+            WIDTH=weight.shape[1],
+            SILU=activation == "silu",
+            BLOCK=block,
+        )
+    return out
+
+
+def delta_rule(
+    normalise: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    pool: Tensor,
+    *rows: Tensor,
+) -> Tensor:
+    """``ops.cached_gated_delta_rule`` or ``cached_kda`` of one token each, [n, num_heads, size]."""
+    given = [_plain(x) for x in (query, key, value, g, beta)]
+    (num, heads, v_dim), k_dim = value.shape, key.shape[2]
+    k_block = triton.next_power_of_2(k_dim)
+    v_block = min(triton.next_power_of_2(v_dim), max(1, _TILE // k_block))
+    out = value.new_empty(value.shape, dtype=query.dtype)
+    with torch.cuda.device_of(value):
+        _delta_rule[(num, heads, triton.cdiv(v_dim, v_block))](
+            *given,
+            pool,
+            *rows,
+            out,
+            *(stride for x in given for stride in x.stride()[:2]),
+            k_dim**-0.5,
+            GROUP=heads // key.shape[1],
+            K_DIM=k_dim,
+            V_DIM=v_dim,
+            K_BLOCK=k_block,
+            V_BLOCK=v_block,
+            BY_ROW=g.dim() == 3,
+            NORMALISE=normalise,
+        )
+    return out
+
+
+def ssd(
+    constants: tuple[Tensor, Tensor | None, Tensor | None],
+    softplus: bool,
+    limits: tuple[float, float | None],
+    hidden_states: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    pool: Tensor,
+    *rows: Tensor,
+) -> Tensor:
+    """``ops.cached_ssd_scan`` of one token each, [n, num_heads, head_dim]; constants: A, D, dt_bias."""
+    given = [_plain(x) for x in (hidden_states, dt, B, C)]
+    (num, heads, head_dim), state = hidden_states.shape, B.shape[2]
+    state_block = triton.next_power_of_2(state)
+    block = min(triton.next_power_of_2(head_dim), max(1, _TILE // state_block))
+    out = hidden_states.new_empty(hidden_states.shape)
+    with torch.cuda.device_of(out):
+        _ssd[(num, heads, triton.cdiv(head_dim, block))](
+            *given,
+            *(None if x is None else x.contiguous() for x in constants),
+            pool,
+            *rows,
+            out,
+            *(stride for x in given for stride in x.stride()[:2]),
+            limits[0],
+            float("inf") if limits[1] is None else limits[1],
+            GROUP=heads // B.shape[1],
+            DIM=head_dim,
+            STATE=state,
+            BLOCK=block,
+            STATE_BLOCK=state_block,
+            SOFTPLUS=softplus,
+        )
+    return out
+
+
+def selective(
+    constants: tuple[Tensor, Tensor | None, Tensor | None],
+    softplus: bool,
+    hidden_states: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    pool: Tensor,
+    *rows: Tensor,
+) -> Tensor:
+    """``ops.cached_selective_scan`` of one token each, [n, channels]; constants: A, D, dt_bias."""
+    given = [_plain(x) for x in (hidden_states, dt, B, C)]
+    num, channels = hidden_states.shape
+    state_block = triton.next_power_of_2(B.shape[1])
+    block = min(triton.next_power_of_2(channels), max(1, _TILE // 4 // state_block))
+    out = hidden_states.new_empty(hidden_states.shape)
+    with torch.cuda.device_of(out):
+        _selective[(num, triton.cdiv(channels, block))](
+            *given,
+            *(None if x is None else x.contiguous() for x in constants),
+            pool,
+            *rows,
+            out,
+            *(x.stride(0) for x in given),
+            channels,
+            STATE=B.shape[1],
+            BLOCK=block,
+            STATE_BLOCK=state_block,
+            SOFTPLUS=softplus,
+        )
+    return out
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit
+def _convolve(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    pool,
+    slot_idx,
+    input_pos,
+    out,
+    x_stride,
+    num_channels,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some channels of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channels < num_channels
+    has_past = tl.load(input_pos + row) > 0
+    state = pool + (tl.load(slot_idx + row) * num_channels + channels) * (WIDTH - 1)
+    new = tl.load(x + row * x_stride + channels, mask=mask, other=0.0)
+    total = new.to(tl.float32) * tl.load(weight + channels * WIDTH + WIDTH - 1, mask=mask).to(tl.float32)
+    for at in tl.static_range(WIDTH - 1):
+        old = tl.where(has_past, tl.load(state + at, mask=mask, other=0.0), 0.0)
+        total += old.to(tl.float32) * tl.load(weight + channels * WIDTH + at, mask=mask).to(tl.float32)
+        if at > 0:
+            tl.store(state + at - 1, old, mask=mask)
+    tl.store(state + WIDTH - 2, new, mask=mask)
+    if bias is not None:
+        total += tl.load(bias + channels, mask=mask).to(tl.float32)
+    total = total.to(out.dtype.element_ty)
+    if SILU:
+        wide = total.to(tl.float32)
+        total = (wide / (1 + tl.exp(-wide))).to(out.dtype.element_ty)
+    tl.store(out + row * num_channels + channels, total, mask=mask)
+
+
+@triton.jit
+def _delta_rule(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    g,
+    beta,
+    pool,
+    slot_idx,
+    input_pos,
+    out,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    g_row,
+    g_head,
+    beta_row,
+    beta_head,
+    scale,
+    GROUP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    """Some columns of the matrix of one head of one sequence."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    ks, vs = tl.arange(0, K_BLOCK), tl.program_id(2) * V_BLOCK + tl.arange(0, V_BLOCK)
+    has_past = tl.load(input_pos + row) > 0
+    k_mask, v_mask = ks < K_DIM, vs < V_DIM
+    q = tl.load(query + row * query_row + head // GROUP * query_head + ks, mask=k_mask, other=0.0)
+    k = tl.load(key + row * key_row + head // GROUP * key_head + ks, mask=k_mask, other=0.0)
+    q, k = q.to(tl.float32), k.to(tl.float32)
+    if NORMALISE:
+        q = q / tl.sqrt(tl.sum(q * q) + 1e-6)
+        k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
+    v = tl.load(value + row * value_row + head * value_head + vs, mask=v_mask, other=0.0).to(tl.float32)
+    learned = tl.load(beta + row * beta_row + head * beta_head).to(tl.float32)
+    mask = k_mask[:, None] & v_mask[None, :]
+    slot = tl.load(slot_idx + row) * tl.num_programs(1) + head
+    place = pool + (slot * K_DIM + ks[:, None]) * V_DIM + vs[None, :]
+    state = tl.where(has_past, tl.load(place, mask=mask, other=0.0), 0.0)
+    if BY_ROW:
+        decay = tl.load(g + row * g_row + head * g_head + ks, mask=k_mask, other=0.0).to(tl.float32)
+        state *= tl.exp(decay)[:, None]
+    else:
+        state *= tl.exp(tl.load(g + row * g_row + head * g_head).to(tl.float32))
+    missing = learned * (v - tl.sum(k[:, None] * state, 0))
+    state += k[:, None] * missing[None, :]
+    tl.store(place, state, mask=mask)
+    result = tl.sum((q * scale)[:, None] * state, 0)
+    target = out + (row * tl.num_programs(1) + head) * V_DIM + vs
+    tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
+
+
+@triton.jit
+def _ssd(  # type: ignore[no-untyped-def]
+    hidden_states,
+    dt,
+    B,
+    C,
+    A,
+    D,
+    dt_bias,
+    pool,
+    slot_idx,
+    input_pos,
+    out,
+    x_row,
+    x_head,
+    dt_row,
+    dt_head,
+    b_row,
+    b_group,
+    c_row,
+    c_group,
+    least,
+    most,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATE_BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """Some rows of the matrix of one head of one sequence."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dims, states = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATE_BLOCK)
+    has_past = tl.load(input_pos + row) > 0
+    step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
+    if dt_bias is not None:
+        step += tl.load(dt_bias + head).to(tl.float32)
+    if SOFTPLUS:
+        step = _softplus(step)
+    step = tl.minimum(tl.maximum(step, least), most)
+    dim_mask, state_mask = dims < DIM, states < STATE
+    x = tl.load(hidden_states + row * x_row + head * x_head + dims, mask=dim_mask, other=0.0).to(tl.float32)
+    b = tl.load(B + row * b_row + head // GROUP * b_group + states, mask=state_mask, other=0.0)
+    c = tl.load(C + row * c_row + head // GROUP * c_group + states, mask=state_mask, other=0.0)
+    mask = dim_mask[:, None] & state_mask[None, :]
+    slot = tl.load(slot_idx + row) * tl.num_programs(1) + head
+    place = pool + (slot * DIM + dims[:, None]) * STATE + states[None, :]
+    state = tl.where(has_past, tl.load(place, mask=mask, other=0.0), 0.0)
+    state *= tl.exp(step * tl.load(A + head).to(tl.float32))
+    state += (x * step)[:, None] * b.to(tl.float32)[None, :]
+    tl.store(place, state, mask=mask)
+    result = tl.sum(state * c.to(tl.float32)[None, :], 1)
+    if D is not None:
+        result += x * tl.load(D + head).to(tl.float32)
+    target = out + (row * tl.num_programs(1) + head) * DIM + dims
+    tl.store(target, result.to(out.dtype.element_ty), mask=dim_mask)
+
+
+@triton.jit
+def _selective(  # type: ignore[no-untyped-def]
+    hidden_states,
+    dt,
+    B,
+    C,
+    A,
+    D,
+    dt_bias,
+    pool,
+    slot_idx,
+    input_pos,
+    out,
+    x_row,
+    dt_row,
+    b_row,
+    c_row,
+    num_channels,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATE_BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """Some channels of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    channels, states = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATE_BLOCK)
+    has_past = tl.load(input_pos + row) > 0
+    channel_mask, state_mask = channels < num_channels, states < STATE
+    step = tl.load(dt + row * dt_row + channels, mask=channel_mask, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        step += tl.load(dt_bias + channels, mask=channel_mask, other=0.0).to(tl.float32)
+    if SOFTPLUS:
+        step = _softplus(step)
+    x = tl.load(hidden_states + row * x_row + channels, mask=channel_mask, other=0.0).to(tl.float32)
+    b = tl.load(B + row * b_row + states, mask=state_mask, other=0.0).to(tl.float32)
+    c = tl.load(C + row * c_row + states, mask=state_mask, other=0.0).to(tl.float32)
+    mask = channel_mask[:, None] & state_mask[None, :]
+    a = tl.load(A + channels[:, None] * STATE + states[None, :], mask=mask, other=0.0).to(tl.float32)
+    slot = tl.load(slot_idx + row) * num_channels
+    place = pool + (slot + channels[:, None]) * STATE + states[None, :]
+    state = tl.where(has_past, tl.load(place, mask=mask, other=0.0), 0.0)
+    state = state * tl.exp(step[:, None] * a) + (x * step)[:, None] * b[None, :]
+    tl.store(place, state, mask=mask)
+    result = tl.sum(state * c[None, :], 1)
+    if D is not None:
+        result += x * tl.load(D + channels, mask=channel_mask, other=0.0).to(tl.float32)
+    tl.store(out + row * num_channels + channels, result.to(out.dtype.element_ty), mask=channel_mask)
+
+
+@triton.jit
+def _softplus(x):  # type: ignore[no-untyped-def]
+    """As torch has it: x itself where it is above 20."""
+    return tl.where(x > 20, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))

@@ -59,7 +59,14 @@ SAME_TOKENS = {
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Layers of Mamba 2, of attention and of experts; transformers' cached steps ignore the least time step.
-    "nemotron_h_any_time_step": ("nemotron_h", {"time_step_min": 1e-30}),
+    "nemotron_h_any_time_step": (
+        "nemotron_h",
+        {
+            "time_step_min": 1e-30,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "moe", "full_attention"],
+        },
+    ),
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "llama4_temperature": (
         "llama4_text",

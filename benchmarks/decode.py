@@ -117,7 +117,10 @@ def where_the_time_goes(model: CachedModel, batch: int, context: int) -> dict[st
     page_size = model.sequence_info.tokens_per_block
     pages = (context + rounds + warm_ups) // page_size + 1
     tables = [list(range(1 + i * pages, 1 + (i + 1) * pages)) for i in range(batch)]
-    model.nest([SequenceStep([5], context, table) for table in tables], [RowParams()] * batch)
+    model.nest(
+        [SequenceStep([5], context, table, slot=1 + i) for i, table in enumerate(tables)],
+        [RowParams()] * batch,
+    )
 
     def step() -> None:
         model.forward()
@@ -150,7 +153,10 @@ def prefill_steps(model: CachedModel, context: int, num_steps: int = 8) -> dict[
     pages = -(-context // page_size)
     ids = torch.randint(1000, (context,)).tolist()
     model.nest(
-        [SequenceStep(ids, 0, list(range(1 + i * pages, 1 + (i + 1) * pages))) for i in range(num_prompts)]
+        [
+            SequenceStep(ids, 0, list(range(1 + i * pages, 1 + (i + 1) * pages)), slot=1 + i)
+            for i in range(num_prompts)
+        ]
     )
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
     for mark in marks:

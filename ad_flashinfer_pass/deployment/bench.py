@@ -1,9 +1,10 @@
 """Throughput and latency of a model under concurrent requests, compared with the floor that its memory sets.
 
-The floor of a decode step is the time in which the device's memory delivers what every step must read: each
-weight once, and K and V of every token in the batch. Of the experts it counts those that a batch is expected
-to choose if all are equally likely. The bandwidth is measured in the same run, by a large copy. No step can
-be faster than the floor; a step that is close to it has nothing left to gain.
+The floor of a decode step is the time in which the device's memory moves what every step must: each weight
+once, K and V of every token in the batch, and the states of its sequences, read and written. Of the experts
+it counts those that a batch is expected to choose if all are equally likely. The bandwidth is measured in the
+same run, by a large copy. No step can be faster than the floor; a step that is close to it has nothing left
+to gain.
 """
 
 from __future__ import annotations
@@ -213,10 +214,11 @@ def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeli
 
 
 def step_bytes(model: CachedModel, batch_size: int, context: int) -> int:
-    """Bytes that a decode step must read: weights, and K and V of ``context`` tokens of each sequence."""
+    """Bytes that a decode step must move: weights, K and V of ``context`` tokens, states both ways."""
     weights = model.weights.bytes_at(batch_size)
-    page_bytes = sum(cache[0].nbytes for cache in model.caches.values())
-    return weights + page_bytes * context * batch_size // model.sequence_info.tokens_per_block
+    page_bytes = sum(cache[0].nbytes for cache in model.paged)
+    pages = page_bytes * context * batch_size // model.sequence_info.tokens_per_block
+    return weights + pages + 2 * batch_size * sum(cache[0].nbytes for cache in model.states)
 
 
 def copy_bandwidth(device: torch.device) -> float:

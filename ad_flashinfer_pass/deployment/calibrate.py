@@ -101,7 +101,7 @@ def _largest(model: CachedModel, token_ids: list[int]) -> torch.Tensor:
         pages = range(1, -(-(start + len(chunk)) // info.tokens_per_block) + 1)
         model.step([SequenceStep(chunk, start, pages, slot=1)])
     used = slice(1, -(-len(token_ids) // info.tokens_per_block) + 1)
-    largest = [cache[used].abs().amax((0, 2, 3, 4)).float().cpu() for cache in model.caches.values()]
+    largest = [cache[used].abs().amax((0, 2, 3, 4)).float().cpu() for cache in model.paged]
     model.clear_pages(range(1, used.stop))
     return torch.stack(largest)
 

@@ -46,9 +46,12 @@ class CachedModel:
         self.caches = caches
         self.sequence_info = sequence_info
         self.device = sequence_info.device
-        self._paged = [cache for name, cache in caches.items() if name.startswith(POOLS[0])]
+        self.paged = [cache for name, cache in caches.items() if name.startswith(POOLS[0])]
+        """Those of ``caches`` that are of pages."""
+        self.states = [cache for name, cache in caches.items() if name.startswith(POOLS[1:])]
+        """Those that are of states."""
         pages = sequence_info.max_batch_size * sequence_info.max_blocks_per_seq + 1
-        self.num_pages = self._paged[0].shape[0] if self._paged else pages  # which then hold nothing
+        self.num_pages = self.paged[0].shape[0] if self.paged else pages  # which then hold nothing
         self.vocab_size = vocab_size
         self.weights = weights or StepWeights()
         self.generation_config: GenerationConfig | None = None
@@ -161,5 +164,5 @@ class CachedModel:
         if self.device.type == "cuda":
             index = index.pin_memory().to(self.device, non_blocking=True)
         with torch.inference_mode():
-            for cache in self._paged:
+            for cache in self.paged:
                 cache[index] = 0

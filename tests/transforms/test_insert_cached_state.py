@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ad_flashinfer_pass import inspection
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
+from ad_flashinfer_pass.deployment.bench import step_bytes
 from ad_flashinfer_pass.errors import CapacityError, UnsupportedError
 from ad_flashinfer_pass.exported import restore, to_program
 from ad_flashinfer_pass.inspection.check.check import check_prepared, prepare
@@ -130,6 +131,8 @@ def test_a_model_without_attention_is_saved_and_restored(recurrent: nn.Module) -
 
     restored = restore(to_program(model), kv_cache_config={"tokens_per_block": 16}, device="cpu", **sizes)
 
+    of_states = 2 * 3 * sum(cache[0].nbytes for cache in model.caches.values())
+    assert step_bytes(model, 3, 10) == model.weights.bytes_at(3) + of_states  # whatever came before
     for served in (model, restored):
         assert {name.rstrip("0123456789") for name in served.caches} == {"conv_state_", "recurrent_state_"}
         assert architectures.generated_by_engine(served, PROMPTS[:3], 8) == wanted

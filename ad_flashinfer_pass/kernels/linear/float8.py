@@ -74,11 +74,14 @@ def dequantized(
         return four_bits.dequantized(weight, scale, zero_point, dtype)
     exact = torch.promote_types(dtype, torch.float32)
     scale = scale.to(exact)
-    if is_by_blocks(weight, scale):
-        rows, depth = weight.shape[-2:]
-        scale = scale.repeat_interleave(BLOCK, -2)[..., :rows, :]
-        scale = scale.repeat_interleave(BLOCK, -1)[..., :depth]
-    return (weight.to(exact) * scale).to(dtype)
+    if not is_by_blocks(weight, scale):
+        return (weight.to(exact) * scale).to(dtype)
+    rows, depth = weight.shape[-2:]
+    scale = scale.repeat_interleave(BLOCK, -1)[..., :depth]
+    if rows % BLOCK:
+        return (weight.to(exact) * scale.repeat_interleave(BLOCK, -2)[..., :rows, :]).to(dtype)
+    blocks = weight.to(exact).unflatten(-2, (-1, BLOCK)) * scale[..., None, :]
+    return blocks.flatten(-3, -2).to(dtype)
 
 
 def is_by_blocks(weight: Tensor, scale: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -43,17 +43,18 @@ class StandIns:
     """The weights of modules that were recognized.
 
     Args:
-        is_made_of: whether a weight is exactly what these tensors stand for.
+        is_made_of: whether a weight is exactly what these tensors are, by name.
     """
 
-    def __init__(self, is_made_of: Callable[[Tensor, list[str]], bool]) -> None:
+    def __init__(self, is_made_of: Callable[[Tensor, Mapping[str, Tensor]], bool]) -> None:
         self._is_made_of = is_made_of
-        self._read: list[str] = []
+        self._read: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self._held: dict[tuple[nn.Module, str], set[str]] = {}
 
-    def note(self, name: str) -> None:
-        """A quantized weight is read."""
-        self._read.append(name)
+    def note(self, name: str, tensor: Tensor) -> None:
+        """A quantized weight was read; it is kept until a module gets what was made of it."""
+        self._read[name], self._versions[name] = tensor, tensor._version
 
     def holds(self, module: nn.Module, weight: str, names: Iterable[str]) -> bool:
         """Whether a weight was recognized as made of these."""
@@ -71,6 +72,7 @@ class StandIns:
                 yield
             finally:
                 _LOADING.reset(token)
+                self._read = {}
                 if before is None:
                     del os.environ[_IN_ORDER]
                 else:
@@ -80,8 +82,9 @@ class StandIns:
         """What a module holds in place of a parameter that transformers hands to it; None: that."""
         if parameter.is_meta or not self._read:
             return None
-        read, self._read = self._read, []
-        if not self._is_made_of(parameter, read):
+        read, self._read = self._read, {}
+        was_written = any(tensor._version != self._versions[name] for name, tensor in read.items())
+        if was_written or not self._is_made_of(parameter, read):
             return None
         self._held[module, name] = set(read)
         stand_in: Any = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)

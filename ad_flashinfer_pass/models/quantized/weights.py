@@ -7,7 +7,7 @@ all others. Then each of its modules whose weight is quantized is replaced, once
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ class QuantizedWeights:
             return self._stored(name)
         each = self.found[name]
         weight = each.scheme.dequantized(self._parts(each))
-        if not weight.isfinite().all():
+        if not torch.stack(weight.aminmax()).isfinite().all():  # in one pass; it lets no NaN through
             raise self._error(each.base + each.scheme.weight, "is not finite everywhere")
         weight = weight.to(self.dtype)
         return weight.mT.contiguous() if each.scheme.is_of_experts else weight
@@ -123,13 +123,14 @@ class QuantizedWeights:
         return Deferred(self._read_for_transformers, name)
 
     def _read_for_transformers(self, name: str) -> Tensor:
-        if name in self.found and not self.dequantize:
-            self.stand_ins.note(name)
         try:
-            return self.read(name)
+            tensor = self.read(name)
         except LoadError as err:  # transformers does not let it through
             self.fault = err
             raise
+        if name in self.found and not self.dequantize:
+            self.stand_ins.note(name, tensor)
+        return tensor
 
     def check_modules(self, model: nn.Module) -> None:
         """That each weight that lies in the model is one of linears or experts, and the others are plain.
@@ -223,21 +224,25 @@ class QuantizedWeights:
 
     def _check_held(self, module: nn.Module, weight: str, names: list[str], path: str) -> None:
         held = self.stand_ins.holds(module, weight, names)
-        if not held and not self._is_made_of(getattr(module, weight), names):
+        if not held and not self._is_made_of(
+            getattr(module, weight), {name: self.read(name) for name in names}
+        ):
             each = self.found[names[0]]
             raise self._error(
                 each.base + each.scheme.weight, f"was changed by transformers before it came to {path!r}"
             )
 
-    def _is_made_of(self, weight: Tensor, names: list[str]) -> bool:
-        """Whether a weight is the one of this name, or has those of experts one after the other."""
-        by_number = _by_number(names)
+    @staticmethod
+    def _is_made_of(weight: Tensor, read: Mapping[str, Tensor]) -> bool:
+        """Whether a weight is the one that was read, or has those of experts one after the other."""
+        by_number = _by_number(read)
         if not by_number:
-            return len(names) == 1 and torch.equal(weight, self.read(names[0]).to(weight.dtype))
+            (first, *more) = read.values()
+            return not more and torch.equal(weight, first.to(weight.dtype))
         if weight.ndim != 3 or sorted(by_number) != list(range(len(weight))):
             return False
         for number, parts in by_number.items():
-            rows = torch.cat([self.read(parts[part]) for part in ("gate", "up", "down") if part in parts])
+            rows = torch.cat([read[parts[part]] for part in ("gate", "up", "down") if part in parts])
             if not torch.equal(weight[number], rows.to(weight.dtype)):
                 return False
         return True
@@ -320,7 +325,7 @@ class QuantizedWeights:
         return LoadError(f"{self.directory}: the weights are {self.quantized}, but tensor {name!r} {what}.")
 
 
-def _by_number(names: list[str]) -> dict[int, dict[str, str]]:
+def _by_number(names: Iterable[str]) -> dict[int, dict[str, str]]:
     """The weights of experts that are stored one by one, by number and part; empty if one is not."""
     found: dict[int, dict[str, str]] = defaultdict(dict)
     for name in names:

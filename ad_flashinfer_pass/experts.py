@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -36,6 +37,8 @@ from ad_flashinfer_pass.known_code import digest
 
 aten = torch.ops.aten
 _ANY_WIDTH = 8
+_TRACING = threading.Lock()
+"""make_fx changes what all threads see, and fails in two of them at a time."""
 _NO_MORE = (None, None, None)
 """Biases, and a projection of its own for what the gate multiplies."""
 
@@ -293,7 +296,7 @@ def _trace(
     )
     example = torch.empty((2, width), dtype=dtype, device=device)
     example = mode.from_tensor(example, symbolic_context=rows_are_dynamic)
-    with torch.no_grad():
+    with torch.no_grad(), _TRACING:
         graph = make_fx(lambda x: function(x))(example).graph  # a lambda, because it counts a method's self
     return _Trace(graph, f"{_written(graph)} {[str(guard.expr) for guard in env.guards]}")
 

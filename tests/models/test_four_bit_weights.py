@@ -15,6 +15,7 @@ from torch import Tensor
 from ad_flashinfer_pass import SamplingParams, build_model
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.models.quantized.modules import QuantizedLinear
+from ad_flashinfer_pass.models.quantized.places import Modules
 from ad_flashinfer_pass.models.weightless import load_weightless
 from tests import architectures
 from tests.models.four_bit_checkpoints import INTEGERS, NVFP4, Tensors, llama, write_integers, write_nvfp4
@@ -186,6 +187,19 @@ def change(name: str, tensor: Tensor | None) -> Any:
             tensors[name] = tensor
 
     return edit
+
+
+def test_refuses_what_transformers_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that comes to a module that is not found by its name must not be lost there."""
+    own = Modules.linear
+
+    def linear(modules: Modules, name: str) -> str | None:
+        return None if name == f"{QUERY}.weight" else own(modules, name)
+
+    monkeypatch.setattr(Modules, "linear", linear)
+    monkeypatch.setattr(Modules, "has_layer_of", lambda self, name: False)
+    with pytest.raises(LoadError, match=f"'{QUERY}.qweight' came to '{QUERY}' by another name"):
+        loaded(checkpoint("gptq"))
 
 
 def out_of_order(tensors: Tensors) -> None:

@@ -60,6 +60,11 @@ class StandIns:
         """Whether a weight was recognized as made of these."""
         return self._held.get((module, weight)) == set(names)
 
+    def left_in(self, model: nn.Module) -> dict[str, set[str]]:
+        """The modules of a model that still hold one number in place of a weight, and what it was made of."""
+        paths = {module: path for path, module in model.named_modules()}
+        return {paths[module]: names for (module, _), names in self._held.items() if module in paths}
+
     @contextmanager
     def while_loading(self) -> Iterator[None]:
         """Within, transformers loads the model, in this thread; one model at a time."""

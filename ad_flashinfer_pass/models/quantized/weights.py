@@ -187,6 +187,9 @@ class QuantizedWeights:
                 path, quantized_experts(module, path, read(module, path, names), scheme.activation)
             )
             del module
+        for path, made_of in self.stand_ins.left_in(model).items():
+            each = self.found[min(made_of)]
+            raise self._refusal(each, f"came to {path!r} by another name; {_DEQUANTIZE}")
 
     def _experts_together(self, module: Any, path: str, names: list[str]) -> Projections:
         found = {}

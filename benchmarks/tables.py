@@ -183,6 +183,40 @@ def experts(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{speed} {where}: {data['how']}."]
 
 
+_VLLM_QUANTIZED = {
+    "Llama-3.1-8B, float8 by channel and token, fp8 cache": {
+        1: (3.59, 49_000),
+        8: (3.78, 67_000),
+        32: (5.22, 66_000),
+        128: (8.40, 66_000),
+    }
+}
+
+
+def quantized(data: dict[str, Any]) -> list[str]:
+    """Of ``quantized.json``: float8 models beside vLLM."""
+    lines = _heading(
+        "model",
+        "sequences",
+        "activations",
+        "step, ms",
+        "floor, ms",
+        "vLLM 0.24, ms",
+        "prompts, tokens/s",
+        "vLLM 0.24, tokens/s",
+    )
+    for model in data["models"]:
+        for row in model["rows"]:
+            step, prompts = _VLLM_QUANTIZED.get(model["name"], {}).get(row["sequences"], (None, None))
+            cells = [model["name"], row["sequences"], row["activations"]]
+            cells += [_number(row["step_ms"], ".2f", below=step), _number(row["floor_ms"], ".2f")]
+            cells += [_number(step, ".2f"), _number(row["prompt_tokens_per_s"], ",.0f", above=prompts)]
+            cells.append(_number(prompts, ",.0f"))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    built = ", ".join(f"{m['name']} {m['build_seconds']:.0f} s" for m in data["models"])
+    return [*lines, "", f"Built in: {built}. {data['note']}.", "", _source(data)]
+
+
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
     """A number, in bold if it is worse than it should be; a dash for what was not measured."""
     if value is None:
@@ -204,7 +238,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "performance.md": (experts,),
+    "performance.md": (experts, quantized),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 

@@ -37,11 +37,14 @@ _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
 _CANDIDATES = [(2, 1024, 4, 2, 512, 2), (1, 1024, 4, 2, 1024, 2)]
+# Of a byte an element, to which x and its scales come for each row: more rows share them.
+_OF_8_BITS = [*_CANDIDATES, (4, 1024, 4, 4, 256, 2), (8, 1024, 8, 8, 256, 4), (8, 512, 4, 8, 256, 2)]
 
 
-def candidates(num_tokens: int) -> list[Config]:
+def candidates(num_tokens: int, is_float8: bool = False) -> list[Config]:
     """The configurations worth timing, the most promising first; none for more tokens than a few."""
-    return [Config(*values) for values in _CANDIDATES] if num_tokens <= _MAX_TOKENS else []
+    found = _OF_8_BITS if is_float8 else _CANDIDATES
+    return [Config(*values) for values in found] if num_tokens <= _MAX_TOKENS else []
 
 
 def run(x: Experts, config: Config) -> Tensor:

@@ -11,7 +11,12 @@ from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 
 
 def candidates(
-    num_tokens: int, top_k: int, num_experts: int, device: torch.device, by_blocks: bool = False
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    device: torch.device,
+    is_float8: bool = False,
+    by_blocks: bool = False,
 ) -> list[Kernel]:
     """The kernels worth timing, the most promising first.
 
@@ -20,9 +25,10 @@ def candidates(
         top_k: experts of a token.
         num_experts: of the layer.
         device: where they run.
+        is_float8: the weights are.
         by_blocks: each block of a weight has a scale.
     """
-    by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens)]
+    by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens, is_float8)]
     per_expert = num_tokens * top_k / num_experts
     by_group = grouped.candidates(per_expert, device, by_blocks)
     return by_gemv + [Kernel("grouped", config) for config in by_group]
@@ -41,7 +47,8 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
     if kernel.name == DEFAULT:
         num_tokens, top_k = x.top_k_index.shape
         num_experts, device = x.down.weight.shape[0], x.top_k_index.device
-        kernel = candidates(num_tokens, top_k, num_experts, device, x.is_by_blocks)[0]
+        is_float8 = x.down.scale is not None
+        kernel = candidates(num_tokens, top_k, num_experts, device, is_float8, x.is_by_blocks)[0]
     if kernel.name == "gemv":
         return gemv.run(x, gemv.Config(*kernel.options))
     return grouped.run(x, grouped.Config(*kernel.options))

@@ -92,9 +92,11 @@ class ExpertsLayers:
         return Measured(chosen, notes)
 
     def _of(self, kind: ExpertsKind, size: int) -> list[str]:
-        found = select.candidates(size, kind.top_k, kind.num_experts, self.device, kind.by_blocks)
+        is_float8 = kind.dtype == torch.float8_e4m3fn
+        sizes = (size, kind.top_k, kind.num_experts)
+        found = select.candidates(*sizes, self.device, is_float8, kind.by_blocks)
         # torch has no kernel for float8: it would copy the weights of each token's experts.
-        others = [] if kind.dtype == torch.float8_e4m3fn else ["torch"]
+        others = [] if is_float8 else ["torch"]
         return [self.default, *map(str, found[1:]), *others]
 
     def _launch(self, kind: ExpertsKind, size: int, weights: Weights) -> Callable[[str], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -180,6 +181,26 @@ def test_generates_by_torch_compile(name: str) -> None:
             steps.append(batch.last_logits(compiled(**batch.inputs, use_cache=False).logits).argmax(-1))
     assert torch.stack(steps, 1).tolist() == stated_tokens(name)
     assert [record.what for record in session.compiles].count("pass") == 1
+
+
+def test_by_the_configuration_of_autodeploy(tmp_path: Path) -> None:
+    """The first that this package was made for, in its words, but for the graphs, which a CPU has not."""
+    directory = shutil.copytree(checkpoint("modelopt"), tmp_path / "model")
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 2048}))
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"model: {directory}\n"
+        "attn_backend: flashinfer_trtllm\n"
+        "compile_backend: torch-simple\n"
+        "cuda_graph_batch_sizes: [1, 2, 4, 8, 16, 32]\n"
+        "max_batch_size: 32\n"
+        "max_seq_len: 2048\n"
+        "device: cpu\n"
+    )
+    llm = LLM(build_model(AutoDeployConfig.from_yaml(file)).model, eos_token_ids=())
+    results = llm.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_NEW_TOKENS))
+    assert [list(result.token_ids) for result in results] == stated_tokens("modelopt")
 
 
 @pytest.mark.parametrize("name", ["modelopt"])

@@ -108,6 +108,17 @@ class BranchesOnOneToken(NoPositions):
         return super().forward(input_ids) * (2 if input_ids.shape[1] == 1 else 1)
 
 
+class MasksLogits(BranchesOnOneToken):
+    """Some tokens are never to be drawn."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).masked_fill(torch.arange(29) > 25, self.least)
+
+
 class BranchesOnLength(NoPositions):
     def forward(self, input_ids: Tensor) -> Tensor:
         scale = 1.0 if input_ids.shape[1] <= 32 else 2.0
@@ -189,6 +200,11 @@ def test_parameters_are_shared_not_copied() -> None:
         (BranchesOnLength(), "BranchesOnLength"),
         (BranchesOnOneSequence(), "BranchesOnOneSequence"),
         (BranchesOnOneToken(), "BranchesOnOneToken"),
+        (BranchesOnOneToken().bfloat16(), "BranchesOnOneToken"),
+        (MasksLogits(float("-inf")), "MasksLogits"),
+        (MasksLogits(float("-inf")).bfloat16(), "MasksLogits"),
+        (MasksLogits(torch.finfo(torch.float32).min), "MasksLogits"),
+        (MasksLogits(float("nan")), "MasksLogits"),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )

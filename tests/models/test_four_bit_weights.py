@@ -54,6 +54,34 @@ def test_computes_as_plain_weights_do(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gptq", "packed"])
+def test_takes_names_that_transformers_changes(tmp_path: Path, name: str) -> None:
+    """Nemotron-H is model in transformers and backbone in checkpoints, whose lists say so, too."""
+    sizes: dict[str, Any] = {"mamba_num_heads": 8, "mamba_head_dim": 16}
+    nemotron = architectures.small_config("nemotron_h", moe_shared_expert_intermediate_size=64, **sizes)
+    ignored = "backbone.layers.0.mixer.in_proj"
+
+    def edit(tensors: Tensors) -> None:
+        for part in [part for part in tensors if part.startswith(f"{ignored}.")]:
+            del tensors[part]
+        tensors[f"{ignored}.weight"] = torch.load(tmp_path / "plain.pt")[f"{ignored}.weight"]
+
+    listed = {"ignore": ["lm_head", ignored]} if name == "packed" else {}
+    directory = write_integers(tmp_path, INTEGERS[name], edit, nemotron, **listed)
+    module, ids = loaded(directory), torch.tensor(PROMPTS[2:])
+    assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == 7
+    planned = load_weightless(config(directory))[0].state_dict()
+    if listed:  # of GPTQ, the tensors alone say which are plain
+        assert {key: tensor.shape for key, tensor in planned.items()} == {
+            key: tensor.shape for key, tensor in module.state_dict().items()
+        }
+    stated = tmp_path / "stated"
+    nemotron.save_pretrained(stated)
+    save_file(torch.load(directory / "plain.pt"), stated / "model.safetensors")
+    torch.testing.assert_close(module(ids).logits, loaded(stated)(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_leaves_out_biases_of_zeros(tmp_path: Path) -> None:
     """Libraries of GPTQ give one to each linear; one that is not of zeros is refused."""
     zeros = torch.zeros(128, dtype=torch.float16)

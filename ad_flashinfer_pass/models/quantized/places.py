@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from ad_flashinfer_pass.experts import goes_through_the_interface
 from ad_flashinfer_pass.models.quantized.layout import Layout
@@ -31,6 +33,9 @@ class Modules:
     def __init__(self, model: Any) -> None:
         self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._modules = dict(model.named_modules())
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        self._reversed = [each.reverse_transform() for each in self._renamings[::-1]]
         self._experts: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for path, module in self._modules.items():
             if goes_through_the_interface(module):
@@ -53,42 +58,61 @@ class Modules:
 
     def has_layer_of(self, name: str) -> bool:
         """Whether a tensor is of a layer that the model has."""
-        parts = name.split(".")
+        parts = _renamed(name, self._renamings).split(".")
         known = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in self._modules)
         return known == len(parts) - 1 or any(part.isdigit() for part in parts[:known])
 
     def variants(self, name: str) -> Iterator[str]:
-        """The names of a module with and without the prefix of its model, as transformers takes either."""
-        yield from (name, self._prefix + name, name.removeprefix(self._prefix))
+        """The names of a module with and without the prefix of its model, as transformers takes either.
+
+        Also in the words of checkpoints, if they are others than transformers'.
+        """
+        for each in dict.fromkeys((name, _renamed(name, self._reversed))):
+            yield from (each, self._prefix + each, each.removeprefix(self._prefix))
+
+    def scheme(self, layout: Layout, path: str) -> Scheme | None:
+        """How a linear, or experts together or one by one, are quantized; None: by one name, they are not."""
+        is_linear = type(self._modules[path]) is nn.Linear
+        ends = ("",) if is_linear else ("", ".gate_up_proj", ".0.gate_proj", ".0.w1")
+        schemes = []
+        for name in self.variants(path):
+            groups = (layout.group_of(name + end) for end in ends)
+            schemes.append(next((group.scheme for group in groups if group is not None), None))
+        return None if None in schemes else schemes[0]
 
     def _path(self, name: str) -> str | None:
-        return next((each for each in self.variants(name) if each in self._modules), None)
+        names = (*self.variants(_renamed(name, self._renamings)), *self.variants(name))
+        return next((each for each in names if each in self._modules), None)
+
+
+def _renamed(name: str, renamings: Iterable[WeightTransform]) -> str:
+    """Of a module, as transformers renames its weight."""
+    name += ".weight"
+    for each in renamings:
+        name, _ = each.rename_source_key(name)
+    return name.removesuffix(".weight")
 
 
 def linears_of(model: Any, layout: Layout) -> dict[str, tuple[nn.Linear, Scheme]]:
     """The linears of a model that a layout says are quantized, by name."""
-    head = model.get_output_embeddings() if layout.head_is_plain else None
+    modules, head = Modules(model), model.get_output_embeddings() if layout.head_is_plain else None
     return {
-        name: (module, group.scheme)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and (group := layout.group_of(name)) is not None
+        path: (module, scheme)
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module is not head
+        and (scheme := modules.scheme(layout, path)) is not None
     }
 
 
 def experts_of(model: nn.Module, layout: Layout) -> dict[str, tuple[Any, Scheme]]:
     """The experts of a model that a layout says are quantized, by name."""
+    modules = Modules(model)
     return {
         path: (module, scheme)
         for path, module in model.named_modules()
-        if goes_through_the_interface(module) and (scheme := scheme_of(layout, path)) is not None
+        if goes_through_the_interface(module) and (scheme := modules.scheme(layout, path)) is not None
     }
-
-
-def scheme_of(layout: Layout, path: str) -> Scheme | None:
-    """How a linear, or experts together or one by one, are quantized."""
-    names = (path, f"{path}.gate_up_proj", f"{path}.0.gate_proj", f"{path}.0.w1")
-    found = (layout.group_of(name) for name in names)
-    return next((group.scheme for group in found if group is not None), None)
 
 
 def _numbers(path: str) -> tuple[str, ...]:

@@ -31,7 +31,6 @@ from ad_flashinfer_pass.models.quantized.places import (
     Modules,
     experts_of,
     linears_of,
-    scheme_of,
 )
 from ad_flashinfer_pass.models.quantized.scheme import REAL, Part, Scheme
 from ad_flashinfer_pass.models.quantized.stand_ins import Deferred, StandIns
@@ -257,7 +256,7 @@ class QuantizedWeights:
         taken = {modules.linear(name) or modules.experts(name) for name in self.found}
         linears = linears_of(model, self.layout)
         for path in (*linears, *experts_of(model, self.layout)):
-            if path not in taken and all(scheme_of(self.layout, name) for name in modules.variants(path)):
+            if path not in taken:
                 names = [name + ".weight" for name in modules.variants(path)] if path in linears else [path]
                 name = next((name for name in names if name in self._tensors), names[0])
                 found = "shared with another tensor" if path in linears else "plain"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, RequestError
+from ad_flashinfer_pass.experts import goes_through_the_interface
 from ad_flashinfer_pass.kernels.linear.float8 import LARGEST
 from ad_flashinfer_pass.models.checkpoint import read_headers
 from ad_flashinfer_pass.models.json_file import read_json
@@ -64,9 +66,10 @@ def quantize(
 ) -> Quantization:
     """Write a compressed-tensors checkpoint: float8_e4m3fn, a scale a row, activations by token.
 
-    Linears and experts that are stored one by one become float8, the head, embeddings and routers stay plain.
-    It is read by this package, by vLLM, and by transformers with compressed-tensors, if there are no experts,
-    whose scales it leaves away. Both models are in memory at the end, to be compared.
+    Linears and experts that are stored one by one become float8. The head, embeddings, routers, experts that
+    are stored together, and linears whose weights the model reads without calling them stay plain. It is read
+    by this package, by vLLM, and by transformers with compressed-tensors, if there are no experts, whose
+    scales it leaves away. Both models are in memory at the end, to be compared.
 
     Args:
         config: of a model whose weights are not quantized.
@@ -99,7 +102,8 @@ def quantize(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.absolute().parent)))
         made = folder / "made"
         tell("quantize")
-        names = _names(plain.module, {name: stored.shape for name, stored in headers.tensors.items()})
+        shapes = {name: stored.shape for name, stored in headers.tensors.items()}
+        names = _names(plain.module, shapes, _called(plain.module, token_ids[0]))
         sizes = _write(source, headers.files, raw, names, made)
         tell("compare")
         quantized = load_model(config.model_copy(update={"model": str(made), "tokenizer": None}))
@@ -124,26 +128,52 @@ class _Names:
     plain: list[str]
     """Modules."""
 
+    ignored: list[str]
+    """Likewise, and patterns of what lies in experts."""
 
-def _names(model: Any, shapes: dict[str, tuple[int, ...]]) -> _Names:
+
+@torch.no_grad()
+def _called(model: Any, ids: Sequence[int]) -> set[str]:
+    """The linears that a model calls; of others, as Jamba's dt_proj, it reads the weight."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
+def _names(model: Any, shapes: dict[str, tuple[int, ...]], called: set[str]) -> _Names:
     """What becomes of the matrices of a checkpoint."""
     modules = Modules(model)
     head = model.get_output_embeddings()
     heads = [path for path, module in model.named_modules() if module is head]
     tables = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    quantized, plain = set(), dict.fromkeys(heads)
+    quantized, taken, plain = set(), set(), dict.fromkeys(heads)
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
-        if path == name or len(shape) != 2 or any(each in tables for each in modules.variants(path)):
+        if path == name or len(shape) != 2 or modules.path(path) in tables:
             continue
-        linear = modules.linear(name)
-        if linear not in heads and (linear is not None or modules.experts(name) is not None):
+        linear, experts = modules.linear(name), modules.experts(name)
+        is_router = not {"router", "gate"}.isdisjoint(path.split("."))
+        if (linear in called and linear not in heads and not is_router) or experts is not None:
             quantized.add(name)
+            taken.add(experts)
         else:
             plain[path] = None
+    together = [
+        path
+        for path, module in model.named_modules()
+        if goes_through_the_interface(module) and path not in taken
+    ]
     if not quantized:
         raise ConfigError("quantize: the checkpoint has no linear, nor experts that are stored one by one.")
-    return _Names(quantized, list(plain))
+    ignored = [*plain, *(f"re:{re.escape(path)}([.]|$)" for path in together)]
+    return _Names(quantized, [*plain, *together], ignored)
 
 
 def _write(
@@ -172,7 +202,7 @@ def _write(
     if (made / _INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (made / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    said = {**raw, "quantization_config": _settings(names.plain)}
+    said = {**raw, "quantization_config": _settings(names.ignored)}
     (made / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
     return before, total
 
@@ -187,7 +217,7 @@ def float8_by_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale.to(weight.dtype)
 
 
-def _settings(plain: list[str]) -> dict[str, Any]:
+def _settings(ignored: list[str]) -> dict[str, Any]:
     numbers = {"num_bits": 8, "type": "float", "symmetric": True}
     group = {
         "targets": ["Linear"],
@@ -201,7 +231,7 @@ def _settings(plain: list[str]) -> dict[str, Any]:
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": plain,
+        "ignore": ignored,
         "kv_cache_scheme": None,
     }
 

@@ -74,6 +74,27 @@ def test_quantizes_experts(tmp_path: Path) -> None:
     assert report.kl < 0.1
 
 
+@pytest.mark.parametrize(
+    ("family", "number", "plain"),
+    [
+        ("gpt_oss", 8, ["mlp.router", "mlp.experts"]),
+        ("granitemoe", 8, ["block_sparse_moe.router.layer", "block_sparse_moe.experts"]),
+        ("mamba", 6, ["mixer.dt_proj"]),
+        ("nemotron_h", 16, ["mixer.gate"]),
+    ],
+)
+def test_leaves_plain_what_is_no_float8(tmp_path: Path, family: str, number: int, plain: list[str]) -> None:
+    """Experts that are stored together, routers, and weights that a model reads by itself."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gpt_oss" else {}
+    config, made = source(tmp_path / "plain", family, **kinds), tmp_path / "made"
+    report = quantize(config, made, PROMPTS)
+    assert (report.weights, report.plain[0]) == (number, "lm_head")
+    layers = ["lm_head"] + [name for name in report.plain if ".layers." in name]
+    assert len(report.plain) == len(layers)
+    assert report.kl < 1.0
+    assert {name.split(".", 3)[3] for name in layers[1:]} == set(plain)
+
+
 def test_rounds_to_the_nearest() -> None:
     """No float8 number is nearer, with the scale that is stored; rows of zeros stay so."""
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -43,14 +43,14 @@ class Modules:
 
     def linear(self, name: str) -> str | None:
         """The linear whose weight has this name."""
-        path = self._path(name.removesuffix(".weight"))
+        path = self.path(name.removesuffix(".weight"))
         return path if path is not None and type(self._modules[path]) is nn.Linear else None
 
     def experts(self, name: str) -> str | None:
         """The experts of which this weight is one, or of one of them: of its layer, if that has no others."""
         match = EXPERT.fullmatch(name.removesuffix(".weight"))
         if match is None:
-            path = self._path(name.rpartition(".")[0])
+            path = self.path(name.rpartition(".")[0])
             is_known = path is not None and path in self._experts[_numbers(path)]
             return path if is_known and hasattr(self._modules[path or ""], name.rpartition(".")[2]) else None
         found = self._experts.get(_numbers(match["layer"]), [])
@@ -80,7 +80,8 @@ class Modules:
             schemes.append(next((group.scheme for group in groups if group is not None), None))
         return None if None in schemes else schemes[0]
 
-    def _path(self, name: str) -> str | None:
+    def path(self, name: str) -> str | None:
+        """Of the module of this name."""
         names = (*self.variants(_renamed(name, self._renamings)), *self.variants(name))
         return next((each for each in names if each in self._modules), None)
 

@@ -11,6 +11,7 @@ import torch
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.models.quantized.modules import QuantizedLinear
 from ad_flashinfer_pass.models.weightless import load_weightless
 from tests import architectures
 
@@ -62,3 +63,28 @@ def test_logits_are_those_of_a_model_of_that_size(
     assert {n: (p.shape, p.dtype) for n, p in weightless.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in quantized.named_parameters()
     }
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "sizes", "number"),
+    [
+        ("llama", GPTQ, {"intermediate_size": 128}, 6),
+        ("qwen2_moe", {**GPTQ, "group_size": 32}, {}, 21),
+        ("gpt_oss", {"quant_method": "mxfp4"}, {"intermediate_size": 72}, 0),
+    ],
+)
+def test_what_no_checkpoint_has_stays_plain(
+    family: str, settings: dict[str, Any], sizes: dict[str, Any], number: int, tmp_path: Path
+) -> None:
+    """Rows that no group divides, and one row alone of those that are packed by eight."""
+    architectures.small_config(family, **sizes).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
+    config = AutoDeployConfig(model=str(tmp_path), skip_loading_weights=True, dtype="float32")
+    module = load_model(config).module
+    with torch.inference_mode():
+        assert module(torch.arange(12)[None]).logits.isfinite().all()
+    assert sum(isinstance(part, QuantizedLinear) for part in module.modules()) == number

@@ -82,8 +82,9 @@ def _quantization(gm: fx.GraphModule, args: Mapping[str, Any]) -> tuple[Any, ...
 
 def _fuse(gm: fx.GraphModule, linears: list[fx.Node]) -> None:
     args = [g.op_args(node) for node in linears]
-    names = [str(each["weight"].target) for each in args]
-    name = "_".join([names[0].rpartition(".")[0], *(n.split(".")[-2] for n in names[1:])]).replace(".", "_")
+    targets = [str(each["weight"].target) for each in args]
+    owners = [target.rpartition(".")[0] or target for target in targets]  # of the root, the weight itself
+    name = "_".join([owners[0], *(owner.rpartition(".")[2] for owner in owners[1:])]).replace(".", "_")
     weight = _add_parameter(gm, f"{name}_weight", [each["weight"] for each in args])
     bias = None
     if args[0]["bias"] is not None:

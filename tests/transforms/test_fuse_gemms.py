@@ -57,6 +57,22 @@ def test_linears_of_one_input_are_one_linear() -> None:
     assert_computes(gm, model)
 
 
+def test_weights_may_be_of_no_module() -> None:
+    """As those of a model that is written with parameters of its own, or was traced elsewhere."""
+
+    def mix(model: SmallModel, x: Tensor, position_ids: Tensor) -> Tensor:
+        left, right = (F.linear(x, model.get_parameter(name)) for name in ("left", "right"))
+        return left * right
+
+    model = SmallModel(mix=mix)
+    for name in ("left", "right"):
+        setattr(model, name, nn.Parameter(torch.randn(WIDTH, WIDTH), requires_grad=False))
+    ctx = context()
+    gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
+    assert reports["fuse_gemms"].num_matches == 1
+    assert_computes(gm, model, 1e-4)
+
+
 def test_one_copy_of_each_weight_is_left() -> None:
     model, ctx = SmallModel(sdpa), context()
     before = exported(model, ctx=ctx)

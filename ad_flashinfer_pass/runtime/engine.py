@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 _PAGES_AHEAD = 2
+_USERS: WeakKeyDictionary[CachedModel, ReferenceType[Engine]] = WeakKeyDictionary()
+"""By model, the engine that got a request last."""
 
 # What kernels, the allocator and the metadata raise; anything else is a bug, not a request's error.
 _STEP_ERRORS = (RuntimeError, ValueError, AdFlashinferError)
@@ -107,6 +110,8 @@ class _InFlight(NamedTuple):
 
 class Engine:
     """Runs any number of requests, which join and leave at any time, over one model.
+
+    The model's pages and states are all its own while it has requests: several engines take turns.
 
     Args:
         model: what computes logits.
@@ -216,7 +221,7 @@ class Engine:
         Raises:
             RequestError: the prompt is no sequence of token ids, empty, too long or holds an id outside the
                 vocabulary, or stop_token_ids does; the request needs more pages than there are, or it needs
-                text and there is no tokenizer.
+                text and there is no tokenizer; or another engine has requests on the same model.
         """
         with self.turns:
             return self._add_request(prompt, SamplingParams() if params is None else params, stream)
@@ -243,6 +248,13 @@ class Engine:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stream=text_stream,
         )
+        user = _USERS.get(self._model, ref(self))()
+        if user is not None and user is not self and user._requests:
+            raise RequestError(
+                "another engine has unfinished requests on this model, whose pages both would "
+                "write: end or cancel those first, or give them to one engine."
+            )
+        _USERS[self._model] = ref(self)
         self._num_requests += 1
         self._num_prompt_tokens += len(token_ids)
         self._requests[request.request_id] = request

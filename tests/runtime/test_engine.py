@@ -50,6 +50,22 @@ def test_a_batch_gives_the_tokens_of_each_prompt_alone(chunk: int | None, max_nu
     assert max(chunks) <= (chunk or max_num_tokens)
 
 
+def test_engines_of_one_model_take_turns() -> None:
+    """Together they would write the same pages."""
+    model = ToyModel()
+    first, second = Engine(model), Engine(model)
+    request = first.add_request([1, 2], SamplingParams(max_new_tokens=9))
+    first.step()
+    with pytest.raises(RequestError, match="another engine has unfinished requests on this model"):
+        second.add_request([3], SamplingParams(max_new_tokens=9))
+    assert drain(first)[request].token_ids == greedy_alone([1, 2], 9)
+    for engine in (second, first):
+        assert tokens_of(engine, [[3]], SamplingParams(max_new_tokens=9)) == [greedy_alone([3], 9)]
+    first.add_request([1, 2])
+    del first, engine
+    assert tokens_of(second, [[3]], SamplingParams(max_new_tokens=9)) == [greedy_alone([3], 9)]
+
+
 @pytest.mark.parametrize(
     "params",
     [

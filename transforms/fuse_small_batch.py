@@ -124,8 +124,6 @@ def _unfit(args: Mapping[str, Any]) -> str | None:
         return f"its {'activations are' if 'x' in args else 'weight is'} {dtype}"
     if weight.dtype == torch.uint8:
         return "its weight is of 4 bits"
-    if weight.dtype == torch.uint8:
-        return "its weight has 4 bits"
     if not weight.is_contiguous():
         return "its weight is strided"
     return None

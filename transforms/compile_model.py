@@ -107,7 +107,7 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
     info = ctx.sequence_info
     few, short = max(1, min(2, info.max_seq_len, info.max_num_tokens // 2)), info.max_batch_size >= 2
     paged = [ctx.caches[resource.name] for resource in ctx.resources]
-    num_pages = ctx.num_pages - 1
+    num_pages = min((len(cache) for cache in paged), default=ctx.num_pages) - 1
     many = min(_MANY, info.max_seq_len, info.max_num_tokens, num_pages * info.tokens_per_block)
     pages = list(range(1, 1 + -(-many // info.tokens_per_block)))
     steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), ([many], True))

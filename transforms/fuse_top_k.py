@@ -14,6 +14,7 @@ kernel, for rows of as few numbers as routers have.
 from __future__ import annotations
 
 import operator
+from typing import TypeGuard
 
 import torch
 from torch import fx, nn
@@ -69,7 +70,7 @@ def _fuse(node: fx.Node) -> None:
         divided = None if last is None else _over_its_sum(last)
         if divided is not None:
             softmax, last = "chosen", divided
-    elif last is not None and (after := _only_user(last)) is not None and _is_softmax(after):
+    elif last is not None and _is_softmax(after := _only_user(last)) and g.value(after).dtype in _FLOATS:
         softmax, last, dtype = "chosen", after, g.value(after).dtype
     if g.is_op(x, aten.to.dtype, aten._to_copy) and g.value(g.args(x)[0]).dtype in _FLOATS:
         x = g.args(x)[0] if g.value(x).dtype == torch.float32 else x  # exact
@@ -89,14 +90,19 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_softmax(node: fx.Node) -> bool:
+def _is_softmax(node: fx.Node | None) -> TypeGuard[fx.Node]:
     return g.is_op(node, aten.softmax.int, aten._softmax) and g.args(node)[1] in (-1, len(g.shape(node)) - 1)
 
 
 def _over_its_sum(values: fx.Node) -> fx.Node | None:
     """values / sum(values), if nothing else reads the values."""
     total = next((user for user in values.users if g.is_op(user, aten.sum.dim_IntList)), None)
-    if total is None or len(values.users) != 2 or list(g.args(total)[1:]) not in ([[-1], True], [[1], True]):
+    if (
+        total is None
+        or total.kwargs
+        or len(values.users) != 2
+        or list(g.args(total)[1:]) not in ([[-1], True], [[1], True])
+    ):
         return None
     divided = _only_user(total)
     is_share = g.is_op(divided, aten.div.Tensor) and g.args(divided) == (values, total)

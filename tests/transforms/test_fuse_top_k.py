@@ -90,3 +90,31 @@ def test_a_softmax_that_others_read_stays() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     for found, wanted in zip(gm(x), Router()(x), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class Wide(nn.Module):
+    """Its weights are float64, which the kernel does not compute."""
+
+    def __init__(self, is_before: bool) -> None:
+        super().__init__()
+        self.is_before = is_before
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_before:
+            best, index = x.topk(2)
+            return best.softmax(-1, dtype=torch.float64), index
+        best, index = x.softmax(-1).topk(2)
+        return best / best.sum(-1, keepdim=True, dtype=torch.float64), index
+
+
+@pytest.mark.parametrize("is_before", [False, True])
+def test_weights_of_float64_stay(is_before: bool) -> None:
+    module = Wide(is_before)
+    gm = torch.export.export(module, (torch.zeros(3, 8),)).module()
+    assert isinstance(gm, fx.GraphModule)
+    (node,) = find(gm, torch.ops.aten.topk)
+    fuse_top_k._fuse(node)
+    gm.recompile()
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for found, wanted in zip(gm(x), module(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)

@@ -37,7 +37,7 @@ from torch import Tensor, fx
 from transformers import GptOssConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
 from ad_flashinfer_pass import build
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype
 from ad_flashinfer_pass.deployment.bench import bench, copy_bandwidth, machine, step_bytes
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -47,7 +47,7 @@ from ad_flashinfer_pass.runtime.sampling import SamplingParams
 EXPERTS = torch.ops.ad_flashinfer.experts
 PACKAGES = ("ad-flashinfer-pass", "torch", "transformers", "triton", "flashinfer-python")
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 128, 8, 2048, 768
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -149,10 +149,27 @@ def measure_kernels(num_tokens: int, bandwidth: float, device: torch.device, smo
     }
 
 
-def build_model(shape: PretrainedConfig, args: argparse.Namespace, device: torch.device) -> tuple[LLM, float]:
-    """The model, and the seconds that it took to build."""
+def build_model(
+    shape: PretrainedConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+    quantization: dict[str, Any] | None = None,
+    kv_dtype: KvDtype = "auto",
+) -> tuple[LLM, float]:
+    """The model, and the seconds that it took to build.
+
+    Args:
+        shape: its config.
+        args: of the command.
+        device: that takes it.
+        quantization: what stands in config.json as quantization_config.
+        kv_dtype: of the cache.
+    """
     with tempfile.TemporaryDirectory() as directory:
         shape.save_pretrained(directory)
+        if quantization is not None:
+            file = Path(directory) / "config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantization}))
         config = AutoDeployConfig(
             model=directory,
             skip_loading_weights=True,
@@ -164,6 +181,7 @@ def build_model(shape: PretrainedConfig, args: argparse.Namespace, device: torch
             max_seq_len=args.context + args.new + 16,
             max_num_tokens=args.max_num_tokens,
             cuda_graph_batch_sizes=args.batches,
+            kv_cache_config=KvCacheConfig(dtype=kv_dtype),
         )
         start = time.perf_counter()
         llm = build.build_model(config, on_event=lambda name: print(f"  {name}", file=sys.stderr, flush=True))
@@ -270,7 +288,7 @@ def main() -> int:
     models: list[dict[str, Any]] = []
     results = {
         "machine": machine(device),
-        "versions": {name: found for name in PACKAGES if (found := _installed(name))},
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "copy_bytes_per_s": bandwidth,
@@ -296,7 +314,8 @@ def main() -> int:
     return 0
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Its version, if it is there."""
     try:
         return version(package)
     except PackageNotFoundError:

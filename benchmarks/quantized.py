@@ -17,8 +17,6 @@ import datetime
 import gc
 import json
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,15 @@ import torch
 from torch import fx
 from transformers import LlamaConfig, PretrainedConfig
 
-from ad_flashinfer_pass import build
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import KvDtype
 from ad_flashinfer_pass.deployment.bench import bench, copy_bandwidth, machine
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
-from benchmarks.experts import PACKAGES, SMALL, _installed, graph_of, qwen3_30b_a3b
+from benchmarks.decode import llama_8b
+from benchmarks.experts import PACKAGES, SMALL, build_model, graph_of, installed, qwen3_30b_a3b
 
 _FLOAT8 = {"num_bits": 8, "type": "float"}
 DYNAMIC = {
@@ -55,69 +53,42 @@ BLOCKS = {
     "activation_scheme": "dynamic",
     "modules_to_not_convert": ["lm_head", "mlp.gate"],
 }
+_LINEAR = torch.ops.ad_flashinfer.linear.default
+_QUANTIZED = torch.ops.ad_flashinfer.quantized_linear.default
 _NUMBERS = {"small_gemm": "16 bits", "small_gemm_w8a8": "float8"}
 
 
-def llama_8b(**changes: Any) -> PretrainedConfig:
-    """meta-llama/Llama-3.1-8B's shape."""
-    shape = {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    }
-    return LlamaConfig(architectures=["LlamaForCausalLM"], **{**shape, **changes})
-
-
-MODELS: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
-    "Llama-3.1-8B, float8 by channel and token, fp8 cache": (llama_8b(), DYNAMIC, "fp8"),
+MODELS: dict[str, tuple[PretrainedConfig, dict[str, Any], KvDtype]] = {
+    "Llama-3.1-8B, float8 by channel and token, fp8 cache": (llama_8b(32), DYNAMIC, "fp8"),
     "Qwen3-30B-A3B, float8 by blocks": (qwen3_30b_a3b(48), BLOCKS, "auto"),
 }
-_SMALL = (llama_8b(**SMALL), qwen3_30b_a3b(2, **{**SMALL, "moe_intermediate_size": 64}))
+_SMALL = (LlamaConfig(**SMALL), qwen3_30b_a3b(2, **{**SMALL, "moe_intermediate_size": 64}))
 
 
 def activations(model: CachedModel, batch: int) -> str:
     """What the float8 linears of a decode step multiply by, those that are most first."""
-    graph: fx.GraphModule = graph_of(model, batch)
     found = []
-    for node in graph.graph.nodes:
-        if g.is_op(node, torch.ops.ad_flashinfer.linear.default):
-            args = g.op_args(node)
-            if args["weight_scale"] is not None:
-                found.append(_NUMBERS.get(KernelPlan.parse(args["plan"]).at(batch).name, "float8"))
-    return " and ".join(sorted(set(found), key=found.count, reverse=True)) or "float8"
+    for graph in graph_of(model, batch).modules():  # what Inductor compiled lies in graphs of its own
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            if g.is_op(node, torch.ops.aten._scaled_mm.default):
+                found.append("float8")
+            elif g.is_op(node, _LINEAR, _QUANTIZED):
+                found += _of_linear(g.op_args(node), batch)
+    return " and ".join(sorted(set(found), key=found.count, reverse=True)) or "-"
+
+
+def _of_linear(args: dict[str, Any], batch: int) -> list[str]:
+    if args["weight_scale"] is None:
+        return []
+    name = KernelPlan.parse(args.get("plan", "torch")).at(batch).name
+    return [_NUMBERS.get(name, "float8" if args["activation"] in ("tensor", "token") else "16 bits")]
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One of ``MODELS``."""
     shape, settings, kv_dtype = MODELS[name]
-    with tempfile.TemporaryDirectory() as directory:
-        shape = _SMALL[list(MODELS).index(name)] if args.smoke else shape
-        shape.save_pretrained(directory)
-        file = Path(directory) / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
-        config = AutoDeployConfig(
-            model=directory,
-            skip_loading_weights=True,
-            generation_config="none",
-            dtype="bfloat16",
-            device=str(device),
-            compile_backend=args.compile_backend,
-            max_batch_size=max(args.batches),
-            max_seq_len=args.context + args.new + 16,
-            max_num_tokens=args.max_num_tokens,
-            cuda_graph_batch_sizes=args.batches,
-            kv_cache_config={"dtype": kv_dtype},  # type: ignore[arg-type]  # pydantic makes it one
-        )
-        start = time.perf_counter()
-        llm = build.build_model(config, on_event=lambda text: print(f"  {text}", file=sys.stderr, flush=True))
-        seconds = time.perf_counter() - start
+    shape = _SMALL[list(MODELS).index(name)] if args.smoke else shape
+    llm, seconds = build_model(shape, args, device, settings, kv_dtype)
     model = llm.model
     assert isinstance(model, CachedModel)
     steps = bench(llm, input_len=args.context, output_len=args.new, concurrencies=args.batches)
@@ -154,7 +125,7 @@ def main() -> int:
     models: list[dict[str, Any]] = []
     results = {
         "machine": machine(device),
-        "versions": {name: found for name in PACKAGES if (found := _installed(name))},
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "copy_bytes_per_s": copy_bandwidth(device),

@@ -147,26 +147,29 @@ _VLLM_EXPERTS = {
 }
 
 
+_BESIDE_VLLM = ("step, ms", "floor, ms", "vLLM 0.24, ms", "prompts, tokens/s", "vLLM 0.24, tokens/s")
+
+
+def _beside_vllm(row: dict[str, Any], known: dict[int, tuple[float, int]]) -> list[str]:
+    """The cells of ``_BESIDE_VLLM``."""
+    step, prompts = known.get(row["sequences"], (None, None))
+    return [
+        _number(row["step_ms"], ".2f", below=step),
+        _number(row["floor_ms"], ".2f"),
+        _number(step, ".2f"),
+        _number(row["prompt_tokens_per_s"], ",.0f", above=prompts),
+        _number(prompts, ",.0f"),
+    ]
+
+
 def experts(data: dict[str, Any]) -> list[str]:
     """Of ``experts.json``: whole models beside vLLM, then the kernels alone."""
-    lines = _heading(
-        "model",
-        "sequences",
-        "step, ms",
-        "floor, ms",
-        "vLLM 0.24, ms",
-        "prompts, tokens/s",
-        "vLLM 0.24, tokens/s",
-        "experts of a layer",
-    )
+    lines = _heading("model", "sequences", *_BESIDE_VLLM, "experts of a layer")
     for model in data["models"]:
         for row in model["rows"]:
-            step, prompts = _VLLM_EXPERTS.get(model["name"], {}).get(row["sequences"], (None, None))
-            cells = [model["name"], row["sequences"], _number(row["step_ms"], ".2f", below=step)]
-            cells += [_number(row["floor_ms"], ".2f"), _number(step, ".2f")]
-            cells += [_number(row["prompt_tokens_per_s"], ",.0f", above=prompts), _number(prompts, ",.0f")]
-            cells.append(_number(row["chosen"], ".1f"))
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            cells = _beside_vllm(row, _VLLM_EXPERTS.get(model["name"], {}))
+            cells = [model["name"], str(row["sequences"]), *cells, _number(row["chosen"], ".1f")]
+            lines.append(f"| {' | '.join(cells)} |")
     built = [f"{m['name']} {m['build_seconds']:.0f} s" for m in data["models"] if m["build_seconds"]]
     lines += ["", f"Built in: {', '.join(built)}. Not run: {', '.join(data['not_run']) or 'none'}.", ""]
     lines += _heading("tokens", "experts of a layer, us", "floor, us", "of floor", "by torch, us")
@@ -195,24 +198,12 @@ _VLLM_QUANTIZED = {
 
 def quantized(data: dict[str, Any]) -> list[str]:
     """Of ``quantized.json``: float8 models beside vLLM."""
-    lines = _heading(
-        "model",
-        "sequences",
-        "activations",
-        "step, ms",
-        "floor, ms",
-        "vLLM 0.24, ms",
-        "prompts, tokens/s",
-        "vLLM 0.24, tokens/s",
-    )
+    lines = _heading("model", "sequences", "activations", *_BESIDE_VLLM)
     for model in data["models"]:
         for row in model["rows"]:
-            step, prompts = _VLLM_QUANTIZED.get(model["name"], {}).get(row["sequences"], (None, None))
-            cells = [model["name"], row["sequences"], row["activations"]]
-            cells += [_number(row["step_ms"], ".2f", below=step), _number(row["floor_ms"], ".2f")]
-            cells += [_number(step, ".2f"), _number(row["prompt_tokens_per_s"], ",.0f", above=prompts)]
-            cells.append(_number(prompts, ",.0f"))
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            cells = _beside_vllm(row, _VLLM_QUANTIZED.get(model["name"], {}))
+            cells = [model["name"], str(row["sequences"]), row["activations"], *cells]
+            lines.append(f"| {' | '.join(cells)} |")
     built = ", ".join(f"{m['name']} {m['build_seconds']:.0f} s" for m in data["models"])
     return [*lines, "", f"Built in: {built}. {data['note']}.", "", _source(data)]
 

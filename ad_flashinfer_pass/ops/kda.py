@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels.state import delta_rule as kernel
-from ad_flashinfer_pass.kernels.state.slots import Batch, cached_scan, scan
 from ad_flashinfer_pass.ops.define import define
+from ad_flashinfer_pass.ops.gated_delta_rule import cached_gated_delta_rule, gated_delta_rule
 
 
 def kda(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, use_qk_l2norm: bool = False
 ) -> Tensor:
     """``gated_delta_rule`` with a decay for each row of the matrix: g is [b, s, num_heads, k_dim]."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    state = value.new_zeros((*value.shape[::2], key.shape[3], value.shape[3]), dtype=dtype)
-    return scan(kernel.recurrence(use_qk_l2norm, g), state, query, key, value, g, beta)
+    return gated_delta_rule(query, key, value, g, beta, use_qk_l2norm)
 
 
 def cached_kda(
@@ -37,9 +33,8 @@ def cached_kda(
     Args:
         query: for this and the others see ``cached_gated_delta_rule``.
     """
-    batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
-    recurrence = kernel.recurrence(use_qk_l2norm, g)
-    return cached_scan(recurrence, recurrent_state, batch, query, key, value, g, beta)
+    batch = (batch_info_host, cu_seqlen, input_pos, slot_idx)
+    return cached_gated_delta_rule(query, key, value, g, beta, use_qk_l2norm, recurrent_state, *batch)
 
 
 define(kda, fake=lambda query, value, **_: query.new_empty(value.shape))

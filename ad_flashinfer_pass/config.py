@@ -200,8 +200,8 @@ class AutoDeployConfig(_Strict):
     cuda_graph_batch_sizes: list[int] | None = None
     """Batch sizes for which torch-cudagraph captures a graph; default: powers of two up to max_batch_size."""
     cuda_graph_token_buckets: list[int] | None = None
-    """Token counts of prefill for which torch-cudagraph captures a graph; default: multiples of 64,
-    then four for each doubling, up to max_num_tokens. [] captures decode alone."""
+    """Tokens of steps with prefill for which torch-cudagraph captures graphs; default: multiples of 64 up to
+    512, then eight for each doubling, up to max_num_tokens. [] captures decode alone."""
     disable_overlap_scheduler: bool | None = None
     """Read the tokens of each step before the next one is enqueued; they are the same either way. Default:
     true on a CPU, where nothing runs beside the host."""

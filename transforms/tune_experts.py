@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import EXPERTS_WEIGHTS
 from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT
+from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -37,6 +38,8 @@ _OPTIONS = (
 _FLOATS = (torch.bfloat16, torch.float16)
 _FLOAT8 = [(torch.float8_e4m3fn, dtype) for dtype in _FLOATS]
 _PROJECTIONS = EXPERTS_WEIGHTS[:3]
+_EACH = 4
+"""Of the numbers of tokens that are captured with prefill, which ones are timed: two for each doubling."""
 
 
 @register("tune_experts")
@@ -105,11 +108,19 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
         row.append((int(g.shape(args["top_k_index"])[1]), x_dtype, weights, options))
     layers = ExpertsLayers(row)
     sizes, buckets = bucket_sizes(ctx.config)
+    measured = sorted({*sizes, *buckets[::-_EACH]})
     plans, notes = tune(
         layers,
-        sorted({*sizes, *buckets}),
+        measured,
         lambda done, total: ctx.on_event(f"tune_experts: {done} of {total} numbers of tokens"),
     )
     report.notes += notes
     for node, (kind, _) in zip(nodes, layers.row, strict=True):
-        node.kwargs = {**node.kwargs, "plan": plans[kind]}
+        node.kwargs = {**node.kwargs, "plan": _with_all(plans[kind], measured, buckets)}
+
+
+def _with_all(plan: str, measured: list[int], sizes: list[int]) -> str:
+    """The plan with sizes between the measured ones, which take the kernel of the next."""
+    found = KernelPlan.parse(plan)
+    others = {size: found.at(next(m for m in measured if m >= size)) for size in sizes}
+    return str(KernelPlan(found.default, {**others, **found.by_size}))

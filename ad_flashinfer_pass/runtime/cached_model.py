@@ -48,6 +48,8 @@ class CachedModel:
         self.device = sequence_info.device
         self.paged = [cache for name, cache in caches.items() if name.startswith(POOLS[0])]
         """Those of ``caches`` that are of pages."""
+        # Eight bytes an element: four times faster to clear than bfloat16.
+        self._words = [_as_words(cache) for cache in self.paged]
         self.states = [cache for name, cache in caches.items() if name.startswith(POOLS[1:])]
         """Those that are of states."""
         pages = sequence_info.max_batch_size * sequence_info.max_blocks_per_seq + 1
@@ -164,5 +166,11 @@ class CachedModel:
         if self.device.type == "cuda":
             index = index.pin_memory().to(self.device, non_blocking=True)
         with torch.inference_mode():
-            for cache in self.paged:
-                cache[index] = 0
+            for words in self._words:
+                words[index] = 0
+
+
+def _as_words(cache: Tensor) -> Tensor:
+    """The same memory as int64 [num_pages, words of a page], if that can be."""
+    pages = cache.flatten(1) if cache.is_contiguous() else cache
+    return pages.view(torch.int64) if pages.shape[1] * cache.itemsize % 8 == 0 and pages.dim() == 2 else cache

@@ -1,11 +1,11 @@
 """Steps as CUDA graphs.
 
 The transformed graph is captured once for each bucket, on padding rows alone: for each batch size of decode
-steps, and for each token count of steps with prefill. A step is padded to the smallest bucket that holds it,
-and replayed. Of a step only the contents of the metadata and the caches may change. What a graph has baked in
-is compared before each replay: the integers of ``batch_info_host``, which hold the bucket and the bounds, the
-addresses of all inputs, and the generation of the kernels' workspaces. All other steps run eagerly, each
-counted by its reason.
+steps, and for numbers of tokens of steps with prefill (``prefill_buckets``). A step is padded to the smallest
+bucket that holds it, and replayed. Of a step only the contents of the metadata and the caches may change.
+What a graph has baked in is compared before each replay: the integers of ``batch_info_host``, which hold the
+bucket and the bounds, the addresses of all inputs, and the generation of the kernels' workspaces. All other
+steps run eagerly, each counted by its reason.
 
 The choice of tokens and ``SequenceInfo.advance`` are a second graph of each bucket, because a batch with a
 repetition penalty goes another way between the two. There is one more for steps in which all are greedy.
@@ -16,6 +16,7 @@ On a CPU there are no graphs: a replay runs the module again, with the same padd
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ from ad_flashinfer_pass.runtime.sampling import most_likely
 from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 
 logger = logging.getLogger(__name__)
+
+_FEW_PROMPTS = 8
+_BUCKETS_PER_DOUBLING = 8
 
 
 class _Graph(Protocol):
@@ -97,7 +101,7 @@ class CudaGraphModule(Steps, nn.Module):
     Args:
         eager: the graph; called with metadata and caches by name, returns logits [1, n, vocab].
         batch_sizes: buckets of decode steps, in sequences.
-        token_buckets: buckets of steps with prefill, in tokens of prefill and extend sequences.
+        token_buckets: numbers of tokens of steps with prefill, see ``prefill_buckets``.
         host_kernels: for a phase that cannot be captured, which kernel it is that reads lengths on the host.
     """
 
@@ -129,11 +133,12 @@ class CudaGraphModule(Steps, nn.Module):
         """See ``Steps``."""
         num_tokens = sum(len(seq.token_ids) for seq in sequences if len(seq.token_ids) > 1)
         num_decode = sum(len(seq.token_ids) == 1 for seq in sequences)
+        num_prompts = len(sequences) - num_decode
         if num_tokens == 0 and not all(seq.gather for seq in sequences):
             return None
         for bucket in self._buckets:
             same_kind = (bucket.num_tokens > 0) == (num_tokens > 0)
-            if same_kind and bucket.num_tokens >= num_tokens and bucket.num_decode >= num_decode:
+            if same_kind and all(map(operator.ge, bucket, (num_tokens, num_decode, num_prompts))):
                 return bucket
         return None
 
@@ -153,8 +158,9 @@ class CudaGraphModule(Steps, nn.Module):
             caches: likewise; only the scratch page is written.
             on_progress: called with a line of text before each bucket.
         """
-        buckets = [Bucket(tokens, sequence_info.max_batch_size) for tokens in reversed(self.token_buckets)]
-        buckets += [Bucket(0, size) for size in reversed(self.batch_sizes)]
+        buckets = [Bucket(0, size) for size in self.batch_sizes]
+        buckets += prefill_buckets(self.token_buckets, sequence_info.max_batch_size)
+        buckets.reverse()
         states = [GraphState() for _ in buckets]
         with torch.inference_mode():
             recorder = _recorder(sequence_info.device)
@@ -344,14 +350,39 @@ def default_batch_sizes(max_batch_size: int) -> list[int]:
 
 
 def default_token_buckets(max_num_tokens: int) -> list[int]:
-    """Multiples of 64 up to 256, then four for each doubling, up to the largest step, and that one.
+    """Multiples of 64 up to 512, then eight for each doubling, up to the largest step, and that one.
 
-    Padding then costs a fifth of a step at most. Once the largest is made, a capture takes little time and
+    Padding then costs a ninth of a step at most. Once the largest is made, a capture takes little time and
     memory: AutoDeploy's ``piecewise_num_tokens``, powers of two, save less than they lose.
     """
-    octaves = [256 * 2**i for i in range(max_num_tokens.bit_length())]
-    sizes = [64, 128, 192, *(octave * quarter // 4 for octave in octaves for quarter in (4, 5, 6, 7))]
+    sizes, octave = [*range(64, 512, 64)], 512
+    while octave < max_num_tokens:
+        sizes += range(octave, 2 * octave, octave // _BUCKETS_PER_DOUBLING)
+        octave *= 2
     return [*(size for size in sizes if size < max_num_tokens), max_num_tokens]
+
+
+def prefill_buckets(totals: Sequence[int], max_batch_size: int) -> list[Bucket]:
+    """The buckets of steps with prefill, those with the fewest rows first.
+
+    Rows of sequences that are not there cost time: a linear has as many tokens more, and a kernel of prefill
+    looks at the tiles of each. So there are buckets for a few prompts alone, for a few beside a full batch of
+    decodes, and, at every second total, for any number of both.
+
+    Args:
+        totals: tokens of all sequences of a step; the largest has room for max_batch_size more.
+        max_batch_size: sequences of a step, at most.
+    """
+    few, found = min(_FEW_PROMPTS, max_batch_size), set[Bucket]()
+    for place, total in enumerate(sorted(set(totals), reverse=True)):
+        beside = total - max_batch_size if place else total
+        found |= {Bucket(total, 0, few), Bucket(beside, max_batch_size, few)}
+        if place % 2 == 0:
+            found.add(Bucket(beside, max_batch_size, max_batch_size))
+    return sorted(
+        (bucket for bucket in found if bucket.num_tokens > 1),
+        key=lambda bucket: (bucket.num_tokens + bucket.num_decode, *bucket[1:]),
+    )
 
 
 def _addresses(inputs: Mapping[str, Tensor]) -> list[int]:

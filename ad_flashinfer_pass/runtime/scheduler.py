@@ -19,6 +19,10 @@ from typing import Generic, TypeVar
 
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 
+_CHUNK_BESIDE_DECODES = 512
+"""Tokens of prompts in a step that decodes most of a full batch. Linears of so many are bound by arithmetic,
+so that the decodes cost little beside them; the rest of the prompts takes those of the next step along."""
+
 
 @dataclass(eq=False, kw_only=True)
 class SequenceState:
@@ -174,6 +178,8 @@ class Scheduler(Generic[S]):
 
     def _chunks(self, budget: int, decodes: list[tuple[S, int]]) -> list[tuple[S, int]]:
         """The whole step: prompt chunks within the budget, oldest first, and the decodes."""
+        if 4 * len(decodes) >= 3 * self._max_running:
+            budget = min(budget, _CHUNK_BESIDE_DECODES)
         prefills: list[tuple[S, int]] = []
         extends: list[tuple[S, int]] = []
         for sequence in self._running:

@@ -114,18 +114,21 @@ class RowParams(NamedTuple):
 class Bucket(NamedTuple):
     """The shape to which a step is padded, so that a captured graph can run it.
 
-    Padding rows use page 0. With ``num_tokens`` there are ``SequenceInfo.max_prefill_rows`` prefill and
-    extend sequences, the last of them without tokens, and max_batch_size rows of logits; without, each
-    sequence has its row of logits.
+    Padding rows use page 0. With ``num_tokens`` there are rows for ``num_prompts`` and the padding, the last
+    of them without tokens, and max_batch_size rows of logits; without, each sequence has its row of logits.
     """
 
     num_tokens: int
     """Tokens of prefill and extend sequences; 0 in a bucket of decode steps."""
     num_decode: int
     """Decode sequences, of one token each."""
+    num_prompts: int = 0
+    """Prefill and extend sequences, at most."""
 
     def __str__(self) -> str:
-        return f"{self.num_tokens} tokens" if self.num_tokens else f"batch size {self.num_decode}"
+        if self.num_tokens == 0:
+            return f"batch size {self.num_decode}"
+        return f"{self.num_tokens} tokens of {self.num_prompts} prompts, {self.num_decode} decodes"
 
 
 class BatchInfo(NamedTuple):
@@ -193,9 +196,9 @@ class SequenceInfo:
         self.num_slots = max_batch_size + 1
         """States that a pool holds, of which slot 0 is scratch."""
         self.device = device
-        # Every prompt of a batch and the padding of a token bucket, which counts as prompts too.
-        self.max_prefill_rows = max_batch_size + -(-max_num_tokens // max_seq_len)
-        self.max_rows = self.max_prefill_rows + max_batch_size
+        self._padding_prompts = -(-max_num_tokens // max_seq_len)
+        """Rows for what pads the tokens of a bucket."""
+        self.max_rows = 2 * max_batch_size + self._padding_prompts
         self._batch_info_host = torch.zeros(len(BatchInfo._fields), dtype=torch.int32)
         self._buffer = StagedBuffer(
             {
@@ -358,7 +361,7 @@ class SequenceInfo:
         if bucket is None:
             return _Layout(sequences, counts, gather, len(gather))
         num_long, long_tokens = counts[0] + counts[2], counts[1] + counts[3]
-        rows = self._padding_prompts(sequences[:num_long], bucket.num_tokens - long_tokens, bucket)
+        rows = self._padded_prompts(sequences[:num_long], bucket.num_tokens - long_tokens, bucket)
         decodes = sequences[num_long:]
         if len(decodes) > bucket.num_decode or bucket.num_decode > self.max_batch_size:
             raise ValueError(
@@ -384,20 +387,21 @@ class SequenceInfo:
         lead = len(kinds) - is_long[::-1].index(True) if any(is_long) else 0
         return [Kind.PREFILL] * lead + kinds[lead:]
 
-    def _padding_prompts(
+    def _padded_prompts(
         self, prompts: Sequence[SequenceStep], num_missing: int, bucket: Bucket
     ) -> list[SequenceStep]:
         """The prompts, then prompts on page 0 that fill up the tokens, then rows without tokens."""
-        if num_missing < 0:
+        if num_missing < 0 or len(prompts) > bucket.num_prompts:
             raise ValueError(
-                f"{bucket.num_tokens - num_missing} tokens of prompts cannot be padded to {bucket}"
+                f"{bucket.num_tokens - num_missing} tokens of {len(prompts)} prompts cannot be padded to "
+                f"{bucket}"
             )
         if bucket.num_tokens == 0:
             return []
         starts = range(0, num_missing, self.max_seq_len)
         sizes = [min(num_missing - start, self.max_seq_len) for start in starts]
         rows = [*prompts, *(SequenceStep((0,) * size, 0, ()) for size in sizes)]
-        return rows + [SequenceStep((), 0, ())] * (self.max_prefill_rows - len(rows))
+        return rows + [SequenceStep((), 0, ())] * (bucket.num_prompts + self._padding_prompts - len(rows))
 
     def _check(
         self, sequences: Sequence[SequenceStep], lens: list[int], kinds: list[Kind], *, may_be_empty: bool

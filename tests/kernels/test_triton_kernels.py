@@ -165,6 +165,14 @@ def test_metadata_of_long_sequences() -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("num", [1, 7, 132])
+def test_prefix_sums(num: int) -> None:
+    """As torch has them, for a length that is no power of two, too."""
+    lengths = torch.arange(3, 3 + num, dtype=torch.int32, device=DEVICE) % 11
+    expected = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    assert torch.equal(prepare_metadata.prefix_sums(lengths), expected)
+
+
 @pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("vocab_size", [40, 4096, 5000])
 def test_advance_is_argmax_and_the_advance_of_the_metadata(dtype: torch.dtype, vocab_size: int) -> None:

@@ -11,7 +11,12 @@ from torch import Tensor
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.cuda_graph import (
+    CudaGraphModule,
+    default_batch_sizes,
+    default_token_buckets,
+    prefill_buckets,
+)
 from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 from tests.runtime.two_layers import Sizes, TwoLayers, changed_slots, random_step
 
@@ -62,11 +67,39 @@ def test_default_batch_sizes(largest: int, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("largest", "sizes"),
-    [(32, [32]), (64, [64]), (200, [64, 128, 192, 200]), (600, [64, 128, 192, 256, 320, 384, 448, 512, 600])],
+    [
+        (32, [32]),
+        (64, [64]),
+        (200, [64, 128, 192, 200]),
+        (600, [64, 128, 192, 256, 320, 384, 448, 512, 576, 600]),
+    ],
 )
 def test_default_token_buckets(largest: int, sizes: list[int]) -> None:
-    """A fifth of padding at most from 256 tokens on, and always the largest step."""
+    """A ninth of padding at most from 512 tokens on, and always the largest step."""
     assert default_token_buckets(largest) == sizes
+
+
+def test_buckets_of_prefill_hold_every_step_and_few_rows_that_are_not_there() -> None:
+    """Any step within the limits has a bucket; a few prompts have one without the rows of a full batch."""
+    totals = default_token_buckets(2048)
+    buckets = prefill_buckets(totals, 32)
+    rows = [bucket.num_tokens + bucket.num_decode for bucket in buckets]
+    assert rows == sorted(rows)
+    assert max(rows) == 2048 + 32
+
+    def smallest(num_tokens: int, num_decode: int, num_prompts: int) -> Bucket:
+        needed = (num_tokens, num_decode, num_prompts)
+        return next(b for b in buckets if all(has >= n for has, n in zip(b, needed, strict=True)))
+
+    assert smallest(1024, 0, 1) == Bucket(1024, 0, 8)
+    assert smallest(1000, 30, 3) == Bucket(1120, 32, 8)
+    assert smallest(1000, 20, 9) == Bucket(1248, 32, 32)
+    rng = random.Random(0)
+    for _ in range(500):
+        num_prompts = rng.randint(1, 32)
+        num_decode = rng.randint(0, 32 - num_prompts)
+        num_tokens = rng.randint(2 * num_prompts, 2048 - num_decode)
+        assert sum(smallest(num_tokens, num_decode, num_prompts)[:2]) >= num_tokens + num_decode
 
 
 def test_padding_of_decode_is_one_token_on_the_scratch_page() -> None:
@@ -87,11 +120,10 @@ def test_padding_of_decode_is_one_token_on_the_scratch_page() -> None:
 def test_padding_of_prefill_is_a_prompt_on_the_scratch_page_and_empty_rows() -> None:
     """Prompts, padding prompts of at most max_seq_len tokens, rows without tokens; then the decodes."""
     step = info()
-    step.nest_sequences([prompt(3), prompt(2, gather=False), decode(6)], pad_to=Bucket(30, 4))
+    step.nest_sequences([prompt(3), prompt(2, gather=False), decode(6)], pad_to=Bucket(30, 4, 4))
     args = step.named_args()
     batch = BatchInfo._make(args["batch_info_host"].tolist())
-    rows = step.max_prefill_rows
-    assert rows == 4 + 3, "a batch of prompts, and 40 tokens of padding at most 16 each"
+    rows = 4 + 3  # a batch of prompts, and 40 tokens of padding at most 16 each
     assert batch[:6] == (rows, 30, 0, 0, 4, 4)
     assert args["input_ids"].tolist() == [[7, 7, 7, 7, 7, *[0] * 25, 5, 0, 0, 0]]
     assert args["cu_seqlen"][: rows + 5].tolist() == [0, 3, 5, 21, 30, 30, 30, 30, 31, 32, 33, 34]
@@ -105,7 +137,7 @@ def test_padding_alone_is_a_step() -> None:
     step = info()
     step.nest_sequences([], pad_to=Bucket(0, 2))
     assert step.named_args()["input_ids"].tolist() == [[0], [0]]
-    step.nest_sequences([], pad_to=Bucket(3, 2))
+    step.nest_sequences([], pad_to=Bucket(3, 2, 2))
     assert step.named_args()["input_ids"].tolist() == [[0, 0, 0, 0, 0]]
 
 
@@ -114,10 +146,11 @@ def test_padding_alone_is_a_step() -> None:
     [
         ([decode()] * 3, Bucket(0, 2)),
         ([prompt(2)], Bucket(0, 4)),
-        ([prompt(3)], Bucket(2, 4)),
+        ([prompt(3)], Bucket(2, 4, 4)),
         ([decode()], Bucket(0, 5)),
+        ([prompt(2), prompt(2)], Bucket(8, 4, 1)),
     ],
-    ids=["too_many", "prefill", "too_many_tokens", "beyond_max_batch_size"],
+    ids=["too_many", "prefill", "too_many_tokens", "beyond_max_batch_size", "too_many_prompts"],
 )
 def test_what_cannot_be_padded_is_refused(sequences: list[SequenceStep], pad_to: Bucket) -> None:
     """No more sequences and tokens than the bucket, no larger bucket than the batch."""
@@ -150,7 +183,11 @@ def test_padded_steps_give_what_they_give_unpadded(with_prefill: bool) -> None:
             torch.testing.assert_close(cache[1:], after[name][1:])
             assert not changed_slots(before[name], cache, steps).any()
     assert (module.num_replays, module.fallbacks) == (100, {})
-    assert buckets == ({Bucket(8, 4), Bucket(32, 4)} if with_prefill else {Bucket(0, n) for n in (1, 2, 4)})
+    assert buckets == (
+        {Bucket(8, 0, 4), Bucket(4, 4, 4), Bucket(32, 0, 4), Bucket(32, 4, 4)}
+        if with_prefill
+        else {Bucket(0, n) for n in (1, 2, 4)}
+    )
 
 
 def test_capture_shows_its_progress_and_goes_from_large_to_small() -> None:
@@ -159,10 +196,17 @@ def test_capture_shows_its_progress_and_goes_from_large_to_small() -> None:
     module = CudaGraphModule(model, [1, 4], [8, 32])
     lines: list[str] = []
     module.capture(model.info(), model.caches(), lines.append)
-    names = ["32 tokens", "8 tokens", "batch size 4", "batch size 1"]
+    names = [
+        "32 tokens of 4 prompts, 4 decodes",
+        "32 tokens of 4 prompts, 0 decodes",
+        "4 tokens of 4 prompts, 4 decodes",
+        "8 tokens of 4 prompts, 0 decodes",
+        "batch size 4",
+        "batch size 1",
+    ]
     assert lines == [
-        *(f"warm-up {i} of 4: {name}" for i, name in enumerate(names, 1)),
-        *(f"capture {i} of 4: {name}" for i, name in enumerate(names, 1)),
+        *(f"warm-up {i} of 6: {name}" for i, name in enumerate(names, 1)),
+        *(f"capture {i} of 6: {name}" for i, name in enumerate(names, 1)),
     ]
     assert [str(cost.bucket) for cost in module.costs] == names
 

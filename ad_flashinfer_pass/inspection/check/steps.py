@@ -94,7 +94,7 @@ def steps(tokens: Sequence[Tensor], page_size: int) -> list[Step]:
     for back in (4, 3):
         bucket = Bucket(0, BATCH)
         found.append(step("padded", to(0, a - back), to(1, b - back), to(2, c - back), bucket=bucket))
-    bucket = Bucket(8, BATCH)
+    bucket = Bucket(8, BATCH, BATCH)
     found.append(step("padded", to(2, c), to(0, a - 2), to(1, b - 2), bucket=bucket))
     found.append(step("decode", to(0, a - 1), to(1, b - 1)))
     found.append(step("decode", to(0, a), to(1, b)))

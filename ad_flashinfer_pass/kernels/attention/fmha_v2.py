@@ -20,7 +20,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
@@ -92,6 +91,8 @@ def prefill(
     """See ``attention.provider``."""
     from flashinfer.prefill import trtllm_fmha_v2_prefill
 
+    from ad_flashinfer_pass.kernels.cache.prepare_metadata import prefix_sums  # needs triton
+
     max_kv_len = block_table.shape[1] * kv_cache.shape[3]
     is_windowed = spec.sliding_window is not None and spec.sliding_window < max_kv_len
     query = query.contiguous()
@@ -111,7 +112,7 @@ def prefill(
         1.0,
         batch,
         cu_seqlen,
-        F.pad(seq_len_with_cache.cumsum(0, dtype=torch.int32), (1, 0)),
+        prefix_sums(seq_len_with_cache),
         block_tables=pages,
         out=out,
         sinks=None if spec.sinks is None else spec.sinks.float(),

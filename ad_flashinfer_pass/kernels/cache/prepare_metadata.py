@@ -83,3 +83,25 @@ def _prepare(  # type: ignore[no-untyped-def]
         for start in range(tl.load(cu_seqlen + num_seqs), num_tokens, BLOCK):
             tokens = start + lanes
             tl.store(slot_mapping + tokens, tl.zeros((BLOCK,), tl.int64), mask=tokens < num_tokens)
+
+
+def prefix_sums(lengths: Tensor) -> Tensor:
+    """Where each of these would begin and end, one behind the other, in one launch where torch has four.
+
+    Args:
+        lengths: int32 [n].
+
+    Returns:
+        int32 [n + 1].
+    """
+    sums = lengths.new_empty(lengths.shape[0] + 1)
+    _sum_up[(1,)](lengths, sums, lengths.shape[0], ROWS=triton.next_power_of_2(lengths.shape[0]))
+    return sums
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _sum_up(lengths, sums, num_rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows = tl.arange(0, ROWS)
+    ends = tl.cumsum(tl.load(lengths + rows, mask=rows < num_rows, other=0), axis=0)
+    tl.store(sums, 0)
+    tl.store(sums + 1 + rows, ends, mask=rows < num_rows)

@@ -33,10 +33,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -255,18 +256,19 @@ class SequenceInfo:
         limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
         info = BatchInfo._make((*step.counts, *limits, self._num_gather, 1))
         self._batch_info_host.numpy()[:] = info
-        ids = [t for seq in sequences for t in seq.token_ids]
-        spans = [(seq.input_pos, seq.input_pos + n) for seq, n in zip(sequences, lens, strict=True)]
+        tokens = chain.from_iterable(seq.token_ids for seq in sequences)
+        ids = np.fromiter(tokens, dtype=np.int64, count=total)
+        starts = [seq.input_pos for seq in sequences]
+        # The n-th token of a sequence stands n places behind its first one.
+        shifts = [at + n - end for at, n, end in zip(starts, lens, ends, strict=True)]
+        positions = np.arange(total) + np.repeat(shifts, lens)
         pages = [page for seq in sequences for page in seq.pages]
         write = self._buffer.next_stage()
         write("input_ids", ids)
-        write("position_ids", [position for span in spans for position in range(*span)])
+        write("position_ids", positions)
         if self.has_lengths:
-            firsts = [seq.first_len or end for seq, (_, end) in zip(sequences, spans, strict=True)]
-            write(
-                "sequence_lengths",
-                [max(n, at + 1) for n, span in zip(firsts, spans, strict=True) for at in range(*span)],
-            )
+            firsts = [seq.first_len or seq.input_pos + n for seq, n in zip(sequences, lens, strict=True)]
+            write("sequence_lengths", np.maximum(np.repeat(firsts, lens), positions + 1))
         write("token_gather_indices", step.gather)
         write("is_stopped", [0] * step.num_real + [1] * (self._num_gather - step.num_real))
         if row_params:
@@ -278,12 +280,12 @@ class SequenceInfo:
         if self.has_states:
             write("slot_idx", [seq.slot for seq in sequences])
         write("cu_seqlen", [0, *ends])
-        write("input_pos", [start for start, _ in spans])
-        write("seq_len_with_cache", [end for _, end in spans])
+        write("input_pos", starts)
+        write("seq_len_with_cache", [at + n for at, n in zip(starts, lens, strict=True)])
         write("cu_num_pages", [0, *accumulate(len(seq.pages) for seq in sequences)])
         write("cache_loc", pages)
         self._buffer.copy_to_device(len(pages))
-        if ids and min(ids) < 0:
+        if ids.min(initial=0) < 0:
             self._fill_in_tokens(total)
         self._shape = (total, 1) if info.num_decode == total else (1, total)
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,15 +49,15 @@ class StagedBuffer:
             {name: view.numpy() for name, view in views_of(stage).items()} for stage in self._stages
         ]
 
-    def next_stage(self) -> Callable[[str, Sequence[Any]], None]:
+    def next_stage(self) -> Callable[[str, Sequence[Any] | np.ndarray[Any, Any]], None]:
         """What writes the first elements of a part. Waits for the copy ``_STAGES`` steps ago, if it must."""
         self._stage = (self._stage + 1) % len(self._stages)
         if self._events:
             self._events[self._stage].synchronize()
         arrays = self._arrays[self._stage]
 
-        def write(name: str, values: Sequence[Any]) -> None:
-            if values:
+        def write(name: str, values: Sequence[Any] | np.ndarray[Any, Any]) -> None:
+            if len(values):
                 arrays[name][: len(values)] = values
 
         return write

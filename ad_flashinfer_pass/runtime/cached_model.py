@@ -167,7 +167,7 @@ class CachedModel:
             index = index.pin_memory().to(self.device, non_blocking=True)
         with torch.inference_mode():
             for words in self._words:
-                words[index] = 0
+                words.index_fill_(0, index, 0)  # words[index] = 0 would copy the 0 from the host, and wait
 
 
 def _as_words(cache: Tensor) -> Tensor:

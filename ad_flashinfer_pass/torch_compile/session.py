@@ -310,7 +310,7 @@ class CacheSession:
         index = torch.tensor(pages, device=self.device)
         with torch.no_grad():
             for cache in self._caches.values():
-                cache[index] = 0
+                cache.index_fill_(0, index, 0)
         self._pages.free(pages)
 
     def _batch(self, schedule: Schedule, *, sort: bool = False, sampled: Tensor | None = None) -> Batch:

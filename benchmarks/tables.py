@@ -208,6 +208,40 @@ def quantized(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Built in: {built}. {data['note']}.", "", _source(data)]
 
 
+_VLLM_LOAD = {1: (4.99, 41_100), 8: (5.26, 43_800), 32: (6.28, 42_900), 128: (10.96, 43_100)}
+"""Decode, ms, and prompt tokens/s, of vLLM 0.24 through its own generate, on another day."""
+_VLLM_LOADS = {"mixed": 7163, "mixed, sampled": 4631, "1k in, 1k out": 6374}
+
+
+def load(data: dict[str, Any]) -> list[str]:
+    """Of ``load.json``: what a user waits for, beside vLLM."""
+    lines = _heading(
+        "prompts of 1,024 at once",
+        "all first tokens, ms",
+        "kernels of it, ms",
+        "tokens/s",
+        "vLLM 0.24, tokens/s",
+        "decode, ms",
+        "vLLM 0.24, ms",
+        "step, ms",
+        "floor, ms",
+    )
+    for row in data["prompts"]:
+        decode, speed = _VLLM_LOAD[row["sequences"]]
+        tokens = 1024 * row["sequences"] / row["first_token_ms"] * 1e3
+        cells = [str(row["sequences"]), f"{row['first_token_ms']:.1f}", f"{row['device_ms']:.1f}"]
+        cells += [_number(tokens, ",.0f", above=speed), f"{speed:,}"]
+        cells += [_number(row["decode_ms"], ".2f", below=decode), f"{decode:.2f}"]
+        cells += [f"{row['step_ms']:.2f}", f"{row['floor_ms']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_heading("load", "requests", "tokens/s", "vLLM 0.24")]
+    for row in data["loads"]:
+        theirs = _VLLM_LOADS[row["name"]]
+        ours = _number(row["tokens_per_s"], ",.0f", above=theirs)
+        lines.append(f"| {row['name']} | {row['requests']} | {ours} | {theirs:,} |")
+    return [*lines, "", f"Ready after {data['start_seconds']:.0f} s. {_source(data)}"]
+
+
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
     """A number, in bold if it is worse than it should be; a dash for what was not measured."""
     if value is None:
@@ -229,7 +263,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "performance.md": (experts, quantized),
+    "performance.md": (load, experts, quantized),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 

@@ -12,6 +12,7 @@ stands between the two projections: that is traced, and has to be what the op co
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import sys
@@ -178,11 +179,13 @@ def offer_to_transformers() -> None:
 
 
 def _when_called(module: Any, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-    return _of_interface(module, Gate(*_constant_gate(module)), hidden_states, *routing, **named)
+    return _of_interface(module, Gate(*_constant_gate(id(module))), hidden_states, *routing, **named)
 
 
 @torch._dynamo.assume_constant_result  # to Dynamo, which would look into how the gate is traced
-def _constant_gate(module: Any) -> tuple[Any, ...]:
+def _constant_gate(address: int) -> tuple[Any, ...]:
+    # Dynamo of torch 2.11 gives no module to such a function. It does know a module's id, and guards it.
+    module = ctypes.cast(address, ctypes.py_object).value
     # A trace that is going on, as torch.export's, must not take this one in.
     with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch._C.DisableTorchFunction():
         return tuple(gate_of(module, "experts"))

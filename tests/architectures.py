@@ -144,7 +144,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]},
             "full_attention": None,
         }
     },
@@ -189,7 +189,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [1],
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "longcat_flash": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8, "num_layers": 1},
     "mamba2": {"num_heads": 4},
     "ministral": {"head_dim": 32, "layer_types": _SLIDING_AND_FULL},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
-from ad_flashinfer_pass.errors import AdFlashinferError, MaskError, PackingError
+from ad_flashinfer_pass.errors import AdFlashinferError, ExportError, MaskError, PackingError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from tests import architectures
@@ -110,11 +110,17 @@ def test_generates_the_tokens_of_transformers(name: str) -> None:
     ("family", "error", "said"),
     [
         pytest.param("minimax", PackingError, "slice", id="recurrence_written_out"),
-        pytest.param("doge", MaskError, "the attention mask", id="mask_from_activations"),
+        # Some versions of its code leave the mask out for a sequence alone: they are refused for that.
+        pytest.param(
+            "doge",
+            (MaskError, ExportError),
+            "the attention mask|another path for a size of 1",
+            id="mask_from_activations",
+        ),
     ],
 )
 def test_refuses_what_a_cache_of_keys_cannot_hold(
-    family: str, error: type[AdFlashinferError], said: str
+    family: str, error: type[AdFlashinferError] | tuple[type[AdFlashinferError], ...], said: str
 ) -> None:
     """A state of a layer's own, or a mask that depends on the tokens, stops the pass in one line."""
     model = architectures.random_model(architectures.small_config(family))

@@ -40,6 +40,7 @@ from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
     UNEXPECTED_VALUE,
     Source,
+    build_settings,
     check_architecture,
     fetch,
     find_source,
@@ -191,11 +192,7 @@ def _build(
     quantized: Quantized | None,
 ) -> tuple[nn.Module, AutoDeployConfig]:
     """The module, and the config with the scales that its checkpoint has."""
-    settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.dtype != "auto":
-        settings["dtype"] = getattr(torch, config.dtype)
-    if config.attn_implementation is not None:
-        settings["attn_implementation"] = config.attn_implementation
+    settings = build_settings(hf_config, config)
     if config.skip_loading_weights:
         redrawn = "initializer_range" not in config.model_kwargs
         module = _random_module(hf_config, device, redrawn, settings)

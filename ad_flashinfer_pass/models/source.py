@@ -201,6 +201,29 @@ def check_architecture(hf_config: PretrainedConfig, config: AutoDeployConfig) ->
         )
 
 
+def build_settings(hf_config: PretrainedConfig, config: AutoDeployConfig) -> dict[str, Any]:
+    """What transformers is given beside the config to build the model.
+
+    Raises:
+        ConfigError: ``attn_implementation`` leaves out a cap that the model has.
+    """
+    settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.dtype != "auto":
+        settings["dtype"] = getattr(torch, config.dtype)
+    attention = config.attn_implementation
+    cap = getattr(hf_config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if cap is not None:  # transformers 5.17 picks sdpa for Gemma 2, which computes without the cap
+        if attention == "sdpa":
+            raise ConfigError(
+                f"attn_implementation: sdpa of transformers has no attn_logit_softcapping, which is {cap} "
+                "here; set eager, or leave the key out."
+            )
+        attention = "eager"
+    if attention is not None:
+        settings["attn_implementation"] = attention
+    return settings
+
+
 def with_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> AutoDeployConfig:
     """The config with max_seq_len resolved: what it gives, else the positions of the model, at most 4,096.
 

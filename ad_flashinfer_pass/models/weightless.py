@@ -19,6 +19,7 @@ from ad_flashinfer_pass.models.quantized.layout import Layout
 from ad_flashinfer_pass.models.quantized.on_meta import quantize_like
 from ad_flashinfer_pass.models.quiet import quiet_transformers
 from ad_flashinfer_pass.models.source import (
+    build_settings,
     check_architecture,
     find_source,
     raw_config,
@@ -47,11 +48,7 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
         check_architecture(hf_config, config)
         config = with_max_seq_len(hf_config, config)
         quantized = find_quantized(source, raw_config(source, config))
-        settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-        if config.dtype != "auto":
-            settings["dtype"] = getattr(torch, config.dtype)
-        if config.attn_implementation is not None:
-            settings["attn_implementation"] = config.attn_implementation
+        settings = build_settings(hf_config, config)
         # On meta as soon as they are registered, so that no more than one is ever in memory, none is drawn.
         hook = register_module_parameter_registration_hook(_on_meta)
         try:

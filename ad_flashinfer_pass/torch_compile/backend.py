@@ -203,6 +203,7 @@ class _Transformed:
         )
         # Their ids are taken while they live.
         self._weights = {owner.inputs[i].name: args[i] for i in owner.attributes}
+        self._dtypes = [weight.dtype for weight in self._weights.values()]
         if self._piece.extra:
             session.note_split(_SPLIT)
         ctx = owner.context()
@@ -242,6 +243,11 @@ class _Transformed:
         return ""
 
     def __call__(self, batch: Batch, args: Sequence[Any]) -> Any:
+        if [weight.dtype for weight in self._weights.values()] != self._dtypes:
+            raise SessionError(
+                "weights have another dtype than when the model was compiled, which Dynamo of torch "
+                f"{torch.__version__} does not see: call torch._dynamo.reset() before the next step."
+            )
         for name, index in self._piece.where.items():
             if args[index] is not batch.inputs[name]:
                 raise SessionError(f"{name} is not that of the open batch: call the model with batch.inputs.")

@@ -12,6 +12,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.models.source import (
     Source,
+    build_settings,
     check_architecture,
     find_source,
     read_config,
@@ -181,6 +182,19 @@ def test_fewer_layers_shorten_lists_of_layers(tmp_path: Path) -> None:
     keys = {**LLAMA, "model_type": "gemma2", "num_hidden_layers": 4, "layer_types": kinds}
     config = read(written(tmp_path, keys), model_kwargs={"num_hidden_layers": 3})
     assert config.layer_types == kinds[:3]
+
+
+def test_a_cap_that_sdpa_leaves_out_is_kept(tmp_path: Path) -> None:
+    """Whichever attention this version of transformers would pick for Gemma 2."""
+    source = written(tmp_path, {**LLAMA, "model_type": "gemma2"})
+    hf_config = read(source)
+    settings = build_settings(hf_config, AutoDeployConfig(model="demo"))
+    assert settings["attn_implementation"] == "eager"
+    with pytest.raises(ConfigError, match=r"sdpa of transformers has no attn_logit_softcapping.*50\.0"):
+        build_settings(hf_config, AutoDeployConfig(model="demo", attn_implementation="sdpa"))
+    assert "attn_implementation" not in build_settings(
+        read(written(tmp_path, LLAMA)), AutoDeployConfig(model="demo")
+    )
 
 
 def test_model_kwargs_refuse_unknown_keys(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from typing import Generic, TypeVar
 
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 
-_CHUNK_BESIDE_DECODES = 512
-"""Tokens of prompts in a step that decodes most of a full batch. Linears of so many are bound by arithmetic,
-so that the decodes cost little beside them; the rest of the prompts takes those of the next step along."""
+_CHUNK_BESIDE_DECODES, _BACKLOG = 512, 4096
+"""Tokens of prompts in a step that decodes most of a full batch, while no more than the other wait. Linears of
+so many are bound by arithmetic, so that the decodes cost little beside them; the rest of the prompts takes
+those of the next step along. More that wait are a burst, which is read at full speed."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -179,7 +180,8 @@ class Scheduler(Generic[S]):
     def _chunks(self, budget: int, decodes: list[tuple[S, int]]) -> list[tuple[S, int]]:
         """The whole step: prompt chunks within the budget, oldest first, and the decodes."""
         if 4 * len(decodes) >= 3 * self._max_running:
-            budget = min(budget, _CHUNK_BESIDE_DECODES)
+            waiting = sum(seq.num_tokens - seq.num_cached for seq in self._running) - len(decodes)
+            budget = min(budget, _CHUNK_BESIDE_DECODES if waiting <= _BACKLOG else budget)
         prefills: list[tuple[S, int]] = []
         extends: list[tuple[S, int]] = []
         for sequence in self._running:

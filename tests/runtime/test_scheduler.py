@@ -78,6 +78,19 @@ def test_chunk_size_bounds_each_prompt_alone() -> None:
     assert h.step() == [(0, 7), (1, 7), (2, 2)]
 
 
+def test_prompts_that_join_a_full_batch_come_in_small_chunks_unless_many_wait() -> None:
+    """Three of four decode: a prompt of 1,000 tokens takes two steps, one of 5,000 begins at full speed."""
+    for length, chunks in ((1000, [512, 488]), (5000, [3997, 512, 491])):
+        h = Harness(capacity=3000, max_batch_size=4, max_num_tokens=4000)
+        for _ in range(3):
+            h.add(2)
+        h.step()
+        h.add(length)
+        steps = [h.step() for _ in chunks]
+        assert [step[0] for step in steps] == [(3, chunk) for chunk in chunks]
+        assert all(len(step) == 4 for step in steps)
+
+
 def test_admits_in_order_of_arrival() -> None:
     """A short request does not pass a long one for which there are no pages yet."""
     h = Harness(capacity=4)

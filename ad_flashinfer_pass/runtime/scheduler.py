@@ -20,8 +20,8 @@ from typing import Generic, TypeVar
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 
 _CHUNK_BESIDE_DECODES, _BACKLOG = 512, 4096
-"""Tokens of prompts in a step that decodes most of a full batch, while no more than the other wait. Linears of
-so many are bound by arithmetic, so that the decodes cost little beside them; the rest of the prompts takes
+"""Tokens of prompts in a step that decodes most of a full batch, while no more than the other wait. Linears
+of so many are bound by arithmetic, so that the decodes cost little beside them; the rest of the prompts takes
 those of the next step along. More that wait are a burst, which is read at full speed."""
 
 

@@ -159,8 +159,8 @@ def restore(
             raise ConfigError(f"the program takes no {name}: it was not made by transform.")
     for name, node in inputs.items():
         if name.startswith("kv_cache_"):
-            _, _, heads, page_size, head_dim = g.shape(node)
-            resource = KvCacheResource(name, int(heads), int(head_dim), int(page_size), g.value(node).dtype)
+            planes, heads, page_size, head_dim = map(int, g.shape(node)[1:])
+            resource = KvCacheResource(name, heads, head_dim, page_size, g.value(node).dtype, planes)
             ctx.resources.append(resource)
         elif name.startswith(POOLS):
             shape = tuple(map(int, g.shape(node)[1:]))
@@ -238,7 +238,9 @@ def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
         found.append((cache, "dtype", site.kv_dtype, _dtype(cache.dtype, site)))
     for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
         scales = scale if isinstance(scale, list) else [scale] * len(sites)
-        found.append((cache, name, [getattr(site, name) for site in sites], scales))
+        with_own = [(n, site) for n, site in enumerate(sites) if name == "k_scale" or not site.is_latent]
+        own = [getattr(site, name) for _, site in with_own]
+        found.append((cache, name, own, [scales[n] for n, _ in with_own]))
     for model, name, own, asked in found:
         if name in model.model_fields_set and own != asked:
             raise ConfigError(
@@ -270,7 +272,7 @@ def _sites(gm: fx.GraphModule) -> list[CachedSite]:
     target = torch.ops.ad_flashinfer.cached_attention.default
     for node in gm.graph.find_nodes(op="call_function", target=target):
         args = g.op_args(node)
-        _, _, heads, page_size, _ = g.shape(args["kv_cache"])
+        _, planes, heads, page_size, _ = g.shape(args["kv_cache"])
         query = g.value(args["query"])
         names = ("scale", "v_head_dim", "sliding_window", "logit_cap", "chunk", "k_scale", "v_scale")
         site = Site(
@@ -282,6 +284,7 @@ def _sites(gm: fx.GraphModule) -> list[CachedSite]:
             page_size=int(page_size),
             has_sinks=args["sinks"] is not None,
             has_alibi=args["alibi_slopes"] is not None,
+            is_latent=planes == 1,
             shares_kv=args["kv_cache"].name in {other.cache for other in sites},
             **{name: args[name] for name in names},
         )

@@ -45,7 +45,7 @@ class TransformReport:
 class KvCacheResource:
     """A pool that the runtime must own: the pages of one layer.
 
-    Shape: [num_pages, 2, num_kv_heads, page_size, head_dim], K at [:, 0], V at [:, 1].
+    Shape: [num_pages, planes, num_kv_heads, page_size, head_dim], K at [:, 0], V at [:, 1].
     """
 
     name: str
@@ -55,15 +55,17 @@ class KvCacheResource:
     """The larger of the head sizes of K and V."""
     page_size: int
     dtype: torch.dtype
+    planes: int = 2
+    """1 for a latent, whose V is the first part of K."""
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page of this layer, K and V together."""
-        return 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
+        return self.planes * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_pages: int, device: torch.device) -> torch.Tensor:
         """The pool; zeroed, because kernels multiply what they do not need by zero."""
-        shape = (num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)
+        shape = (num_pages, self.planes, self.num_kv_heads, self.page_size, self.head_dim)
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
 

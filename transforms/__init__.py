@@ -4,6 +4,7 @@ if __name__ != "ad_flashinfer_pass.transforms":  # a second copy would register 
     raise ImportError(f"import ad_flashinfer_pass.transforms, not {__name__}")
 
 from ad_flashinfer_pass.transforms import (
+    cache_latent,
     check_packing,
     classify_mask,
     compile_model,
@@ -28,6 +29,7 @@ from ad_flashinfer_pass.transforms import (
 )
 
 __all__ = [
+    "cache_latent",
     "check_packing",
     "classify_mask",
     "compile_model",

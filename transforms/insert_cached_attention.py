@@ -5,6 +5,8 @@ After:  block_table, slot_mapping = prepare_metadata(position_ids, ...)        o
         append_kv(k, v, slot_mapping, kv_cache_i)                               once a (k, v) pair
         out = cached_attention(q, kv_cache_i, ..., block_table, c, ...)
 
+A latent, whose V is the first part of K (``cache_latent``), has one row a token in its pool, with K's scale.
+
 Legal because the mask was proved to be the causal, windowed or chunked one that the kernel applies, and the
 ledger found a kernel that honours every other item of the site. Sites that read the same k and v (layers
 that share a cache) share one pool and one append. New graph inputs: the metadata by name, then
@@ -143,8 +145,11 @@ def _insert_site(
     args = g.op_args(node)
     query, key, value = args["query"], args["key"], args["value"]
     pair = cache_pair(node)
-    site = _site(ctx, args, scales[pair], shares_kv=pair in caches)
-    quantized = {name: s for name, s in zip(("k_scale", "v_scale"), scales[pair], strict=True) if s != 1.0}
+    is_latent = _is_latent(key, value)
+    k_scale, v_scale = scales[pair]
+    both = (k_scale, k_scale if is_latent else v_scale)
+    site = _site(ctx, args, both, shares_kv=pair in caches, is_latent=is_latent)
+    quantized = {name: s for name, s in zip(("k_scale", "v_scale"), both, strict=True) if s != 1.0}
     target = ctx.target or ctx.device
     prefill, decode = (
         select.choose(site, phase, target, g.where(node), ctx.sm) for phase in ("prefill", "decode")
@@ -232,7 +237,15 @@ def _scales(
     return dict(zip(pairs, zip(*columns, strict=True), strict=True))
 
 
-def _site(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, float], shares_kv: bool) -> Site:
+def _is_latent(key: fx.Node, value: fx.Node) -> bool:
+    """Whether V is the first part of K."""
+    if not g.is_op(value, torch.ops.aten.slice.Tensor):
+        return False
+    args = g.op_args(value)
+    return args["self"] is key and args["dim"] % 4 == 3 and not args["start"] and args["step"] == 1
+
+
+def _site(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, float], **items: bool) -> Site:
     query, key, value = (g.value(args[name]) for name in ("query", "key", "value"))
     kv_dtype = _DTYPES.get(ctx.config.kv_cache_config.dtype, key.dtype)
     return Site.of(
@@ -249,7 +262,7 @@ def _site(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, floa
         chunk=args["chunk"],
         has_sinks=args["sinks"] is not None,
         has_alibi=args["alibi_slopes"] is not None,
-        shares_kv=shares_kv,
+        **items,
     )
 
 
@@ -260,6 +273,7 @@ def _add_cache(gm: fx.GraphModule, ctx: TransformContext, site: Site) -> fx.Node
         head_dim=max(site.head_dim, site.v_head_dim),
         page_size=site.page_size,
         dtype=site.kv_dtype,
+        planes=1 if site.is_latent else 2,
     )
     ctx.resources.append(resource)
     # The page count is not known yet; nothing in the graph depends on it.

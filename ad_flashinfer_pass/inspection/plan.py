@@ -287,7 +287,8 @@ def _pools(resources: Iterable[KvCacheResource]) -> list[PoolGroup]:
     groups: dict[str, list[KvCacheResource]] = {}
     for resource in resources:
         text = (
-            f"2 x {resource.num_kv_heads} heads x {resource.page_size} tokens x {resource.head_dim} x "
+            f"{resource.planes} x {resource.num_kv_heads} heads x {resource.page_size} tokens x "
+            f"{resource.head_dim} x "
             f"{resource.dtype.itemsize} bytes ({str(resource.dtype).removeprefix('torch.')})"
         )
         groups.setdefault(text, []).append(resource)

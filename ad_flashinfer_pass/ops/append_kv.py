@@ -29,7 +29,8 @@ def append_kv(
         value: [b, s, num_kv_heads, v_head_dim].
         slot_mapping: int64 [b * s], page * page_size + offset. Slot 0 is scratch.
         kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)], K at [:, 0],
-            V at [:, 1]. Written in place at the slots and nowhere else.
+            V at [:, 1]; or [num_pages, 1, ...] with K alone, whose first part V is. Written in place at the
+            slots and nowhere else.
         k_scale: what an element of K in the cache stands for; other than 1.0 only in caches of 8 bits.
         v_scale: likewise for V.
     """

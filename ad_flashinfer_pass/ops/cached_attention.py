@@ -43,7 +43,8 @@ def cached_attention(
 
     Args:
         query: [b, s, num_heads, head_dim] with b * s tokens, padding last.
-        kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)]; read only.
+        kv_cache: [num_pages, 2, num_kv_heads, page_size, max(head_dim, v_head_dim)], or [num_pages, 1, ...]
+            of a latent: V is the first v_head_dim elements of K; read only.
         batch_info_host: int32, host, see ``sequence_info.BatchInfo``.
         cu_seqlen: int32 [max_batch_size + 1], exclusive prefix sum of new tokens.
         seq_len_with_cache: int32 [max_batch_size], cached and new tokens.

@@ -47,6 +47,8 @@ class Site:
     has_alibi: bool = False
     shares_kv: bool = False
     """Reads a cache that another site writes."""
+    is_latent: bool = False
+    """V is the first part of K: one row a token in the cache, read once (``cache_latent``)."""
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, **items: Any) -> Site:
@@ -98,6 +100,8 @@ class Capability:
     shared_kv: bool = True
     mixed_head_dims: bool = True
     """K and V of different head size."""
+    is_latent: bool = False
+    """Whether it reads a cache whose V is a part of K; other head sizes are then no matter of its own."""
     host_phases: frozenset[Phase] = frozenset()
     """Phases in which it reads lengths on the host, so that a CUDA graph cannot hold them."""
     modules: Callable[[Site, int], Sequence[JitSpec]] | None = None
@@ -161,7 +165,8 @@ class Capability:
             "sinks": site.has_sinks,
             "alibi": site.has_alibi,
             "shared_kv": site.shares_kv,
-            "mixed_head_dims": site.head_dim != site.v_head_dim,
+            "mixed_head_dims": site.head_dim != site.v_head_dim and not site.is_latent,
+            "is_latent": site.is_latent,
         }
         refused += [item for item, needed in needs.items() if needed and not getattr(self, item)]
         group = site.num_heads // site.num_kv_heads

@@ -18,7 +18,9 @@ from ad_flashinfer_pass.kernels.attention.capability import Capability
 from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
-CAPABILITY = Capability(name="reference", host_phases=frozenset({"prefill"}), run_on=frozenset({90}))
+CAPABILITY = Capability(
+    name="reference", host_phases=frozenset({"prefill"}), is_latent=True, run_on=frozenset({90})
+)
 
 
 def num_sequences(batch_info_host: Tensor) -> int:
@@ -92,15 +94,15 @@ def append(
     v_scale: float = 1.0,
 ) -> None:
     """See ``ops.append_kv``."""
-    page_size, head_dim = kv_cache.shape[3:]
+    planes, _, page_size, head_dim = kv_cache.shape[1:]
     key, value = _quantized(key, k_scale, kv_cache.dtype), _quantized(value, v_scale, kv_cache.dtype)
     page = torch.div(slot_mapping, page_size, rounding_mode="floor")
     offset = slot_mapping - page * page_size
-    if key.shape[-1] == value.shape[-1] == head_dim:
+    if planes == 2 and key.shape[-1] == value.shape[-1] == head_dim:
         new = torch.stack((key.flatten(0, 1), value.flatten(0, 1)), 1)
         kv_cache.permute(0, 3, 1, 2, 4)[page, offset] = new
         return
-    for index, new in enumerate((key, value)):
+    for index, new in enumerate((key, value)[:planes]):
         part = kv_cache[:, index, :, :, : new.shape[-1]]
         part.permute(0, 2, 1, 3)[page, offset] = new.flatten(0, 1)
 
@@ -241,17 +243,18 @@ def _gather_pages(
     kv_cache: Tensor, block_table: Tensor, num_keys: int, query: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """K [b, num_kv_heads, num_keys, head_dim] and V, copied from the pages in one gather."""
-    _, _, num_heads, page_size, width = kv_cache.shape
+    _, planes, num_heads, page_size, width = kv_cache.shape
     num_blocks = -(-num_keys // page_size)
     pages = block_table[:, :num_blocks]
     if kv_cache.is_contiguous():
         # Rows of one (page, K or V, head): a gather of rows is a plain copy of page_size * width.
-        heads = _head_rows(num_heads, pages.device)
-        rows = torch.add(heads, pages[None, :, None], alpha=2 * num_heads).view(-1)
+        heads = _head_rows(planes, num_heads, pages.device)
+        rows = torch.add(heads, pages[None, :, None], alpha=planes * num_heads).view(-1)
         gathered = kv_cache.view(-1, page_size * width).index_select(0, rows)
     else:
         gathered = kv_cache[pages].permute(2, 0, 3, 1, 4, 5)
-    k, v = gathered.reshape(2, pages.shape[0], num_heads, num_blocks * page_size, width)
+    gathered = gathered.reshape(planes, pages.shape[0], num_heads, num_blocks * page_size, width)
+    k, v = gathered[0], gathered[-1]
     head_dim = query.shape[-1]
     k, v = k[:, :, :num_keys, :head_dim], v[:, :, :num_keys, : spec.v_head_dim or head_dim]
     return _dequantized(k, spec.k_scale, query.dtype), _dequantized(v, spec.v_scale, query.dtype)
@@ -262,9 +265,10 @@ def _dequantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _head_rows(num_heads: int, device: torch.device) -> Tensor:
-    """int32 [2, 1, num_heads, 1]: the rows of K and V of each head within a page."""
-    return torch.arange(2 * num_heads, dtype=torch.int32, device=device).view(2, 1, num_heads, 1)
+def _head_rows(planes: int, num_heads: int, device: torch.device) -> Tensor:
+    """int32 [planes, 1, num_heads, 1]: the rows of K and V of each head within a page."""
+    rows = torch.arange(planes * num_heads, dtype=torch.int32, device=device)
+    return rows.view(planes, 1, num_heads, 1)
 
 
 def _is_plain(spec: AttentionSpec) -> bool:

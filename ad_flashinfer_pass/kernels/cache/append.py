@@ -45,6 +45,7 @@ def append(
         V_HEAD_DIM=v_head_dim,
         HEAD_BLOCK=head_block,
         DIM_BLOCK=dim_block,
+        HAS_V=kv_cache.shape[1] == 2,
         LIMIT=limit,
     )
 
@@ -76,6 +77,7 @@ def _append(  # type: ignore[no-untyped-def]
     V_HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
+    HAS_V: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """One token and HEAD_BLOCK of its heads."""
@@ -92,10 +94,11 @@ def _append(  # type: ignore[no-untyped-def]
     new = tl.load(key + heads * key_head_stride + dims * key_dim_stride, mask=mask, other=0.0)
     tl.store(target, _converted(new, k_factor, kv_cache.dtype.element_ty, LIMIT), mask=mask)
 
-    value += row * value_row_stride + column * value_token_stride
-    mask = (heads < num_heads) & (dims < V_HEAD_DIM)
-    new = tl.load(value + heads * value_head_stride + dims * value_dim_stride, mask=mask, other=0.0)
-    tl.store(target + kv_stride, _converted(new, v_factor, kv_cache.dtype.element_ty, LIMIT), mask=mask)
+    if HAS_V:
+        value += row * value_row_stride + column * value_token_stride
+        mask = (heads < num_heads) & (dims < V_HEAD_DIM)
+        new = tl.load(value + heads * value_head_stride + dims * value_dim_stride, mask=mask, other=0.0)
+        tl.store(target + kv_stride, _converted(new, v_factor, kv_cache.dtype.element_ty, LIMIT), mask=mask)
 
 
 @triton.jit

@@ -5,9 +5,9 @@ After:  row = [c, shared]; out = W_v[h] attention([W_k[h]^T q, r], row, row[:, :
 
 ``insert_cached_attention`` then caches ``row``: of DeepSeek-V3 576 elements a token and layer, not 49,152.
 Legal because q^T (W_k c) = (W_k^T q)^T c, and a sum of W_v c with weights is W_v times that sum of c. That K
-and V are such images is read in the graph, element by element: each element is a row of one linear of one
-tensor ``c``, or it is the same for all heads. Logits are the same reals, so that scale, window, cap and sinks
-stay as they are. A bias of K adds the same to all logits of a query, which a softmax without cap and sinks does
+and V are such images is read in the graph, element by element: each is a row of one linear of one
+tensor ``c``, or the same for all heads. Logits are the same reals, so that scale, window, cap and sinks stay
+as they are. A bias of K adds the same to all logits of a query, which a softmax without cap and sinks does
 not see; one of V is added to the result. What is not proved, or would not halve the cache, stays as it is.
 Weights are read as views of the model's own, but quantized ones, which are dequantized.
 """

@@ -45,6 +45,8 @@ class Shape:
     v_scale: float = 1.0
     layers_between_pages: int = 1
     """Above 1 the pool is a strided view: pages of that many layers alternate in memory."""
+    is_latent: bool = False
+    """V is the first part of K, and is not stored."""
 
 
 class PagedBatch:
@@ -69,7 +71,7 @@ class PagedBatch:
             (
                 sum(num_pages) + SPARE_PAGES + 1,
                 shape.layers_between_pages,
-                2,
+                1 if shape.is_latent else 2,
                 shape.num_kv_heads,
                 shape.page_size,
                 width,
@@ -84,7 +86,12 @@ class PagedBatch:
 
         self.query = [random(new, shape.num_heads, shape.head_dim) for _, new in lengths]
         self.key = [random(total, shape.num_kv_heads, shape.head_dim) for total in totals]
-        self.value = [random(total, shape.num_kv_heads, shape.v_head_dim) for total in totals]
+        self.value = [
+            key[..., : shape.v_head_dim]
+            if shape.is_latent
+            else random(len(key), shape.num_kv_heads, shape.v_head_dim)
+            for key in self.key
+        ]
         self.sinks = torch.randn(shape.num_heads, generator=generator)
         self.alibi_slopes = torch.rand(shape.num_heads, generator=generator)
         for index, (past, _) in enumerate(lengths):
@@ -115,7 +122,8 @@ class PagedBatch:
         key = (self.key[index][position] / self.shape.k_scale).clamp(-limit, limit)
         value = (self.value[index][position] / self.shape.v_scale).clamp(-limit, limit)
         self.kv_cache[page, 0, :, offset, : self.shape.head_dim] = key
-        self.kv_cache[page, 1, :, offset, : self.shape.v_head_dim] = value
+        if not self.shape.is_latent:
+            self.kv_cache[page, 1, :, offset, : self.shape.v_head_dim] = value
 
     def prepare(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Block table and slots from the op, for as many tokens as ``position_ids`` has."""

@@ -100,8 +100,8 @@ class Capability:
     shared_kv: bool = True
     mixed_head_dims: bool = True
     """K and V of different head size."""
-    is_latent: bool = False
-    """Whether it reads a cache whose V is a part of K; other head sizes are then no matter of its own."""
+    is_latent: bool | None = False
+    """Whether it reads caches whose V is a part of K, and these alone; None: both kinds."""
     host_phases: frozenset[Phase] = frozenset()
     """Phases in which it reads lengths on the host, so that a CUDA graph cannot hold them."""
     modules: Callable[[Site, int], Sequence[JitSpec]] | None = None
@@ -166,8 +166,9 @@ class Capability:
             "alibi": site.has_alibi,
             "shared_kv": site.shares_kv,
             "mixed_head_dims": site.head_dim != site.v_head_dim and not site.is_latent,
-            "is_latent": site.is_latent,
         }
+        if self.is_latent is not None and site.is_latent != self.is_latent:
+            refused.append("a latent" if site.is_latent else "no latent")
         refused += [item for item, needed in needs.items() if needed and not getattr(self, item)]
         group = site.num_heads // site.num_kv_heads
         if self.max_group is not None and group > self.max_group:

@@ -19,7 +19,7 @@ from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
 CAPABILITY = Capability(
-    name="reference", host_phases=frozenset({"prefill"}), is_latent=True, run_on=frozenset({90})
+    name="reference", host_phases=frozenset({"prefill"}), is_latent=None, run_on=frozenset({90})
 )
 
 

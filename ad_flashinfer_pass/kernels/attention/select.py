@@ -13,14 +13,23 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
-from ad_flashinfer_pass.kernels.attention import fa2, fa3, fmha_v2, reference, split_decode, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels.attention import (
+    fa2,
+    fa3,
+    fmha_v2,
+    latent,
+    reference,
+    split_decode,
+    trtllm_gen,
+    xqa,
+)
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Phase, Site
 from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 
 PROVIDERS: dict[str, Provider] = {
     module.PROVIDER.name: module.PROVIDER
-    for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, fa2, reference)
+    for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, fa2, latent, reference)
 }
 """In the order of preference; a new provider is a line here."""
 

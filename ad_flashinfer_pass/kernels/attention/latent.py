@@ -1,0 +1,224 @@
+"""Attention over a latent (``cache_latent``) by Triton kernels of this package, from capability 8.0 on.
+
+All query heads share one row a token, so that heads, and the new tokens of a chunk, are the rows of a matrix
+product: decode, extends and prefill are one kernel. It needs no plan and no FlashInfer: lengths and pages
+are read on the device, so that a captured call stays valid when they change. The keys are split among enough
+programs to keep the GPU busy; how many depends on the numbers of tokens and sequences of the launch alone,
+and so does the order of the sums: equal inputs give equal bits.
+
+Query and softmax weights are multiplied in the dtype of the query, or in float16 if the cache has 8 bits,
+which it holds exactly; sums and softmax are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.attention.capability import Capability, Site
+from ad_flashinfer_pass.kernels.attention.provider import Provider
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+
+MAX_SPLITS = 128
+_SUMS, _TILES = 2**23, 2**15
+"""Floats that the parts of one launch may leave in the workspace, and tiles of one launch that has parts."""
+_EIGHT_BITS = frozenset({torch.float8_e4m3fn})
+CAPABILITY = Capability(
+    name="latent",
+    workspace_bytes=4 * (_SUMS + _SUMS // 8 + 3 * _TILES),
+    device_types=frozenset({"cuda"}),
+    compute_majors=frozenset({8, 9, 10, 12}),
+    dtypes=frozenset({torch.bfloat16, torch.float16}),
+    kv_dtypes={"prefill": _EIGHT_BITS, "decode": _EIGHT_BITS},
+    head_dims=frozenset(range(16, 641, 8)),
+    alibi=False,
+    is_latent=True,
+)
+
+
+class Config(NamedTuple):
+    """How the kernel is launched."""
+
+    rows: int
+    """Query heads, of one token or several, of a program."""
+    block: int
+    """Tokens that a program reads at once."""
+    warps: int
+    stages: int
+
+
+class _Workspace(NamedTuple):
+    sums: Tensor
+    stats: Tensor
+    tiles: Tensor
+    num_processors: int
+
+
+def _workspace(device: torch.device) -> _Workspace:
+    """Of a device, for one stream at a time; it never grows."""
+    processors = 8
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Workspace(
+        torch.empty(_SUMS, dtype=torch.float32, device=device),
+        torch.empty(_SUMS // 8, dtype=torch.float32, device=device),
+        torch.empty(3 * _TILES, dtype=torch.int32, device=device),
+        processors,
+    )
+
+
+def default_config(rows: int, rank: int) -> Config:
+    """The launch for so many rows that read the same keys, and a latent of that size."""
+    if rows <= 16:
+        return Config(16, 32 if rank > 256 else 64, 4, 3)
+    if rows <= 32:
+        return Config(32, 32 if rank > 256 else 64, 4, 3)
+    return Config(64, 64, 8 if rank > 256 else 4, 2)
+
+
+def default_splits(tiles: int, num_processors: int) -> int:
+    """Programs that share the keys of a tile, for so many tiles."""
+    return max(1, min(MAX_SPLITS, 2 * num_processors // tiles))
+
+
+def _options(site: Site, batch: int, device: torch.device) -> list[int]:
+    """Fewer and more splits than the default."""
+    config = default_config(site.num_heads, site.v_head_dim)
+    tiles = batch * -(-site.num_heads // config.rows)
+    splits = default_splits(tiles, workspaces.get(_workspace, device).num_processors)
+    return sorted({max(1, splits // 2), min(MAX_SPLITS, 2 * splits)} - {splits})
+
+
+def decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    splits: int | None = None,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """See ``attention.provider``.
+
+    Args:
+        splits: programs that share the keys of a tile, at most; default: ``default_splits``.
+        config: default: ``default_config``.
+    """
+    return _attend(query, kv_cache, None, seq_len_with_cache, block_table, spec, splits, config)
+
+
+def prefill(
+    query: Tensor,
+    kv_cache: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    splits: int | None = None,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """See ``attention.provider``; the options are those of ``decode``."""
+    return _attend(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec, splits, config)
+
+
+def extend(*args: Tensor, max_len: int) -> Tensor:
+    """``prefill`` of sequences that have at most ``max_len`` new tokens."""
+    return prefill(*args)  # type: ignore[arg-type]
+
+
+def _attend(
+    query: Tensor,
+    kv_cache: Tensor,
+    cu_seqlen: Tensor | None,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    splits: int | None,
+    config: Config | None,
+) -> Tensor:
+    import triton
+
+    from ad_flashinfer_pass.kernels.attention import latent_kernel
+
+    query = query.contiguous()
+    (tokens, heads, width), seqs, rank = query.shape, len(seq_len_with_cache), spec.v_head_dim
+    assert rank is not None
+    assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
+    if config is None:
+        config = default_config(heads if cu_seqlen is None else 64, rank)
+    if cu_seqlen is None:
+        tiles = seqs * triton.cdiv(heads, config.rows)
+    else:  # as many as there can be, however the tokens are those of the sequences
+        tiles = triton.cdiv(tokens * heads, config.rows) + seqs
+    space = workspaces.get(_workspace, query.device)
+    if splits is None:
+        splits = default_splits(tiles, space.num_processors)
+    while splits > 1 and (tiles > _TILES or tiles * splits * config.rows * max(rank, 16) > _SUMS):
+        splits //= 2  # what the workspace holds
+    is_split = splits > 1
+    kinds = {"HEADS": heads, "ROWS": config.rows, "RANK": rank, "RANK_BLOCK": _block(rank)}
+    out = torch.empty((tokens, heads, rank), dtype=query.dtype, device=query.device)
+    latent_kernel.attend[(tiles, splits)](
+        query,
+        kv_cache,
+        cu_seqlen,
+        seq_len_with_cache,
+        block_table,
+        spec.sinks,
+        out,
+        space.sums,
+        space.stats,
+        space.tiles if is_split else None,
+        spec.scale * spec.k_scale,
+        spec.v_scale,
+        kv_cache.stride(0),
+        kv_cache.stride(3),
+        block_table.stride(0),
+        seqs,
+        splits,
+        **kinds,
+        REST=width - rank,
+        REST_BLOCK=_block(width - rank),
+        PAGE=kv_cache.shape[3],
+        BLOCK=config.block,
+        SEQS=0 if cu_seqlen is None else triton.next_power_of_2(seqs),
+        WINDOW=spec.sliding_window,
+        CHUNK=spec.chunk,
+        CAP=spec.logit_cap,
+        ONE_BYTE=kv_cache.dtype.itemsize == 1,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if is_split:
+        latent_kernel.add_parts[(tiles, config.rows)](
+            spec.sinks,
+            out,
+            space.sums,
+            space.stats,
+            space.tiles,
+            spec.v_scale,
+            splits,
+            **kinds,
+            PARTS=8,
+        )
+    return out
+
+
+def _block(size: int) -> int:
+    """Elements of a tile, a power of two, as products take them."""
+    return max(16, 1 << (size - 1).bit_length()) if size else 16
+
+
+PROVIDER = Provider(
+    capability=CAPABILITY,
+    decode=decode,
+    prefill=prefill,
+    extend=extend,
+    options=_options,
+    without_modules="Triton kernels, compiled in seconds by the first call",
+)

@@ -73,9 +73,9 @@ def _workspace(device: torch.device) -> _Workspace:
 def default_config(rows: int, rank: int) -> Config:
     """The launch for so many rows that read the same keys, and a latent of that size."""
     if rows <= 16:
-        return Config(16, 32 if rank > 256 else 64, 4, 3)
+        return Config(16, 32 if rank > 256 else 64, 4, 6)
     if rows <= 32:
-        return Config(32, 32 if rank > 256 else 64, 4, 3)
+        return Config(32, 32 if rank > 256 else 64, 4, 6)
     return Config(64, 64, 8 if rank > 256 else 4, 2)
 
 

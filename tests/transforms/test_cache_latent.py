@@ -1,0 +1,137 @@
+"""``cache_latent``: a latent is cached as one and computes the same; what looks alike stays as it is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.records import TransformReport
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from tests.architectures import (
+    generated_by_engine,
+    generated_by_transformers,
+    random_model,
+    random_prompts,
+    small_config,
+)
+from tests.transforms.latent_models import Form, LatentModel
+from tests.transforms.serving import assert_serves_like
+from tests.transforms.small_models import context
+
+
+def served(form: Form, **config: Any) -> tuple[CachedModel, TransformReport]:
+    """The cached model, which serves like the dense one, and what the transform says."""
+    dense = LatentModel(form)
+    model, reports = transform_module(dense, context(**config).config)
+    assert_serves_like(model, dense)
+    return model, next(report for report in reports if report.name == "cache_latent")
+
+
+FORMS = {
+    "plain": Form(),
+    "written": Form(join="write"),
+    "rope_first": Form(rope_first=True, join="write"),
+    "k_then_v": Form(split="k_then_v"),
+    "v_then_k": Form(split="v_then_k", normed=False),
+    "two_projections": Form(split="two"),
+    "bias": Form(has_bias=True),
+    "no_rope": Form(rope=0),
+    "window": Form(window=4),
+    "sinks": Form(flaw="sinks"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_latent_is_cached_as_one(form: Form) -> None:
+    """In any layout, with biases, windows and sinks; the pool has one row of latent and rest a token."""
+    model, report = served(form)
+    assert report.num_matches == 1
+    assert [tuple(pool.shape[1:]) for pool in model.paged] == [(1, 1, 5, form.rank + form.rope)]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    form=st.builds(
+        Form,
+        heads=st.integers(1, 5),
+        rank=st.integers(1, 24),
+        nope=st.integers(1, 12),
+        rope=st.sampled_from([0, 2, 4, 8]),
+        value=st.integers(1, 12),
+        q_rank=st.sampled_from([0, 7]),
+        has_bias=st.booleans(),
+        normed=st.booleans(),
+        rope_first=st.booleans(),
+        split=st.sampled_from(["by_head", "k_then_v", "v_then_k", "two"]),
+        join=st.sampled_from(["cat", "write"]),
+    )
+)
+def test_of_any_size(form: Form) -> None:
+    """Random ranks, heads and sizes serve like the dense model; a latent that is not worth it is none."""
+    model, report = served(form)
+    assert report.num_matches == (form.heads > 1 and form.is_narrow)
+
+
+FLAWS = {
+    "other_latent": "K is linear in .*, V in ",
+    "activation": r"silu .*computes each head's own elements",
+    "factor_of_heads": r"mul.* computes each head's own elements",
+    "rope_of_heads": r"mul.* computes each head's own elements",
+    "heads_in_other_order": r"index.* computes each head's own elements",
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_what_is_no_latent_is_cached_for_each_head(flaw: str) -> None:
+    """It serves all the same, and the report says why."""
+    model, report = served(Form(flaw=flaw))
+    assert report.num_matches == 0
+    (skip,) = report.skipped
+    assert "K and V are cached for each head, because " in skip.reason
+    assert re.search(FLAWS[flaw], skip.reason), skip.reason
+    assert [pool.shape[1] for pool in model.paged] == [2]
+
+
+def test_a_bias_beside_sinks_is_seen_by_the_softmax() -> None:
+    """A bias of K is the same in all logits but the sink's."""
+    _, report = served(Form(flaw="sinks", has_bias=True))
+    assert "has a bias" in report.skipped[0].reason
+
+
+def test_an_8_bit_latent() -> None:
+    """One scale for the row, that of K; what it holds is what a float8 can."""
+    cache = {"tokens_per_block": 5, "dtype": "fp8", "k_scale": 0.25, "v_scale": 9.0}
+    dense = LatentModel(Form())
+    model, _ = transform_module(dense, context(kv_cache_config=cache).config)
+    assert model.paged[0].dtype == torch.float8_e4m3fn
+    with torch.no_grad():
+        assert_serves_like(model, dense, tolerance=0.3)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "minicpm3", "kimi_linear", "longcat_flash"])
+def test_families_generate_the_tokens_of_transformers(family: str) -> None:
+    """A complex rotation, longrope, no rotation beside recurrent layers, scaled latents."""
+    changes: dict[str, Any] = {}
+    if family == "minicpm3":
+        factors = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+        changes["rope_parameters"] = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 24,
+            **factors,
+        }
+    dense = random_model(small_config(family, fewest_layers=2, **changes))
+    prompts = random_prompts([5, 17, 1, 30], 128)
+    wanted = generated_by_transformers(dense, prompts, 8)
+    model, reports = transform_module(dense, context(max_batch_size=4).config)
+    (report,) = (each for each in reports if each.name == "cache_latent")
+    assert report.num_matches == len(model.paged) > 0
+    assert not report.skipped
+    assert all(pool.shape[1:] == (1, 1, 5, 24) for pool in model.paged)
+    assert generated_by_engine(model, prompts, 8) == wanted

@@ -22,12 +22,13 @@ from torch import Tensor, fx, nn
 from ad_flashinfer_pass import masks, matching, registry
 from ad_flashinfer_pass.config import STAGES
 from ad_flashinfer_pass.errors import TransformError
-from ad_flashinfer_pass.graph import axes
+from ad_flashinfer_pass.graph import axes, elements
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.matching import eager as written_out
 from ad_flashinfer_pass.matching import logits, operands, parts
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.transforms import (
+    cache_latent,
     check_packing,
     classify_mask,
     eliminate_noops,
@@ -39,6 +40,7 @@ from ad_flashinfer_pass.transforms import (
     number_by_positions,
 )
 from tests.transforms import test_hand_written as hand_written
+from tests.transforms.latent_models import Form, LatentModel
 from tests.transforms.serving import assert_serves_like, cached
 from tests.transforms.small_models import (
     HEADS,
@@ -173,6 +175,10 @@ ORACLES: dict[str, Callable[[], None]] = {
     "flex_cap": serves(lambda: SmallModel(FORMS["flex_window_and_cap"])),
     "heads_last": serves(lambda: SmallModel(FORMS["heads_last"])),
     "casts_that_round": serves(lambda: SmallModel(sdpa, mix=rounded)),
+    "latent": serves(lambda: LatentModel(Form(rank=10, value=10))),
+    "two_latents": serves(lambda: LatentModel(Form(flaw="other_latent"))),
+    "activation": serves(lambda: LatentModel(Form(flaw="activation"))),
+    "rotations": serves(lambda: LatentModel(Form(flaw="rope_of_heads"))),
     "refused_floor": refuses(lambda: SmallModel(eager(mask=low_floor))),
     "refused_prefix": refuses(lambda: SmallModel(eager(mask=prefix))),
     "refused_mean_over_tokens": refuses(lambda: SmallModel(sdpa, mix=averaged)),
@@ -396,6 +402,31 @@ def states(swap: Callable[[list[Any], list[Any]], None]) -> Callable[[Patch], No
     return mutate
 
 
+def cut_elsewhere(patch: Patch) -> None:
+    """W_UK and W_UV change places within the rows of a head."""
+    cut = cache_latent._cut
+
+    def broken(rows: Tensor, number: int) -> Any:
+        found = cut(rows, number)
+        return found._replace(start=found.stride - found.length - found.start)
+
+    patch.setattr(cache_latent, "_cut", broken)
+
+
+def transposed_up(patch: Patch) -> None:
+    """W_UV is read as its transpose, of a square one."""
+
+    def broken(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        args = tuple("bshr,hrd->bshd" if arg == "bshr,hdr->bshd" else arg for arg in args)
+        return g.call_op(graph, target, *args, **kwargs)
+
+    patch.setattr(cache_latent, "g", Shim(g, call_op=broken))
+
+
+def looked_through(op: Any) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(elements, "_COPIES", (*elements._COPIES, op))
+
+
 def first_pool(first: list[Any], own: list[Any]) -> None:
     own[4] = first[4]
 
@@ -448,6 +479,7 @@ def of(transform: str, broken: str, mutate: Callable[[Patch], None], caught_by: 
 
 
 MATCH, CLASSIFY, INSERT = "match_attention", "classify_mask", "insert_cached_attention"
+LATENT = "cache_latent"
 MUTATIONS = [
     of("eliminate_noops", "casts dropped", casts_dropped, "casts_that_round"),
     of("expand_flex_attention", "score_mod dropped", flex_without("score_mod"), "flex_cap"),
@@ -483,6 +515,11 @@ MUTATIONS = [
     of(PACKING, "works along tokens", replaced(READER, "refuse_tokens", nothing), "refused_mean_over_tokens"),
     of(PACKING, "any layout", replaced(READER, "check_layout", nothing), "refused_logits_by_token_and_batch"),
     of(PACKING, "counts", replaced(check_packing, "_check_numbers", nothing), "refused_number_of_tokens"),
+    of(LATENT, "rows cut elsewhere", cut_elsewhere, "latent"),
+    of(LATENT, "W_UV transposed", transposed_up, "latent"),
+    of(LATENT, "K and V of any latents", replaced(cache_latent, "_origin", nothing), "two_latents"),
+    of(LATENT, "activations ignored", looked_through(aten.silu), "activation"),
+    of(LATENT, "a head's own rotation ignored", looked_through(aten.mul), "rotations"),
     of(INSERT, "every layer has the first cache", caches(lambda made: made[0]), "two_layers"),
     of(INSERT, "lengths without this step's tokens", stale_lengths, "two_layers"),
     of("insert_cached_state", "every layer has the first pool", states(first_pool), "states"),

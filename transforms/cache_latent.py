@@ -71,6 +71,8 @@ class _Latent:
     """The rest of K, in the order of its columns."""
     columns: list[Tensor]
     """Of each of them."""
+    expanded: int
+    """Elements of a token in K and V."""
 
     @property
     def rank(self) -> int:
@@ -100,6 +102,8 @@ def cache_latent(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
             report.skipped.append(Skip(g.where(node), f"K and V are cached for each head, because {why}"))
             continue
         report.num_matches += 1
+        report.notes.append(f"{latent.width} elements of a token are cached in place of {latent.expanded}")
+    report.notes = list(dict.fromkeys(report.notes))
     if report.num_matches:
         g.finish(model)
         g.delete_unread(model)
@@ -142,7 +146,8 @@ def _read(site: fx.Node, tokens: Dims, value: _Image) -> _Latent:
     key = _image(of_heads, tokens, heads, size)
     shared = sorted((each for each in sources if each not in of_heads), key=lambda each: int(each.places[0]))
     columns = [each.places[: len(each.places) // heads] for each in shared]
-    latent = _Latent(tokens, key, value, shared, columns)
+    expanded = heads * (size + int(g.shape(args["value"])[3]))
+    latent = _Latent(tokens, key, value, shared, columns, expanded)
     for part in (key.columns, *columns, *(s.flat()[: len(c)] for s, c in zip(shared, columns, strict=True))):
         if not torch.equal(part, part[0] + torch.arange(len(part))):
             raise _NotLatentError("the parts of K do not lie together")
@@ -151,7 +156,6 @@ def _read(site: fx.Node, tokens: Dims, value: _Image) -> _Latent:
     has_bias = any(g.op_args(each.linear)["bias"] is not None for each in (key, value))
     if has_bias and (args["sinks"] is not None or args["logit_cap"] is not None):
         raise _NotLatentError(f"{g.where(key.linear)} has a bias, which a softmax with a cap or sinks sees")
-    expanded = heads * (size + int(g.shape(args["value"])[3]))
     if 2 * latent.width > expanded:
         raise _NotLatentError(f"{latent.width} elements of a token would take the place of {expanded}")
     return latent

@@ -165,7 +165,7 @@ class Capability:
             "sinks": site.has_sinks,
             "alibi": site.has_alibi,
             "shared_kv": site.shares_kv,
-            "mixed_head_dims": site.head_dim != site.v_head_dim and not site.is_latent,
+            "mixed_head_dims": site.head_dim != site.v_head_dim,
         }
         if self.is_latent is not None and site.is_latent != self.is_latent:
             refused.append("a latent" if site.is_latent else "no latent")

@@ -47,6 +47,7 @@ ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "has_sinks": ({"has_sinks": True}, {"sinks": False}, "sinks"),
     "has_alibi": ({"has_alibi": True}, {"alibi": False}, "alibi"),
     "shares_kv": ({"shares_kv": True}, {"shared_kv": False}, "shared_kv"),
+    "is_latent": ({"is_latent": True}, {"is_latent": False}, "a latent"),
 }
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -65,7 +66,7 @@ def test_every_item_of_a_site_is_in_the_ledger() -> None:
 @settings(max_examples=100, deadline=None)
 def test_exactly_the_items_needed_and_lacking_are_refused(needed: set[str], lacking: set[str]) -> None:
     """For any site and declaration, the refusals name each item that is needed and lacking, and no other."""
-    site, capability = PLAIN, Capability(name="limited")
+    site, capability = PLAIN, Capability(name="limited", is_latent=None)
     for item in sorted(needed):
         site = replace(site, **ITEMS[item][0])
     for item in sorted(lacking):
@@ -78,6 +79,15 @@ def test_exactly_the_items_needed_and_lacking_are_refused(needed: set[str], lack
     assert len(refusals) == len(expected)
     for item in expected:
         assert any(text.startswith(ITEMS[item][2]) for text in refusals), item
+
+
+def test_a_kernel_takes_latents_only_if_it_says_so() -> None:
+    """One that knows nothing of them would read V where there is none; one that is made for them, likewise."""
+    latent = replace(PLAIN, is_latent=True)
+    assert Capability(name="any").refusals(latent, "decode", CPU) == ["a latent"]
+    only = Capability(name="only", is_latent=True)
+    assert only.refusals(PLAIN, "decode", CPU) == ["no latent"]
+    assert not only.refusals(latent, "decode", CPU)
 
 
 @pytest.mark.parametrize(

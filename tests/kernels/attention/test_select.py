@@ -82,7 +82,7 @@ def test_exactly_the_items_needed_and_lacking_are_refused(needed: set[str], lack
 
 
 def test_a_kernel_takes_latents_only_if_it_says_so() -> None:
-    """One that knows nothing of them would read V where there is none; one that is made for them, likewise."""
+    """One that knows nothing of them would read V where there is none."""
     latent = replace(PLAIN, is_latent=True)
     assert Capability(name="any").refusals(latent, "decode", CPU) == ["a latent"]
     only = Capability(name="only", is_latent=True)

@@ -1,0 +1,185 @@
+"""Attention over a latent on a GPU: the kernel, and DeepSeek-V2-Lite beside its floor and expanded K and V.
+
+    python benchmarks/latent.py --json benchmarks/results/latent.json
+
+Random bfloat16 weights, empty pages. The bandwidth of a large copy is measured in the same run.
+
+``kernels``: attention of DeepSeek-V2-Lite (16 heads) and of DeepSeek-V3 (128), one layer after the other in a
+captured graph; what the layers read is at least ten times the L2 cache. ``of_copy``: the bytes of the rows
+over the time, as a share of the copy's bandwidth; ``tflops``: two products of every head and row.
+``new`` is 1 for a decode step, else the tokens of one prompt.
+
+``models``: a decode step of DeepSeek-V2-Lite by replay, tokens chosen; ``floor_ms``: weights and rows of
+every token over the bandwidth. ``latent`` is false where ``cache_latent`` is left out: K and V of each head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import math
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DeepseekV2Config
+
+from ad_flashinfer_pass.build import build_model
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
+from ad_flashinfer_pass.deployment.bench import copy_bandwidth, machine, step_bytes
+from ad_flashinfer_pass.kernels.attention import latent
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.kernels.measure import microseconds
+from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
+from benchmarks.experts import PACKAGES, installed
+
+RANK, WIDTH, PAGE = 512, 576, 32
+DEVICE = torch.device("cuda", 0)
+V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "topk_method": "greedy",
+    "q_lora_rank": None,
+    "kv_lora_rank": RANK,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": WIDTH - RANK,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+}
+
+
+def measure_kernel(heads: int, batch: int, context: int, new: int, bandwidth: float) -> dict[str, Any]:
+    """One row of ``kernels``, by the best number of splits."""
+    size = batch * context * WIDTH * 2
+    layers = max(4, math.ceil(10 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / size))
+    pages = batch * context // PAGE
+    pools = torch.randn(layers, pages + 1, 1, 1, PAGE, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    table = (torch.randperm(pages, device=DEVICE) + 1).to(torch.int32).view(batch, -1)
+    query = torch.randn(batch * new, heads, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    spec = AttentionSpec(WIDTH**-0.5, v_head_dim=RANK)
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * new
+    times = {}
+    for splits in (1, 2, 4, 8, 16, 32, 64) if new == 1 else (1,):
+        rest = (lens, table, spec, splits)
+        first: Any = latent.decode if new == 1 else latent.prefill
+        places = () if new == 1 else (bounds,)
+        times[splits] = microseconds([partial(first, query, pool, *places, *rest) for pool in pools])
+    best = min(times, key=lambda splits: times[splits])
+    pairs = batch * sum(range(context - new + 1, context + 1))
+    return {
+        "heads": heads,
+        "sequences": batch,
+        "context": context,
+        "new": new,
+        "splits": best,
+        "us": times[best],
+        "of_copy": size / times[best] * 1e6 / bandwidth,
+        "tflops": 2 * heads * pairs * (WIDTH + RANK) / times[best] / 1e6,
+    }
+
+
+def step_ms(model: CachedModel, batch: int, context: int) -> float:
+    """Median of decode steps by replay, each with the choice of its tokens."""
+    pages = context // model.sequence_info.tokens_per_block + 2
+    tables = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(batch)]
+    steps = [SequenceStep([5], context, list(table), slot=1 + i) for i, table in enumerate(tables)]
+    model.nest(steps, [RowParams()] * batch)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(31)]
+    for mark in marks:
+        mark.record()
+        model.forward()
+        model.sample_and_advance(is_greedy=True)
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in zip(marks[10:], marks[11:], strict=False)]
+    return statistics.median(times)
+
+
+def measure_model(is_latent: bool, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of ``models``: of each batch and context whose pages there is room for."""
+    directory = Path(args.directory)
+    DeepseekV2Config(**{**V2_LITE, "num_hidden_layers": args.layers}).save_pretrained(directory)
+    config = AutoDeployConfig(
+        model=str(directory),
+        skip_loading_weights=True,
+        generation_config="none",
+        dtype="bfloat16",
+        device="cuda",
+        compile_backend=args.compile_backend,
+        max_batch_size=max(args.batches),
+        max_seq_len=max(args.contexts) + 64,
+        max_num_tokens=2048,
+        cuda_graph_batch_sizes=args.batches,
+        kv_cache_config=KvCacheConfig(free_gpu_memory_fraction=0.9),
+        transforms={} if is_latent else {"cache_latent": TransformConfig(enabled=False)},
+    )
+    llm = build_model(config, on_event=lambda name: print(f"  {name}", file=sys.stderr, flush=True))
+    model, rows = llm.model, []
+    assert isinstance(model, CachedModel)
+    for batch, context in ((b, c) for c in args.contexts for b in args.batches):
+        if batch * (context // PAGE + 2) < model.num_pages:
+            floor = 1e3 * step_bytes(model, batch, context) / bandwidth
+            row = {"latent": is_latent, "sequences": batch, "context": context, "floor_ms": floor}
+            rows.append({**row, "step_ms": step_ms(model, batch, context)})
+    print(*(note for report in llm.reports for note in report.notes if "decode of" in note), sep="\n")
+    return rows
+
+
+def main() -> int:
+    """Parse arguments, measure, print and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--forms", nargs="*", choices=["latent", "expanded"], default=["latent", "expanded"])
+    parser.add_argument("--compile-backend", default="torch-opt")
+    parser.add_argument("--directory", default="/tmp/deepseek_v2_lite", help="takes the model's config")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth(DEVICE)
+    results: dict[str, Any] = {
+        "machine": machine(DEVICE),
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "copy_bytes_per_s": bandwidth,
+        "kernels": [],
+        "models": [],
+    }
+
+    def note(kind: str, rows: list[dict[str, Any]]) -> None:
+        results[kind] += rows
+        print(*map(json.dumps, rows), sep="\n", flush=True)
+        if args.json is not None:  # after each part, so that an interrupted run leaves what it has
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    for heads in (16, 128):
+        sizes = [(batch, context, 1) for context in args.contexts for batch in args.batches]
+        note("kernels", [measure_kernel(heads, *size, bandwidth) for size in [*sizes, (1, 8192, 2048)]])
+    for form in args.forms:
+        note("models", measure_model(form == "latent", args, bandwidth))
+        gc.collect()
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""A latent on a GPU: the kernel at DeepSeek's sizes against float64, captured, and whole models."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from ad_flashinfer_pass.config import CompileBackend, KvDtype
+from ad_flashinfer_pass.kernels.attention import latent
+from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, compared, controls
+from tests import architectures
+from tests.gpu.test_end_to_end import transformed
+from tests.kernels.paged_batch import Features, PagedBatch, Shape
+
+DECODES = [(n - 1, 1) for n in (1, 31, 32, 33, 500, 3000)]
+CHUNKS = [(0, 70), (0, 1), (100, 33), (900, 2)]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["bfloat16", "fp8"])
+@pytest.mark.parametrize("lengths", [DECODES, CHUNKS], ids=["decode", "chunks"])
+@pytest.mark.parametrize("heads", [16, 40, 128])
+def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: torch.dtype | None) -> None:
+    """512 + 64 elements, heads of a tile, of a part of one and of two; eager, and captured for others."""
+    shape = Shape(
+        num_heads=heads,
+        num_kv_heads=1,
+        head_dim=576,
+        v_head_dim=512,
+        page_size=32,
+        dtype=torch.bfloat16,
+        kv_dtype=kv_dtype,
+        k_scale=1.0 if kv_dtype is None else 0.02,
+        is_latent=True,
+    )
+    features = Features(scale=0.05)
+    spec = AttentionSpec(0.05, k_scale=shape.k_scale, v_scale=shape.k_scale, v_head_dim=512)
+    batches = [PagedBatch([(length, new) for length, new in lengths], shape, seed) for seed in (0, 1)]
+    for batch in batches:
+        if kv_dtype is not None:
+            for key in batch.key:  # V is a view of it
+                key.copy_((key / shape.k_scale).to(kv_dtype).to(key.dtype) * shape.k_scale)
+        batch.run(features)  # appends
+    n = len(lengths)
+    inputs = []
+    for batch in batches:
+        table, _ = batch.prepare(batch.args["position_ids"])
+        found = [torch.cat(batch.query), batch.kv_cache, batch.args["cu_seqlen"][: n + 1]]
+        inputs.append([*found, batch.args["seq_len_with_cache"][:n], table[:n]])
+    static = [x.cuda() for x in inputs[0]]
+    args = static if lengths is CHUNKS else [*static[:2], *static[3:]]
+    run = partial(latent.prefill if lengths is CHUNKS else latent.decode, *args, spec)
+    eager = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for batch, given, first in zip(batches, inputs, (eager, None), strict=True):
+        for buffer, x in zip(static, given, strict=True):
+            buffer.copy_(x)
+        graph.replay()
+        wanted = torch.cat(batch.expected(features))
+        for out in (captured, first):
+            if out is not None:
+                error = (out.cpu().double() - wanted).abs().max() / wanted.abs().max()
+                assert error < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["torch-simple", "torch-cudagraph", "torch-opt"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "minicpm3", "youtu"])
+def test_families_are_as_near_to_float32_as_the_uncached_model(family: str, backend: CompileBackend) -> None:
+    """Both phases run by the kernel, and rounding sends tokens astray no farther than the model's own."""
+    config = architectures.small_config(family, vocab_size=512, hidden_size=256, intermediate_size=512)
+    model = architectures.random_model(config, "sdpa").to(device="cuda", dtype=torch.bfloat16)
+    cached, reports = transformed(model, backend)
+    notes = [note for report in reports for note in report.notes]
+    for phase in ("prefill", "decode"):
+        assert any(note.startswith(f"{phase}: latent, ") for note in notes)
+    generated = architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS)
+    found = {**compared(model, generated), **controls(model, cached, generated)}
+    print(family, backend, {key: found[key] for key in ("largest_share", "num_different", "error_ratio")})
+    assert found["largest_share"] <= 2.0
+    assert found["error_ratio"] <= 1.25
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_captured_steps_equal_eager_ones(kv_dtype: KvDtype) -> None:
+    """Prefill, mixed steps and decode."""
+    model = architectures.random_model(architectures.small_config("deepseek_v3"), "sdpa")
+    model = model.to(device="cuda", dtype=torch.bfloat16)
+    tokens = []
+    for backend in ("torch-simple", "torch-cudagraph"):
+        cached, _ = transformed(model, backend, kv_dtype)  # type: ignore[arg-type]
+        tokens.append(architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS))
+    assert tokens[0] == tokens[1]

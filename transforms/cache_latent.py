@@ -168,7 +168,7 @@ def _is_shared(source: Source, heads: int, size: int) -> bool:
     columns = (source.places % size).view(heads, -1)
     return all(
         bool((each == each[0]).all())
-        for each in (columns, *(i.view(heads, -1) for i in source.index.values()))
+        for each in (columns, *(i.view(heads, -1) for i in source.coordinates.values()))
     )
 
 

@@ -89,7 +89,7 @@ def _token_ids(llm: LLM, prompt: str | Sequence[int]) -> list[int]:
 
 
 def _largest(model: CachedModel, token_ids: list[int]) -> torch.Tensor:
-    """float32 [caches, 2], host: the largest magnitude in K and in V after one prompt."""
+    """float32 [caches, 2], host: the largest magnitude in K and in V after one prompt; a latent is both."""
     info = model.sequence_info
     if -(-len(token_ids) // info.tokens_per_block) >= model.num_pages:
         raise RequestError(
@@ -101,7 +101,7 @@ def _largest(model: CachedModel, token_ids: list[int]) -> torch.Tensor:
         pages = range(1, -(-(start + len(chunk)) // info.tokens_per_block) + 1)
         model.step([SequenceStep(chunk, start, pages, slot=1)])
     used = slice(1, -(-len(token_ids) // info.tokens_per_block) + 1)
-    largest = [cache[used].abs().amax((0, 2, 3, 4)).float().cpu() for cache in model.paged]
+    largest = [cache[used].abs().amax((0, 2, 3, 4)).float().cpu().expand(2) for cache in model.paged]
     model.clear_pages(range(1, used.stop))
     return torch.stack(largest)
 

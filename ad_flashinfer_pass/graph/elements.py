@@ -31,23 +31,23 @@ class Source(NamedTuple):
     """Axes of the node."""
     places: Tensor
     """int64 [n]: numbers of the traced elements, ascending."""
-    index: Mapping[Axis, Tensor]
+    coordinates: Mapping[Axis, Tensor]
     """int64 [n]: where each of them is, along each axis of the node that is not one of tokens."""
 
     def along(self, dim: int) -> Tensor | None:
         """int64 [n]: where each element is along a dimension; None if the tokens are there."""
-        axes, index = ax.whole(self.dims)[dim], _split(self.index)
+        axes, index = ax.whole(self.dims)[dim], _split(self.coordinates)
         return self._number(axes, index) if all(axis in index for axis in axes) else None
 
     def flat(self) -> Tensor:
         """int64 [n]: where each element is among all that one token has."""
-        index = _split(self.index)
+        index = _split(self.coordinates)
         return self._number([axis for axis in ax.flat(self.dims) if axis in index], index)
 
     @property
     def tokens(self) -> Dims:
         """The axes of tokens."""
-        index = _split(self.index)
+        index = _split(self.coordinates)
         return tuple(tuple(axis for axis in dim if axis not in index) for dim in ax.whole(self.dims))
 
     def _number(self, axes: Iterable[Axis], index: Mapping[Axis, Tensor]) -> Tensor:
@@ -58,7 +58,7 @@ class Source(NamedTuple):
 
     def _of(self, node: fx.Node, dims: Dims) -> Source:
         """The same elements of a view's source."""
-        kept, index = set(ax.flat(dims)), _split(self.index)
+        kept, index = set(ax.flat(dims)), _split(self.coordinates)
         return Source(node, dims, self.places, {axis: at for axis, at in index.items() if axis in kept})
 
     def _at(self, node: fx.Node, dim: int, at: Tensor, mask: Tensor | None = None) -> Source | None:
@@ -68,7 +68,9 @@ class Source(NamedTuple):
             return None
         here = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
         old, axis = ax.whole(self.dims), Axis(Size.of(size))
-        index = {each: values[here] for each, values in _split(self.index).items() if each not in old[dim]}
+        index = {
+            each: values[here] for each, values in _split(self.coordinates).items() if each not in old[dim]
+        }
         if size != 1:
             index[axis] = at[here]
         dims = (*old[:dim], (axis,) if size != 1 else (), *old[dim + 1 :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.deployment.calibrate import calibrate
+from ad_flashinfer_pass.inspection.check.check import check_prepared, prepare
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -20,9 +24,10 @@ from tests.architectures import (
     random_prompts,
     small_config,
 )
+from tests.test_mutations import cut_elsewhere, looked_through, transposed_up
 from tests.transforms.latent_models import Form, LatentModel
 from tests.transforms.serving import assert_serves_like
-from tests.transforms.small_models import context
+from tests.transforms.small_models import aten, context
 
 
 def served(form: Form, **config: Any) -> tuple[CachedModel, TransformReport]:
@@ -112,6 +117,39 @@ def test_an_8_bit_latent() -> None:
     assert model.paged[0].dtype == torch.float8_e4m3fn
     with torch.no_grad():
         assert_serves_like(model, dense, tolerance=0.3)
+
+
+def test_calibration_measures_the_row(tmp_path: Path) -> None:
+    """One scale, which K and V have."""
+    torch.manual_seed(0)
+    config = small_config("youtu", fewest_layers=1)
+    config.architectures = ["YoutuForCausalLM"]
+    config.save_pretrained(tmp_path)
+    keys: dict[str, Any] = {"model": str(tmp_path), "skip_loading_weights": True, "max_seq_len": 64}
+    found = calibrate(AutoDeployConfig(**keys), [list(range(2, 40))])
+    assert found.k_scale == found.v_scale
+    assert len(found.k_scale) == config.num_hidden_layers
+
+
+FAULTS = {
+    "wrong_split": cut_elsewhere,
+    "transposed": transposed_up,
+    "activation_absorbed": looked_through(aten.silu),
+    "rotation_absorbed": looked_through(aten.mul),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_finds_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each site agrees with its own arguments, so that what departs lies before the insertion."""
+    flaws = {"activation_absorbed": "activation", "rotation_absorbed": "rope_of_heads"}
+    model = LatentModel(Form(rank=10, value=10, flaw=flaws.get(fault, "")))
+    config = context().config
+    assert check_prepared(prepare(model, config), "right").is_ok
+    FAULTS[fault](monkeypatch)
+    report = check_prepared(prepare(model, config), "wrong")
+    assert report.first is not None
+    assert "before the insertion" in report.first
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "minicpm3", "kimi_linear", "longcat_flash"])

@@ -185,6 +185,9 @@ def _image(sources: list[Source], tokens: Dims, heads: int, size: int) -> _Image
             raise _NotLatentError(f"{g.where(each.node)} computes each head's own elements")
     (source, *others), rows = sources, sources[0].along(-1)
     linear, dims = source.node, ax.whole(source.dims)
+    scales = [arg for arg in g.op_args(linear).values() if g.is_tensor(arg)][1:]
+    if not g.is_op(linear, aten.linear.default) and any(scale.op != "get_attr" for scale in scales):
+        raise _NotLatentError(f"the quantized weight of {g.where(linear)} is computed")
     if others:
         raise _NotLatentError(f"{g.where(others[0].node)} makes a part of a head, {linear.name} another")
     columns = (source.places % size).view(heads, -1) if len(source.places) % heads == 0 else source.places
@@ -302,10 +305,8 @@ def _plain(gm: fx.GraphModule, linear: fx.Node) -> fx.Node:
     name = str(args["weight"].target).replace(".", "_") + "_dequantized"
     if hasattr(gm, name):
         return gm.graph.find_nodes(op="get_attr", target=name)[0]
-    weight, scale, zero = (
-        None if args[each] is None else g.attribute(args[each])
-        for each in ("weight", "weight_scale", "zero_point")
-    )
-    weight = float8.dequantized(weight, scale, g.value(linear).dtype, zero)
+    weight, scale = g.attribute(args["weight"]), g.attribute(args["weight_scale"])
+    zero_point = None if args["zero_point"] is None else g.attribute(args["zero_point"])
+    weight = float8.dequantized(weight, scale, g.value(linear).dtype, zero_point)
     with gm.graph.inserting_before(gm.graph.find_nodes(op="placeholder")[0]):
         return g.add_attribute(gm, name, nn.Parameter(weight, requires_grad=False))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ad_flashinfer_pass.config import CompileBackend, KvDtype
 from ad_flashinfer_pass.kernels.attention import latent
@@ -49,9 +51,10 @@ def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: to
         table, _ = batch.prepare(batch.args["position_ids"])
         found = [torch.cat(batch.query), batch.kv_cache, batch.args["cu_seqlen"][: n + 1]]
         inputs.append([*found, batch.args["seq_len_with_cache"][:n], table[:n]])
-    static = [x.cuda() for x in inputs[0]]
+    static: list[Any] = [x.cuda() for x in inputs[0]]
     args = static if lengths is CHUNKS else [*static[:2], *static[3:]]
-    run = partial(latent.prefill if lengths is CHUNKS else latent.decode, *args, spec)
+    attend: Any = latent.prefill if lengths is CHUNKS else latent.decode
+    run = partial(attend, *args, spec)
     eager = run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -72,7 +75,8 @@ def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: to
 def test_families_are_as_near_to_float32_as_the_uncached_model(family: str, backend: CompileBackend) -> None:
     """Both phases run by the kernel, and rounding sends tokens astray no farther than the model's own."""
     config = architectures.small_config(family, vocab_size=512, hidden_size=256, intermediate_size=512)
-    model = architectures.random_model(config, "sdpa").to(device="cuda", dtype=torch.bfloat16)
+    model: nn.Module = architectures.random_model(config, "sdpa")
+    model = model.to(device="cuda", dtype=torch.bfloat16)
     cached, reports = transformed(model, backend)
     notes = [note for report in reports for note in report.notes]
     for phase in ("prefill", "decode"):
@@ -87,10 +91,12 @@ def test_families_are_as_near_to_float32_as_the_uncached_model(family: str, back
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 def test_captured_steps_equal_eager_ones(kv_dtype: KvDtype) -> None:
     """Prefill, mixed steps and decode."""
-    model = architectures.random_model(architectures.small_config("deepseek_v3", vocab_size=512), "sdpa")
+    config = architectures.small_config("deepseek_v3", vocab_size=512)
+    model: nn.Module = architectures.random_model(config, "sdpa")
     model = model.to(device="cuda", dtype=torch.bfloat16)
     tokens = []
-    for backend in ("torch-simple", "torch-cudagraph"):
-        cached, _ = transformed(model, backend, kv_dtype)  # type: ignore[arg-type]
+    backends: tuple[CompileBackend, ...] = ("torch-simple", "torch-cudagraph")
+    for backend in backends:
+        cached, _ = transformed(model, backend, kv_dtype)
         tokens.append(architectures.generated_by_engine(cached, PROMPTS, NEW_TOKENS))
     assert tokens[0] == tokens[1]

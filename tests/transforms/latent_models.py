@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.transforms.small_models import VOCAB, causal
+from tests.transforms.small_models import VOCAB, Float8Linear, causal
 
 _WIDTH = 24
 
@@ -36,6 +36,8 @@ class Form:
     join: str = "cat"
     """How K is made of its parts: cat, or write."""
     window: int | None = None
+    quantized: str = ""
+    """What of the projection has a scale, if it is float8: tensor, row or block."""
     flaw: str = ""
     """What makes it no latent; see ``LatentModel.forward``."""
 
@@ -63,6 +65,8 @@ class LatentModel(nn.Module):
                 nn.Linear(_WIDTH, f.q_rank, bias=False), nn.RMSNorm(f.q_rank), nn.Linear(f.q_rank, q_width)
             )
         self.up = nn.Linear(f.rank, f.heads * (f.nope + f.value), bias=f.has_bias)
+        if f.quantized:
+            self.up = Float8Linear(self.up.out_features, f.rank, scaling=f.quantized)  # type: ignore[assignment]
         self.up_k = nn.Linear(f.rank, f.heads * f.nope, bias=f.has_bias)
         self.up_v = nn.Linear(f.rank, f.heads * f.value, bias=f.has_bias)
         self.other = nn.Linear(_WIDTH, f.rank, bias=False)

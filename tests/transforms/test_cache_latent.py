@@ -49,6 +49,8 @@ FORMS = {
     "no_rope": Form(rope=0),
     "window": Form(window=4),
     "sinks": Form(flaw="sinks"),
+    "float8": Form(quantized="row"),
+    "float8_blocks": Form(quantized="block"),
 }
 
 

@@ -66,31 +66,35 @@ def as_one_op(model: nn.Module) -> Iterator[None]:
     replaced = []
     try:
         for name, module in model.named_modules():
-            forward = None if "forward" in vars(module) else _by_the_op(module, name)
-            if forward is not None:
-                module.forward = forward
-                replaced.append(module)
+            if "forward" in vars(module):
+                continue
+            for method, function in _by_the_op(module, name).items():
+                setattr(module, method, function)
+                replaced.append((module, method))
         yield
     finally:
-        for module in replaced:
-            del module.forward
+        for module, method in replaced:
+            delattr(module, method)
 
 
-def _by_the_op(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """The forward of a known module by the op; None for all others."""
+def _by_the_op(module: nn.Module, name: str) -> dict[str, Callable[..., Any]]:
+    """The methods of a known module by the op; none for all others."""
     if goes_through_the_interface(module):
-        return partial(_of_interface, module, gate_of(module, name))
+        return {"forward": partial(_of_interface, module, gate_of(module, name))}
     written = _WRITTEN.get(type(module).__name__)
     if written is None or not type(module).__module__.startswith("transformers."):
-        return None
-    parts = [module, *(module.get_submodule(part) for part in written.parts)]
-    if digest(type(part).forward for part in parts) not in written.digests:
-        return None
-    weight = next(module.parameters())
-    example = (2 * _ANY_WIDTH, weight.dtype, weight.device)
-    activation = attrgetter(written.activation)(module)
-    gate = _gate(_multiplied(activation), _where(module, name), *example)
-    return partial(written.forward, module, gate)
+        return {}
+    code = [getattr(type(module), method) for method in written.methods]
+    code += [type(module.get_submodule(part)).forward for part in written.parts]
+    if digest(code) not in written.digests:
+        return {}
+    given: tuple[Any, ...] = (module,)
+    if written.activation is not None:
+        weight = next(module.parameters())
+        example = (2 * _ANY_WIDTH, weight.dtype, weight.device)
+        activation = attrgetter(written.activation)(module)
+        given = (module, _gate(_multiplied(activation), _where(module, name), *example))
+    return {method: partial(function, *given) for method, function in written.methods.items()}
 
 
 def goes_through_the_interface(module: nn.Module) -> bool:
@@ -172,6 +176,41 @@ def _longcat(module: Any, gate: Gate, hidden_states: Tensor, index: Tensor, weig
     return routed + (hidden_states * kept).to(hidden_states.dtype)
 
 
+def _jetmoe(module: Any, gate: Gate, hidden_states: Tensor) -> Tensor:
+    tokens = hidden_states.reshape(-1, module.input_size)
+    index, weights, _ = _jetmoe_routing(module.router, tokens)
+    ups, downs = module.input_linear.weight, module.output_linear.weight
+    out: Tensor = torch.ops.ad_flashinfer.experts(tokens, index, weights, ups, downs, *_NO_MORE, *gate)
+    return out.view(hidden_states.shape) + module.bias
+
+
+def _jetmoe_routing(router: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts and weights [t, k], and the logits of all experts."""
+    logits = router.layer(tokens).float()
+    best, index = logits.topk(router.top_k, dim=1)
+    return index, torch.softmax(best, dim=1).type_as(tokens), logits
+
+
+def _jetmoe_queries(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Projections of each token by the experts that it is sent to: all compute, k are kept."""
+    tokens = hidden_states.reshape(-1, module.input_size)
+    index, weights, logits = _jetmoe_routing(module.router, tokens)
+    projected = F.linear(tokens, module.input_linear.weight.flatten(0, 1))
+    by_expert = projected.unflatten(-1, (module.num_experts, module.hidden_size))
+    queries = by_expert.gather(1, index[..., None].expand(-1, -1, module.hidden_size))
+    return queries.view(*hidden_states.shape[:-1], module.top_k, -1), logits, (index, weights)
+
+
+def _jetmoe_outputs(module: Any, attended: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
+    """The way back: to the other experts a token gives zeros."""
+    index, weights = routing
+    weighted = attended.flatten(0, 1) * weights[..., None]
+    nothing = weighted.new_zeros(weighted.shape[0], module.num_experts, module.hidden_size)
+    by_expert = nothing.scatter(1, index[..., None].expand_as(weighted), weighted)
+    out = torch.bmm(by_expert.transpose(0, 1), module.output_linear.weight.mT).sum(0)
+    return out.view(*attended.shape[:2], -1) + module.bias
+
+
 def offer_to_transformers() -> None:
     """Make ``model.set_experts_implementation("ad_flashinfer")`` known, for models that others trace."""
     moe = importlib.import_module("transformers.integrations.moe")
@@ -194,9 +233,9 @@ def _constant_gate(address: int) -> tuple[Any, ...]:
 class _Written(NamedTuple):
     """A module of transformers that has its own code for experts."""
 
-    forward: Callable[..., Any]
-    """Of the module, the gate, and what its own forward takes: the same by the op."""
-    activation: str
+    methods: dict[str, Callable[..., Any]]
+    """Of the module, its gate if it has an activation, and what its own method takes: the same by the op."""
+    activation: str | None
     """Where it has the activation of its gate."""
     parts: tuple[str, ...]
     """Modules in it whose code counts, too."""
@@ -204,10 +243,19 @@ class _Written(NamedTuple):
     """Of the code that was read, 5.17 to 5.24: other code is another module."""
 
 
+_JETMOE = ("router", "input_linear", "output_linear")
 _WRITTEN = {
-    "DbrxExperts": _Written(_dbrx, "mlp.activation_fn", ("mlp",), ("a219cffa9b69b320", "134a34410ecccc5d")),
-    "Llama4TextMoe": _Written(_llama4, "experts.act_fn", ("experts", "router"), ("9d7df63b0a7af6de",)),
-    "LongcatFlashExperts": _Written(_longcat, "act_fn", (), ("b89842d1183acf1c",)),
+    "DbrxExperts": _Written(
+        {"forward": _dbrx}, "mlp.activation_fn", ("mlp",), ("a219cffa9b69b320", "134a34410ecccc5d")
+    ),
+    "JetMoeMoA": _Written(
+        {"map": _jetmoe_queries, "reduce": _jetmoe_outputs}, None, _JETMOE, ("82f61b4fdb4935c5",)
+    ),
+    "JetMoeMoE": _Written({"forward": _jetmoe}, "activation", _JETMOE, ("ea9e4e5cd07e79ae",)),
+    "Llama4TextMoe": _Written(
+        {"forward": _llama4}, "experts.act_fn", ("experts", "router"), ("9d7df63b0a7af6de",)
+    ),
+    "LongcatFlashExperts": _Written({"forward": _longcat}, "act_fn", (), ("b89842d1183acf1c",)),
 }
 
 

@@ -60,7 +60,7 @@ def test_one_op_a_layer(family: str, count: int) -> None:
         torch.testing.assert_close(gm(ids, positions), wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "count"), [("dbrx", 3), ("longcat_flash", 1)])
+@pytest.mark.parametrize(("family", "count"), [("dbrx", 3), ("jetmoe", 3), ("longcat_flash", 1)])
 def test_code_of_their_own(family: str, count: int) -> None:
     """Families whose own loop over experts cannot be exported give the tokens of transformers."""
     model = small(family)
@@ -144,11 +144,35 @@ def exported(model: nn.Module) -> torch.export.ExportedProgram:
         return torch.export.export(Logits(), example, dynamic_shapes=(dynamic, dynamic), strict=False)
 
 
-def test_a_given_program_and_a_saved_one(tmp_path: Path) -> None:
-    """With transformers' own dispatch the refusal names the way out, which serves; a file of it does, too."""
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_every_way_of_transformers_becomes_the_op(implementation: str) -> None:
+    """Where this package exports the model, it is the same whichever was chosen, and stays chosen."""
+    model = small("mixtral", num_hidden_layers=1)
+    model.set_experts_implementation(implementation)
+    gm, _ = run(model, context(), "export_model")
+    assert num_experts_ops(gm) == 1
+    assert model.config._experts_implementation == implementation
+
+
+WAY_OUT = r'model\.set_experts_implementation\("ad_flashinfer"\)'
+REFUSED = pytest.mark.parametrize(
+    ("implementation", "seen"),
+    [("grouped_mm", "sort works along"), ("batched_mm", "copies a matrix of .*experts")],
+)
+
+
+@REFUSED
+def test_a_program_with_another_dispatch_is_refused_by_name(implementation: str, seen: str) -> None:
+    """A sort cannot be proved, and copies of weights for each token fit small models alone."""
     model = small("mixtral", num_hidden_layers=1, layer_types=None)
-    with pytest.raises(PackingError, match=r'set_experts_implementation\("ad_flashinfer"\)'):
+    model.set_experts_implementation(implementation)
+    with pytest.raises(PackingError, match=f"{seen}.*{WAY_OUT}"):
         transform(exported(model), **SIZES)
+
+
+def test_a_given_program_and_a_saved_one(tmp_path: Path) -> None:
+    """With the op in it, a program that the user exported is served, and so is a file of what came out."""
+    model = small("mixtral", num_hidden_layers=1, layer_types=None)
     model.set_experts_implementation("ad_flashinfer")
     served = transform(exported(model), **SIZES)
     torch.export.save(to_program(served), tmp_path / "cached.pt2")
@@ -160,22 +184,37 @@ def test_a_given_program_and_a_saved_one(tmp_path: Path) -> None:
         assert architectures.generated_by_engine(one, PROMPTS, NUM_NEW_TOKENS) == wanted
 
 
+def logits_of_compiled(model: nn.Module) -> torch.Tensor:
+    torch._dynamo.reset()
+    session = CacheSession(max_batch_size=4, max_seq_len=64)
+    options: dict[str, Any] = {"session": session, "compile_backend": "torch-simple"}
+    compiled = torch.compile(model, backend="flashinfer_trtllm", options=options, fullgraph=True)
+    with session.prefill([PROMPTS[2], PROMPTS[3]]) as batch:
+        return batch.last_logits(compiled(**batch.inputs, use_cache=False).logits)
+
+
 def test_torch_compile() -> None:
     """Likewise where Dynamo captures the model."""
     model = small("qwen3_moe", num_hidden_layers=1)
-
-    def logits() -> torch.Tensor:
-        torch._dynamo.reset()
-        session = CacheSession(max_batch_size=4, max_seq_len=64)
-        options: dict[str, Any] = {"session": session, "compile_backend": "torch-simple"}
-        compiled = torch.compile(model, backend="flashinfer_trtllm", options=options, fullgraph=True)
-        with session.prefill([PROMPTS[2], PROMPTS[3]]) as batch:
-            return batch.last_logits(compiled(**batch.inputs, use_cache=False).logits)
-
-    with pytest.raises(PackingError, match=r'set_experts_implementation\("ad_flashinfer"\)'):
-        logits()
     model.set_experts_implementation("ad_flashinfer")
-    found = logits()
+    found = logits_of_compiled(model)
     model.set_experts_implementation("eager")
     wanted = [model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS[2:]]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-3)
+
+
+@REFUSED
+def test_torch_compile_with_another_dispatch_is_refused_by_name(implementation: str, seen: str) -> None:
+    model = small("qwen3_moe", num_hidden_layers=1)
+    model.set_experts_implementation(implementation)
+    with pytest.raises(PackingError, match=f"{seen}.*{WAY_OUT}"):
+        logits_of_compiled(model)
+
+
+def test_torch_compile_of_code_of_their_own() -> None:
+    """What transformers' interface does not reach is the op within ``as_one_op``."""
+    model = small("jetmoe", num_hidden_layers=1)
+    wanted = [model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS[2:]]
+    with as_one_op(model):
+        found = logits_of_compiled(model)
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-3)

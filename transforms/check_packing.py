@@ -70,15 +70,16 @@ def _way_out(node: fx.Node) -> str:
             f"torch.ops.{_namespace(node)}.{_name(node).rpartition('.')[2]})."
         )
     if _name(node) in _DISPATCH:
-        return refusal + (
-            "If this sends tokens to experts, let transformers call them through one op: "
-            'model.set_experts_implementation("ad_flashinfer").'
-        )
+        return refusal + _TO_EXPERTS
     return refusal + (
         "Only models that work token by token outside attention can be served from a packed batch."
     )
 
 
+_TO_EXPERTS = (
+    "If this sends tokens to experts, let transformers call them through one op: "
+    'model.set_experts_implementation("ad_flashinfer").'
+)
 _KNOWN = ("aten", "prims", "higher_order", "ad_flashinfer", "")
 
 
@@ -524,6 +525,13 @@ def _index(reader: _Reader, node: fx.Node, args: dict[str, Any]) -> Dims:
         raise _Mixes("picks as many elements as a tensor says")
     reader.refuse_tokens([dims[d] for d in at], "looks tokens up by index")
     found = reader.joined([reader.of(indices[d]) for d in at])
+    if at == [0] and args["self"].op == "get_attr" and len(dims) == 3 and reader.is_of_tokens(found[-1]):
+        weight = args["self"]
+        raise PackingError(
+            f"{g.where(node)}: index copies a matrix of {weight.target} {list(g.shape(weight))} for each "
+            f"token, which no memory holds for long prompts. {_TO_EXPERTS}",
+            node=node,
+        )
     rest = [dim for d, dim in enumerate(dims) if d not in at]
     first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     return (*rest[:first], *found, *rest[first:])

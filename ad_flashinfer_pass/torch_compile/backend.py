@@ -57,7 +57,8 @@ _NOT_HERE = ("export_model", "gather_logits_before_lm_head", "initialize_cache")
 _RECURRENT = "A session keeps no state of a recurrent layer: give such a model to LLM."
 _SPLIT = (
     "A graph break split the model into pieces, and what runs between them is not checked: "
-    "torch.compile(..., fullgraph=True) says where."
+    "torch.compile(..., fullgraph=True) says where. If it is a loop over experts, call the model within "
+    "ad_flashinfer_pass.experts.as_one_op(model)."
 )
 
 

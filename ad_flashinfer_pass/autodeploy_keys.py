@@ -30,7 +30,7 @@ _NOTHING = frozenset(
 _NOTHING_OF_CACHE = frozenset(
     """
     attention_dp_events_gather_period_ms block_reuse_policy copy_on_partial_reuse cross_kv_cache_fraction
-    enable_block_reuse enable_partial_reuse event_buffer_max_size host_cache_size mamba_ssm_cache_dtype
+    enable_partial_reuse event_buffer_max_size host_cache_size mamba_ssm_cache_dtype
     max_util_for_resume onboard_blocks secondary_offload_min_priority use_kv_cache_manager_v2 use_uvm
     """.split()
 )

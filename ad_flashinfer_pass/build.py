@@ -39,4 +39,5 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
         reports,
         default_sampling=sampling,
         steps_ahead=config.steps_ahead,
+        enable_block_reuse=config.kv_cache_config.enable_block_reuse,
     )

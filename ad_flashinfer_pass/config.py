@@ -99,6 +99,9 @@ class KvCacheConfig(_Strict):
     """Share of the free memory, after the weights, that the pools may take."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Upper bound for the tokens that the pools hold; default: max_batch_size * max_seq_len."""
+    enable_block_reuse: bool = True
+    """Keep full pages of requests that have ended, and let requests that begin alike share them. Models with
+    states, and those whose ropes depend on the length, compute every prompt."""
 
     @model_validator(mode="after")
     def _check_scales(self) -> KvCacheConfig:

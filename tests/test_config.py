@@ -71,7 +71,8 @@ def test_the_default_device_is_a_gpu_if_there_is_one(has_gpu: bool, monkeypatch:
         (
             {"kv_cache_config": {"zzz": 32}},
             "unknown key 'kv_cache_config.zzz'; "
-            "known: dtype, free_gpu_memory_fraction, k_scale, max_tokens, tokens_per_block, v_scale.",
+            "known: dtype, enable_block_reuse, free_gpu_memory_fraction, k_scale, max_tokens, "
+            "tokens_per_block, v_scale.",
         ),
         (
             {"transforms": {"match_atention": {}}},
@@ -136,7 +137,7 @@ REGISTRY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "max_batch_size": 16,
             "cuda_graph_batch_sizes": [1, 2, 4],
-            "kv_cache_config": {"free_gpu_memory_fraction": 0.8},
+            "kv_cache_config": {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.8},
         },
     ),
     "piecewise": (

@@ -117,6 +117,23 @@ def test_generates_them_in_every_way_of_batching(name: str) -> None:
         assert e.metrics.pages_in_use == 0
 
 
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_a_known_prefix_changes_no_token(name: str) -> None:
+    """A second turn starts after the first one's pages, of windows too; two are alike at once."""
+    engine = Engine(served(name, "eager"), steps_ahead=1)
+    turns = [PROMPTS[4], PROMPTS[6]]
+    run(engine, {0: turns})
+    wanted = [expected(name)[4], expected(name)[6]]
+    again = [[*prompt, *tokens[:20]] for prompt, tokens in zip(turns, wanted, strict=True)]
+
+    second, _ = run(engine, {0: again, 1: again})
+
+    for index, tokens in enumerate(in_order(second)):
+        expected_tail = wanted[index % 2][20:]
+        assert tokens[: len(expected_tail)] == expected_tail
+    assert (engine.no_block_reuse is not None) == (engine.metrics.num_cached_tokens == 0)
+
+
 def test_tokens_depend_on_the_prompt() -> None:
     """The oracle is no constant: no two prompts continue alike, nor repeat their last token for ever."""
     for name in architectures.CONFIGS:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,7 +194,8 @@ class _Load:
 
     def _add(self) -> int:
         prompt = torch.randint(self.vocab_size, (self.input_len,), generator=self.generator)
-        return self.engine.add_request(prompt.tolist(), self.params)
+        # Prompts come again with the next number of requests at once, and are to be computed then, too.
+        return self.engine.add_request(prompt.tolist(), self.params, cache_salt=token_hex())
 
 
 def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeline], floor: float) -> Row:

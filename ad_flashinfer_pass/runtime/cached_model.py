@@ -56,6 +56,8 @@ class CachedModel:
         self.num_pages = self.paged[0].shape[0] if self.paged else pages  # which then hold nothing
         self.vocab_size = vocab_size
         self.weights = weights or StepWeights()
+        self.num_lone_steps = 0
+        """Calls of ``step`` and ``step_with``, which write pages that an engine does not know of."""
         self.generation_config: GenerationConfig | None = None
         """What transformers' ``generate`` would go by, of a model of theirs."""
         self._steps = module if isinstance(module, Steps) else Steps()
@@ -129,6 +131,7 @@ class CachedModel:
             raise ValueError(
                 "a captured graph reads the metadata alone; set compile_backend to torch-simple."
             )
+        self.num_lone_steps += 1
         self.nest(sequences)
         args = self.sequence_info.named_args()
         shape = args["position_ids"].shape
@@ -156,6 +159,7 @@ class CachedModel:
         Raises:
             ValueError: the step is empty, out of order or too large; nothing was run.
         """
+        self.num_lone_steps += 1
         self.nest(sequences)
         logits = self.forward()[: sum(seq.gather for seq in sequences)]
         return logits.clone() if self.is_captured else logits

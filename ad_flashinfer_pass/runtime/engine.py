@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -29,7 +30,7 @@ from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner
 from ad_flashinfer_pass.runtime.turns import Turns
-from ad_flashinfer_pass.runtime.values import as_int, as_ints, as_token_ids
+from ad_flashinfer_pass.runtime.values import as_bool, as_int, as_ints, as_token_ids
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 _PAGES_AHEAD = 2
-_USERS: WeakKeyDictionary[CachedModel, ReferenceType[Engine]] = WeakKeyDictionary()
-"""By model, the engine that got a request last."""
+_USERS: WeakKeyDictionary[CachedModel, tuple[ReferenceType[Engine], int]] = WeakKeyDictionary()
+"""By model, the engine that got a request last, and how many steps the model had made without one by then."""
 
 # What kernels, the allocator and the metadata raise; anything else is a bug, not a request's error.
 _STEP_ERRORS = (RuntimeError, ValueError, AdFlashinferError)
@@ -55,6 +56,8 @@ class Completion(NamedTuple):
     """Without special tokens, stop strings and stop tokens; None without tokenizer."""
     finish_reason: FinishReason
     error: str | None = None
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were not computed, because K and V of the same beginning were in pages."""
 
 
 class StepOutput(NamedTuple):
@@ -75,11 +78,15 @@ class Metrics:
 
     num_steps: int
     num_prompt_tokens: int
+    num_cached_tokens: int
+    """Those of them that ended requests have not computed; see ``Completion``."""
     num_generated_tokens: int
     num_preemptions: int
     num_running: int
     num_waiting: int
     pages_in_use: int
+    pages_kept: int
+    """Pages that no request uses, kept for requests that begin alike."""
     num_pages: int
     """Pages that requests can use: those of the cache without page 0."""
     eager_steps: dict[str, int]
@@ -121,6 +128,8 @@ class Engine:
             model's max_num_tokens leaves.
         steps_ahead: steps that are enqueued after a step before its tokens are read. The tokens are the same,
             whatever it is.
+        enable_block_reuse: keep full pages, and let requests that begin alike share them. The tokens are the
+            same. See ``no_block_reuse``.
 
     Raises:
         ConfigError: prefill_chunk_tokens is not positive, steps_ahead is negative, or one of eos_token_ids is
@@ -136,10 +145,12 @@ class Engine:
         *,
         prefill_chunk_tokens: int | None = None,
         steps_ahead: int = 0,
+        enable_block_reuse: bool = True,
     ) -> None:
         try:
             eos = as_ints("eos_token_ids", eos_token_ids)
             steps_ahead = as_int("steps_ahead", steps_ahead)
+            enable_block_reuse = as_bool("enable_block_reuse", enable_block_reuse)
             if prefill_chunk_tokens is not None:
                 prefill_chunk_tokens = as_int("prefill_chunk_tokens", prefill_chunk_tokens)
         except RequestError as err:
@@ -160,6 +171,8 @@ class Engine:
         self._eos_token_ids = frozenset(token for token in eos if token < model.vocab_size)
         self._max_seq_len = info.max_seq_len
         self._tokens_per_page = info.tokens_per_block
+        self.no_block_reuse = _why_no_reuse(model) if enable_block_reuse else "enable_block_reuse is false"
+        """Why requests that begin alike do not share pages; None if they do."""
         self._pool = PagePool(model.num_pages)
         self._scheduler: Scheduler[_Request] = Scheduler(
             self._pool,
@@ -170,6 +183,7 @@ class Engine:
             prefill_chunk_tokens=prefill_chunk_tokens,
             recompute_at=info.recompute_at,
             tokens_ahead=_PAGES_AHEAD * info.tokens_per_block if steps_ahead else 0,
+            shares_pages=self.no_block_reuse is None,
         )
         self._runner = StepRunner(model, runs_ahead=steps_ahead > 0)
         self._in_flight: deque[_InFlight] = deque()
@@ -183,6 +197,7 @@ class Engine:
         self._num_requests = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
         self._num_generated_tokens = 0
 
     @property
@@ -196,17 +211,24 @@ class Engine:
         return Metrics(
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             pages_in_use=self._pool.num_in_use,
+            pages_kept=self._pool.num_kept,
             num_pages=self._pool.capacity,
             eager_steps=self._model.eager_steps,
         )
 
     def add_request(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, *, stream: bool = False
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        cache_salt: str = "",
     ) -> int:
         """Queue a request; it joins in one of the next steps.
 
@@ -214,6 +236,8 @@ class Engine:
             prompt: token ids.
             params: default: ``SamplingParams()``.
             stream: report text with each step.
+            cache_salt: the request shares pages with those of the same salt alone, so that by the time that
+                it takes nobody else can tell what it holds.
 
         Returns:
             The request's id.
@@ -224,9 +248,13 @@ class Engine:
                 text and there is no tokenizer; or another engine has requests on the same model.
         """
         with self.turns:
-            return self._add_request(prompt, SamplingParams() if params is None else params, stream)
+            return self._add_request(
+                prompt, SamplingParams() if params is None else params, stream, cache_salt
+            )
 
-    def _add_request(self, prompt: Sequence[int], params: SamplingParams, stream: bool) -> int:
+    def _add_request(
+        self, prompt: Sequence[int], params: SamplingParams, stream: bool, cache_salt: str
+    ) -> int:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {params!r:.80}.")
         token_ids = self._checked_prompt(prompt)
@@ -247,19 +275,29 @@ class Engine:
             stop_token_ids=eos.union(params.stop_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stream=text_stream,
+            salt=sha256(cache_salt.encode()).digest(),
         )
-        user = _USERS.get(self._model, ref(self))()
-        if user is not None and user is not self and user._requests:
-            raise RequestError(
-                "another engine has unfinished requests on this model, whose pages both would "
-                "write: end or cancel those first, or give them to one engine."
-            )
-        _USERS[self._model] = ref(self)
+        self._take_over_pages()
         self._num_requests += 1
         self._num_prompt_tokens += len(token_ids)
         self._requests[request.request_id] = request
         self._scheduler.add(request)
         return request.request_id
+
+    def _take_over_pages(self) -> None:
+        """What is in the model's pages is this engine's, or nothing."""
+        user, num_steps = _USERS.get(self._model, (None, 0))
+        other = user and user()
+        if other is not None and other is not self and other._requests:
+            raise RequestError(
+                "another engine has unfinished requests on this model, whose pages both would "
+                "write: end or cancel those first, or give them to one engine."
+            )
+        is_same = other is self or user is None
+        if not (is_same and num_steps == self._model.num_lone_steps):
+            self._forget_steps()
+            self._scheduler.restart(self._requests.values())
+        _USERS[self._model] = (ref(self), self._model.num_lone_steps)
 
     def cancel(self, request_id: int) -> bool:
         """End a request; the next ``step`` reports its completion, with the tokens it has.
@@ -339,6 +377,8 @@ class Engine:
         self._last_rows = rows
         for request, num_new in plan:
             request.num_cached += num_new
+            if num_new > 1:
+                self._scheduler.name_pages(request)
         for request in rows:
             request.num_pending += 1
         self._in_flight.append(_InFlight(rows, tokens))
@@ -428,7 +468,8 @@ class Engine:
     ) -> StepOutput:
         """Forget a request, with its pages, and say how it ended."""
         del self._requests[request.request_id]
-        self._scheduler.remove(request)
+        self._scheduler.remove(request, is_broken=error is not None)
+        self._num_cached_tokens += request.num_reused
         generated = request.token_ids[request.num_prompt_tokens :]
         whole_text = None
         try:
@@ -442,7 +483,7 @@ class Engine:
                 whole_text = self._text_decoder.decode(generated[:-1] if is_stop_token else generated)
         except RequestError as err:
             reason, error = "error", error or str(err)
-        completion = Completion(generated, whole_text, reason, error)
+        completion = Completion(generated, whole_text, reason, error, request.num_reused)
         return StepOutput(request.request_id, token, text, completion)
 
     @cached_property
@@ -485,6 +526,16 @@ class Engine:
                 f"{self._pool.capacity}. Lower max_new_tokens, shorten the prompt, or raise "
                 "kv_cache_config.max_tokens."
             )
+
+
+def _why_no_reuse(model: CachedModel) -> str | None:
+    """Why K and V of a token are not those of every request that begins alike; None if they are."""
+    info = model.sequence_info
+    if info.has_states:
+        return "the model has states, which are after all tokens of a request, and not at the edges of pages"
+    if info.has_lengths or info.recompute_at is not None:
+        return "the model's ropes depend on the length of the prompt, and so do K and V of its first tokens"
+    return None
 
 
 def _first_line(err: Exception) -> str:

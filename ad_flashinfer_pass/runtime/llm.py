@@ -57,6 +57,8 @@ class GenerationResult:
     """``stop`` (an end token or stop string), ``length``, ``error`` or ``cancelled``."""
     error: str | None
     """Why the prompt was refused or its generation failed; None if neither."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were not computed, because K and V of the same beginning were in pages."""
     is_cut: bool = False
     """Whether max_seq_len ended it before max_new_tokens; ``finish_reason`` is ``length`` in both cases."""
 
@@ -96,6 +98,7 @@ class _Job:
             text=completion.text,
             finish_reason=completion.finish_reason,
             error=completion.error,
+            num_cached_tokens=completion.num_cached_tokens,
             is_cut=_is_cut(completion, self.params),
         )
 
@@ -141,6 +144,7 @@ class LLM:
             file.
         prefill_chunk_tokens: see ``Engine``.
         steps_ahead: see ``Engine``.
+        enable_block_reuse: see ``Engine``.
 
     Raises:
         LoadError: the model's generation_config.json asks for what is not supported.
@@ -157,6 +161,7 @@ class LLM:
         default_sampling: SamplingParams | None = None,
         prefill_chunk_tokens: int | None = None,
         steps_ahead: int = 0,
+        enable_block_reuse: bool = True,
     ) -> None:
         if isinstance(model, str | PathLike):
             raise ConfigError(
@@ -178,6 +183,7 @@ class LLM:
             eos_token_ids,
             prefill_chunk_tokens=prefill_chunk_tokens,
             steps_ahead=steps_ahead,
+            enable_block_reuse=enable_block_reuse,
         )
         self._inboxes: dict[int, list[StepOutput]] = {}
 

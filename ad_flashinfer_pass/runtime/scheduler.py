@@ -7,14 +7,19 @@ oldest always moves on, and in the end every sequence is the oldest.
 
 Steps can be scheduled before the tokens of earlier ones are known: how many there are is enough, until a
 sequence that has lost its pages is computed anew.
+
+Full pages get names, which say what stands in them and before them. A sequence takes over the pages of its
+longest known prefix, and starts after it; nobody writes a page that has a name.
 """
 
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Generic, TypeVar
 
 from ad_flashinfer_pass.runtime.page_pool import PagePool
@@ -45,6 +50,18 @@ class SequenceState:
     """Pages of positions 0 .. num_tokens - 1 at least while running, empty while waiting."""
     slot: int = 0
     """Where its state is while running, 0 while waiting."""
+    salt: bytes = b""
+    """It shares pages with sequences of the same salt."""
+    takes_known: bool = True
+    """Whether it starts after a prefix that is known; else each of its tokens is computed."""
+    page_names: list[bytes] = field(default_factory=list)
+    """Of its full pages, as far as they were asked for."""
+    num_named: int = 0
+    """Leading pages whose names the pool was told."""
+    num_computed: int = 0
+    """Leading tokens whose K and V were cached before it lost its pages."""
+    num_reused: int = 0
+    """Tokens whose K and V it has from others, and never computed."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +97,7 @@ class Scheduler(Generic[S]):
         recompute_at: a sequence that grows beyond so many tokens is computed anew, once, in its pages.
         tokens_ahead: when a sequence needs a page, give all that run pages for so many tokens more, if
             there are plenty: as long as ``epoch`` stands still a step needs no new pages.
+        shares_pages: whether sequences that begin alike share pages, and pages are kept for those to come.
     """
 
     def __init__(
@@ -93,6 +111,7 @@ class Scheduler(Generic[S]):
         prefill_chunk_tokens: int | None = None,
         recompute_at: int | None = None,
         tokens_ahead: int = 0,
+        shares_pages: bool = False,
     ) -> None:
         self._pool = pool
         self._tokens_per_page = tokens_per_page
@@ -104,6 +123,7 @@ class Scheduler(Generic[S]):
         self._max_chunk = prefill_chunk_tokens or max_num_tokens
         self._recompute_at = recompute_at
         self._tokens_ahead = tokens_ahead
+        self._shares_pages = shares_pages
         self._to_clear: list[int] = []
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
@@ -129,10 +149,18 @@ class Scheduler(Generic[S]):
         """Queue a sequence, which alone must fit the pool at any length that it will reach."""
         self._waiting.append(sequence)
 
-    def remove(self, sequence: S) -> None:
-        """Forget a sequence, running or waiting, and free its pages."""
+    def remove(self, sequence: S, *, is_broken: bool = False) -> None:
+        """Forget a sequence, running or waiting, and give up its pages.
+
+        Args:
+            sequence: its full pages are kept.
+            is_broken: nobody is to use its pages any more.
+        """
         if sequence.pages:
             self._running.remove(sequence)
+            if is_broken:
+                self._pool.forget(sequence.pages)
+                sequence.num_cached = 0
             self._release_pages(sequence)
         else:
             self._waiting.remove(sequence)
@@ -140,10 +168,9 @@ class Scheduler(Generic[S]):
     def restart(self, sequences: Iterable[S]) -> None:
         """Queue these sequences, in order of arrival, without pages, and nothing else.
 
-        Whatever a step that was broken off left behind is forgotten; every page is free again.
+        Whatever a step that was broken off left behind is forgotten; every page is free again, and is zeroed.
         """
-        for sequence in self._running:
-            self._to_clear += sequence.pages
+        self._to_clear = list(range(1, self._pool.capacity + 1))
         self._pool.free_all()
         self._slots.free_all()
         self._running = []
@@ -151,7 +178,8 @@ class Scheduler(Generic[S]):
         self.epoch += 1
         for sequence in self._waiting:
             sequence.pages = []
-            sequence.slot = sequence.num_cached = sequence.num_pending = 0
+            sequence.num_computed = max(sequence.num_computed, sequence.num_cached)
+            sequence.slot = sequence.num_cached = sequence.num_pending = sequence.num_named = 0
 
     def schedule(self) -> list[tuple[S, int]]:
         """Choose the next step.
@@ -174,8 +202,70 @@ class Scheduler(Generic[S]):
     def clear_released_pages(self) -> None:
         """Zero what was given up since the last call, all at once; ``schedule`` does it too."""
         if self._to_clear:
-            pages, self._to_clear = self._to_clear, []
-            self._clear_pages(pages)
+            self._clear_pages(self._to_clear)
+            self._to_clear = []
+
+    def name_pages(self, sequence: S) -> None:
+        """Let others have the full pages of a sequence, whose content has been computed or is about to be.
+
+        A step that was scheduled on a token that was sampled writes it only if it was none that stops: of the
+        last known token this is not yet known.
+        """
+        if not self._shares_pages:
+            return
+        num_full = min(sequence.num_cached, len(sequence.token_ids) - 1) // self._tokens_per_page
+        if num_full > sequence.num_named:
+            names = self._names(sequence)
+            for index in range(sequence.num_named, num_full):
+                self._pool.name(sequence.pages[index], names[index])
+            sequence.num_named = num_full
+
+    def _names(self, sequence: S) -> list[bytes]:
+        """Of its full pages, as far as its tokens are known: a hash of all tokens up to the page's end."""
+        names, size = sequence.page_names, self._tokens_per_page
+        for index in range(len(names), len(sequence.token_ids) // size):
+            tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])
+            before = names[-1] if names else sequence.salt
+            names.append(sha256(before + tokens.tobytes()).digest())
+        return names
+
+    def _num_shareable(self, sequence: S) -> int:
+        """Leading pages that it can have from others, if they are known: its last token is computed."""
+        if not (self._shares_pages and sequence.takes_known):
+            return 0
+        return min(sequence.num_tokens - 1, len(sequence.token_ids)) // self._tokens_per_page
+
+    def _known_pages(self, sequence: S, start: int) -> list[int]:
+        """Those that hold its tokens from its page ``start`` on, up to the first that is not known."""
+        end, pages = self._num_shareable(sequence), []
+        for name in self._names(sequence)[start:end] if start < end else ():
+            page = self._pool.find(name)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _start_after(self, sequence: S, num_pages: int) -> None:
+        """The first pages of the sequence hold their tokens already."""
+        num_cached = num_pages * self._tokens_per_page
+        if num_cached > sequence.num_cached:
+            seen = max(sequence.num_cached, sequence.num_computed)
+            sequence.num_reused += max(num_cached - seen, 0)
+            sequence.num_cached = num_cached
+
+    def _take_known(self, sequence: S) -> None:
+        """Put pages that others have filled since it got its own in their place."""
+        start = sequence.num_cached // self._tokens_per_page
+        known = self._known_pages(sequence, start)
+        if not known:
+            return
+        end = start + len(known)
+        own, sequence.pages[start:end] = sequence.pages[start:end], known
+        for page in known:
+            self._pool.share(page)
+        self._to_clear += self._pool.free(own)
+        self._start_after(sequence, end)
+        self.epoch += 1
 
     def _chunks(self, budget: int, decodes: list[tuple[S, int]]) -> list[tuple[S, int]]:
         """The whole step: prompt chunks within the budget, oldest first, and the decodes."""
@@ -184,11 +274,23 @@ class Scheduler(Generic[S]):
             budget = min(budget, _CHUNK_BESIDE_DECODES if waiting <= _BACKLOG else budget)
         prefills: list[tuple[S, int]] = []
         extends: list[tuple[S, int]] = []
+        in_this_step: set[bytes] = set()
+        """Names of the pages that get full."""
         for sequence in self._running:
+            if not sequence.can_run or sequence.num_tokens - sequence.num_cached == 1 or not budget:
+                continue
+            if self._shares_pages:
+                self._take_known(sequence)
             num_left = sequence.num_tokens - sequence.num_cached
             num_new = min(num_left, self._max_chunk, budget)
-            if not sequence.can_run or num_left == 1 or num_new == 0:
-                continue
+            if self._shares_pages:
+                first, end = (
+                    n // self._tokens_per_page for n in (sequence.num_cached, sequence.num_cached + num_new)
+                )
+                names = self._names(sequence)
+                if first < self._num_shareable(sequence) and names[first] in in_this_step:
+                    continue  # an older one computes what it needs next
+                in_this_step.update(names[first:end])
             budget -= num_new
             if num_new == 1:
                 decodes.append((sequence, 1))
@@ -205,7 +307,7 @@ class Scheduler(Generic[S]):
         while index < len(self._running):
             sequence = self._running[index]
             if self._num_missing(sequence, sequence.num_tokens) > 0:
-                if not self._pool.num_free and not self._take_back_spare_pages():
+                if not self._num_available and not self._take_back_spare_pages():
                     self._preempt_youngest()
                     continue
                 self._give(sequence, 1)
@@ -218,7 +320,13 @@ class Scheduler(Generic[S]):
         """Pages that the sequence lacks for this many tokens; the last one it may have is never cached."""
         return self.num_pages_for(min(num_tokens, sequence.max_len - 1)) - len(sequence.pages)
 
+    @property
+    def _num_available(self) -> int:
+        """Pages that ``_give`` can give."""
+        return self._pool.num_free + self._pool.num_kept
+
     def _give(self, sequence: S, num_pages: int) -> None:
+        self._to_clear += self._pool.drop_kept(num_pages)
         sequence.pages += self._pool.allocate(num_pages)
         self.epoch += 1
 
@@ -229,7 +337,7 @@ class Scheduler(Generic[S]):
             kept += self.num_pages_for(self._waiting[0].num_tokens)
         for sequence in self._running:
             num_pages = self._num_missing(sequence, sequence.num_tokens + self._tokens_ahead)
-            if 0 < num_pages <= self._pool.num_free - kept:
+            if 0 < num_pages <= self._num_available - kept:
                 self._give(sequence, num_pages)
 
     def _take_back_spare_pages(self) -> bool:
@@ -247,14 +355,19 @@ class Scheduler(Generic[S]):
             sequence = self._waiting[0]
             if sequence.num_pending:
                 return
-            num_pages = self.num_pages_for(sequence.num_tokens)
+            known = self._known_pages(sequence, 0)
+            num_pages = self.num_pages_for(sequence.num_tokens) - len(known)
             # One page of growth for each that runs, or their next page edges would preempt it.
-            needed = num_pages + len(self._running)
-            if needed > self._pool.num_free and self._tokens_ahead:
+            needed = num_pages + len(self._running) + sum(map(self._pool.is_kept, known))
+            if needed > self._num_available and self._tokens_ahead:
                 self._take_back_spare_pages()
-            if needed > self._pool.num_free:
+            if needed > self._num_available:
                 return
+            for page in known:
+                self._pool.share(page)
+            sequence.pages += known
             self._give(sequence, num_pages)
+            self._start_after(sequence, len(known))
             (sequence.slot,) = self._slots.allocate(1)
             self._running.append(self._waiting.popleft())
 
@@ -270,13 +383,13 @@ class Scheduler(Generic[S]):
     def _preempt_youngest(self) -> None:
         sequence = self._running.pop()
         self._release_pages(sequence)
-        sequence.num_cached = 0
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _release_pages(self, sequence: S) -> None:
-        self._to_clear += sequence.pages
-        self._pool.free(sequence.pages)
+        self.name_pages(sequence)
+        self._to_clear += self._pool.free(sequence.pages)
         self._slots.free([sequence.slot])
-        sequence.pages, sequence.slot = [], 0
+        sequence.num_computed = max(sequence.num_computed, sequence.num_cached)
+        sequence.pages, sequence.slot, sequence.num_cached, sequence.num_named = [], 0, 0, 0
         self.epoch += 1

@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 from ad_flashinfer_pass.errors import RequestError
 from ad_flashinfer_pass.runtime.engine import Completion, Engine, StepOutput
 from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests.runtime.toy_model import NAN_TOKEN, VOCAB_SIZE, ToyModel, toy_logits
 
 MAX_SEQ_LEN = 40
@@ -51,7 +52,9 @@ class _Alone:
         return self.token_ids[self.num_prompt_tokens :], "length"
 
 
-prompts = st.lists(st.integers(0, VOCAB_SIZE - 2), min_size=1, max_size=16)
+some_tokens = st.lists(st.integers(0, VOCAB_SIZE - 2), max_size=12)
+beginnings = st.sampled_from([[], [7] * 16, [7] * 16, [7] * 10, [7] * 8 + [8] * 8])
+prompts = st.builds(lambda begin, rest: [*begin, *rest][:20] or [5], beginnings, some_tokens)
 params_of_requests = st.builds(
     SamplingParams,
     max_new_tokens=st.integers(1, 14),
@@ -67,8 +70,8 @@ params_of_requests = st.builds(
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, go and fail in any order, over pools so small that they preempt, with steps ahead.
 
-    ``ToyModel`` asserts in each step that no page has two owners, that page 0 is never used, and, by
-    its tokens, that nothing is read from a wrong page or position.
+    ``ToyModel`` asserts in each step that no page with two users is written, that page 0 is never used, and,
+    by its tokens, that nothing is read from a wrong page or position. Without states requests share pages.
     """
 
     live = Bundle("live")
@@ -78,15 +81,17 @@ class EngineMachine(RuleBasedStateMachine):
         self.expected: dict[int, tuple[list[int], str]] = {}
         self.completions: dict[int, Completion] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.prompt_lengths: dict[int, int] = {}
 
     @initialize(
-        num_pages=st.integers(3, 14),
+        num_pages=st.integers(3, 20),
         tokens_per_page=st.integers(1, 5),
         max_batch_size=st.integers(1, 4),
         max_num_tokens=st.integers(1, 20),
         chunk=st.none() | st.integers(1, 7),
         steps_ahead=st.integers(0, 3),
         with_graphs=st.booleans(),
+        has_states=st.sampled_from([False, False, True]),
     )
     def make(
         self,
@@ -97,6 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
         chunk: int | None,
         steps_ahead: int,
         with_graphs: bool,
+        has_states: bool,
     ) -> None:
         """An engine of any shape."""
         self.model = ToyModel(
@@ -106,6 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_tokens=max_num_tokens,
             max_seq_len=MAX_SEQ_LEN,
             with_graphs=with_graphs,
+            has_states=has_states,
         )
         self.engine = Engine(
             self.model, eos_token_ids=EOS, prefill_chunk_tokens=chunk, steps_ahead=steps_ahead
@@ -125,6 +132,7 @@ class EngineMachine(RuleBasedStateMachine):
         request_id = self.engine.add_request(prompt, params)
         self.expected[request_id] = _Alone(prompt, params).run()
         self.tokens[request_id] = []
+        self.prompt_lengths[request_id] = len(prompt)
         return request_id
 
     @rule(num_steps=st.integers(1, 6))
@@ -174,16 +182,27 @@ class EngineMachine(RuleBasedStateMachine):
         self.completions[request_id] = completion
         tokens, reason = self.expected[request_id]
         assert completion.token_ids == self.tokens[request_id]
+        assert completion.num_cached_tokens <= self.prompt_lengths[request_id] - 1
         assert completion.token_ids == tokens[: len(completion.token_ids)]
         if completion.finish_reason == "cancelled" or "boom" in (completion.error or ""):
             return
         assert (len(completion.token_ids), completion.finish_reason) == (len(tokens), reason)
 
+    @rule(token=st.integers(0, VOCAB_SIZE - 2))
+    def step_without_engine(self, token: int) -> None:
+        """Whoever writes pages by hand between requests changes nothing for those that come."""
+        if not self.engine.has_work and self.model.sequence_info.max_num_tokens > 1:
+            page = list(range(1, self.model.num_pages))[: self.model.sequence_info.max_blocks_per_seq]
+            self.model.step([SequenceStep([token], 0, page, slot=1)])
+
     @invariant()
     def pages_are_in_use_only_for_running_requests(self) -> None:
         """Each running request has at least one page, and without one nothing is in use."""
         metrics = self.engine.metrics
-        assert metrics.num_running <= metrics.pages_in_use <= metrics.num_pages
+        assert metrics.pages_in_use + metrics.pages_kept <= metrics.num_pages
+        if self.engine.no_block_reuse:
+            assert metrics.num_running <= metrics.pages_in_use
+            assert metrics.num_cached_tokens == metrics.pages_kept == 0
         assert (metrics.pages_in_use == 0) == (metrics.num_running == 0)
         num_live = len(self.expected) - len(self.completions)
         assert metrics.num_running + metrics.num_waiting == num_live
@@ -196,6 +215,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.record(self.engine.step())
         assert self.completions.keys() == self.expected.keys()
         assert self.engine.metrics.pages_in_use == 0
+        if self.model.num_lone_steps == 0:
+            assert self.model.num_dirty_pages == self.engine.metrics.pages_kept
 
 
 TestEngineMachine = EngineMachine.TestCase

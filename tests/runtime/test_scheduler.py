@@ -15,6 +15,7 @@ class Harness:
         max_batch_size: int = 8,
         max_num_tokens: int = 16,
         chunk: int | None = None,
+        shares_pages: bool = False,
     ) -> None:
         self.pool = PagePool(capacity + 1)
         self.cleared: list[int] = []
@@ -25,12 +26,13 @@ class Harness:
             max_num_tokens=max_num_tokens,
             clear_pages=self.cleared.extend,
             prefill_chunk_tokens=chunk,
+            shares_pages=shares_pages,
         )
         self.sequences: list[SequenceState] = []
 
-    def add(self, num_tokens: int) -> SequenceState:
+    def add(self, num_tokens: int, token: int = 0) -> SequenceState:
         """A sequence with a prompt of this length."""
-        sequence = SequenceState(request_id=len(self.sequences), token_ids=[0] * num_tokens)
+        sequence = SequenceState(request_id=len(self.sequences), token_ids=[token] * num_tokens)
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
         return sequence
@@ -40,6 +42,7 @@ class Harness:
         plan = self.scheduler.schedule()
         for sequence, num_new in plan:
             sequence.num_cached += num_new
+            self.scheduler.name_pages(sequence)
             if sequence.num_cached == len(sequence.token_ids):
                 sequence.token_ids.append(0)
         return [(sequence.request_id, num_new) for sequence, num_new in plan]
@@ -178,3 +181,96 @@ def test_restart_queues_all_in_order_without_pages() -> None:
     h.scheduler.restart(h.sequences)
     assert h.pool.num_in_use == 0
     assert h.step() == [(0, 5), (1, 5)], "sequence 2 waits for two pages and two of growth"
+
+
+def shared(h: Harness) -> tuple[int, int]:
+    """Pages that several sequences use together, and pages kept."""
+    in_all = sum(len(sequence.pages) for sequence in h.sequences)
+    return in_all - h.pool.num_in_use, h.pool.num_kept
+
+
+def test_a_sequence_starts_after_its_longest_known_prefix_and_shares_its_pages() -> None:
+    """At a page's edge, with one token at least to compute; an ended sequence's pages count as well."""
+    h = Harness(shares_pages=True)
+    first = h.add(10)
+    h.step()
+    same = h.add(8)
+    h.step()
+    assert (same.num_reused, same.pages[0], shared(h)) == (4, first.pages[0], (1, 0))
+    h.scheduler.remove(first)
+    h.scheduler.remove(same)
+    assert (h.pool.num_in_use, h.pool.num_kept) == (0, 2)
+    longer = h.add(11)
+    assert h.step() == [(2, 3)]
+    assert longer.num_reused == 8
+    assert h.cleared == [3, 4], "one was not full, of the other there are two"
+
+
+def test_of_prompts_that_begin_alike_one_computes_the_beginning() -> None:
+    """They come together: the others wait for its chunks, and compute what is theirs alone."""
+    h = Harness(max_num_tokens=100, chunk=8, shares_pages=True)
+    for _ in range(3):
+        h.add(18)
+    assert [h.step() for _ in range(3)] == [[(0, 8)], [(0, 8)], [(0, 2), (1, 2), (2, 2)]]
+    assert [sequence.num_reused for sequence in h.sequences] == [0, 16, 16]
+    assert shared(h) == (8, 0)
+
+
+def test_kept_pages_give_way_least_recently_used_first() -> None:
+    """And are zeroed then, not before."""
+    h = Harness(capacity=6, shares_pages=True)
+    for token in (1, 2, 1):
+        sequence = h.add(9, token)
+        h.step()
+        h.scheduler.remove(sequence)
+    h.scheduler.clear_released_pages()
+    assert (h.pool.num_kept, len(h.cleared)) == (4, 3)
+    h.add(16, 3)
+    h.step()
+    assert (h.pool.num_kept, len(h.cleared)) == (2, 5)
+    again = [h.add(9, 1), h.add(9, 2)]
+    h.scheduler.remove(h.sequences[3])
+    h.step()
+    assert [sequence.num_reused for sequence in again] == [8, 0]
+
+
+def test_other_tokens_or_another_salt_share_nothing() -> None:
+    """A page's name is of all tokens up to its end."""
+    h = Harness(shares_pages=True)
+    h.add(9)
+    h.step()
+    other = h.add(9)
+    other.token_ids[0] = 1
+    salted = h.add(9)
+    salted.salt = b"a tenant"
+    computed = h.add(9)
+    computed.takes_known = False
+    h.step()
+    assert [sequence.num_reused for sequence in (other, salted, computed)] == [0, 0, 0]
+
+
+def test_nobody_uses_the_pages_of_a_broken_sequence() -> None:
+    """Not those either that it shared before."""
+    h = Harness(shares_pages=True)
+    for _ in range(2):
+        h.add(9)
+        h.step()
+    h.scheduler.remove(h.sequences[1], is_broken=True)
+    h.scheduler.remove(h.sequences[0])
+    assert h.pool.num_kept == 0
+    assert h.pool.num_free == h.pool.capacity
+
+
+def test_a_preempted_sequence_goes_on_after_what_is_left_of_it() -> None:
+    """That it had computed those tokens before counts as no reuse."""
+    h = Harness(capacity=8, shares_pages=True)
+    h.add(11, 1)
+    h.step()
+    h.add(15, 2)
+    while not h.scheduler.num_preemptions:
+        h.step()
+    assert h.sequences[1].pages == []
+    h.scheduler.remove(h.sequences[0])
+    h.step()
+    assert h.sequences[1].num_cached > 12
+    assert h.sequences[1].num_reused == 0

@@ -53,9 +53,10 @@ def _hashed(state: int, token_ids: Sequence[int]) -> int:
 class ToyGraph(nn.Module):
     """Stands for a transformed graph: writes tokens into pages, and hashes all tokens read back from them."""
 
-    def __init__(self, tokens_per_page: int) -> None:
+    def __init__(self, tokens_per_page: int, has_states: bool) -> None:
         super().__init__()
         self.tokens_per_page = tokens_per_page
+        self.has_states = has_states
         self.fail_next: BaseException | None = None
         self.steps: list[list[SequenceStep]] = []
 
@@ -66,7 +67,8 @@ class ToyGraph(nn.Module):
         step = self._sequences(inputs, tokens)
         self.steps.append([sequence for _, sequence in step])
         pages = [page for _, s in step for page in s.pages]
-        assert len(set(pages)) == len(pages), f"a page belongs to two sequences: {pages}"
+        written = {page for _, s in step for page in s.pages[s.input_pos // self.tokens_per_page :]}
+        assert all(pages.count(page) == 1 for page in written), f"a page with two users is written: {pages}"
         assert not pages or 0 < min(pages) <= max(pages) < len(kv_cache_0), f"a page is out of range: {pages}"
         owned = [s.slot for _, s in step]
         assert len(set(owned)) == len(owned), f"a slot belongs to two sequences: {owned}"
@@ -81,7 +83,8 @@ class ToyGraph(nn.Module):
             seen = tuple(int(kv_cache_0[slot]) - 1 for slot in slots)
             state = _hashed(int(recurrent_state_0[s.slot]) if s.input_pos else 0, s.token_ids)
             recurrent_state_0[s.slot] = state
-            logits[last] = toy_logits(seen if state == _hashed(0, seen) else (-1, *seen))
+            is_right = not self.has_states or state == _hashed(0, seen)
+            logits[last] = toy_logits(seen if is_right else (-1, *seen))
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
@@ -103,7 +106,7 @@ class ToyGraph(nn.Module):
             assert inputs["seq_len_with_cache"][row] == length
             assert positions[first:end] == list(range(start, length)) or not own
             if own and own != [0]:
-                slot = int(inputs["slot_idx"][row])
+                slot = int(inputs["slot_idx"][row]) if self.has_states else len(found) + 1
                 step = SequenceStep(tokens[first:end], start, own, end - 1 in gathered, slot=slot)
                 found.append((end - 1, step))
         return found
@@ -118,6 +121,7 @@ class ToyModel(CachedModel):
 
     Args:
         with_graphs: pad and replay as with CUDA graphs.
+        has_states: the state counts, so that requests cannot share pages.
     """
 
     def __init__(
@@ -129,10 +133,11 @@ class ToyModel(CachedModel):
         max_num_tokens: int = 64,
         max_seq_len: int = 200,
         with_graphs: bool = False,
+        has_states: bool = True,
     ) -> None:
-        self.graph = ToyGraph(tokens_per_page)
+        self.graph = ToyGraph(tokens_per_page, has_states)
         info = SequenceInfo(max_seq_len, max_batch_size, max_num_tokens, tokens_per_page, torch.device("cpu"))
-        info.has_states = True
+        info.has_states = has_states
         caches = {
             "kv_cache_0": torch.zeros(num_pages, tokens_per_page, dtype=torch.int64),
             "recurrent_state_0": torch.full((info.num_slots,), 7, dtype=torch.int64),

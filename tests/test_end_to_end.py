@@ -134,6 +134,22 @@ def test_a_known_prefix_changes_no_token(name: str) -> None:
     assert (engine.no_block_reuse is not None) == (engine.metrics.num_cached_tokens == 0)
 
 
+def test_logprobs_of_a_prompt_are_those_of_transformers() -> None:
+    """Read in chunks, with other requests in the step."""
+    engine = Engine(served("llama_gqa4", "eager"), prefill_chunk_tokens=9)
+    engine.add_request(PROMPTS[3], SamplingParams(max_new_tokens=4))
+    asked = engine.add_request(PROMPTS[6], SamplingParams(max_new_tokens=1, prompt_logprobs=0, logprobs=0))
+    done = {}
+    while engine.has_work:
+        done.update({output.request_id: output.completion for output in engine.step() if output.completion})
+    found = [*(done[asked].prompt_logprobs or [])[1:], *(done[asked].logprobs or [])]
+    with torch.no_grad():
+        logits = model_of("llama_gqa4", "eager")(torch.tensor([PROMPTS[6]])).logits[0]
+    tokens = torch.tensor([*PROMPTS[6][1:], *done[asked].token_ids])
+    expected = logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    assert torch.allclose(torch.tensor([one.logprob for one in found if one]), expected, atol=1e-4)
+
+
 def test_tokens_depend_on_the_prompt() -> None:
     """The oracle is no constant: no two prompts continue alike, nor repeat their last token for ever."""
     for name in architectures.CONFIGS:

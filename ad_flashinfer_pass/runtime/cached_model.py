@@ -96,7 +96,7 @@ class CachedModel:
 
         Returns:
             Logits [n, vocab_size] on the device: first those of the sequences with gather, in order, then of
-            padding rows. The next call may overwrite them.
+            tokens that are scored, or of padding rows. The next call may overwrite them.
         """
         if self._takes_vectors:
             raise ValueError(

@@ -136,6 +136,8 @@ class CudaGraphModule(Steps, nn.Module):
         num_prompts = len(sequences) - num_decode
         if num_tokens == 0 and not all(seq.gather for seq in sequences):
             return None
+        if any(seq.num_scored for seq in sequences):
+            return None
         for bucket in self._buckets:
             same_kind = (bucket.num_tokens > 0) == (num_tokens > 0)
             if same_kind and all(map(operator.ge, bucket, (num_tokens, num_decode, num_prompts))):
@@ -261,6 +263,8 @@ class CudaGraphModule(Steps, nn.Module):
         for phase in phases:
             if phase in self.host_kernels:
                 return f"{phase} by {self.host_kernels[phase]}, which reads lengths on the host"
+        if info.num_tokens_to_gather > info.max_batch_size:
+            return "logits of the tokens of a prompt"
         if num_tokens:
             largest = max(self.token_buckets, default=0)
             return f"prefill of more than {largest} tokens" if largest else "prefill"

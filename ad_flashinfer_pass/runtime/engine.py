@@ -15,7 +15,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -25,10 +25,10 @@ from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestErr
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.detokenize import TextDecoder, TextStream
 from ad_flashinfer_pass.runtime.page_pool import PagePool
-from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sampling import SamplingParams, TokenLogprobs
 from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
-from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner
+from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner, Wanted
 from ad_flashinfer_pass.runtime.turns import Turns
 from ad_flashinfer_pass.runtime.values import as_bool, as_int, as_ints, as_token_ids
 
@@ -58,6 +58,10 @@ class Completion(NamedTuple):
     error: str | None = None
     num_cached_tokens: int = 0
     """Tokens of the prompt that were not computed, because K and V of the same beginning were in pages."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of the generated tokens, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Of the tokens of the prompt, if they were asked for; None for the first."""
 
 
 class StepOutput(NamedTuple):
@@ -70,6 +74,8 @@ class StepOutput(NamedTuple):
     """Text that became final, if the request is streamed or has stop strings."""
     completion: Completion | None = None
     """Given once, in the last output of the request."""
+    logprobs: TokenLogprobs | None = None
+    """Of the new token, if they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +106,9 @@ class _Request(SequenceState):
     stop_token_ids: frozenset[int]
     seed: int
     stream: TextStream | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By position."""
 
     @property
     def num_generated(self) -> int:
@@ -113,6 +122,10 @@ class _InFlight(NamedTuple):
     rows: list[_Request]
     """Those that get a token."""
     tokens: PendingTokens
+    wanted: Wanted | None
+    """Which log-probabilities are read with them."""
+    scored: list[tuple[_Request, int]]
+    """Whose prompts' tokens are among those, by position."""
 
 
 class Engine:
@@ -189,6 +202,8 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         self._last_rows: list[_Request] = []
         """Those of the step enqueued last."""
+        self._wanted: Wanted | None = None
+        """Log-probabilities that are read with it."""
         self._continuable_epoch: int | None = None
         """The scheduler's epoch if the metadata on the device are those of the next step of these rows."""
         self._requests: dict[int, _Request] = {}
@@ -258,7 +273,7 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {params!r:.80}.")
         token_ids = self._checked_prompt(prompt)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_params(params)
         max_len = min(len(token_ids) + params.max_new_tokens, self._max_seq_len)
         self._check_pages(len(token_ids), max_len)
         text_stream = None
@@ -275,6 +290,7 @@ class Engine:
             stop_token_ids=eos.union(params.stop_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stream=text_stream,
+            takes_known=params.prompt_logprobs is None,
             salt=sha256(cache_salt.encode()).digest(),
         )
         self._take_over_pages()
@@ -287,7 +303,7 @@ class Engine:
     def _take_over_pages(self) -> None:
         """What is in the model's pages is this engine's, or nothing."""
         user, num_steps = _USERS.get(self._model, (None, 0))
-        other = user and user()
+        other = None if user is None else user()
         if other is not None and other is not self and other._requests:
             raise RequestError(
                 "another engine has unfinished requests on this model, whose pages both would "
@@ -363,11 +379,17 @@ class Engine:
         """Start a step. Returns the model's error, if it failed."""
         requests = [request for request, _ in plan]
         rows = [request for request, num_new in plan if request.num_cached + num_new == request.num_tokens]
+        scored: list[tuple[_Request, int]] = []
         try:
             if self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows:
                 tokens = self._runner.run_again(self._last_rows)
             else:
-                tokens = self._runner.run(self._sequence_steps(plan), rows)
+                steps = self._sequence_steps(plan)
+                for (request, _), step in zip(plan, steps, strict=True):
+                    first = request.num_cached + 1
+                    scored += [(request, at) for at in range(first, first + step.num_scored)]
+                self._wanted = _wanted(rows, scored)
+                tokens = self._runner.run(steps, rows, self._wanted)
         except _STEP_ERRORS as err:
             logger.debug("a step of %d sequences failed", len(plan), exc_info=True)
             return err
@@ -381,7 +403,7 @@ class Engine:
                 self._scheduler.name_pages(request)
         for request in rows:
             request.num_pending += 1
-        self._in_flight.append(_InFlight(rows, tokens))
+        self._in_flight.append(_InFlight(rows, tokens, self._wanted, scored))
         return None
 
     def _sequence_steps(self, plan: list[tuple[_Request, int]]) -> list[SequenceStep]:
@@ -395,8 +417,13 @@ class Engine:
             is_last = end == request.num_tokens
             num_pages = len(request.pages) if is_last else self._scheduler.num_pages_for(end)
             pages = request.pages[:num_pages]
+            num_scored = 0
+            if request.params.prompt_logprobs is not None:
+                num_scored = max(0, min(end, request.num_prompt_tokens - 1) - request.num_cached)
             steps.append(
-                SequenceStep(new, request.num_cached, pages, is_last, request.first_len, request.slot)
+                SequenceStep(
+                    new, request.num_cached, pages, is_last, request.first_len, request.slot, num_scored
+                )
             )
         return steps
 
@@ -409,16 +436,29 @@ class Engine:
         try:
             tokens = step.tokens.read()
         except _STEP_ERRORS as err:
-            self._fail_all(rows, err)
+            self._fail_all([*rows, *{request for request, _ in step.scored}], err)
             return
-        for request, token in zip(rows, tokens, strict=True):
+        logprobs = {} if step.wanted is None else self._logprobs(step, step.wanted)
+        for index, (request, token) in enumerate(zip(rows, tokens, strict=True)):
             if request.request_id in self._requests:
                 request.num_pending -= 1
-                self._outputs.append(self._take(request, token))
+                self._outputs.append(self._take(request, token, logprobs.get(index)))
+
+    @staticmethod
+    def _logprobs(step: _InFlight, wanted: Wanted) -> dict[int, TokenLogprobs]:
+        """Those of the new tokens, by row; those of prompts are kept."""
+        found = step.tokens.logprobs()
+        for (request, position), one in zip(step.scored, found[len(wanted.rows) :], strict=True):
+            request.prompt_logprobs[position] = one.cut(request.params.prompt_logprobs)
+        return {
+            row: one.cut(step.rows[row].params.logprobs) for row, one in zip(wanted.rows, found, strict=False)
+        }
 
     def _is_awaited(self, step: _InFlight) -> bool:
-        """Whether a request that gets a token has not ended."""
-        return any(request.request_id in self._requests for request in step.rows)
+        """Whether a request that gets something from it has not ended."""
+        return any(request.request_id in self._requests for request in step.rows) or any(
+            request.request_id in self._requests for request, _ in step.scored
+        )
 
     def _fail_all(self, requests: list[_Request], error: Exception) -> None:
         for request in requests:
@@ -429,10 +469,11 @@ class Engine:
         """Drop what is in flight, and whatever the device knows of the next step."""
         self._in_flight.clear()
         self._last_rows = []
+        self._wanted = None
         self._continuable_epoch = None
         self._runner = StepRunner(self._model, runs_ahead=self._steps_ahead > 0)
 
-    def _take(self, request: _Request, token: int) -> StepOutput:
+    def _take(self, request: _Request, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Append a sampled token and see whether it ends the request."""
         if token < 0:
             num_tokens = len(request.token_ids)
@@ -440,6 +481,8 @@ class Engine:
                 request, f"the logits after {num_tokens} tokens hold NaN or +inf, or only -inf."
             )
         request.token_ids.append(token)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
         self._num_generated_tokens += 1
         if token in request.stop_token_ids:
             return self._end(request, "stop", token)
@@ -453,7 +496,7 @@ class Engine:
                 return self._end(request, "stop", token, text)
         if len(request.token_ids) == request.max_len:
             return self._end(request, "length", token, text)
-        return StepOutput(request.request_id, token, text)
+        return StepOutput(request.request_id, token, text, logprobs=logprobs)
 
     def _fail(self, request: _Request, error: str) -> StepOutput:
         return self._end(request, "error", error=error)
@@ -483,8 +526,15 @@ class Engine:
                 whole_text = self._text_decoder.decode(generated[:-1] if is_stop_token else generated)
         except RequestError as err:
             reason, error = "error", error or str(err)
-        completion = Completion(generated, whole_text, reason, error, request.num_reused)
-        return StepOutput(request.request_id, token, text, completion)
+        params, prompt_logprobs = request.params, None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [request.prompt_logprobs.get(at) for at in range(request.num_prompt_tokens)]
+        logprobs = None if params.logprobs is None else request.logprobs
+        completion = Completion(
+            generated, whole_text, reason, error, request.num_reused, logprobs, prompt_logprobs
+        )
+        last = logprobs[-1] if logprobs and token is not None else None
+        return StepOutput(request.request_id, token, text, completion, last)
 
     @cached_property
     def _text_decoder(self) -> TextDecoder:
@@ -507,6 +557,16 @@ class Engine:
             )
         return token_ids
 
+    def _check_params(self, params: SamplingParams) -> None:
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", [token for token, _ in params.biases])
+        self._check_ids("bad_words_ids", [token for run in params.bad_words_ids for token in run])
+        if params.n != 1:
+            raise RequestError(
+                f"a request of the engine has one continuation, got n={params.n}. Add it n times, or use "
+                "LLM.generate."
+            )
+
     def _check_ids(self, name: str, token_ids: Sequence[int], way_out: str = ".") -> None:
         vocab_size = self._model.vocab_size
         if min(token_ids, default=0) < 0 or max(token_ids, default=0) >= vocab_size:
@@ -526,6 +586,16 @@ class Engine:
                 f"{self._pool.capacity}. Lower max_new_tokens, shorten the prompt, or raise "
                 "kv_cache_config.max_tokens."
             )
+
+
+def _wanted(rows: Sequence[_Request], scored: Sequence[tuple[_Request, int]]) -> Wanted | None:
+    """What to read of a step with these rows, and tokens of prompts by position."""
+    asking = [index for index, request in enumerate(rows) if request.params.logprobs is not None]
+    if not asking and not scored:
+        return None
+    tops = [rows[index].params.logprobs or 0 for index in asking]
+    tops += [request.params.prompt_logprobs or 0 for request, _ in scored]
+    return Wanted(asking, max(tops), [request.token_ids[at] for request, at in scored])
 
 
 def _why_no_reuse(model: CachedModel) -> str | None:

@@ -23,10 +23,8 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "guidance_scale": (1,),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "max_time": (),
     "begin_suppress_tokens": (),
-    "bad_words_ids": (),
     "sequence_bias": (),
     "encoder_repetition_penalty": (1,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -45,7 +43,7 @@ _LACKING_WHEN_DRAWN: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0,),
     "top_h": (),
 }
-_ALWAYS = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens")
+_ALWAYS = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
 # transformers' own defaults where do_sample is set; top_k is 50 unless the file says something else.
 _WHEN_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
 _WAY_OUT = (
@@ -85,6 +83,8 @@ def default_sampling(
     for name in (*_ALWAYS, *values):
         if getattr(config, name, None) is not None:
             values[name] = getattr(config, name)
+    if getattr(config, "min_new_tokens", None):
+        values["min_tokens"] = config.min_new_tokens
     if getattr(config, "max_length", None) is not None and "max_new_tokens" not in values:
         logger.warning(
             "%s: max_length %d is not used; max_new_tokens ends a text, %d unless it is given",

@@ -24,7 +24,7 @@ from ad_flashinfer_pass.runtime.engine import (
 from ad_flashinfer_pass.runtime.foreign import foreign_code
 from ad_flashinfer_pass.runtime.generation_config import default_sampling as sampling_of
 from ad_flashinfer_pass.runtime.generation_config import end_tokens
-from ad_flashinfer_pass.runtime.sampling import SamplingKeywords, SamplingParams
+from ad_flashinfer_pass.runtime.sampling import SamplingKeywords, SamplingParams, TokenLogprobs
 from ad_flashinfer_pass.runtime.values import as_token_ids, plain
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class GenerationResult:
     """Why the prompt was refused or its generation failed; None if neither."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that were not computed, because K and V of the same beginning were in pages."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of ``token_ids``, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Of ``prompt_token_ids``, if they were asked for; None for the first."""
     is_cut: bool = False
     """Whether max_seq_len ended it before max_new_tokens; ``finish_reason`` is ``length`` in both cases."""
 
@@ -82,9 +86,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Job:
-    """One prompt of a call."""
+    """One continuation of a prompt."""
 
     index: int
+    """Position of the prompt among those of the call."""
     prompt: str | None
     token_ids: list[int]
     params: SamplingParams
@@ -99,6 +104,8 @@ class _Job:
             finish_reason=completion.finish_reason,
             error=completion.error,
             num_cached_tokens=completion.num_cached_tokens,
+            logprobs=completion.logprobs,
+            prompt_logprobs=completion.prompt_logprobs,
             is_cut=_is_cut(completion, self.params),
         )
 
@@ -111,10 +118,10 @@ class _Call:
     num_preemptions_before: int
     num_new_tokens: int = 0
     inbox: list[StepOutput] = field(default_factory=list)
-    jobs: dict[int, _Job] = field(default_factory=dict)
-    """What has not ended, by request id."""
+    jobs: dict[int, tuple[int, _Job]] = field(default_factory=dict)
+    """What has not ended, with its place among the results, by request id."""
     results: dict[int, GenerationResult] = field(default_factory=dict)
-    """What has ended and was not yielded, by index."""
+    """What has ended and was not yielded, by place."""
 
     def progress(self, metrics: Metrics) -> Progress:
         return Progress(
@@ -208,8 +215,9 @@ class LLM:
                 ``sampling_params``.
 
         Returns:
-            One result for each prompt, in the order of the prompts. If a prompt is refused or fails, its
-            result has ``error``, and no text if it was refused; the other prompts are not affected.
+            One result for each prompt, or as many as ``n`` says, in the order of the prompts. If a prompt is
+            refused or fails, its result has ``error``, and no text if it was refused; the other prompts are
+            not affected.
 
         Raises:
             RequestError: ``sampling_params`` and ``prompts`` differ in length, a keyword is unknown or its
@@ -332,31 +340,35 @@ class LLM:
         keywords: SamplingKeywords,
     ) -> Generator[GenerationResult, None, None]:
         """What is wrong with the arguments is raised at once; the rest waits for the first advance."""
-        params = self._params_of_each(len(prompts), sampling_params, keywords)
+        given = self._params_of_each(len(prompts), sampling_params, keywords)
+        places = [index for index, p in enumerate(given) for _ in range(p.n)]
+        params = [each for p in given for each in _of_each_continuation(p)]
         if on_progress is not None and not callable(on_progress):
             raise RequestError(f"on_progress must be a function, got {on_progress!r:.80}.")
-        return self._results(prompts, encode, params, on_progress)
+        return self._results(prompts, places, encode, params, on_progress)
 
     def _results(
         self,
         prompts: Sequence[_Given],
+        places: Sequence[int],
         encode: Callable[[_Given], list[int]],
         params: Sequence[SamplingParams],
         on_progress: Callable[[Progress], None] | None,
     ) -> Generator[GenerationResult, None, None]:
-        call = _Call(len(prompts), self.engine.metrics.num_preemptions)
+        """Of the prompt at each of ``places``."""
+        call = _Call(len(places), self.engine.metrics.num_preemptions)
         num_cut = 0
         try:
-            for index, prompt in enumerate(prompts):
-                self._submit(call, index, prompt, encode, params[index])
-            for index in range(len(prompts)):
+            for order, index in enumerate(places):
+                self._submit(call, order, index, prompts[index], encode, params[order])
+            for index in range(len(places)):
                 while index not in call.results:
                     self._advance(call)
                     if on_progress is not None:
                         on_progress(call.progress(self.engine.metrics))
                 num_cut += call.results[index].is_cut
                 yield call.results.pop(index)
-            self._warn_of_cut(num_cut, len(prompts))
+            self._warn_of_cut(num_cut, len(places))
         finally:
             with ExitStack() as stack:  # which closes all, whatever happens at one
                 for request_id in call.jobs:
@@ -365,6 +377,7 @@ class LLM:
     def _submit(
         self,
         call: _Call,
+        order: int,
         index: int,
         prompt: _Given,
         encode: Callable[[_Given], list[int]],
@@ -374,18 +387,18 @@ class LLM:
         job = _Job(index, prompt if isinstance(prompt, str) else None, [], params)
         try:
             job = replace(job, token_ids=encode(prompt))
-            call.jobs[self._open(job.token_ids, params, call.inbox)] = job
+            call.jobs[self._open(job.token_ids, params, call.inbox)] = (order, job)
         except RequestError as err:
-            call.results[index] = job.result(Completion([], None, "error", str(err)))
+            call.results[order] = job.result(Completion([], None, "error", str(err)))
 
     def _advance(self, call: _Call) -> None:
         """Take in what a step brought."""
         for output in self._next_outputs(call.inbox):
             call.num_new_tokens += output.token_id is not None
             if output.completion is not None:
-                job = call.jobs.pop(output.request_id)
+                order, job = call.jobs.pop(output.request_id)
                 self._close(output.request_id)
-                call.results[job.index] = job.result(output.completion)
+                call.results[order] = job.result(output.completion)
 
     def _open(
         self,
@@ -453,6 +466,11 @@ class LLM:
                 num_texts,
                 self.model.sequence_info.max_seq_len,
             )
+
+
+def _of_each_continuation(params: SamplingParams) -> list[SamplingParams]:
+    seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
+    return [params] if params.n == 1 else [replace(params, n=1, seed=seed) for seed in seeds]
 
 
 def _is_cut(completion: Completion, params: SamplingParams) -> bool:

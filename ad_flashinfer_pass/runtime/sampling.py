@@ -1,9 +1,10 @@
 """From logits to tokens, on the device, for the whole batch at once.
 
-The filters have transformers' semantics and order: repetition penalty, repeated n-grams, suppressed tokens,
-temperature, top-k, top-p, min-p. A draw inverts the cumulative distribution at one uniform number, which is a
-hash of the request's seed and of how many tokens it has generated. There is no generator state, so neither
-the rest of the batch nor a preemption can disturb a request's tokens. Nothing here waits for the device.
+The filters have transformers' semantics and order: bias, repetition penalty, OpenAI's two penalties,
+repeated n-grams, bad words, the least length, suppressed tokens, temperature, top-k, top-p, min-p. A draw
+inverts the cumulative distribution at one uniform number, which is a hash of the request's seed and of how
+many tokens it has generated. There is no generator state, so neither the rest of the batch nor a preemption
+can disturb a request's tokens. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import RequestError
@@ -23,6 +25,14 @@ from ad_flashinfer_pass.runtime.values import as_bool, as_float, as_int, as_ints
 # Beyond these a number vanishes in float32, or becomes infinite.
 _SMALLEST, _LARGEST = 1e-6, 1e6
 _MAX_SIZE = 2**31 - 1
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _GAMMA = -0x61C8864680B583EB
 
 
@@ -48,10 +58,27 @@ class SamplingParams:
     """Keep the tokens at least this likely relative to the most likely one."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the continuation become less likely; below 1, more likely."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the continuation holds; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token as often as the continuation holds it; -2 to 2."""
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    """Added to the logits of these tokens; kept as pairs."""
     no_repeat_ngram_size: int = 0
     """No run of this many tokens occurs twice in prompt and continuation; 0 is off."""
     suppress_tokens: Sequence[int] = ()
     """Tokens that are never chosen."""
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    """Runs of tokens that never occur: the last one of each is not chosen after the others."""
+    min_tokens: int = 0
+    """Before so many tokens none is chosen that ends generation; strings in ``stop`` do end it."""
+    logprobs: int | None = None
+    """Give the log-probability of each token, and those of this many most likely ones; of the model's own
+    distribution, before any of the above."""
+    prompt_logprobs: int | None = None
+    """Likewise for the tokens of the prompt but the first, which are all computed then."""
+    n: int = 1
+    """Continuations of each prompt, with the seeds from ``seed`` on; ``LLM`` makes them, not ``Engine``."""
     seed: int | None = None
     """The same seed gives the same tokens; None draws a seed for each request."""
     stop: Sequence[str] = ()
@@ -62,6 +89,12 @@ class SamplingParams:
     """Go on after the model's end-of-sequence tokens."""
 
     @property
+    def biases(self) -> Sequence[tuple[int, float]]:
+        """``logit_bias`` as it is kept."""
+        assert not isinstance(self.logit_bias, Mapping)
+        return self.logit_bias
+
+    @property
     def is_greedy(self) -> bool:
         """Whether the most likely token of the unchanged logits is taken."""
         return self.temperature == 0 and not self.is_penalised
@@ -69,13 +102,28 @@ class SamplingParams:
     @property
     def is_penalised(self) -> bool:
         """Whether some tokens are made less likely, be the choice greedy or not."""
-        return bool(self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.suppress_tokens)
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.no_repeat_ngram_size
+            or self.suppress_tokens
+            or self.bad_words_ids
+            or self.min_tokens
+        )
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size"):
+        for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "min_tokens", "n"):
             self._keep(name, as_int(name, getattr(self, name)))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in _FLOATS:
             self._keep(name, as_float(name, getattr(self, name)))
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            self._keep(name, None if number is None else as_int(name, number))
+            _require((number or 0) >= 0, f"{name} must be at least 0, or None, which is off", number)
+        self._keep("logit_bias", _biases(self.logit_bias))
+        self._keep("bad_words_ids", _runs(self.bad_words_ids))
         for name in ("suppress_tokens", "stop_token_ids"):
             self._keep(name, as_ints(name, getattr(self, name)))
         self._keep("seed", None if self.seed is None else as_int("seed", self.seed))
@@ -99,6 +147,13 @@ class SamplingParams:
         )
         size = self.no_repeat_ngram_size
         _require(size >= 0, "no_repeat_ngram_size must be 0 (off) or positive", size)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(
+                abs(getattr(self, name)) <= 2, f"{name} must lie in -2..2, 0 being off", getattr(self, name)
+            )
+        least, most = self.min_tokens, self.max_new_tokens
+        _require(0 <= least <= most, f"min_tokens must lie in 0..max_new_tokens={most}", least)
+        _require(self.n >= 1, "n must be at least 1", self.n)
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -113,8 +168,16 @@ class SamplingKeywords(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
     no_repeat_ngram_size: int
     suppress_tokens: Sequence[int]
+    bad_words_ids: Sequence[Sequence[int]]
+    min_tokens: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    n: int
     seed: int | None
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
@@ -129,6 +192,26 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return strings
 
 
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    pairs = given.items() if isinstance(given, Mapping) else given
+    pairs = list(pairs) if isinstance(pairs, Iterable) else [None]
+    valid = all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+    _require(valid, "logit_bias must map token ids to numbers", given)
+    biases = {as_int("logit_bias", token): as_float("logit_bias", bias) for token, bias in pairs}
+    for token, bias in biases.items():
+        _require(
+            token >= 0 and abs(bias) < math.inf, "logit_bias must be finite, of token ids", {token: bias}
+        )
+    return tuple(biases.items())
+
+
+def _runs(given: Any) -> tuple[tuple[int, ...], ...]:
+    is_some = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    runs = tuple(as_ints("bad_words_ids", run) for run in given) if is_some else ((),)
+    _require(all(runs), "bad_words_ids must be lists of token ids, none of them empty", given)
+    return runs
+
+
 def _require(condition: bool, what: str, value: object) -> None:
     if not condition:
         raise RequestError(f"{what}, got {value!r:.80}.")
@@ -141,6 +224,9 @@ class SampledSequence(Protocol):
     seed: int
     token_ids: list[int]
     """Prompt and generated tokens, as far as they are known."""
+    num_prompt_tokens: int
+    stop_token_ids: frozenset[int]
+    """After one of them the sequence ends."""
 
     @property
     def num_generated(self) -> int:
@@ -170,15 +256,27 @@ class BatchParams:
     penalty: Tensor | None = None
     seen: Tensor | None = None
     """bool [n, vocab_size]: tokens that occurred."""
+    presence: Tensor | None = None
+    frequency: Tensor | None = None
+    counts: Tensor | None = None
+    """float32 [n, vocab_size]: how often the continuation holds each token."""
+    bias: Tensor | None = None
+    """float32 [n, vocab_size]."""
     suppressed: Tensor | None = None
     """bool [n, vocab_size]: tokens that are never chosen."""
+    min_left: Tensor | None = None
+    """int64 [n, 1]: tokens before which none may end the continuation; goes down with each one."""
+    ends: Tensor | None = None
+    """bool [n, vocab_size]: those that would."""
+    bad_words: BadWords | None = None
     ngram_sizes: tuple[int, ...] = ()
     """The sizes other than 0, each once."""
     ngram_size: Tensor | None = None
     """int64 [n]."""
     history: Tensor | None = None
     """int64 [n, longest]: all tokens, the newest last, with -1 before the first. As long as a row asks for
-    no_repeat_ngram_size; a step then reads it once for each token of each size, and copies it."""
+    no_repeat_ngram_size or bad_words_ids; a step then reads it once for each token of each size, and copies
+    it."""
 
     @classmethod
     def of(cls, rows: Sequence[SampledSequence], vocab_size: int, device: torch.device) -> BatchParams:
@@ -186,32 +284,44 @@ class BatchParams:
         params = [row.params for row in rows]
 
         def column(values: list[float]) -> Tensor:
-            return _on_device(torch.tensor(values, dtype=torch.float32), device).unsqueeze(1)
+            return on_device(torch.tensor(values, dtype=torch.float32), device).unsqueeze(1)
 
         batch = cls()
         if any(p.repetition_penalty != 1 for p in params):
             batch.penalty = column([p.repetition_penalty for p in params])
-            batch.seen = _on_device(_marked([row.token_ids for row in rows], vocab_size), device)
+            batch.seen = _marked([row.token_ids for row in rows], vocab_size, device)
+        if any(p.presence_penalty or p.frequency_penalty for p in params):
+            batch.presence = column([p.presence_penalty for p in params])
+            batch.frequency = column([p.frequency_penalty for p in params])
+            generated = [[(t, 1.0) for t in row.token_ids[row.num_prompt_tokens :]] for row in rows]
+            batch.counts = _summed(generated, vocab_size, device)
+        if any(p.logit_bias for p in params):
+            batch.bias = _summed([p.biases for p in params], vocab_size, device)
+        if any(p.min_tokens for p in params):
+            left = [p.min_tokens - row.num_generated for p, row in zip(params, rows, strict=True)]
+            batch.min_left = on_device(torch.tensor(left), device).unsqueeze(1)
+            batch.ends = _marked([sorted(row.stop_token_ids) for row in rows], vocab_size, device)
+        if any(p.bad_words_ids for p in params):
+            batch.bad_words = BadWords.of([p.bad_words_ids for p in params], device)
+            batch.history = on_device(_history(rows), device)
         if any(p.suppress_tokens for p in params):
-            batch.suppressed = _on_device(
-                _marked([[t for t in p.suppress_tokens if t < vocab_size] for p in params], vocab_size),
-                device,
-            )
+            suppressed = [[t for t in p.suppress_tokens if t < vocab_size] for p in params]
+            batch.suppressed = _marked(suppressed, vocab_size, device)
         sizes = [min(p.no_repeat_ngram_size, _MAX_SIZE) for p in params]
         if any(sizes):
             batch.ngram_sizes = tuple(sorted(set(sizes) - {0}))
-            batch.ngram_size = _on_device(torch.tensor(sizes), device)
-            batch.history = _on_device(_history(rows), device)
+            batch.ngram_size = on_device(torch.tensor(sizes), device)
+            batch.history = on_device(_history(rows), device)
         is_drawn = [p.temperature > 0 for p in params]
         if not any(is_drawn):
             return batch
-        batch.is_drawn = _on_device(torch.tensor(is_drawn), device)
-        batch.seeds = _on_device(torch.tensor([as_int64(row.seed) for row in rows]), device)
-        batch.num_generated = _on_device(torch.tensor([row.num_generated for row in rows]), device)
+        batch.is_drawn = on_device(torch.tensor(is_drawn), device)
+        batch.seeds = on_device(torch.tensor([as_int64(row.seed) for row in rows]), device)
+        batch.num_generated = on_device(torch.tensor([row.num_generated for row in rows]), device)
         batch.temperature = column([p.temperature or 1 for p in params])
         top_k = [min(p.top_k, vocab_size) for p in params]
         if any(top_k):
-            batch.top_k = _on_device(torch.tensor(top_k), device).unsqueeze(1)
+            batch.top_k = on_device(torch.tensor(top_k), device).unsqueeze(1)
             batch.max_top_k = max(top_k)
         if any(p.top_p < 1 for p in params):
             batch.tail_mass = column([1 - p.top_p if p.top_p < 1 else -1 for p in params])
@@ -221,11 +331,19 @@ class BatchParams:
 
     def penalise(self, scores: Tensor) -> Tensor:
         """Apply what greedy rows ask for, too, to scores, floating [n, vocab_size]."""
+        if self.bias is not None:
+            scores = scores.float() + self.bias
         if self.penalty is not None and self.seen is not None:
             scores = apply_repetition_penalty(scores.float(), self.seen, self.penalty)
+        if self.counts is not None and self.presence is not None and self.frequency is not None:
+            scores = scores.float() - self.counts * self.frequency - (self.counts > 0) * self.presence
         if self.history is not None and self.ngram_size is not None:
             for size in self.ngram_sizes:
                 scores = ban_repeated(scores, self.history, self.ngram_size == size, size)
+        if self.history is not None and self.bad_words is not None:
+            scores = self.bad_words.ban(scores, self.history)
+        if self.min_left is not None and self.ends is not None:
+            scores = scores.masked_fill(self.ends & (self.min_left > 0), -math.inf)
         if self.suppressed is not None:
             scores = scores.masked_fill(self.suppressed, -math.inf)
         return scores
@@ -279,6 +397,7 @@ class Sampler:
         if rows != self._rows:
             batch = BatchParams.of(rows, logits.shape[1], logits.device)
             _carry_over(self._batch.seen, self._rows, batch.seen, rows)
+            _carry_over(self._batch.counts, self._rows, batch.counts, rows)
             _carry_over(self._batch.history, self._rows, batch.history, rows)
             self._batch, self._rows = batch, rows
         return self._batch.penalise(logits)
@@ -287,8 +406,82 @@ class Sampler:
         """The end of ``sample``: remember tokens, int64 [n], that were chosen; negative ones are none."""
         if self._batch.seen is not None:
             self._batch.seen.scatter_(1, tokens.clamp(min=0).unsqueeze(1), True)
+        if self._batch.counts is not None:
+            ones = (tokens >= 0).unsqueeze(1).float()
+            self._batch.counts.scatter_add_(1, tokens.clamp(min=0).unsqueeze(1), ones)
+        if self._batch.min_left is not None:
+            self._batch.min_left -= 1
         if self._batch.history is not None:
             self._batch.history = torch.cat([self._batch.history, tokens.unsqueeze(1)], 1)
+
+
+class BadWords(NamedTuple):
+    """Runs of tokens that must not occur, of all rows."""
+
+    rows: Tensor
+    """int64 [w]."""
+    before: Tensor
+    """int64 [w, longest - 1]: all tokens of a run but the last, with -1 before the first."""
+    last: Tensor
+    """int64 [w]."""
+
+    @classmethod
+    def of(cls, words: Sequence[Sequence[Sequence[int]]], device: torch.device) -> BadWords:
+        """Collect the runs of these rows."""
+        pairs = [(row, run) for row, runs in enumerate(words) for run in runs]
+        before = torch.full((len(pairs), max(len(run) for _, run in pairs) - 1), -1)
+        for index, (_, run) in enumerate(pairs):
+            before[index, before.shape[1] - len(run) + 1 :] = torch.tensor(run[:-1], dtype=torch.int64)
+        rows, last = torch.tensor([[row, run[-1]] for row, run in pairs]).T
+        return cls(*(on_device(each.contiguous(), device) for each in (rows, before, last)))
+
+    def ban(self, scores: Tensor, history: Tensor) -> Tensor:
+        """Set the scores of tokens that would end a run to -inf; shapes as in ``BatchParams``."""
+        width, vocab_size = self.before.shape[1], scores.shape[1]
+        newest = F.pad(history, (max(width - history.shape[1], 0), 0), value=-1)
+        newest = newest[self.rows, newest.shape[1] - width :]
+        is_next = ((self.before == -1) | (self.before == newest)).all(1)
+        ends = self.last.where(is_next & (self.last < vocab_size), vocab_size)
+        banned = torch.zeros(len(scores), vocab_size + 1, dtype=torch.bool, device=scores.device)
+        banned.view(-1)[self.rows * (vocab_size + 1) + ends] = True
+        return scores.masked_fill(banned[:, :-1], -math.inf)
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely a token was, in the distribution of the model itself."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The most likely tokens and their log-probabilities, as many as were asked for."""
+
+    def cut(self, num_top: int | None) -> TokenLogprobs:
+        """The same with fewer of the most likely tokens."""
+        return self._replace(top=self.top[:num_top])
+
+
+class Logprobs:
+    """Log-probabilities of some rows of logits.
+
+    Args:
+        logits: floating [n, vocab_size].
+        tokens: int64 [n], on the same device; negative ones are none.
+        num_top: how many of the most likely tokens are wanted.
+    """
+
+    def __init__(self, logits: Tensor, tokens: Tensor, num_top: int) -> None:
+        logprobs = logits.float().log_softmax(-1)
+        own = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+        top, ids = logprobs.topk(min(num_top, logits.shape[1]))
+        self.tensors = [tokens, own, top, ids]
+
+    def read(self) -> list[TokenLogprobs]:
+        """Of each row, once ``tensors`` are on the host."""
+        tokens, own, top, ids = (tensor.tolist() for tensor in self.tensors)
+        return [
+            TokenLogprobs(token, logprob, list(zip(best, values, strict=True)))
+            for token, logprob, values, best in zip(tokens, own, top, ids, strict=True)
+        ]
 
 
 def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -397,7 +590,7 @@ def as_int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -416,12 +609,22 @@ def most_likely(scores: Tensor) -> Tensor:
     return tokens.where(best.abs() < math.inf, -1)
 
 
-def _marked(token_ids: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+def _marked(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
     """bool [n, vocab_size]: the tokens of each row."""
-    marked = torch.zeros(len(token_ids), vocab_size, dtype=torch.bool)
-    for index, row in enumerate(token_ids):
-        marked[index, list(row)] = True
-    return marked
+    return _summed([[(token, 1.0) for token in row] for row in token_ids], vocab_size, device) > 0
+
+
+def _summed(values: Sequence[Sequence[tuple[int, float]]], vocab_size: int, device: torch.device) -> Tensor:
+    """float32 [n, vocab_size]: the sum of what is given for each token of each row."""
+    places = [index * vocab_size + token for index, row in enumerate(values) for token, _ in row]
+    numbers = [number for row in values for _, number in row]
+    summed = torch.zeros(len(values) * vocab_size, device=device)
+    summed.index_add_(
+        0,
+        on_device(torch.tensor(places, dtype=torch.int64), device),
+        on_device(torch.tensor(numbers, dtype=torch.float32), device),
+    )
+    return summed.view(len(values), vocab_size)
 
 
 def _history(rows: Sequence[SampledSequence]) -> Tensor:
@@ -447,6 +650,6 @@ def _carry_over(
     places = {id(row): index for index, row in enumerate(old_rows)}
     pairs = [(places[id(row)], index) for index, row in enumerate(rows) if id(row) in places]
     if pairs:
-        sources, targets = (_on_device(torch.tensor(side), new.device) for side in zip(*pairs, strict=True))
+        sources, targets = (on_device(torch.tensor(side), new.device) for side in zip(*pairs, strict=True))
         width = min(old.shape[1], new.shape[1])
         new[targets, new.shape[1] - width :] = old[sources, old.shape[1] - width :]

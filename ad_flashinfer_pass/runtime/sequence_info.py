@@ -94,6 +94,9 @@ class SequenceStep(NamedTuple):
     slot: int = 0
     """Where its state is, other than slot 0; only for graphs with states. Where input_pos is 0, what is there
     does not count; elsewhere it is what the step before has left, so that no step can be run twice."""
+    num_scored: int = 0
+    """New tokens, the first ones, whose logits are wanted, too; they follow those of all sequences with
+    gather. No captured graph runs such a step."""
 
 
 class RowParams(NamedTuple):
@@ -206,7 +209,7 @@ class SequenceInfo:
                 "input_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "sequence_lengths": (torch.int64, (max_num_tokens + max_batch_size,)),
-                "token_gather_indices": (torch.int64, (max_batch_size,)),
+                "token_gather_indices": (torch.int64, (max_batch_size + max_num_tokens,)),
                 "stop_token_ids": (torch.int64, (max_batch_size, _MAX_STOP_TOKENS)),
                 "seed": (torch.int64, (max_batch_size,)),
                 "num_generated": (torch.int64, (max_batch_size,)),
@@ -270,7 +273,8 @@ class SequenceInfo:
             firsts = [seq.first_len or seq.input_pos + n for seq, n in zip(sequences, lens, strict=True)]
             write("sequence_lengths", np.maximum(np.repeat(firsts, lens), positions + 1))
         write("token_gather_indices", step.gather)
-        write("is_stopped", [0] * step.num_real + [1] * (self._num_gather - step.num_real))
+        num_padding = 0 if pad_to is None else self._num_gather - step.num_real
+        write("is_stopped", [0] * step.num_real + [1] * num_padding)
         if row_params:
             stops, *columns = map(list, zip(*row_params, strict=True))
             unused = [-1] * _MAX_STOP_TOKENS
@@ -357,11 +361,15 @@ class SequenceInfo:
         lens = [len(seq.token_ids) for seq in sequences]
         kinds = [Kind.of(seq.input_pos, n) for seq, n in zip(sequences, lens, strict=True)]
         self._check(sequences, lens, kinds, may_be_empty=bucket is not None)
-        gather = [end - 1 for seq, end in zip(sequences, accumulate(lens), strict=True) if seq.gather]
+        ends = list(accumulate(lens))
+        gather = [end - 1 for seq, end in zip(sequences, ends, strict=True) if seq.gather]
         kinds = self._short_extends(kinds, lens)
         counts = [value for kind in Kind for value in _count(kinds, lens, kind)]
         if bucket is None:
-            return _Layout(sequences, counts, gather, len(gather))
+            num_real = len(gather)
+            for seq, n, end in zip(sequences, lens, ends, strict=True):
+                gather += range(end - n, end - n + seq.num_scored)
+            return _Layout(sequences, counts, gather, num_real)
         num_long, long_tokens = counts[0] + counts[2], counts[1] + counts[3]
         rows = self._padded_prompts(sequences[:num_long], bucket.num_tokens - long_tokens, bucket)
         decodes = sequences[num_long:]

@@ -8,22 +8,34 @@ waits for the device but ``PendingTokens.read``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.sampling import SampledSequence, Sampler, as_int64
+from ad_flashinfer_pass.runtime.sampling import (
+    Logprobs,
+    SampledSequence,
+    Sampler,
+    TokenLogprobs,
+    as_int64,
+    on_device,
+)
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
 
 _MAX_TOP_K = 2**31 - 1
 
 
-class RunnerRow(SampledSequence, Protocol):
-    """What the runner reads of a sequence that gets a token."""
+class Wanted(NamedTuple):
+    """Which log-probabilities of a step are read."""
 
-    stop_token_ids: frozenset[int]
+    rows: list[int]
+    """Rows of logits whose token's is wanted."""
+    num_top: int = 0
+    """How many of the most likely tokens beside it."""
+    prompt: Sequence[int] = ()
+    """Tokens of prompts whose logits follow those of all rows."""
 
 
 class PendingTokens:
@@ -31,13 +43,16 @@ class PendingTokens:
 
     Args:
         tokens: int64 [n] on the device, read before anything that is enqueued later can change them.
+        logprobs: of some of them, and of tokens of prompts; None if nobody asked.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, logprobs: Logprobs | None = None) -> None:
         self._event: torch.cuda.Event | None = None
+        self._logprobs = logprobs
         if tokens.device.type == "cuda":
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
+            self._tokens = _to_pinned(tokens)
+            if logprobs is not None:
+                logprobs.tensors = [_to_pinned(tensor) for tensor in logprobs.tensors]
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tokens.device))
         else:
@@ -48,6 +63,16 @@ class PendingTokens:
         if self._event is not None:
             self._event.synchronize()
         return self._tokens.tolist()
+
+    def logprobs(self) -> list[TokenLogprobs]:
+        """After ``read``: what was wanted, of rows first, then of prompts."""
+        return [] if self._logprobs is None else self._logprobs.read()
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    return pinned
 
 
 class StepRunner:
@@ -63,35 +88,52 @@ class StepRunner:
         self._runs_ahead = runs_ahead
         self._on_cuda = model.device.type == "cuda"
         self._sampler = Sampler()
+        self._wanted: Wanted | None = None
 
-    def run(self, steps: Sequence[SequenceStep], rows: Sequence[RunnerRow]) -> PendingTokens:
+    def run(
+        self, steps: Sequence[SequenceStep], rows: Sequence[SampledSequence], wanted: Wanted | None = None
+    ) -> PendingTokens:
         """Enqueue a step.
 
         Args:
             steps: ordered prefill, extend, decode; see ``SequenceStep``.
             rows: those with gather, in their order, as a list that is not changed afterwards.
+            wanted: which log-probabilities are read, also by ``run_again``; None for none.
         """
-        on_device = self._runs_ahead or self._on_cuda
-        self._model.nest(steps, [_row_params(row) for row in rows] if on_device else ())
+        reads_params = self._runs_ahead or self._on_cuda
+        self._model.nest(steps, [_row_params(row) for row in rows] if reads_params else ())
+        self._wanted = wanted
         return self.run_again(rows)
 
-    def run_again(self, rows: Sequence[RunnerRow]) -> PendingTokens:
+    def run_again(self, rows: Sequence[SampledSequence]) -> PendingTokens:
         """Enqueue the step for which the metadata stand, which is the next one if all of ``rows`` decode."""
         with torch.inference_mode():
-            logits = self._model.forward()
-            if not rows:
-                return PendingTokens(torch.empty(0, dtype=torch.int64))
-            logits = logits[: len(rows)]
-            info = self._model.sequence_info
-            if self._on_cuda:
-                self._sample_on_cuda(logits, rows)
-            elif not self._runs_ahead:
-                return PendingTokens(self._sampler.sample(logits, rows))
-            elif not (_is_greedy(rows) and self._model.sample_and_advance(is_greedy=True)):
-                info.advance(self._sampler.sample(logits, rows))
-            return PendingTokens(info.tokens[: len(rows)])
+            all_logits = self._model.forward()
+            tokens = self._choose(all_logits[: len(rows)], rows)
+            if self._wanted is None:
+                return PendingTokens(tokens)
+            return PendingTokens(tokens, self._logprobs(all_logits, tokens, self._wanted))
 
-    def _sample_on_cuda(self, logits: Tensor, rows: Sequence[RunnerRow]) -> None:
+    def _choose(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
+        if not rows:
+            return torch.empty(0, dtype=torch.int64, device=logits.device)
+        info = self._model.sequence_info
+        if self._on_cuda:
+            self._sample_on_cuda(logits, rows)
+        elif not self._runs_ahead:
+            return self._sampler.sample(logits, rows)
+        elif not (_is_greedy(rows) and self._model.sample_and_advance(is_greedy=True)):
+            info.advance(self._sampler.sample(logits, rows))
+        return info.tokens[: len(rows)]
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor, wanted: Wanted) -> Logprobs:
+        num_rows = len(tokens)
+        places = [*wanted.rows, *range(num_rows, num_rows + len(wanted.prompt))]
+        index = on_device(torch.tensor(places), logits.device)
+        of_prompts = on_device(torch.tensor(wanted.prompt, dtype=torch.int64), logits.device)
+        return Logprobs(logits[index], torch.cat([tokens, of_prompts])[index], wanted.num_top)
+
+    def _sample_on_cuda(self, logits: Tensor, rows: Sequence[SampledSequence]) -> None:
         info = self._model.sequence_info
         if any(row.params.is_penalised for row in rows):
             is_greedy = all(row.params.temperature == 0 for row in rows)
@@ -101,11 +143,11 @@ class StepRunner:
             info.sample_and_advance(logits, is_greedy=_is_greedy(rows))
 
 
-def _is_greedy(rows: Sequence[RunnerRow]) -> bool:
+def _is_greedy(rows: Sequence[SampledSequence]) -> bool:
     return all(row.params.is_greedy for row in rows)
 
 
-def _row_params(row: RunnerRow) -> RowParams:
+def _row_params(row: SampledSequence) -> RowParams:
     params = row.params
     return RowParams(
         stop_token_ids=sorted(row.stop_token_ids),

@@ -209,6 +209,8 @@ class Drawing:
     seed: int
     num_generated: int
     token_ids: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
 
     @property
     def num_tokens(self) -> int:

@@ -332,3 +332,61 @@ def test_the_toy_model_depends_on_every_token() -> None:
     logits = toy_logits((1, 2, 3))
     for other in [(2, 2, 3), (1, 2), (1, 3, 2), (3, 2, 1)]:
         assert not toy_logits(other).equal(logits)
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    """Of each token and the likeliest ones, before temperature and penalties; of the prompt's tokens, too."""
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    params = [
+        SamplingParams(max_new_tokens=8, temperature=2.0, repetition_penalty=1.5, seed=1, logprobs=3),
+        SamplingParams(max_new_tokens=6, logprobs=0, prompt_logprobs=2),
+        SamplingParams(max_new_tokens=6),
+    ]
+    for steps_ahead in (0, 2):
+        for num_pages in (7, 100):
+            model = ToyModel(num_pages=num_pages, has_states=False, with_graphs=True, max_num_tokens=12)
+            engine = Engine(model, steps_ahead=steps_ahead)
+            asked = [(prompt, p) for prompt in prompts for p in params]
+            ids = [engine.add_request(prompt, p) for prompt, p in asked]
+            completions = drain(engine)
+            for request_id, (prompt, p) in zip(ids, asked, strict=True):
+                check_logprobs(prompt, p, completions[request_id])
+
+
+def check_logprobs(prompt: list[int], params: SamplingParams, completion: Completion) -> None:
+    assert (completion.logprobs is None) == (params.logprobs is None)
+    assert (completion.prompt_logprobs is None) == (params.prompt_logprobs is None)
+    sequence = [*prompt, *completion.token_ids]
+    found = list(enumerate(completion.logprobs or [], len(prompt)))
+    assert len(found) == (0 if params.logprobs is None else len(completion.token_ids))
+    for position, one in [*found, *enumerate(completion.prompt_logprobs or [])]:
+        if position == 0:
+            assert one is None
+            continue
+        assert one is not None
+        assert one.token_id == sequence[position]
+        wanted = toy_logits(tuple(sequence[:position])).log_softmax(-1)
+        assert one.logprob == pytest.approx(float(wanted[one.token_id]), abs=1e-5)
+        num_top = params.logprobs if position >= len(prompt) else params.prompt_logprobs
+        values, tokens = wanted.topk(num_top or 0)
+        assert [token for token, _ in one.top] == tokens.tolist()
+        assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_no_token_ends_a_text_before_min_tokens() -> None:
+    """Neither the model's own nor the request's."""
+    prompt = [1, 2, 3]
+    first, _, third = greedy_alone(prompt, 3)
+    for steps_ahead in (0, 2):
+        for stop, is_eos in ((third, False), (third, True), (first, True)):
+            params = SamplingParams(max_new_tokens=9, min_tokens=5, stop_token_ids=[] if is_eos else [stop])
+            engine = Engine(ToyModel(), eos_token_ids=[stop] if is_eos else [], steps_ahead=steps_ahead)
+            (tokens,) = tokens_of(engine, [prompt], params)
+            assert stop not in tokens[:5]
+            assert tokens[:2] == greedy_alone(prompt, 2) or stop == first
+
+
+def test_a_request_of_the_engine_has_one_continuation() -> None:
+    """n is the matter of LLM, which makes requests of it."""
+    with pytest.raises(RequestError, match="one continuation, got n=2"):
+        Engine(ToyModel()).add_request([1], SamplingParams(n=2))

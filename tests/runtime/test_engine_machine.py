@@ -30,6 +30,7 @@ class _Alone:
         self.num_prompt_tokens = len(prompt)
         self.params = params
         self.seed = params.seed or 0
+        self.stop_token_ids = frozenset(EOS)
 
     @property
     def num_generated(self) -> int:
@@ -63,6 +64,9 @@ params_of_requests = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
     no_repeat_ngram_size=st.sampled_from([0, 0, 1, 2]),
     suppress_tokens=st.sampled_from([(), (), range(2, 40, 3)]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 1.5]),
+    bad_words_ids=st.sampled_from([(), (), ([3], [5, 7], [7, 7, 7])]),
+    prompt_logprobs=st.sampled_from([None, None, 1]),
     seed=st.integers(0, 3),
 )
 

@@ -619,3 +619,15 @@ def test_a_thread_that_waits_is_served_while_another_generates() -> None:
         assert isinstance(long.exception(), InterruptedError)
     assert result.token_ids == greedy_alone([2], 3)
     assert llm.engine.metrics.pages_in_use == 0
+
+
+def test_n_continuations_are_n_results_with_seeds_of_their_own() -> None:
+    """In the order of the prompts, each as if its seed alone had been asked for; the prompt is read once."""
+    llm = LLM(ToyModel(has_states=False))
+    params = SamplingParams(max_new_tokens=6, temperature=1.5, seed=3)
+    results = llm.generate(PROMPTS[:2], [replace(params, n=3), params])
+    alone = [llm.generate(PROMPTS[0], params, seed=seed)[0].token_ids for seed in (3, 4, 5)]
+    assert [result.index for result in results] == [0, 0, 0, 1]
+    assert [result.token_ids for result in results[:3]] == alone
+    with pytest.raises(RequestError, match="one continuation, got n=2"):
+        next(llm.stream(PROMPTS[0], n=2))

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -36,6 +39,7 @@ class Row:
     token_ids: list[int] = field(default_factory=lambda: [1, 2, 3])
     seed: int = 0
     num_prompt_tokens: int = 2
+    stop_token_ids: frozenset[int] = frozenset((0, 5))
 
     @property
     def num_generated(self) -> int:
@@ -58,8 +62,15 @@ def random_logits(num_rows: int, seed: int, *, ties: bool = False) -> Tensor:
 def transformers_scores(params: SamplingParams, token_ids: list[int], logits: Tensor) -> Tensor:
     """What ``generate(do_sample=True)`` draws from, for one row [1, vocab_size]."""
     processors = LogitsProcessorList()
+    if params.logit_bias:
+        biases = {(token,): bias for token, bias in params.biases}
+        processors.append(SequenceBiasLogitsProcessor(biases))  # type: ignore[arg-type]
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.bad_words_ids:
+        processors.append(NoBadWordsLogitsProcessor([list(run) for run in params.bad_words_ids]))
+    if params.min_tokens:
+        processors.append(MinNewTokensLengthLogitsProcessor(2, params.min_tokens, [0, 5]))
     processors.append(TemperatureLogitsWarper(float(params.temperature)))
     if params.top_k:
         processors.append(TopKLogitsWarper(params.top_k))
@@ -71,6 +82,7 @@ def transformers_scores(params: SamplingParams, token_ids: list[int], logits: Te
     return scores
 
 
+PENALTIES = st.sampled_from([-2.0, -0.5, 0.0, 0.7, 2.0])
 sampled_params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.3, 0.7, 1.0, 1.5]),
@@ -78,9 +90,12 @@ sampled_params = st.builds(
     top_p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     repetition_penalty=st.sampled_from([0.8, 1.0, 1.3, 2.0]),
+    logit_bias=st.sampled_from([{}, {}, {3: 5.0, 7: -100.0}]),
+    bad_words_ids=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=3),
+    min_tokens=st.sampled_from([0, 0, 1, 4]),
 )
 rows_of_params = st.lists(sampled_params, min_size=1, max_size=5)
-tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8)
+tokens = st.lists(st.integers(0, 4) | st.integers(0, VOCAB_SIZE - 1), min_size=2, max_size=8)
 
 
 @MANY
@@ -95,6 +110,28 @@ def test_the_distribution_is_that_of_transformers(
     for index, p in enumerate(params):
         expected = transformers_scores(p, seen, logits[index : index + 1])
         assert torch.equal(actual[index : index + 1], expected)
+
+
+@MANY
+@given(
+    seen=tokens,
+    seed=st.integers(0, 999),
+    pairs=st.lists(st.tuples(PENALTIES, PENALTIES), min_size=1, max_size=4),
+)
+def test_openai_penalties_count_the_continuation(
+    seen: list[int], seed: int, pairs: list[tuple[float, float]]
+) -> None:
+    """Theirs: logit - count * frequency_penalty - (count > 0) * presence_penalty, of noted tokens, too."""
+    rows = [Row(SamplingParams(presence_penalty=a, frequency_penalty=b), seen) for a, b in pairs]
+    sampler, logits = Sampler(), random_logits(len(pairs), seed)
+    sampler.penalise(logits, rows)
+    sampler.note(torch.tensor([3] * len(pairs)))
+    actual = sampler.penalise(logits, rows)
+    counts = Counter([*seen[2:], 3])
+    for index, (presence, frequency) in enumerate(pairs):
+        for token in range(VOCAB_SIZE):
+            taken = counts[token] * frequency + (counts[token] > 0) * presence
+            assert abs(float(logits[index, token]) - taken - float(actual[index, token])) < 1e-5
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -74,6 +74,7 @@ class ToyGraph(nn.Module):
         assert len(set(owned)) == len(owned), f"a slot belongs to two sequences: {owned}"
         assert not owned or 0 < min(owned) <= max(owned) < len(recurrent_state_0), f"out of range: {owned}"
         kv_cache_0[0] = recurrent_state_0[0] = -1
+        gathered = set(inputs["token_gather_indices"].tolist())
         for last, s in step:
             slots = [self._slot(s, position) for position in range(s.input_pos + len(s.token_ids))]
             for slot, token in zip(slots[s.input_pos :], s.token_ids, strict=True):
@@ -85,6 +86,9 @@ class ToyGraph(nn.Module):
             recurrent_state_0[s.slot] = state
             is_right = not self.has_states or state == _hashed(0, seen)
             logits[last] = toy_logits(seen if is_right else (-1, *seen))
+            for back in range(1, len(s.token_ids)):
+                if last - back in gathered:
+                    logits[last - back] = toy_logits(seen[:-back])
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
@@ -98,7 +102,7 @@ class ToyGraph(nn.Module):
         page_ends, pages = inputs["cu_num_pages"].tolist(), inputs["cache_loc"].tolist()
         positions = inputs["position_ids"].flatten().tolist()
         gathered = set(inputs["token_gather_indices"].tolist())
-        found = []
+        found: list[tuple[int, SequenceStep]] = []
         for row in range(info.num_prefill + info.num_extend + info.num_decode):
             first, end, start = ends[row], ends[row + 1], starts[row]
             length = start + end - first

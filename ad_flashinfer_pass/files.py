@@ -138,3 +138,25 @@ def write_file(path: Path, content: str | bytes, name: str = "") -> None:
     with OutputFile(path, name or str(path)) as file:
         file.write(content)
         file.keep()
+
+
+def cache_folder(name: str) -> Path | None:
+    """A folder for what can be made again, below XDG_CACHE_HOME or ~/.cache; made if it is not there.
+
+    Returns:
+        None if it cannot be made, or somebody else owns it or can write or look there: what lies in it may be
+        code, and is then neither read nor written.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(home) / "ad-flashinfer-pass"
+    with suppress(OSError):
+        for each in (folder, folder / name):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = each.lstat()
+            if (stat.S_IFMT(found.st_mode), found.st_uid) != (
+                stat.S_IFDIR,
+                os.geteuid(),
+            ) or found.st_mode & 0o77:
+                return None
+        return folder / name
+    return None

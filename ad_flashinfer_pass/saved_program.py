@@ -39,7 +39,7 @@ from ad_flashinfer_pass.errors import LoadError
 assert ops.__name__  # importing it registers torch.ops.ad_flashinfer, which a file may call
 
 # What zipfile, json, sympy and torch's deserializer raise for a file that is damaged.
-_DAMAGE = (
+DAMAGE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -145,7 +145,7 @@ def _reading(file: Path) -> Iterator[_Archive]:
         raise LoadError(f"{file}: {err}") from None
     except RecursionError:
         raise LoadError(f"{file} is nested too deeply to be a saved ExportedProgram.") from None
-    except _DAMAGE as err:
+    except DAMAGE as err:
         cause = " ".join(str(err).split())[:200]
         raise LoadError(
             f"{file} cannot be read as a saved ExportedProgram ({type(err).__name__}: {cause}). "
@@ -311,9 +311,9 @@ def _checked(value: Any, key: str, in_node: bool = False) -> Any:
     if not isinstance(value, str):
         return value
     if key == "expr_str":
-        return _expression(value)
+        return checked_expression(value)
     if key in ("target", "as_operator"):
-        return _operator(value)
+        return checked_operator(value)
     if key in ("in_spec", "out_spec"):
         return _structure(value)
     if key in ("as_string", "as_strings") and in_node:
@@ -336,7 +336,7 @@ def _metadata(data: dict[str, object]) -> dict[str, str]:
     }
 
 
-def _operator(target: str) -> str:
+def checked_operator(target: str) -> str:
     """A call of torch's registry, or of a number's operators."""
     op = _OP.fullmatch(target)
     if op is not None:
@@ -377,7 +377,7 @@ def _structure(text: str) -> str:
     return json.dumps([version, spec])
 
 
-def _expression(text: str) -> str:
+def checked_expression(text: str) -> str:
     """A size, as sympy writes it."""
 
     def check(node: ast.AST) -> bool:

@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when torch is imported. In a small graph with sizes that vary, an entry costs more than it saves.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
+# No test sees what another left; those of what is kept between processes have a folder of their own.
+os.environ["XDG_CACHE_HOME"] = os.devnull
+
 import pytest
 import torch
 

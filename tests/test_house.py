@@ -22,12 +22,12 @@ config, files, known_code
 graph
 masks, kernels
 ops, matching
-experts
-models, runtime
-records, states
+experts, saved_program
+models, runtime, saved_graph
+records, states, export_cache
 registry
 transforms
-pipeline, saved_program
+pipeline
 exported, build, torch_compile, autodeploy
 inspection
 deployment

@@ -21,7 +21,7 @@ from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, bucket_sizes
-from ad_flashinfer_pass.runtime.inductor import compile_pieces, eager_pieces
+from ad_flashinfer_pass.runtime.inductor import compile_pieces, eager_pieces, keep_compiled
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 _MANY = 128
@@ -64,6 +64,7 @@ def _compiled(model: fx.GraphModule, ctx: TransformContext, report: TransformRep
     report.notes.append(f"{ctx.config.compile_backend}: {len(model.graph.nodes)} nodes")
     if ctx.config.compile_backend != "torch-opt":
         return model
+    keep_compiled()
     model, pieces = compile_pieces(model)
     num_calls = sum(piece.num_calls for piece in pieces)
     report.notes.append(f"Inductor: {len(pieces)} distinct pieces, called {num_calls} times a step")

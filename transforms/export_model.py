@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ad_flashinfer_pass import experts, states
+from ad_flashinfer_pass import experts, export_cache, states
 from ad_flashinfer_pass.errors import ExportError, UnsupportedError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.ops import STATES
@@ -60,6 +60,14 @@ def export_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
 
 def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
     wrapped = Logits(model).eval()
+    has_weights = g.has_weights(wrapped)
+    keys = [
+        export_cache.key_of(wrapped, max_seq_len=ctx.sequence_info.max_seq_len, was_compared=was_compared)
+        for was_compared in ((True,) if has_weights else (True, False))
+    ]
+    for key in filter(None, keys):
+        if (kept := export_cache.load(key, wrapped)) is not None:
+            return kept
     example = wrapped.example((_EXAMPLE_BATCH, _EXAMPLE_SEQ), ctx.device)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
@@ -81,6 +89,8 @@ def _exported(model: nn.Module, ctx: TransformContext) -> fx.GraphModule:
     first = gm.graph.find_nodes(op="placeholder")[0]
     first.name = first.target = wrapped.tokens
     g.finish(gm)
+    if keys[-1] is not None:
+        export_cache.store(keys[-1], gm, wrapped)
     return gm
 
 
@@ -225,7 +235,7 @@ def plain_module(module: nn.Module) -> tuple[fx.GraphModule, list[nn.Module]]:
         guards.append(module.get_submodule(str(node.target)))
         graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
-    gm = fx.GraphModule(module, graph)
+    gm = g.graph_module(module, graph)
     g.finish(gm)
     return gm, guards
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from ad_flashinfer_pass import autodeploy_hook
 from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.files import cache_folder
 from ad_flashinfer_pass.kernels import modules, prebuilt
 from ad_flashinfer_pass.kernels.attention import select, trtllm_gen
 from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase, Site
@@ -105,6 +106,7 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
         *_models_check(),
         *_flashinfer_checks(has_gpu=bool(gpus)),
         *(_module_checks() if gpus else []),
+        _cache_check(),
     ]
     return Diagnosis(
         python=platform.python_version(),
@@ -260,6 +262,17 @@ def _module_checks() -> list[Check]:
         found = f"flashinfer-cubin {here}: binaries of trtllm_gen are fetched at the first call"
         checks.append(Check(name="cubins", state="note", found=found, remedy=trtllm_gen.BINARIES))
     return checks
+
+
+def _cache_check() -> Check:
+    """What is kept for the next start: exported graphs, compiled pieces, times of kernels."""
+    folder = cache_folder("graphs")
+    if folder is None:
+        found = "nothing is kept for the next start: ~/.cache/ad-flashinfer-pass is not yours alone"
+        remedy = "chmod 700 ~/.cache/ad-flashinfer-pass, or set XDG_CACHE_HOME to a folder of your own"
+        return Check(name="cache", state="note", found=found, remedy=remedy)
+    size = sum(file.lstat().st_size for file in folder.parent.rglob("*") if file.is_file())
+    return Check(name="cache", state="ok", found=f"{folder.parent}, {size / 2**20:.0f} MiB")
 
 
 def _gpu(index: int) -> Gpu:

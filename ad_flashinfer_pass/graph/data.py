@@ -14,9 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import networkx as nx
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import SymInt, Tensor, fx
@@ -25,6 +24,9 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.aliasing import views
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Size = int | str
 """A number, or an expression of symbols such as ``8*b*s``."""
@@ -155,6 +157,8 @@ class GraphData(_Data):
 
     def networkx(self) -> nx.DiGraph:
         """The graph as data flow: an edge from each node to its readers; each has its ``data``."""
+        import networkx as nx  # only who asks for this needs it
+
         out: nx.DiGraph = nx.DiGraph(title=self.title)
         for node in self.nodes:
             out.add_node(node.name, data=node)
@@ -200,6 +204,8 @@ class GraphData(_Data):
             ConfigError: there is no such node.
         """
         node = self.find(name)
+        import networkx as nx
+
         near = nx.ego_graph(self.networkx(), node.name, radius=hops, undirected=True)
         return self._cut(set(near), f"{hops} hops around {node.name}")
 

@@ -16,6 +16,7 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
@@ -95,7 +96,12 @@ def register_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph as it is now, with the same parameters."""
-    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    return graph_module(gm, copy.deepcopy(gm.graph))
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A module of a graph, whose code is made when it is first asked for, and not after each change."""
+    return _LazyGraphModule(root, graph)
 
 
 def token_input(gm: fx.GraphModule) -> fx.Node | None:
@@ -126,7 +132,7 @@ def delete_unread(gm: fx.GraphModule) -> None:
             delattr(gm.get_submodule(owner), leaf)
 
 
-def has_weights(gm: fx.GraphModule) -> bool:
+def has_weights(gm: nn.Module) -> bool:
     """Whether the parameters hold numbers: none is on meta, none is fake, so that the graph can be run."""
     return not any(p.is_meta or isinstance(p, FakeTensor) for p in gm.parameters())
 
@@ -306,10 +312,16 @@ def _mode(node: fx.Node) -> FakeTensorMode | None:
 
 def _compute_value(node: fx.Node) -> None:
     mode = next(filter(None, map(_mode, [*node.all_input_nodes, *node.graph.nodes])), None)
-    if mode is not None:
+    if mode is None:
+        return
+    given = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    # In a graph that was read the layers share their values, and so they share what is computed from them.
+    named = map_arg((node.args, dict(node.kwargs)), lambda n: f"@{id(n.meta['val'])}")
+    known = vars(mode).setdefault("known_results", {})
+    key = f"{node.target} {named}"
+    if key not in known:
         assert callable(node.target)
         # Without it torch 2.11 decomposes ops such as linear in C++, which knows no symbolic sizes.
         with mode, torch.no_grad(), enable_python_dispatcher():
-            fake_args = map_arg(node.args, lambda n: n.meta["val"])
-            fake_kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-            node.meta["val"] = node.target(*fake_args, **fake_kwargs)
+            known[key] = given, node.target(*given[0], **given[1])
+    node.meta["val"] = known[key][1]

@@ -8,7 +8,6 @@ the graph, as the text of a ``KernelPlan``.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.files import write_file
+from ad_flashinfer_pass.files import cache_folder, write_file
 from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel, KernelPlan
 
@@ -146,16 +145,17 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def cache_file() -> Path:
-    """Where choices are remembered: below XDG_CACHE_HOME, or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "ad_flashinfer_pass" / "kernel_choices.json"
+def cache_file() -> Path | None:
+    """Where choices are remembered, if they can be."""
+    folder = cache_folder("choices")
+    return None if folder is None else folder / "kernels.json"
 
 
 def read_choices() -> dict[str, Any]:
     """What was found before, by what it depends on."""
     try:
-        known = json.loads(cache_file().read_text())
+        file = cache_file()
+        known = {} if file is None else json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return {}  # measured anew
     return known if isinstance(known, dict) else {}
@@ -164,7 +164,6 @@ def read_choices() -> dict[str, Any]:
 def write_choices(new: Mapping[str, Any]) -> None:
     """Remember more, beside what other processes have found in the meantime."""
     file = cache_file()
-    with suppress(OSError, ConfigError):  # a read-only home: measured again next time
-        if new:
-            file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError, ConfigError):  # a full disk: measured again next time
+        if new and file is not None:
             write_file(file, json.dumps({**read_choices(), **new}, indent=1) + "\n")

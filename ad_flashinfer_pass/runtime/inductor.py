@@ -14,6 +14,8 @@ products. A piece that torch.compile refuses runs op by op.
 from __future__ import annotations
 
 import operator
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ad_flashinfer_pass import ops
+from ad_flashinfer_pass.files import cache_folder
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.data import layer_of
 
@@ -141,6 +144,16 @@ def _count(pieces: list[Piece]) -> EagerPieces:
         most_in_a_layer=max(layers.values(), default=0),
         reasons={piece.where: piece.refusal or "" for piece in eager},
     )
+
+
+def keep_compiled() -> None:
+    """Let Inductor keep what it compiles for other processes, in a folder that is the user's own.
+
+    What it keeps is code. Its default is a folder of a known name in /tmp, which somebody else may have made.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = cache_folder("inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder or tempfile.mkdtemp())
 
 
 def compile_pieces(model: fx.GraphModule) -> tuple[fx.GraphModule, list[Piece]]:

@@ -113,6 +113,7 @@ def test_damaged_choices(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measure.write_choices({"fa2": {"split": 3}, "xqa": [1, 2]})
     file = measure.cache_file()
+    assert file is not None
     file.write_bytes(damaged(file.read_bytes(), seed))
     assert isinstance(measure.read_choices(), dict)
 

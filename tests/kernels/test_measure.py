@@ -90,7 +90,7 @@ def test_what_another_process_found_meanwhile_is_kept(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a":', b"\xff\xfe", b"null"])
 def test_a_damaged_file_is_written_anew(content: bytes) -> None:
     file = measure.cache_file()
-    file.parent.mkdir(parents=True)
+    assert file is not None
     file.write_bytes(content)
     assert [tuned(), tuned()] == [[1, 8], []]
 

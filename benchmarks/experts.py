@@ -181,7 +181,7 @@ def build_model(
             max_seq_len=args.context + args.new + 16,
             max_num_tokens=args.max_num_tokens,
             cuda_graph_batch_sizes=args.batches,
-            kv_cache_config=KvCacheConfig(dtype=kv_dtype),
+            kv_cache_config=KvCacheConfig(dtype=kv_dtype, enable_block_reuse=False),
         )
         start = time.perf_counter()
         llm = build.build_model(config, on_event=lambda name: print(f"  {name}", file=sys.stderr, flush=True))

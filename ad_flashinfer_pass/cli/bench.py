@@ -36,6 +36,11 @@ The shape of a model without its weights, on a GPU, with a picture of step time 
 [green]{PROG} bench -m config.json --random-weights --dtype bfloat16 --device cuda
 --compile-backend torch-opt --input-len 1024 --concurrency 1,8,32,128 --plot steps.svg[/green]
 
+Requests of a ShareGPT file that arrive at random, four a second:
+
+[green]{PROG} bench -m PATH --dataset ShareGPT.json --num-prompts 200 --request-rate 4
+--concurrency 32[/green]
+
 How fast prompts are read:
 
 [green]{PROG} bench -m PATH --device cuda --output-len 1 --json | jq '.rows[].prompt_tokens_per_s'[/green]
@@ -53,6 +58,20 @@ def bench(
         int,
         option(_LOAD, "N", "Requests one after the other in each of those places."),
     ] = 1,
+    dataset: Annotated[
+        Path | None,
+        option(
+            _LOAD,
+            "FILE",
+            "Requests in place of those: ShareGPT's JSON, or lines with prompt_len and output_len.",
+        ),
+    ] = None,
+    num_prompts: Annotated[int, option(_LOAD, "N", "Of a dataset, at most.")] = 1000,
+    request_rate: Annotated[
+        float,
+        option(_LOAD, "R", "Of a dataset, a second; the times between are exponential. inf: all at once."),
+    ] = float("inf"),
+    seed: Annotated[int, option(_LOAD, "N", "Of those times, and of tokens where lengths are given.")] = 0,
     plot: Annotated[
         Path | None,
         option(OUTPUT, "FILE", "Draw step time by concurrency, with the floor; .png or .svg."),
@@ -63,7 +82,8 @@ def bench(
 ) -> None:
     """Measure throughput and latency of a model, beside the floor of the device's memory.
 
-    Random prompts, greedy, a fixed number of new tokens. The floor of a decode step is the time in which
+    Random prompts, greedy, a fixed number of new tokens; or the requests of a dataset, of which conversations
+    beyond 1,024 tokens in or 2,048 in all are left out. The floor of a decode step is the time in which
     a large copy, measured in the same run, moves as many bytes as the step must read; of experts, those
     that a batch is expected to choose.
     """
@@ -73,9 +93,15 @@ def bench(
             raise ConfigError(f"{name} must be at least 1, got {number}.")
     if plot is not None:
         _check_plot(plot)
-    config = keys.config(
-        max_batch_size=max(places), max_seq_len=input_len + output_len, generation_config="none"
-    )
+    if num_prompts < 1 or not request_rate > 0:
+        raise ConfigError(
+            f"--num-prompts and --request-rate must be positive, got {num_prompts} and {request_rate:g}."
+        )
+    from ad_flashinfer_pass.deployment import dataset as datasets
+
+    entries = [] if dataset is None else datasets.read(dataset, num_prompts)
+    longest = datasets.longest(entries) if entries else input_len + output_len
+    config = keys.config(max_batch_size=max(places), max_seq_len=longest, generation_config="none")
     from ad_flashinfer_pass.cli.generation import libraries_quiet
 
     with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
@@ -84,16 +110,24 @@ def bench(
         from ad_flashinfer_pass.deployment import bench as measure
 
         llm = build.build_model(config, on_event=reporter.phase)
-        result = measure.bench(
-            llm,
-            input_len=input_len,
-            output_len=output_len,
-            concurrencies=places,
-            requests_each=requests_each,
-            on_progress=lambda number, done, total: reporter.phase(
-                f"measure: {done} of {total} requests, {number} at once"
-            ),
-        )
+
+        def progress(number: int, done: int, total: int) -> None:
+            reporter.phase(f"measure: {done} of {total} requests, {number} at once")
+
+        if entries:
+            requests = datasets.requests(entries, llm.tokenizer, llm.model.vocab_size, request_rate, seed)
+            result = measure.bench_dataset(
+                llm, requests, concurrencies=places, request_rate=request_rate, on_progress=progress
+            )
+        else:
+            result = measure.bench(
+                llm,
+                input_len=input_len,
+                output_len=output_len,
+                concurrencies=places,
+                requests_each=requests_each,
+                on_progress=progress,
+            )
         if plot is not None:
             measure.draw(result, plot)
     if as_json:

@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ad_flashinfer_pass import __version__
+from ad_flashinfer_pass.deployment.dataset import Request
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.files import write_file
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -84,12 +85,15 @@ class Result:
     copy_bytes_per_s: float
     """Bytes read plus bytes written by a large copy."""
     input_len: int
+    """The mean, where lengths differ; likewise of the output."""
     output_len: int
     rows: list[Row]
     eager_steps: dict[str, int]
     """Steps that ran eagerly although graphs were captured, by reason."""
     eager_pieces: EagerPieces | None
     """Of ``torch-opt``; None with another ``compile_backend``."""
+    request_rate: float | None = None
+    """Requests that arrive in a second, of a dataset; None: all at once."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -130,24 +134,68 @@ def bench(
     Raises:
         ConfigError: a number does not fit the limits that the model was built for.
     """
+    _check_limits(llm, "input_len + output_len", input_len + output_len, concurrencies)
+    sizes = llm.model.vocab_size, input_len, output_len
+    loads = [(number, _random(number * requests_each, *sizes)) for number in concurrencies]
+    return _measured(llm, loads, on_progress)
+
+
+def bench_dataset(
+    llm: LLM,
+    requests: Sequence[Request],
+    *,
+    concurrencies: Sequence[int],
+    request_rate: float = float("inf"),
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> Result:
+    """Measure a model under requests of different lengths that arrive over time.
+
+    Args:
+        llm: the model; nothing else may use it meanwhile.
+        requests: in the order of their arrival.
+        concurrencies: requests that run at once, at most; a row for each. The time to a first token counts
+            from the arrival.
+        request_rate: what is said of the arrivals in the result.
+        on_progress: called with (concurrency, requests done, requests in all).
+
+    Raises:
+        ConfigError: a request does not fit the limits that the model was built for.
+    """
+    longest = max(len(request.prompt) + request.output_len for request in requests)
+    _check_limits(llm, "the longest request", longest, concurrencies)
+    found = _measured(llm, [(number, requests) for number in concurrencies], on_progress)
+    return replace(found, request_rate=request_rate if request_rate < float("inf") else None)
+
+
+def _check_limits(llm: LLM, what: str, num_tokens: int, concurrencies: Sequence[int]) -> None:
     model = llm.model
     assert isinstance(model, CachedModel)
     info = model.sequence_info
-    limits = [("input_len + output_len", input_len + output_len, info.max_seq_len, "max_seq_len")]
+    limits = [(what, num_tokens, info.max_seq_len, "max_seq_len")]
     limits += [("concurrency", number, info.max_batch_size, "max_batch_size") for number in concurrencies]
     for name, number, limit, key in limits:
         if not 1 <= number <= limit:
             raise ConfigError(f"{name} must lie within 1..{key}={limit}, got {number}; raise {key}.")
+
+
+def _measured(
+    llm: LLM,
+    loads: Sequence[tuple[int, Sequence[Request]]],
+    on_progress: Callable[[int, int, int], None] | None,
+) -> Result:
+    model = llm.model
+    assert isinstance(model, CachedModel)
     bandwidth = copy_bandwidth(model.device)
     rows = []
-    for number in concurrencies:
-        warm = _Load(llm.engine, model.vocab_size, min(input_len, 16), min(output_len, 4))
-        warm.run(number, number, None)
-        load = _Load(llm.engine, model.vocab_size, input_len, output_len)
+    for number, requests in loads:
+        input_len = round(statistics.mean(len(request.prompt) for request in requests))
+        output_len = round(statistics.mean(request.output_len for request in requests))
+        warm = _random(number, model.vocab_size, min(input_len, 16), min(output_len, 4))
+        _run(llm.engine, warm, number, None)
         start = time.perf_counter()
-        timelines = load.run(number, number * requests_each, on_progress)
+        timelines = _run(llm.engine, requests, number, on_progress)
         floor = step_bytes(model, number, input_len + output_len // 2) / bandwidth
-        rows.append(_row(number, input_len, start, timelines, floor))
+        rows.append(_row(number, sum(len(r.prompt) for r in requests), start, timelines, floor))
     return Result(
         machine=machine(model.device),
         versions={"ad-flashinfer-pass": __version__, **{n: version(n) for n in ("torch", "transformers")}},
@@ -161,44 +209,49 @@ def bench(
     )
 
 
-class _Load:
-    """Requests of one kind."""
-
-    def __init__(self, engine: Engine, vocab_size: int, input_len: int, output_len: int) -> None:
-        self.engine = engine
-        self.generator = torch.Generator().manual_seed(0)
-        self.vocab_size, self.input_len = vocab_size, input_len
-        self.params = SamplingParams(max_new_tokens=output_len, ignore_eos=True)
-
-    def run(
-        self, concurrency: int, num_requests: int, on_progress: Callable[[int, int, int], None] | None
-    ) -> list[_Timeline]:
-        """Keep ``concurrency`` requests running until all are done."""
-        timelines: dict[int, _Timeline] = {}
-        done = 0
-        while done < num_requests:
-            while len(timelines) < min(num_requests, done + concurrency):
-                timelines[self._add()] = _Timeline(time.perf_counter(), [])
-            outputs = self.engine.step()
-            now = time.perf_counter()
-            for output in outputs:
-                if output.token_id is not None:
-                    timelines[output.request_id].tokens.append(now)
-                if output.completion is not None:
-                    if output.completion.error is not None:
-                        raise RuntimeError(f"a request of the benchmark failed: {output.completion.error}")
-                    done += 1
-                    if on_progress is not None:
-                        on_progress(concurrency, done, num_requests)
-        return list(timelines.values())
-
-    def _add(self) -> int:
-        prompt = torch.randint(self.vocab_size, (self.input_len,), generator=self.generator)
-        # Prompts come again with the next number of requests at once, and are to be computed then, too.
-        return self.engine.add_request(prompt.tolist(), self.params, cache_salt=token_hex())
+def _random(number: int, vocab_size: int, input_len: int, output_len: int) -> list[Request]:
+    """Requests of one kind, that arrive at once."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(vocab_size, (number, input_len), generator=generator).tolist()
+    return [Request(prompt, output_len, 0.0) for prompt in prompts]
 
 
-def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeline], floor: float) -> Row:
+def _run(
+    engine: Engine,
+    requests: Sequence[Request],
+    concurrency: int,
+    on_progress: Callable[[int, int, int], None] | None,
+) -> list[_Timeline]:
+    """Keep up to ``concurrency`` requests running, once they have arrived, until all are done."""
+    timelines: dict[int, _Timeline] = {}
+    start, done = time.perf_counter(), 0
+    salt = token_hex()  # prompts come again with another concurrency, and are to be computed then, too
+    while done < len(requests):
+        while len(timelines) < min(len(requests), done + concurrency):
+            request = requests[len(timelines)]
+            wait = start + request.arrival - time.perf_counter()
+            if wait > 0:
+                if len(timelines) > done:
+                    break
+                time.sleep(wait)
+            params = SamplingParams(max_new_tokens=request.output_len, ignore_eos=True)
+            began = start + request.arrival if request.arrival else time.perf_counter()
+            timelines[engine.add_request(request.prompt, params, cache_salt=salt)] = _Timeline(began, [])
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            if output.token_id is not None:
+                timelines[output.request_id].tokens.append(now)
+            if output.completion is not None:
+                if output.completion.error is not None:
+                    raise RuntimeError(f"a request of the benchmark failed: {output.completion.error}")
+                done += 1
+                if on_progress is not None:
+                    on_progress(concurrency, done, len(requests))
+    return list(timelines.values())
+
+
+def _row(concurrency: int, prompt_tokens: int, start: float, timelines: list[_Timeline], floor: float) -> Row:
     gaps = [b - a for line in timelines for a, b in zip(line.tokens, line.tokens[1:], strict=False)]
     end = max(line.tokens[-1] for line in timelines)
     last_first = max(line.tokens[0] for line in timelines)
@@ -206,7 +259,7 @@ def _row(concurrency: int, input_len: int, start: float, timelines: list[_Timeli
         concurrency=concurrency,
         num_requests=len(timelines),
         output_tokens_per_s=sum(len(line.tokens) for line in timelines) / (end - start),
-        prompt_tokens_per_s=len(timelines) * input_len / (last_first - start),
+        prompt_tokens_per_s=prompt_tokens / (last_first - start),
         step_ms=1e3 * statistics.median(gaps) if gaps else None,
         floor_ms=1e3 * floor,
         first_token=Percentiles.of([line.tokens[0] - line.start for line in timelines]),

@@ -12,7 +12,7 @@ from rich.table import Table
 from ad_flashinfer_pass import build
 from ad_flashinfer_pass.cli import main
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.deployment import bench
+from ad_flashinfer_pass.deployment import bench, dataset
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.llm import LLM
@@ -97,6 +97,84 @@ def test_one_new_token_has_no_step(llm: LLM) -> None:
     table, _ = bench.as_tables(found)
     assert isinstance(table, Table)
     assert list(table.columns[3].cells) == ["-"]
+
+
+LINES = [{"prompt_len": 5, "output_len": 3}, {"prompt_len": 9, "output_len": 1}] * 2
+TALK = {"conversations": [{"from": "human", "value": "a b c d e f"}, {"from": "gpt", "value": "g h i j k l"}]}
+
+
+def written(folder: Path, *entries: object, as_list: bool = False) -> Path:
+    file = folder / "requests"
+    file.write_text(json.dumps(entries) if as_list else "\n".join(map(json.dumps, entries)))
+    return file
+
+
+def test_dataset_of_lengths(llm: LLM, tmp_path: Path) -> None:
+    entries = dataset.read(written(tmp_path, *LINES), 3)
+    assert dataset.longest(entries) == 10
+    made = dataset.requests(entries, None, 7, 1000.0, seed=3)
+    assert [(len(each.prompt), each.output_len) for each in made] == [(5, 3), (9, 1), (5, 3)]
+    assert (
+        made
+        == dataset.requests(entries, None, 7, 1000.0, seed=3)
+        != dataset.requests(entries, None, 7, 1000.0, 4)
+    )
+    assert 0 == made[0].arrival < made[1].arrival < made[2].arrival
+    found = bench.bench_dataset(llm, made, concurrencies=[1, 2], request_rate=1000.0)
+    assert [(row.concurrency, row.num_requests) for row in found.rows] == [(1, 3), (2, 3)]
+    assert (found.input_len, found.output_len, found.request_rate) == (6, 2, 1000.0)
+    (row, _), (start, _) = found.rows, (row.first_token for row in found.rows)
+    assert 0 < start.p50 <= start.p99 <= row.request.p99
+    with pytest.raises(ConfigError, match="max_batch_size=3"):
+        bench.bench_dataset(llm, made, concurrencies=[4])
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    entries = [dataset.Lengths(prompt_len=1, output_len=1)] * 4000
+    times = [each.arrival for each in dataset.requests(entries, None, 2, 10.0, 0)]
+    gaps = torch.tensor(times).diff()
+    assert float(gaps.mean()) == pytest.approx(0.1, rel=0.05)
+    assert float(gaps.std()) == pytest.approx(0.1, rel=0.05)
+
+
+def test_dataset_of_conversations(llm: LLM, tmp_path: Path) -> None:
+    """One turn, or too few or too many tokens, are left out."""
+    turns = TALK["conversations"]
+    long = {"conversations": [{"value": "word " * 2000}, turns[1]]}
+    short = {"conversations": [{"value": "a"}, turns[1]]}
+    file = written(tmp_path, {"conversations": turns[:1]}, TALK, long, short, as_list=True)
+    entries = dataset.read(file, 1000)
+    assert (len(entries), dataset.longest(entries)) == (3, 2048)
+    assert llm.tokenizer is not None
+    (request,) = dataset.requests(entries, llm.tokenizer, llm.model.vocab_size, float("inf"), 0)
+    assert request.prompt == llm.tokenizer.encode(turns[0]["value"])
+    assert request.output_len == len(llm.tokenizer.encode(turns[1]["value"]))
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        dataset.requests(entries, None, 7, float("inf"), 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "has no request"),
+        ("{", "must be JSON"),
+        ('{"prompt_len": 0, "output_len": 1}', "request 1 must have prompt_len"),
+        ('[{"prompt_len": 1, "output_len": 1}, 3]', "request 2 must have prompt_len"),
+    ],
+)
+def test_a_dataset_that_is_none_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    (file := tmp_path / "requests").write_text(text)
+    with pytest.raises(ConfigError, match=f"{file}: .*{problem}"):
+        dataset.read(file, 10)
+
+
+def test_command_with_a_dataset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = written(tmp_path, *LINES)
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--dataset", str(file), "--request-rate", "200", "--concurrency", "2", "--json", "-q"])
+    assert not end.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert (found["request_rate"], found["rows"][0]["num_requests"]) == (200.0, 4)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,6 +242,23 @@ def load(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Ready after {data['start_seconds']:.0f} s. {_source(data)}"]
 
 
+def state(data: dict[str, Any]) -> list[str]:
+    """Of ``state.json``: decode steps beside their floors, then a long prompt."""
+    lines = _heading("model", "state of a sequence, MiB", "sequences", "step, ms", "floor, ms", "of floor")
+    for model in data["models"]:
+        for row in model["rows"]:
+            step, floor = row["step_ms"], row["floor_ms"]
+            cells = [model["name"], f"{model['state_bytes'] / 2**20:.2f}", str(row["sequences"])]
+            lines.append(f"| {' | '.join(cells)} | {step:.2f} | {floor:.2f} | {floor / step:.0%} |")
+    lines += ["", *_heading("model", "prompt, tokens", "first token, ms", "tokens/s", "built in, s")]
+    for model in data["models"]:
+        num, ms = model["prompt_tokens"], model["prompt_ms"]
+        cells = f"{num:,} | {ms:.1f} | {1e3 * num / ms:,.0f} | {model['build_seconds']:.0f}"
+        lines.append(f"| {model['name']} | {cells} |")
+    speed = f"A large copy: {data['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and write together."
+    return [*lines, "", f"{speed} {_source(data)}"]
+
+
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
     """A number, in bold if it is worse than it should be; a dash for what was not measured."""
     if value is None:
@@ -263,7 +280,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "performance.md": (load, experts, quantized),
+    "performance.md": (load, experts, quantized, state),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 
@@ -273,7 +290,8 @@ def updated(name: str) -> str:
     page = (DOCS / name).read_text()
     for make in PAGES[name]:
         table = make.__name__
-        lines = make(json.loads((RESULTS / f"{table}.json").read_text()))
+        file = RESULTS / f"{table}.json"
+        lines = make(json.loads(file.read_text())) if file.exists() else ["Not measured."]
         before, begin, rest = page.partition(f"<!-- {table} -->")
         _, end, after = rest.partition(f"<!-- end of {table} -->")
         if not begin or not end:

@@ -58,9 +58,10 @@ def cached_gated_delta_rule(
     Returns:
         As ``gated_delta_rule``; zeros for padding tokens.
     """
+    out = query.new_empty(value.shape)
     batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
     recurrence = kernel.recurrence(use_qk_l2norm, g)
-    return cached_scan(recurrence, recurrent_state, batch, query, key, value, g, beta)
+    return cached_scan(recurrence, recurrent_state, batch, out, query, key, value, g, beta)
 
 
 define(gated_delta_rule, fake=lambda query, value, **_: query.new_empty(value.shape))

@@ -78,9 +78,10 @@ def cached_ssd_scan(
     Returns:
         As ``ssd_scan``; zeros for padding tokens.
     """
+    out = hidden_states.new_empty(hidden_states.shape)
     batch = Batch(batch_info_host, cu_seqlen, input_pos, slot_idx)
     recurrence = kernel.recurrence(A, D, dt_bias, dt_softplus, (dt_min, dt_max))
-    return cached_scan(recurrence, recurrent_state, batch, hidden_states, dt, B, C)
+    return cached_scan(recurrence, recurrent_state, batch, out, hidden_states, dt, B, C)
 
 
 define(ssd_scan, fake=lambda hidden_states, **_: hidden_states.new_empty(hidden_states.shape))

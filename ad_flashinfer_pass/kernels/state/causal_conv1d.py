@@ -22,14 +22,22 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
 def cached_convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, pool: Tensor, batch: Batch
 ) -> Tensor:
-    """``ops.cached_causal_conv1d``: prompts and single tokens alike by one gather, or single tokens alone."""
-    num_long, _, num_decode = batch.counts()
+    """``ops.cached_causal_conv1d``: prompts and single tokens alike by one gather, or by two kernels."""
+    num_long, long_tokens, num_decode = batch.counts()
     num, back = num_long + num_decode, weight.shape[1] - 1
     tokens, sequences = x.flatten(0, 1), batch.rows(0, num)
-    if x.is_cuda and num == tokens.shape[0] and back:
-        from ad_flashinfer_pass.kernels.state import step  # needs triton
+    if x.is_cuda and back:
+        from ad_flashinfer_pass.kernels.state import prefill, step  # need triton
 
-        return step.convolve(tokens, weight, bias, activation, pool, *sequences).view(x.shape)
+        out, num_tokens = tokens.new_empty(tokens.shape), long_tokens + num_decode
+        if num_long:
+            parts, starts = (x[:long_tokens] for x in (out, tokens)), batch.cu_seqlen[: num_long + 1]
+            prefill.convolve(*parts, weight, bias, activation, pool, *batch.rows(0, num_long), starts)
+        if num_decode:
+            parts = (x[long_tokens:num_tokens] for x in (out, tokens))
+            step.convolve(*parts, weight, bias, activation, pool, *batch.rows(num_long, num_decode))
+        out[num_tokens:] = 0
+        return out.view(x.shape)
     starts = batch.cu_seqlen[: num + 1].long()
     # Of each sequence, what its slot holds and then its tokens: where the last of them are, counted from
     # the sequence's first token.

@@ -5,7 +5,6 @@ S <- exp(decay) S;  S <- S + k (beta (v - k S));  out = q S, with a decay of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,15 +20,20 @@ _SIZE_BY_ROW = 16
 
 def recurrence(normalise: bool, g: Tensor) -> Recurrence:
     """Of query, key, value, g and beta; see ``ops.gated_delta_rule`` and ``ops.kda``."""
-    step: Callable[..., Tensor] | None = None
+    by_row, step, prefill = g.dim() == 4, None, None
     if g.is_cuda:
-        from ad_flashinfer_pass.kernels.state import step as by_triton  # needs triton
+        from ad_flashinfer_pass.kernels.state import prefill as of_many  # need triton
+        from ad_flashinfer_pass.kernels.state import step as of_one
 
-        step = partial(by_triton.delta_rule, normalise)
-
-    size = _SIZE if g.dim() == 3 else _SIZE_BY_ROW
+        step = partial(of_one.delta_rule, normalise)
+        prefill = None if by_row else partial(of_many.delta_rule, normalise)
     return Recurrence(
-        partial(_inputs, normalise), chunk, lambda result, query, *_: result.to(query.dtype), size, step
+        partial(_inputs, normalise),
+        chunk,
+        lambda result, query, *_: result.to(query.dtype),
+        _SIZE_BY_ROW if by_row else _SIZE,
+        step,
+        prefill,
     )
 
 

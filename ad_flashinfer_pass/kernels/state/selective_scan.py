@@ -29,7 +29,7 @@ def recurrence(A: Tensor, D: Tensor | None, dt_bias: Tensor | None, softplus: bo
             scanned = scanned + hidden_states * D.to(scanned.dtype)
         return scanned.to(hidden_states.dtype)
 
-    step: Callable[..., Tensor] | None = None
+    step: Callable[..., None] | None = None
     if A.is_cuda:
         from ad_flashinfer_pass.kernels.state import step as by_triton  # needs triton
 

@@ -22,9 +22,11 @@ class Recurrence(NamedTuple):
     """Of results and the tensors by token: what the op gives."""
     size: int
     """Tokens of a chunk, at most."""
-    step: Callable[..., Tensor] | None = None
-    """The whole for one token of each sequence, on a GPU: of the tensors by token, [n, ...], the pool, the
-    slots and input_pos."""
+    step: Callable[..., None] | None = None
+    """The whole for one token of each sequence, on a GPU: of where the result goes, the tensors by token,
+    [n, ...], the pool, slot_idx and input_pos."""
+    prefill: Callable[..., None] | None = None
+    """The same for many tokens of each sequence, with their cu_seqlen at the end."""
 
 
 class Rows(NamedTuple):
@@ -76,43 +78,44 @@ def _in_chunks(recurrence: Recurrence, state: Tensor, tokens: Sequence[Tensor]) 
     return torch.cat(results, 1), state
 
 
-def cached_scan(recurrence: Recurrence, pool: Tensor, batch: Batch, *tokens: Tensor) -> Tensor:
+def cached_scan(recurrence: Recurrence, pool: Tensor, batch: Batch, out: Tensor, *tokens: Tensor) -> Tensor:
     """The op over a ragged batch; nothing waits for the device, and shapes are the host's.
 
     Args:
         recurrence: of the op.
         pool: [num_slots, ...]; read and written at the slots of the sequences.
         batch: of the tokens.
+        out: [b, s, ...], written: zeros for padding tokens.
         tokens: tensors by token, [b, s, ...].
 
     Returns:
-        [b, s, ...]; zeros for padding tokens.
+        out.
     """
-    lead = tokens[0].shape[:2]
-    flat = [x.flatten(0, 1) for x in tokens]
+    flat, result = [x.flatten(0, 1) for x in tokens], out.flatten(0, 1)
     num_long, long_tokens, num_decode = batch.counts()
-    results = []
     if num_long:
-        long = [x[None, :long_tokens] for x in flat]
-        prompts = batch.rows(0, num_long)
-        result, states = _long(recurrence, prompts.read(pool), long, batch.cu_seqlen[: num_long + 1].long())
-        prompts.write(pool, states)
-        results.append(recurrence.finish(result[None], *long)[0])
+        long = [x[:long_tokens] for x in flat]
+        prompts, starts = batch.rows(0, num_long), batch.cu_seqlen[: num_long + 1]
+        if recurrence.prefill is not None:
+            recurrence.prefill(result[:long_tokens], *long, pool, *prompts, starts)
+        else:
+            by_batch = [x[None] for x in long]
+            scanned, states = _long(recurrence, prompts.read(pool), by_batch, starts.long())
+            prompts.write(pool, states)
+            result[:long_tokens] = recurrence.finish(scanned[None], *by_batch)[0]
+    num_tokens = long_tokens + num_decode
     if num_decode:
         rows = batch.rows(num_long, num_decode)
-        one_each = [x[long_tokens : long_tokens + num_decode] for x in flat]
+        one_each = [x[long_tokens:num_tokens] for x in flat]
         if recurrence.step is not None:
-            results.append(recurrence.step(*one_each, pool, rows.slot_idx, rows.input_pos))
+            recurrence.step(result[long_tokens:num_tokens], *one_each, pool, *rows)
         else:
-            one_each = [x[:, None] for x in one_each]
-            result, states = _in_chunks(recurrence, rows.read(pool), one_each)
+            by_batch = [x[:, None] for x in one_each]
+            scanned, states = _in_chunks(recurrence, rows.read(pool), by_batch)
             rows.write(pool, states)
-            results.append(recurrence.finish(result, *one_each)[:, 0])
-    padding = flat[0].shape[0] - long_tokens - num_decode
-    if padding:
-        results.append(results[0].new_zeros(padding, *results[0].shape[1:]))
-    found = results[0] if len(results) == 1 else torch.cat(results)
-    return found.view(*lead, *results[0].shape[1:])
+            result[long_tokens:num_tokens] = recurrence.finish(scanned, *by_batch)[:, 0]
+    result[num_tokens:] = 0
+    return out
 
 
 def _long(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -31,13 +30,14 @@ def recurrence(
             scanned = scanned + hidden_states * D.to(scanned.dtype)[:, None]
         return scanned.to(hidden_states.dtype)
 
-    step: Callable[..., Tensor] | None = None
+    step, prefill = None, None
     if A.is_cuda:
-        from ad_flashinfer_pass.kernels.state import step as by_triton  # needs triton
+        from ad_flashinfer_pass.kernels.state import prefill as of_many  # need triton
+        from ad_flashinfer_pass.kernels.state import step as of_one
 
-        step = partial(by_triton.ssd, (A, D, dt_bias), softplus, limits)
+        step, prefill = (partial(of.ssd, (A, D, dt_bias), softplus, limits) for of in (of_one, of_many))
 
-    return Recurrence(inputs, chunk, finish, _SIZE, step)
+    return Recurrence(inputs, chunk, finish, _SIZE, step, prefill)
 
 
 def _inputs(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:

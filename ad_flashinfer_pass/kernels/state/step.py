@@ -15,11 +15,16 @@ _TILE = 4096
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, pool: Tensor, *rows: Tensor
-) -> Tensor:
-    """``ops.cached_causal_conv1d`` of one token each, [n, channels]; rows: slot_idx and input_pos."""
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    pool: Tensor,
+    *rows: Tensor,
+) -> None:
+    """``ops.cached_causal_conv1d`` of one token each, to out [n, channels]; rows: slot_idx and input_pos."""
     x = _plain(x)
-    out = x.new_empty(x.shape)
     block = min(1024, triton.next_power_of_2(x.shape[1]))
     with torch.cuda.device_of(x):
         _convolve[(x.shape[0], triton.cdiv(x.shape[1], block))](
@@ -35,11 +40,11 @@ def convolve(
             SILU=activation == "silu",
             BLOCK=block,
         )
-    return out
 
 
 def delta_rule(
     normalise: bool,
+    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,13 +52,12 @@ def delta_rule(
     beta: Tensor,
     pool: Tensor,
     *rows: Tensor,
-) -> Tensor:
-    """``ops.cached_gated_delta_rule`` or ``cached_kda`` of one token each, [n, num_heads, size]."""
+) -> None:
+    """``ops.cached_gated_delta_rule`` or ``cached_kda`` of one token each, to out [n, num_heads, size]."""
     given = [_plain(x) for x in (query, key, value, g, beta)]
     (num, heads, v_dim), k_dim = value.shape, key.shape[2]
     k_block = triton.next_power_of_2(k_dim)
     v_block = min(triton.next_power_of_2(v_dim), max(1, _TILE // k_block))
-    out = value.new_empty(value.shape, dtype=query.dtype)
     with torch.cuda.device_of(value):
         _delta_rule[(num, heads, triton.cdiv(v_dim, v_block))](
             *given,
@@ -70,26 +74,29 @@ def delta_rule(
             BY_ROW=g.dim() == 3,
             NORMALISE=normalise,
         )
-    return out
 
 
 def ssd(
     constants: tuple[Tensor, Tensor | None, Tensor | None],
     softplus: bool,
     limits: tuple[float, float | None],
+    out: Tensor,
     hidden_states: Tensor,
     dt: Tensor,
     B: Tensor,
     C: Tensor,
     pool: Tensor,
     *rows: Tensor,
-) -> Tensor:
-    """``ops.cached_ssd_scan`` of one token each, [n, num_heads, head_dim]; constants: A, D, dt_bias."""
+) -> None:
+    """``ops.cached_ssd_scan`` of one token each, to out [n, num_heads, head_dim].
+
+    Args:
+        constants: A, D and dt_bias.
+    """
     given = [_plain(x) for x in (hidden_states, dt, B, C)]
     (num, heads, head_dim), state = hidden_states.shape, B.shape[2]
     state_block = triton.next_power_of_2(state)
     block = min(triton.next_power_of_2(head_dim), max(1, _TILE // state_block))
-    out = hidden_states.new_empty(hidden_states.shape)
     with torch.cuda.device_of(out):
         _ssd[(num, heads, triton.cdiv(head_dim, block))](
             *given,
@@ -107,25 +114,24 @@ def ssd(
             STATE_BLOCK=state_block,
             SOFTPLUS=softplus,
         )
-    return out
 
 
 def selective(
     constants: tuple[Tensor, Tensor | None, Tensor | None],
     softplus: bool,
+    out: Tensor,
     hidden_states: Tensor,
     dt: Tensor,
     B: Tensor,
     C: Tensor,
     pool: Tensor,
     *rows: Tensor,
-) -> Tensor:
-    """``ops.cached_selective_scan`` of one token each, [n, channels]; constants: A, D, dt_bias."""
+) -> None:
+    """``ops.cached_selective_scan`` of one token each, to out [n, channels]; constants: A, D, dt_bias."""
     given = [_plain(x) for x in (hidden_states, dt, B, C)]
     num, channels = hidden_states.shape
     state_block = triton.next_power_of_2(B.shape[1])
     block = min(triton.next_power_of_2(channels), max(1, _TILE // 4 // state_block))
-    out = hidden_states.new_empty(hidden_states.shape)
     with torch.cuda.device_of(out):
         _selective[(num, triton.cdiv(channels, block))](
             *given,
@@ -140,7 +146,6 @@ def selective(
             STATE_BLOCK=state_block,
             SOFTPLUS=softplus,
         )
-    return out
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -56,11 +56,12 @@ def assert_same(found: Tensor, found_pool: Tensor, wanted: Tensor, wanted_pool: 
 
 
 def by_torch(recurrence: slots.Recurrence, states: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Results and the pool afterwards."""
+    """Results, of the shape of the values or hidden states, and the pool afterwards."""
     after, info = states.clone(), torch.tensor([0, 0, 0, 0, NUM], dtype=torch.int32)
     batch = slots.Batch(info, torch.arange(NUM + 1, dtype=torch.int32, device=DEVICE), *reversed(rows()))
-    result = slots.cached_scan(recurrence._replace(step=None), after, batch, *(x[None] for x in tokens))
-    return result[0], after
+    out = torch.empty_like(tokens[2] if len(tokens) == 5 else tokens[0])[None]
+    slots.cached_scan(recurrence._replace(step=None), after, batch, out, *(x[None] for x in tokens))
+    return out[0], after
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,8 @@ def test_convolution(channels: int, width: int, silu: bool) -> None:
     more = torch.cat([x, x[:1]])[None]
     wanted = causal_conv1d.cached_convolve(more, weight, bias, activation, after, batch)[0, :-1]
 
-    found = step.convolve(x, weight, bias, activation, states, *rows())
+    found = torch.empty_like(wanted)
+    step.convolve(found, x, weight, bias, activation, states, *rows())
 
     assert_same(found, states, wanted, after)
 
@@ -98,7 +100,8 @@ def test_delta_rule(k_dim: int, v_dim: int, group: int, by_row: bool) -> None:
     states = pool(heads, k_dim, v_dim)
     wanted = by_torch(delta_rule.recurrence(True, g[None]), states, *tokens)
 
-    found = step.delta_rule(True, *tokens, states, *rows())
+    found = torch.empty_like(wanted[0])
+    step.delta_rule(True, found, *tokens, states, *rows())
 
     assert_same(found, states, *wanted)
 
@@ -114,7 +117,8 @@ def test_ssd(head_dim: int, state: int, has_more: bool, softplus: bool, limits: 
     a, states = -random(4).exp(), pool(4, head_dim, state)
     wanted = by_torch(ssd_scan.recurrence(a, more[0], more[1], softplus, limits), states, *tokens)
 
-    found = step.ssd((a, *more), softplus, limits, *tokens, states, *rows())
+    found = torch.empty_like(wanted[0])
+    step.ssd((a, *more), softplus, limits, found, *tokens, states, *rows())
 
     assert_same(found, states, *wanted)
 
@@ -128,6 +132,7 @@ def test_selective(channels: int, state: int, has_more: bool, softplus: bool, li
     a, states = -random(channels, state).exp(), pool(channels, state)
     wanted = by_torch(selective_scan.recurrence(a, more[0], more[1], softplus), states, *tokens)
 
-    found = step.selective((a, *more), softplus, *tokens, states, *rows())
+    found = torch.empty_like(wanted[0])
+    step.selective((a, *more), softplus, found, *tokens, states, *rows())
 
     assert_same(found, states, *wanted)

@@ -20,8 +20,8 @@ _SIZE = 64
 """Tokens of a chunk."""
 _COLUMNS = 32
 """Of a state that one program holds: few, so that one sequence has work for all SMs."""
-_TOKENS, _CHANNELS = 16, 128
-"""Of a convolution, for each program."""
+_TOKENS, _CHANNELS = 8, 128
+"""Of a convolution, that one program computes at a time."""
 
 
 def convolve(
@@ -38,7 +38,7 @@ def convolve(
     """``ops.cached_causal_conv1d`` of sequences, to out [tokens, channels]; the rest as in ``delta_rule``."""
     x, num, channels = _plain(x), slot_idx.shape[0], x.shape[1]
     with torch.cuda.device_of(x):
-        _convolve[(triton.cdiv(channels, _CHANNELS), x.shape[0] // _TOKENS + num)](
+        _convolve[(triton.cdiv(channels, _CHANNELS), x.shape[0] // _SIZE + num)](
             x,
             weight.contiguous(),
             bias,
@@ -53,7 +53,8 @@ def convolve(
             WIDTH=weight.shape[1],
             SILU=activation == "silu",
             BLOCK=_CHANNELS,
-            SIZE=_TOKENS,
+            TILE=_TOKENS,
+            SIZE=_SIZE,
             ROWS=_rows(num),
         )
 
@@ -214,47 +215,56 @@ def _convolve(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some channels of a few tokens of one sequence; those of its first ones keep its last ones."""
+    """Some channels of a chunk of one sequence; those of its first chunk keep its last tokens."""
     row, number = _find_chunk(cu_seqlen, tl.program_id(1), num, SIZE, ROWS)
     if row < num:
-        start, end = tl.load(cu_seqlen + row), tl.load(cu_seqlen + row + 1)
-        # Places before this one are in the state; of a sequence that begins, no place is.
-        first_new = tl.where(tl.load(input_pos + row) > 0, start, start - WIDTH)
+        start = tl.load(cu_seqlen + row)
+        length = tl.load(cu_seqlen + row + 1) - start
+        x += start.to(tl.int64) * x_stride
+        out += start.to(tl.int64) * num_channels
+        state = pool + tl.load(slot_idx + row) * num_channels * (WIDTH - 1)
         channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = channels < num_channels
-        state = pool + (tl.load(slot_idx + row) * num_channels + channels) * (WIDTH - 1)
-        tokens = start + number * SIZE + tl.arange(0, SIZE)
-        total = tl.zeros([SIZE, BLOCK], tl.float32)
-        for at in tl.static_range(WIDTH):
-            place = tokens + (at + 1 - WIDTH)
-            is_new = (place >= start) & (place < end)
-            source = x + place.to(tl.int64)[:, None] * x_stride + channels[None, :]
-            window = tl.load(source, mask=is_new[:, None] & mask[None, :], other=0.0).to(tl.float32)
-            if WIDTH > 1:
-                source = state[None, :] + (place - start + WIDTH - 1)[:, None]
-                old = tl.load(source, mask=(place < first_new)[:, None] & mask[None, :], other=0.0)
-                window += old.to(tl.float32)
-            total += window * tl.load(weight + channels * WIDTH + at, mask=mask).to(tl.float32)[None, :]
-        if bias is not None:
-            total += tl.load(bias + channels, mask=mask).to(tl.float32)[None, :]
-        total = total.to(out.dtype.element_ty)
-        if SILU:
-            wide = total.to(tl.float32)
-            total = (wide / (1 + tl.exp(-wide))).to(out.dtype.element_ty)
-        target = out + tokens.to(tl.int64)[:, None] * num_channels + channels[None, :]
-        tl.store(target, total, mask=(tokens < end)[:, None] & mask[None, :])
+        # Places are counted from the first token; those before it are in the state, of one that begins none.
+        oldest = tl.where(tl.load(input_pos + row) > 0, 1 - WIDTH, 0)
+        for first in range(number * SIZE, tl.minimum((number + 1) * SIZE, length), TILE):
+            tokens = first + tl.arange(0, TILE)
+            total = tl.zeros([TILE, BLOCK], tl.float32)
+            if bias is not None:
+                total += tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)[None, :]
+            for at in tl.static_range(WIDTH):
+                place = tokens + (at + 1 - WIDTH)
+                is_new = ((place >= 0) & (place < length))[:, None] & mask[None, :]
+                window = tl.load(x + place[:, None] * x_stride + channels[None, :], mask=is_new, other=0.0)
+                weights = tl.load(weight + channels * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+                total += window.to(tl.float32) * weights[None, :]
+            if first == 0:
+                for at in tl.static_range(WIDTH - 1):
+                    place = tokens + (at + 1 - WIDTH)
+                    is_old = ((place < 0) & (place >= oldest))[:, None] & mask[None, :]
+                    spot = channels[None, :] * (WIDTH - 1) + (place + WIDTH - 1)[:, None]
+                    window = tl.load(state + spot, mask=is_old, other=0.0)
+                    weights = tl.load(weight + channels * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+                    total += window.to(tl.float32) * weights[None, :]
+            result = total.to(out.dtype.element_ty)
+            if SILU:
+                wide = result.to(tl.float32)
+                result = (wide / (1 + tl.exp(-wide))).to(out.dtype.element_ty)
+            is_token = (tokens < length)[:, None] & mask[None, :]
+            tl.store(out + tokens[:, None] * num_channels + channels[None, :], result, mask=is_token)
         if number == 0:
             tl.debug_barrier()  # what is written below was read above by other threads
             for at in tl.static_range(WIDTH - 1):
-                place = end - (WIDTH - 1) + at
-                source = x + place.to(tl.int64) * x_stride + channels
-                new = tl.load(source, mask=channels < tl.where(place >= start, num_channels, 0), other=0.0)
-                source = state + (place - start + WIDTH - 1)
-                old = tl.load(source, mask=channels < tl.where(place < first_new, num_channels, 0), other=0.0)
-                tl.store(state + at, tl.where(place >= start, new, old), mask=mask)
+                token = length - (WIDTH - 1) + at
+                has = channels < tl.where(token >= 0, num_channels, 0)
+                new = tl.load(x + token.to(tl.int64) * x_stride + channels, mask=has, other=0.0)
+                has = channels < tl.where((token < 0) & (token >= oldest), num_channels, 0)
+                old = tl.load(state + channels * (WIDTH - 1) + token + WIDTH - 1, mask=has, other=0.0)
+                tl.store(state + channels * (WIDTH - 1) + at, tl.where(token >= 0, new, old), mask=mask)
 
 
 @triton.jit

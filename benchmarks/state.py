@@ -17,6 +17,7 @@ import datetime
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def mamba2_3b(**changes: Any) -> PretrainedConfig:
     return Mamba2Config(architectures=["Mamba2ForCausalLM"], **{**shape, **changes})
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[..., PretrainedConfig], dict[str, Any]]] = {
     "Qwen3-Next-80B-A3B, 8 layers": (qwen3_next_80b, {"num_experts": 8, "num_experts_per_tok": 2}),
     "Nemotron-H-8B, 10 layers": (nemotron_h_8b, {"mamba_num_heads": 8, "mamba_head_dim": 16}),
     "Falcon-H1-7B, 6 layers": (

@@ -253,8 +253,8 @@ def state(data: dict[str, Any]) -> list[str]:
     lines += ["", *_heading("model", "prompt, tokens", "first token, ms", "tokens/s", "built in, s")]
     for model in data["models"]:
         num, ms = model["prompt_tokens"], model["prompt_ms"]
-        cells = f"{num:,} | {ms:.1f} | {1e3 * num / ms:,.0f} | {model['build_seconds']:.0f}"
-        lines.append(f"| {model['name']} | {cells} |")
+        speed = f"{ms:.1f} | {1e3 * num / ms:,.0f} | {model['build_seconds']:.0f}"
+        lines.append(f"| {model['name']} | {num:,} | {speed} |")
     speed = f"A large copy: {data['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and write together."
     return [*lines, "", f"{speed} {_source(data)}"]
 

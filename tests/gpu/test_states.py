@@ -68,3 +68,47 @@ def test_replays_give_what_the_cpu_gives(
         tolerance = 1e-3 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(result.cpu(), wanted, atol=tolerance, rtol=tolerance)
     assert pool[[3, 4, 5]].isnan().all()
+
+
+@pytest.mark.parametrize(("head_dim", "state"), [(64, 128), (128, 256), (64, 16)])
+def test_ssd_of_published_widths(head_dim: int, state: int) -> None:
+    """Prompts in bfloat16 are as near to float64 as the sum in float32 rounded, but for a factor."""
+    torch.manual_seed(0)
+    x, b, c = (torch.randn(1, 250, *sizes) for sizes in ((8, head_dim), (2, state), (2, state)))
+    tokens = [each.bfloat16() for each in (x, torch.rand(1, 250, 8) * 4 - 4, b, c)]
+    a, d = -torch.rand(8) * 8, torch.randn(8)
+
+    def run(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> Tensor:
+        constants = (each.to(x.device) for each in (a, d))
+        args: Any = (x, dt, next(constants), b, c, next(constants), None, True, 0.0, None)
+        return ops.cached_ssd_scan(*args, *rest)
+
+    check_error(run, tokens, (8, head_dim, state))
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.9])
+@pytest.mark.parametrize("size", [128, 64, 48])
+def test_gated_delta_rule_of_published_widths(size: int, alike: float) -> None:
+    """Likewise, also where keys are alike, so that what is inverted is large."""
+    torch.manual_seed(0)
+    query, value = torch.randn(1, 250, 4, size), torch.randn(1, 250, 8, size)
+    key = torch.randn(1, 250, 4, size) * (1 - alike) + torch.randn(1, 1, 4, size) * alike
+    tokens = [each.bfloat16() for each in (query, key, value)]
+    tokens += [-torch.rand(1, 250, 8) / 10, torch.rand(1, 250, 8).bfloat16()]
+
+    def run(*args: Tensor) -> Tensor:
+        return ops.cached_gated_delta_rule(*args[:5], True, *args[5:])
+
+    check_error(run, tokens, (8, size, size))
+
+
+def check_error(run: Any, tokens: list[Tensor], slot: tuple[int, ...]) -> None:
+    """Of prompts of 90 and 160 tokens, beside float64; root mean squares, and so of the states."""
+    meta = metadata([(1, 90), (2, 160)], {1: 0, 2: 0})
+    rest = [meta[name] for name in ("batch_info_host", "cu_seqlen", "input_pos", "slot_idx")]
+    exact_pool, pool = torch.zeros(3, *slot, dtype=torch.float64), torch.zeros(3, *slot).cuda()
+    exact = run(*(each.double() for each in tokens), exact_pool, *rest)
+    found = run(*(each.cuda() for each in tokens), pool, rest[0], *(each.cuda() for each in rest[1:]))
+    for given, wanted in ((found, exact), (pool, exact_pool)):
+        error = (given.double().cpu() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert error < 0.02

@@ -29,14 +29,15 @@ def cached_convolve(
     if x.is_cuda and back:
         from ad_flashinfer_pass.kernels.state import prefill, step  # need triton
 
-        out, num_tokens = tokens.new_empty(tokens.shape), long_tokens + num_decode
+        out = torch.empty_like(tokens)
+        long, one_each = slice(long_tokens), slice(long_tokens, long_tokens + num_decode)
+        options = (weight, bias, activation, pool)
         if num_long:
-            parts, starts = (x[:long_tokens] for x in (out, tokens)), batch.cu_seqlen[: num_long + 1]
-            prefill.convolve(*parts, weight, bias, activation, pool, *batch.rows(0, num_long), starts)
+            starts = batch.cu_seqlen[: num_long + 1]
+            prefill.convolve(out[long], tokens[long], *options, *batch.rows(0, num_long), starts)
         if num_decode:
-            parts = (x[long_tokens:num_tokens] for x in (out, tokens))
-            step.convolve(*parts, weight, bias, activation, pool, *batch.rows(num_long, num_decode))
-        out[num_tokens:] = 0
+            step.convolve(out[one_each], tokens[one_each], *options, *batch.rows(num_long, num_decode))
+        out[one_each.stop :] = 0
         return out.view(x.shape)
     starts = batch.cu_seqlen[: num + 1].long()
     # Of each sequence, what its slot holds and then its tokens: where the last of them are, counted from

@@ -1,8 +1,9 @@
 """Many tokens of each sequence through its state, as Triton kernels: chunks of 64 by matrix products.
 
 A ragged batch, whose lengths only the device knows: grids have as many programs as its tokens and rows can
-need, and those without tokens end at once. States stay in registers from chunk to chunk, in float32; what is
-multiplied has the dtype of the tokens, as flash-linear-attention and mamba-ssm have it.
+need, and those without tokens end at once. States stay in registers from chunk to chunk, in float32; factors
+of products have the 16 bits of the tokens, as in flash-linear-attention and mamba-ssm. The convolution takes
+any dtype.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def delta_rule(
     )
     factors = value.new_empty(3, heads, tokens, dtype=torch.float32)
     shape: dict[str, Any] = {"GROUP": heads // key.shape[1], "K_DIM": k_dim, "V_DIM": v_dim}
-    shape |= {"K_BLOCK": k_block, "SIZE": _SIZE, **_precision(key)}
+    shape |= {"K_BLOCK": k_block, "SIZE": _SIZE}
     with torch.cuda.device_of(value):
         _delta_chunks[(tokens // _SIZE + num, heads)](
             *given,
@@ -168,7 +169,6 @@ def ssd(
             STATE_BLOCK=_block(B.shape[2]),
             SIZE=_SIZE,
             SOFTPLUS=softplus,
-            **_precision(hidden_states),
             num_warps=4,
             num_stages=2,
         )
@@ -182,11 +182,6 @@ def _rows(num: int) -> int:
 def _block(size: int) -> int:
     """What a matrix product takes."""
     return max(16, triton.next_power_of_2(size))
-
-
-def _precision(x: Tensor) -> dict[str, str]:
-    """Of products of float32: below 16 bits of a factor, they need not be more precise than those."""
-    return {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
 
 
 @triton.jit
@@ -297,7 +292,6 @@ def _delta_chunks(  # type: ignore[no-untyped-def]
     V_DIM: tl.constexpr,
     K_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
     V_BLOCK: tl.constexpr,
     NORMALISE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -339,22 +333,19 @@ def _delta_chunks(  # type: ignore[no-untyped-def]
         # Exponents above the diagonal, where they would be positive, are not taken.
         pairs = tl.exp(tl.where(at[:, None] >= at[None, :], total[:, None] - total[None, :], float("-inf")))
         pairs *= of_key[None, :]
-        found = tl.dot(q, tl.trans(k), input_precision=PRECISION) * pairs * of_query[:, None]
+        found = tl.dot(q, tl.trans(k)) * pairs * of_query[:, None]
         place = scores + (tokens[:, None] * heads + head) * SIZE + at[None, :]
         tl.store(place, found.to(scores.dtype.element_ty), mask=is_token[:, None])
-        found = tl.dot(k, tl.trans(k), input_precision=PRECISION) * pairs * (of_key * learned)[:, None]
-        inverse = (
-            _inverse(tl.where(at[:, None] > at[None, :], found, 0.0), SIZE, LEVELS, PRECISION)
-            * learned[None, :]
-        )
+        found = tl.dot(k, tl.trans(k)) * pairs * (of_key * learned)[:, None]
+        inverse = _inverse(tl.where(at[:, None] > at[None, :], found, 0.0), SIZE, LEVELS) * learned[None, :]
         place = value + tokens[:, None] * value_row + head * value_head + vs[None, :]
         v_mask = is_token[:, None] & (vs < V_DIM)[None, :]
         v = tl.load(place, mask=v_mask, other=0.0).to(k.dtype)
-        found = tl.dot(inverse.to(k.dtype), v, input_precision=PRECISION)
+        found = tl.dot(inverse.to(k.dtype), v)
         place = values + (tokens[:, None] * heads + head) * V_DIM + vs[None, :]
         tl.store(place, found.to(values.dtype.element_ty), mask=v_mask)
         inverse *= (of_key * tl.exp(total))[None, :]
-        found = tl.dot(inverse.to(k.dtype), k, input_precision=PRECISION)
+        found = tl.dot(inverse.to(k.dtype), k)
         place = keys + (tokens[:, None] * heads + head) * K_DIM + ks[None, :]
         tl.store(place, found.to(keys.dtype.element_ty), mask=k_mask)
         place = factors + head * num_tokens + tokens
@@ -364,7 +355,7 @@ def _delta_chunks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(a, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _inverse(a, SIZE: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of the identity plus a, which is below the diagonal: of blocks of the diagonal, ever twice as large.
 
     Of two blocks p and r beside each other with s below p, the inverse has -r^-1 s p^-1 there. A series of
@@ -374,8 +365,8 @@ def _inverse(a, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexp
     result = tl.where(rows == columns, 1.0, tl.where(rows // 2 == columns // 2, -a, 0.0))
     for level in tl.static_range(1, LEVELS):
         is_pair = (rows >> level != columns >> level) & (rows >> (level + 1) == columns >> (level + 1))
-        below = tl.dot(result, tl.where(is_pair, a, 0.0), input_precision=PRECISION)
-        result -= tl.dot(below, result, input_precision=PRECISION)
+        below = tl.dot(result, tl.where(is_pair, a, 0.0))
+        result -= tl.dot(below, result)
     return result
 
 
@@ -402,7 +393,6 @@ def _delta_scan(  # type: ignore[no-untyped-def]
     V_DIM: tl.constexpr,
     K_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
     V_BLOCK: tl.constexpr,
 ):
     """Some columns of the matrix of one head of one sequence, through its chunks."""
@@ -425,22 +415,22 @@ def _delta_scan(  # type: ignore[no-untyped-def]
             w = tl.load(keys + rows[:, None] * K_DIM + ks[None, :], mask=k_mask, other=0.0)
             old = state.to(w.dtype)
             new = tl.load(values + rows[:, None] * V_DIM + vs[None, :], mask=v_mask, other=0.0).to(tl.float32)
-            new -= tl.dot(w, old, input_precision=PRECISION)
+            new -= tl.dot(w, old)
             of_query = tl.load(factors + head * num_tokens + tokens, mask=is_token, other=0.0)
             of_key = tl.load(factors + (heads + head) * num_tokens + tokens, mask=is_token, other=0.0)
             decay = tl.load(factors + (2 * heads + head) * num_tokens + tl.minimum(first + SIZE, end) - 1)
             place = query + tokens[:, None] * query_row + head // GROUP * query_head + ks[None, :]
             q = tl.load(place, mask=k_mask, other=0.0)
-            result = tl.dot(q, old, input_precision=PRECISION) * of_query[:, None]
+            result = tl.dot(q, old) * of_query[:, None]
             place = scores + rows[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
             p = tl.load(place, mask=is_token[:, None], other=0.0)
-            result += tl.dot(p, new.to(p.dtype), input_precision=PRECISION)
+            result += tl.dot(p, new.to(p.dtype))
             target = out + rows[:, None] * V_DIM + vs[None, :]
             tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
             place = key + tokens[:, None] * key_row + head // GROUP * key_head + ks[None, :]
             k = tl.load(place, mask=k_mask, other=0.0)
             new = (new * of_key[:, None]).to(k.dtype)
-            state = state * tl.exp(decay) + tl.dot(tl.trans(k), new, input_precision=PRECISION)
+            state = state * tl.exp(decay) + tl.dot(tl.trans(k), new)
         tl.store(stored, state, mask=mask)
 
 
@@ -475,7 +465,6 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
     STATE_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Some rows of the matrix of one head of one sequence, as columns, through its chunks."""
     row, head, heads = tl.program_id(2), tl.program_id(1), tl.num_programs(1)
@@ -507,14 +496,14 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
             b = tl.load(place, mask=s_mask, other=0.0)
             place = hidden_states + tokens[:, None] * x_row + head * x_head + dims[None, :]
             x = tl.load(place, mask=x_mask, other=0.0)
-            result = tl.dot(c, state.to(c.dtype), input_precision=PRECISION) * tl.exp(total)[:, None]
+            result = tl.dot(c, state.to(c.dtype)) * tl.exp(total)[:, None]
             pairs = tl.where(at[:, None] >= at[None, :], total[:, None] - total[None, :], float("-inf"))
-            pairs = tl.exp(pairs) * step[None, :] * tl.dot(c, tl.trans(b), input_precision=PRECISION)
-            result += tl.dot(pairs.to(x.dtype), x, input_precision=PRECISION)
+            pairs = tl.exp(pairs) * step[None, :] * tl.dot(c, tl.trans(b))
+            result += tl.dot(pairs.to(x.dtype), x)
             if D is not None:
                 result += x.to(tl.float32) * tl.load(D + head).to(tl.float32)
             target = out + (tokens[:, None] * heads + head) * DIM + dims[None, :]
             tl.store(target, result.to(out.dtype.element_ty), mask=x_mask)
             x = (x.to(tl.float32) * (step * tl.exp(last - total))[:, None]).to(x.dtype)
-            state = state * tl.exp(last) + tl.dot(tl.trans(b), x, input_precision=PRECISION)
+            state = state * tl.exp(last) + tl.dot(tl.trans(b), x)
         tl.store(stored, state, mask=mask)

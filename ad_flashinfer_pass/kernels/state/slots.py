@@ -26,7 +26,7 @@ class Recurrence(NamedTuple):
     """The whole for one token of each sequence, on a GPU: of where the result goes, the tensors by token,
     [n, ...], the pool, slot_idx and input_pos."""
     prefill: Callable[..., None] | None = None
-    """The same for many tokens of each sequence, with their cu_seqlen at the end."""
+    """The same for many tokens of each sequence, of 16 bits, with their cu_seqlen at the end."""
 
 
 class Rows(NamedTuple):
@@ -96,7 +96,7 @@ def cached_scan(recurrence: Recurrence, pool: Tensor, batch: Batch, out: Tensor,
     if num_long:
         long = [x[:long_tokens] for x in flat]
         prompts, starts = batch.rows(0, num_long), batch.cu_seqlen[: num_long + 1]
-        if recurrence.prefill is not None:
+        if recurrence.prefill is not None and out.dtype.itemsize == 2:
             recurrence.prefill(result[:long_tokens], *long, pool, *prompts, starts)
         else:
             by_batch = [x[None] for x in long]

@@ -6,6 +6,8 @@ Published shapes with few layers, random bfloat16 weights. Through the engine, a
 decode step after prompts of 1,024 tokens, captured, and one prompt of 8,192, read in one step. ``floor_ms``:
 weights, of experts those that so many tokens are expected to choose, states read and written, and K and V of
 every token, over the bandwidth of a copy of the same run. ``state_bytes``: of one sequence.
+``transformers_prompt_ms``, with ``--transformers``: the long prompt by its own model, which takes
+flash-linear-attention, mamba-ssm and causal-conv1d where they are installed, as ``versions`` says.
 
 ``--smoke`` runs all of it with small shapes on the CPU, to see that it runs.
 """
@@ -16,13 +18,16 @@ import argparse
 import datetime
 import gc
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     FalconH1Config,
     Lfm2Config,
     Mamba2Config,
@@ -37,6 +42,7 @@ from ad_flashinfer_pass.runtime.cached_model import CachedModel
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
 from benchmarks.experts import PACKAGES, SMALL, build_model, installed
 
+LIBRARIES = ("flash-linear-attention", "mamba-ssm", "causal-conv1d")
 _BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 _SMALL_MAMBA = {"n_groups": 2, "expand": 2, "chunk_size": 32}
 
@@ -93,7 +99,10 @@ def mamba2_3b(**changes: Any) -> PretrainedConfig:
 
 
 MODELS: dict[str, tuple[Callable[..., PretrainedConfig], dict[str, Any]]] = {
-    "Qwen3-Next-80B-A3B, 8 layers": (qwen3_next_80b, {"num_experts": 8, "num_experts_per_tok": 2}),
+    "Qwen3-Next-80B-A3B, 8 layers": (
+        qwen3_next_80b,
+        {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4},
+    ),
     "Nemotron-H-8B, 10 layers": (nemotron_h_8b, {"mamba_num_heads": 8, "mamba_head_dim": 16}),
     "Falcon-H1-7B, 6 layers": (
         falcon_h1_7b,
@@ -128,6 +137,23 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     }
 
 
+def transformers_prompt_ms(name: str, args: argparse.Namespace, device: torch.device) -> float:
+    """A prompt through transformers' model, into its cache; the median of five."""
+    config, small = MODELS[name]
+    shape = config(**({**SMALL, **small} if args.smoke else {}))
+    with device:
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
+        prompt = torch.randint(shape.vocab_size, (1, args.prompt))
+    times = []
+    with torch.inference_mode():
+        for _ in range(7):
+            start = time.perf_counter()
+            logits = model(prompt, use_cache=True, logits_to_keep=1).logits
+            logits[:, -1:].argmax().item()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
 def main() -> int:
     """Parse arguments, measure, print and write the results."""
     parser = argparse.ArgumentParser(
@@ -140,6 +166,7 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=48, help="tokens generated for each prompt")
     parser.add_argument("--compile-backend", default="torch-opt")
     parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--transformers", action="store_true", help="time its own models, too")
     parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -147,7 +174,7 @@ def main() -> int:
     models: list[dict[str, Any]] = []
     results = {
         "machine": machine(device),
-        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "versions": {name: found for name in (*PACKAGES, *LIBRARIES) if (found := installed(name))},
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "copy_bytes_per_s": copy_bandwidth(device),
@@ -155,14 +182,22 @@ def main() -> int:
     }
     for name in args.models:
         models.append(measure(name, args, device))
+        release(device)
+        if args.transformers:
+            models[-1]["transformers_prompt_ms"] = transformers_prompt_ms(name, args, device)
+            release(device)
         print(json.dumps(models[-1]), flush=True)
         if args.json is not None:  # after each, so that an interrupted run leaves what it has
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(results, indent=1) + "\n")
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return 0
+
+
+def release(device: torch.device) -> None:
+    """The memory of models that are no more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -250,11 +250,13 @@ def state(data: dict[str, Any]) -> list[str]:
             step, floor = row["step_ms"], row["floor_ms"]
             cells = [model["name"], f"{model['state_bytes'] / 2**20:.2f}", str(row["sequences"])]
             lines.append(f"| {' | '.join(cells)} | {step:.2f} | {floor:.2f} | {floor / step:.0%} |")
-    lines += ["", *_heading("model", "prompt, tokens", "first token, ms", "tokens/s", "built in, s")]
+    columns = ("prompt, tokens", "first token, ms", "transformers, ms", "tokens/s", "built in, s")
+    lines += ["", *_heading("model", *columns)]
     for model in data["models"]:
-        num, ms = model["prompt_tokens"], model["prompt_ms"]
-        speed = f"{ms:.1f} | {1e3 * num / ms:,.0f} | {model['build_seconds']:.0f}"
-        lines.append(f"| {model['name']} | {num:,} | {speed} |")
+        num, ms, theirs = model["prompt_tokens"], model["prompt_ms"], model.get("transformers_prompt_ms")
+        cells = [model["name"], f"{num:,}", _number(ms, ".1f", below=theirs), _number(theirs, ".1f")]
+        cells += [f"{1e3 * num / ms:,.0f}", f"{model['build_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     speed = f"A large copy: {data['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and write together."
     return [*lines, "", f"{speed} {_source(data)}"]
 

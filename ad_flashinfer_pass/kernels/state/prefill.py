@@ -21,6 +21,8 @@ _SIZE = 64
 """Tokens of a chunk."""
 _COLUMNS = 32
 """Of a state that one program holds: few, so that one sequence has work for all SMs."""
+_CHUNKS, _SCAN = {"num_warps": 4}, {"num_warps": 4, "num_stages": 2}
+"""How kernels without and with the state are launched."""
 _TOKENS, _CHANNELS = 8, 128
 """Of a convolution, that one program computes at a time."""
 
@@ -109,7 +111,7 @@ def delta_rule(
             NORMALISE=normalise,
             ROWS=_rows(num),
             LEVELS=_SIZE.bit_length() - 1,
-            num_warps=4,
+            **_CHUNKS,
         )
         _delta_scan[(triton.cdiv(v_dim, columns), heads, num)](
             query,
@@ -127,8 +129,7 @@ def delta_rule(
             tokens,
             **shape,
             V_BLOCK=columns,
-            num_warps=4,
-            num_stages=2,
+            **_SCAN,
         )
 
 
@@ -169,8 +170,7 @@ def ssd(
             STATE_BLOCK=_block(B.shape[2]),
             SIZE=_SIZE,
             SOFTPLUS=softplus,
-            num_warps=4,
-            num_stages=2,
+            **_SCAN,
         )
 
 

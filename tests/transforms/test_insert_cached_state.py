@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tests.torch_compile import small_models
 
 PROMPTS = architectures.prompts_with_one_end((20, 20, 5, 1, 33), vocab_size=128)
 NUM_NEW_TOKENS = 24
+SCHEDULES = range(*map(int, os.environ.get("SCHEDULES", "0 6").split()))
 
 
 def config(**changes: Any) -> AutoDeployConfig:
@@ -113,6 +116,42 @@ def test_a_cancelled_request_leaves_nothing(few_pages: CachedModel, expected: li
     for request in cancelled:
         engine.cancel(request)
     assert generated(engine) == expected
+
+
+def test_random_schedules(hybrid: nn.Module, few_pages: CachedModel) -> None:
+    """Requests come and go at random, and each has the tokens that it has alone.
+
+    ``SCHEDULES="1000 2000"`` for other seeds. Pools are full of NaN before each schedule.
+    """
+    prompts = architectures.random_prompts([1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 17, 20, 23, 29, 8, 16], 128)
+    alone = [architectures.generated_by_transformers(hybrid, [prompt], 12)[0] for prompt in prompts]
+    for seed in SCHEDULES:
+        draw = random.Random(seed)
+        for name, cache in few_pages.caches.items():
+            if "state" in name:
+                cache.fill_(float("nan"))
+        chunk, ahead = draw.choice([None, 1, 3, 7]), draw.choice([0, 0, 1, 3])
+        engine = Engine(few_pages, prefill_chunk_tokens=chunk, steps_ahead=ahead)
+        wanted: dict[int, list[int]] = {}
+        num_left = draw.randint(1, 9)
+        while num_left or engine.has_work:
+            if num_left and draw.random() < 0.5:
+                number, num_new = draw.randrange(len(prompts)), draw.randint(1, 12)
+                request = engine.add_request(
+                    prompts[number], SamplingParams(max_new_tokens=num_new, ignore_eos=True)
+                )
+                wanted[request] = alone[number][:num_new]
+                num_left -= 1
+            if wanted and draw.random() < 0.03:
+                engine.cancel(draw.choice(list(wanted)))
+            for output in engine.step():
+                if output.completion is not None:
+                    found, tokens = output.completion, wanted.pop(output.request_id)
+                    num = len(found.token_ids)
+                    assert found.error is None
+                    assert found.token_ids == tokens[:num], f"seed {seed}"
+                    assert found.finish_reason == "cancelled" or num == len(tokens), f"seed {seed}"
+        assert not wanted
 
 
 def test_steps_by_hand_need_slots(few_pages: CachedModel) -> None:

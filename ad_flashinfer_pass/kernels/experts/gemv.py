@@ -34,6 +34,8 @@ class Config(NamedTuple):
 
 
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
+_UNROLLED = tl.constexpr(4)
+"""Turns of a loop that are written out, so that all of a row is asked for at once."""
 _MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
 _CANDIDATES = [(2, 1024, 4, 2, 512, 2), (1, 1024, 4, 2, 1024, 2)]
@@ -100,6 +102,7 @@ def run(x: Experts, config: Config) -> Tensor:
         *x.down.scale_strides,
         DEPTH=x.width,
         TOP_K=top_k,
+        PLACES=triton.next_power_of_2(top_k),
         BY_BLOCKS=x.down.is_by_blocks,
         ROWS=config.down_rows,
         BLOCK=config.down_depth,
@@ -144,28 +147,35 @@ def _up(  # type: ignore[no-untyped-def]
     expert = tl.load(index + pair).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
-    lanes = tl.arange(0, BLOCK)
-    offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
+    CHUNK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
+    chunks = tl.arange(0, BLOCK // CHUNK) * CHUNK
+    lanes = chunks[:, None] + tl.arange(0, CHUNK)[None, :]
+    offsets = expert * stride_expert + rows[:, None, None] * stride_row + lanes[None, :, :] * stride_column
+    inputs = x + (pair // TOP_K) * DEPTH + lanes
     scales = expert * stride_scale_expert
     scales += (tl.program_id(1) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
-    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for start in range(0, DEPTH, BLOCK):
+    sums = tl.zeros((ROWS, BLOCK // CHUNK), dtype=tl.float32)
+    ups = tl.zeros((ROWS, BLOCK // CHUNK), dtype=tl.float32)
+    for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
         lane_mask = start + lanes < DEPTH
-        mask = row_mask[:, None] & lane_mask[None, :]
+        mask = row_mask[:, None, None] & lane_mask[None, :, :]
         place = offsets + start * stride_column
         w = tl.load(weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
-        v = tl.load(x + (pair // TOP_K) * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-        scaled = v
-        if BY_BLOCKS:
-            block_scales = scales + (start + lanes) // _SCALE_BLOCK
-            scaled = v * tl.load(scale + block_scales, mask=lane_mask, other=0.0).to(tl.float32)
-        sums += w.to(tl.float32) * scaled[None, :]
         if up_weight is not None:
-            w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
-            if BY_BLOCKS:
-                scaled = v * tl.load(up_scale + block_scales, mask=lane_mask, other=0.0).to(tl.float32)
-            ups += w.to(tl.float32) * scaled[None, :]
+            up_w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
+        v = tl.load(inputs + start, mask=lane_mask, other=0.0).to(tl.float32)[None, :, :]
+        if BY_BLOCKS:
+            block_scales = scales + (start + chunks) // _SCALE_BLOCK
+            in_depth = start + chunks < DEPTH
+            factors = tl.load(scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
+            if up_weight is not None:
+                up_factors = tl.load(up_scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
+        part = tl.sum(w.to(tl.float32) * v, axis=2)
+        sums += part * factors[None, :] if BY_BLOCKS else part
+        if up_weight is not None:
+            part = tl.sum(up_w.to(tl.float32) * v, axis=2)
+            ups += part * up_factors[None, :] if BY_BLOCKS else part
     total, up = tl.sum(sums, axis=1), tl.sum(ups, axis=1)
     if scale is not None and not BY_BLOCKS:
         total *= tl.load(scale + scales, mask=row_mask, other=0.0).to(tl.float32)
@@ -203,6 +213,7 @@ def _down(  # type: ignore[no-untyped-def]
     stride_scale_row,
     DEPTH: tl.constexpr,
     TOP_K: tl.constexpr,
+    PLACES: tl.constexpr,
     BY_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -211,37 +222,43 @@ def _down(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    biases = tl.zeros((ROWS,), dtype=tl.float32)
-    for place in tl.static_range(TOP_K):
-        pair = token * TOP_K + place
-        expert = tl.load(index + pair).to(tl.int64)
-        factor = 1.0
-        if token_weights is not None:
-            factor = tl.load(token_weights + pair).to(tl.float32)
-        scales = expert * stride_scale_expert
-        if scale is not None and not BY_BLOCKS:
-            row_scales = scale + scales + rows * stride_scale_row
-            factors = factor * tl.load(row_scales, mask=row_mask, other=0.0).to(tl.float32)
-        offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
-        for start in tl.static_range(0, DEPTH, BLOCK):
-            lane_mask = start + lanes < DEPTH
-            mask = row_mask[:, None] & lane_mask[None, :]
-            w = tl.load(
-                weight + offsets + start * stride_column, mask=mask, other=0.0, eviction_policy="evict_first"
-            )
-            v = tl.load(x + pair * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-            if BY_BLOCKS:
-                block_scales = scale + scales + (start + lanes) // _SCALE_BLOCK
-                block_scales += tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
-                v *= tl.load(block_scales, mask=lane_mask, other=0.0).to(tl.float32)
-            if scale is None or BY_BLOCKS:
-                sums += w.to(tl.float32) * (v * factor)[None, :]
-            else:
-                sums += w.to(tl.float32) * v[None, :] * factors[:, None]
-        if bias is not None:
-            place_of_bias = expert * stride_bias_expert + rows * stride_bias
-            biases += factor * tl.load(bias + place_of_bias, mask=row_mask, other=0.0).to(tl.float32)
-    total = tl.sum(sums, axis=1) + biases
+    CHUNK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
+    chunks = tl.arange(0, BLOCK // CHUNK) * CHUNK
+    lanes = chunks[:, None] + tl.arange(0, CHUNK)[None, :]
+    places = tl.arange(0, PLACES)
+    is_place = places < TOP_K
+    pairs = token * TOP_K + places
+    expert = tl.load(index + pairs, mask=is_place, other=0).to(tl.int64)
+    # Warps lie along places, which have inputs of their own, and threads keep all rows.
+    offsets = (rows * stride_row)[:, None] + (expert * stride_expert)[None, :]
+    offsets = offsets[:, :, None, None] + lanes[None, None, :, :] * stride_column
+    inputs = x + (pairs * DEPTH)[:, None, None] + lanes[None, :, :]
+    scales = scale + expert * stride_scale_expert if scale is not None else None
+    sums = tl.zeros((ROWS, PLACES, BLOCK // CHUNK), dtype=tl.float32)
+    for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
+        v_mask = is_place[:, None, None] & (start + lanes < DEPTH)[None, :, :]
+        mask = row_mask[:, None, None, None] & v_mask[None, :, :, :]
+        w = tl.load(
+            weight + offsets + start * stride_column, mask=mask, other=0.0, eviction_policy="evict_first"
+        )
+        v = tl.load(inputs + start, mask=v_mask, other=0.0).to(tl.float32)
+        if BY_BLOCKS:
+            block = tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
+            block_scales = scales[:, None] + (block + (start + chunks) // _SCALE_BLOCK)[None, :]
+            in_depth = is_place[:, None] & (start + chunks < DEPTH)[None, :]
+            block_factors = tl.load(block_scales, mask=in_depth, other=0.0).to(tl.float32)
+        part = tl.sum(w.to(tl.float32) * v[None, :, :, :], axis=3)
+        sums += part * block_factors[None, :, :] if BY_BLOCKS else part
+    results = tl.sum(sums, axis=2)
+    places_mask = row_mask[:, None] & is_place[None, :]
+    if scale is not None and not BY_BLOCKS:
+        row_scales = scales[None, :] + (rows * stride_scale_row)[:, None]
+        results *= tl.load(row_scales, mask=places_mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        biases = (expert * stride_bias_expert)[None, :] + (rows * stride_bias)[:, None]
+        results += tl.load(bias + biases, mask=places_mask, other=0.0).to(tl.float32)
+    if token_weights is not None:
+        results *= tl.load(token_weights + pairs, mask=is_place, other=0.0).to(tl.float32)[None, :]
+    total = tl.sum(results, axis=1)
     tl.store(out + token * num_rows + rows, total.to(out.dtype.element_ty), mask=row_mask)

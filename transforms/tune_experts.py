@@ -9,8 +9,9 @@ was transformed do, so no weight is in memory twice. Under torch.compile, which 
 strides, such experts are left to torch. On CUDA, in bfloat16 and float16; only sizes that are captured are
 timed.
 
-Experts in float8 run the same kernels: the weights become 16 bits in registers, which is exact, and
-activations stay in 16 bits.
+Experts in float8 run the same kernels: with few tokens, or if the checkpoint quantizes weights alone, the
+weights become 16 bits in registers, which is exact, and activations stay in 16 bits. With more tokens both are
+multiplied in float8, as the checkpoint says (grouped_w8a8).
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 _EXPERTS = torch.ops.ad_flashinfer.experts.default
 _QUANTIZED = torch.ops.ad_flashinfer.quantized_experts.default
-_SCALES = ("gate_up_scale", "down_scale", "up_scale")
+_SCALES = ("gate_up_scale", "down_scale", "up_scale", "gate_up_input_scale", "down_input_scale")
 _OPTIONS = (
     *("activation", "alpha", "beta", "limit", "in_float32"),
-    *("has_gate", "is_concatenated", "is_transposed", "weigh_input"),
+    *("has_gate", "is_concatenated", "is_transposed", "weigh_input", "input_quantization"),
 )
 """Arguments that are no tensors."""
 _FLOATS = (torch.bfloat16, torch.float16)
@@ -103,7 +104,7 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
     for args in map(g.op_args, nodes):
         tensors = [name for name in (*EXPERTS_WEIGHTS, *_SCALES) if name in args]
         weights = {name: None if args[name] is None else g.attribute(args[name]) for name in tensors}
-        options = {name: args[name] for name in _OPTIONS}
+        options = {name: args[name] for name in _OPTIONS if name in args}
         x_dtype = g.value(args["hidden_states"]).dtype
         row.append((int(g.shape(args["top_k_index"])[1]), x_dtype, weights, options))
     layers = ExpertsLayers(row)

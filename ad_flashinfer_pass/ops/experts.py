@@ -20,7 +20,7 @@ from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.ops.define import define
 from ad_flashinfer_pass.ops.launch import launching
 
-KERNELS = {"torch": (0,), "triton": (0,), "gemv": (6,), "grouped": (7,)}
+KERNELS = {"torch": (0,), "triton": (0,), "gemv": (6,), "grouped": (7,), "grouped_w8a8": (7,)}
 """The kernels that a plan may name, with the numbers of options that it takes."""
 _FLOATS = (torch.bfloat16, torch.float16)
 
@@ -125,8 +125,8 @@ def quantized_experts(
         up_zero_point: likewise.
         input_quantization: how what a projection multiplies is rounded, the ``activation`` of
             ``quantized_linear``.
-        kwargs: of ``experts``. is_transposed must be False; kernels other than torch's take float8 and leave
-            activations in 16 bits (W8A16), whatever input_quantization says.
+        kwargs: of ``experts``. is_transposed must be False; kernels other than torch's take float8. They leave activations in
+            16 bits (W8A16), whatever input_quantization says; grouped_w8a8 quantizes them.
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.
@@ -156,7 +156,15 @@ def quantized_experts(
         from ad_flashinfer_pass.kernels.experts import select  # needs triton
 
         del named["in_float32"]
-        scaled = arguments(**named, gate_up_scale=gate_up_scale, down_scale=down_scale, up_scale=up_scale)
+        scaled = arguments(
+            **named,
+            gate_up_scale=gate_up_scale,
+            down_scale=down_scale,
+            up_scale=up_scale,
+            gate_up_input_scale=gate_up_input_scale,
+            down_input_scale=down_input_scale,
+            input_quantization=input_quantization,
+        )
         with launching(hidden_states.device, top_k_index=named["top_k_index"], down_proj=down_proj):
             return select.run(scaled, chosen)
     scales = [quantized.Scales(gate_up_scale, gate_up_input_scale, gate_up_zero_point)]

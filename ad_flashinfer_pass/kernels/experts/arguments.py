@@ -29,6 +29,8 @@ class Projection(NamedTuple):
     """[num_experts, rows]."""
     scale: Tensor | None = None
     """Of a float8 weight, as ``ops.quantized_experts`` takes it; of any strides."""
+    input_scale: Tensor | None = None
+    """[num_experts], contiguous; likewise, of what it multiplies."""
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -64,6 +66,8 @@ class Experts(NamedTuple):
     beta: float
     limit: float | None
     weigh_input: bool
+    quantization: str
+    """Of activations: the ``input_quantization`` of ``ops.quantized_experts``."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +110,9 @@ def arguments(
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
+    gate_up_input_scale: Tensor | None = None,
+    down_input_scale: Tensor | None = None,
+    input_quantization: str = "none",
 ) -> Experts:
     """The arguments of ``ops.experts`` and the scales of float8 weights by what the products read; views.
 
@@ -114,7 +121,7 @@ def arguments(
     if is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
         up_proj = None if up_proj is None else up_proj.mT
-    gate, up = Projection(gate_up_proj, gate_up_bias, gate_up_scale), None
+    gate, up = Projection(gate_up_proj, gate_up_bias, gate_up_scale, gate_up_input_scale), None
     if has_gate:
         half = down_proj.shape[2]
         cuts = (slice(half), slice(half, None)) if is_concatenated else (slice(0, None, 2), slice(1, None, 2))
@@ -123,12 +130,14 @@ def arguments(
         if up_proj is None and gate_up_scale is not None:
             scales = _halves(gate_up_scale, cuts, half)
         gate, up = [
-            Projection(weight, None if gate_up_bias is None else gate_up_bias[:, cut], scale)
+            Projection(
+                weight, None if gate_up_bias is None else gate_up_bias[:, cut], scale, gate_up_input_scale
+            )
             for weight, cut, scale in zip(weights, cuts, scales, strict=True)
         ]
         if up.strides != gate.strides:  # in two tensors that lie otherwise
             gate, up = [part._replace(weight=part.weight.contiguous()) for part in (gate, up)]
-    down = Projection(down_proj, down_bias, down_scale)
+    down = Projection(down_proj, down_bias, down_scale, down_input_scale)
     return Experts(
         hidden_states.contiguous(),
         top_k_index.contiguous(),
@@ -141,6 +150,7 @@ def arguments(
         beta,
         limit,
         weigh_input,
+        input_quantization,
     )
 
 

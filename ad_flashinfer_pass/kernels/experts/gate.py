@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_NAN = tl.constexpr(tl.PropagateNan.ALL)
+NAN = tl.constexpr(tl.PropagateNan.ALL)
 """A token that is not a number stays so, as by torch, and is not cut to the limit."""
 
 
@@ -25,8 +25,8 @@ def activate(  # type: ignore[no-untyped-def]
     SCALED: the activated gate is gate * sigmoid(alpha * gate).
     """
     if GATED:
-        gate = tl.minimum(gate, limit, propagate_nan=_NAN)
-        up = tl.maximum(tl.minimum(up, limit, propagate_nan=_NAN), -limit, propagate_nan=_NAN) + beta
+        gate = tl.minimum(gate, limit, propagate_nan=NAN)
+        up = tl.maximum(tl.minimum(up, limit, propagate_nan=NAN), -limit, propagate_nan=NAN) + beta
     if SCALED:
         value = gate * tl.sigmoid(alpha * gate)
     elif ACTIVATION == "silu":
@@ -37,7 +37,7 @@ def activate(  # type: ignore[no-untyped-def]
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         value = gate * tl.sigmoid(2 * inner)
     else:
-        value = tl.maximum(gate, 0.0, propagate_nan=_NAN)
+        value = tl.maximum(gate, 0.0, propagate_nan=NAN)
         if ACTIVATION == "relu2":
             value *= value
     return value * up if GATED else value

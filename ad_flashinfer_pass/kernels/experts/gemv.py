@@ -34,6 +34,8 @@ class Config(NamedTuple):
 
 
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
+_CHUNK = tl.constexpr(8)
+"""Elements that a thread reads at once, of weights and inputs alike, so that none have to change threads."""
 _UNROLLED = tl.constexpr(4)
 """Turns of a loop that are written out, so that all of a row is asked for at once."""
 _MAX_TOKENS = 4
@@ -147,24 +149,24 @@ def _up(  # type: ignore[no-untyped-def]
     expert = tl.load(index + pair).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
-    CHUNK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
     TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
-    chunks = tl.arange(0, BLOCK // CHUNK) * CHUNK
-    lanes = chunks[:, None] + tl.arange(0, CHUNK)[None, :]
-    offsets = expert * stride_expert + rows[:, None, None] * stride_row + lanes[None, :, :] * stride_column
+    chunks = tl.arange(0, BLOCK // _CHUNK) * _CHUNK
+    lanes = chunks[:, None] + tl.arange(0, _CHUNK)[None, :]
+    # Threads lie along the chunks, which come first for that; each keeps all rows of its own.
+    offsets = expert * stride_expert + rows[None, :, None] * stride_row + lanes[:, None, :] * stride_column
     inputs = x + (pair // TOP_K) * DEPTH + lanes
     scales = expert * stride_scale_expert
     scales += (tl.program_id(1) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
-    sums = tl.zeros((ROWS, BLOCK // CHUNK), dtype=tl.float32)
-    ups = tl.zeros((ROWS, BLOCK // CHUNK), dtype=tl.float32)
+    sums = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
+    ups = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
     for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
         lane_mask = start + lanes < DEPTH
-        mask = row_mask[:, None, None] & lane_mask[None, :, :]
+        mask = row_mask[None, :, None] & lane_mask[:, None, :]
         place = offsets + start * stride_column
         w = tl.load(weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
         if up_weight is not None:
             up_w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
-        v = tl.load(inputs + start, mask=lane_mask, other=0.0).to(tl.float32)[None, :, :]
+        v = tl.load(inputs + start, mask=lane_mask, other=0.0).to(tl.float32)[:, None, :]
         if BY_BLOCKS:
             block_scales = scales + (start + chunks) // _SCALE_BLOCK
             in_depth = start + chunks < DEPTH
@@ -172,11 +174,11 @@ def _up(  # type: ignore[no-untyped-def]
             if up_weight is not None:
                 up_factors = tl.load(up_scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
         part = tl.sum(w.to(tl.float32) * v, axis=2)
-        sums += part * factors[None, :] if BY_BLOCKS else part
+        sums += part * factors[:, None] if BY_BLOCKS else part
         if up_weight is not None:
             part = tl.sum(up_w.to(tl.float32) * v, axis=2)
-            ups += part * up_factors[None, :] if BY_BLOCKS else part
-    total, up = tl.sum(sums, axis=1), tl.sum(ups, axis=1)
+            ups += part * up_factors[:, None] if BY_BLOCKS else part
+    total, up = tl.sum(sums, axis=0), tl.sum(ups, axis=0)
     if scale is not None and not BY_BLOCKS:
         total *= tl.load(scale + scales, mask=row_mask, other=0.0).to(tl.float32)
         if up_weight is not None:
@@ -222,43 +224,42 @@ def _down(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
-    CHUNK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
     TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
-    chunks = tl.arange(0, BLOCK // CHUNK) * CHUNK
-    lanes = chunks[:, None] + tl.arange(0, CHUNK)[None, :]
+    chunks = tl.arange(0, BLOCK // _CHUNK) * _CHUNK
+    lanes = chunks[:, None] + tl.arange(0, _CHUNK)[None, :]
     places = tl.arange(0, PLACES)
     is_place = places < TOP_K
     pairs = token * TOP_K + places
     expert = tl.load(index + pairs, mask=is_place, other=0).to(tl.int64)
-    # Warps lie along places, which have inputs of their own, and threads keep all rows.
-    offsets = (rows * stride_row)[:, None] + (expert * stride_expert)[None, :]
-    offsets = offsets[:, :, None, None] + lanes[None, None, :, :] * stride_column
-    inputs = x + (pairs * DEPTH)[:, None, None] + lanes[None, :, :]
+    # Threads lie along the chunks, then along the places; each keeps all rows of its own.
+    offsets = (expert * stride_expert)[:, None] + (rows * stride_row)[None, :]
+    offsets = offsets[None, :, :, None] + lanes[:, None, None, :] * stride_column
+    inputs = x + (pairs * DEPTH)[None, :, None] + lanes[:, None, :]
     scales = scale + expert * stride_scale_expert if scale is not None else None
-    sums = tl.zeros((ROWS, PLACES, BLOCK // CHUNK), dtype=tl.float32)
+    sums = tl.zeros((BLOCK // _CHUNK, PLACES, ROWS), dtype=tl.float32)
     for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
-        v_mask = is_place[:, None, None] & (start + lanes < DEPTH)[None, :, :]
-        mask = row_mask[:, None, None, None] & v_mask[None, :, :, :]
+        v_mask = is_place[None, :, None] & (start + lanes < DEPTH)[:, None, :]
+        mask = row_mask[None, None, :, None] & v_mask[:, :, None, :]
         w = tl.load(
             weight + offsets + start * stride_column, mask=mask, other=0.0, eviction_policy="evict_first"
         )
         v = tl.load(inputs + start, mask=v_mask, other=0.0).to(tl.float32)
         if BY_BLOCKS:
             block = tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
-            block_scales = scales[:, None] + (block + (start + chunks) // _SCALE_BLOCK)[None, :]
-            in_depth = is_place[:, None] & (start + chunks < DEPTH)[None, :]
+            block_scales = scales[None, :] + (block + (start + chunks) // _SCALE_BLOCK)[:, None]
+            in_depth = is_place[None, :] & (start + chunks < DEPTH)[:, None]
             block_factors = tl.load(block_scales, mask=in_depth, other=0.0).to(tl.float32)
-        part = tl.sum(w.to(tl.float32) * v[None, :, :, :], axis=3)
-        sums += part * block_factors[None, :, :] if BY_BLOCKS else part
-    results = tl.sum(sums, axis=2)
-    places_mask = row_mask[:, None] & is_place[None, :]
+        part = tl.sum(w.to(tl.float32) * v[:, :, None, :], axis=3)
+        sums += part * block_factors[:, :, None] if BY_BLOCKS else part
+    results = tl.sum(sums, axis=0)
+    results_mask = is_place[:, None] & row_mask[None, :]
     if scale is not None and not BY_BLOCKS:
-        row_scales = scales[None, :] + (rows * stride_scale_row)[:, None]
-        results *= tl.load(row_scales, mask=places_mask, other=0.0).to(tl.float32)
+        row_scales = scales[:, None] + (rows * stride_scale_row)[None, :]
+        results *= tl.load(row_scales, mask=results_mask, other=0.0).to(tl.float32)
     if bias is not None:
-        biases = (expert * stride_bias_expert)[None, :] + (rows * stride_bias)[:, None]
-        results += tl.load(bias + biases, mask=places_mask, other=0.0).to(tl.float32)
+        biases = (expert * stride_bias_expert)[:, None] + (rows * stride_bias)[None, :]
+        results += tl.load(bias + biases, mask=results_mask, other=0.0).to(tl.float32)
     if token_weights is not None:
-        results *= tl.load(token_weights + pairs, mask=is_place, other=0.0).to(tl.float32)[None, :]
-    total = tl.sum(results, axis=1)
+        results *= tl.load(token_weights + pairs, mask=is_place, other=0.0).to(tl.float32)[:, None]
+    total = tl.sum(results, axis=0)
     tl.store(out + token * num_rows + rows, total.to(out.dtype.element_ty), mask=row_mask)

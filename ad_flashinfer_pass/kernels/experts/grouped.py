@@ -9,6 +9,9 @@ Four launches of a fixed size, of which none waits for the host, so that a CUDA 
 - ``_sum``: the k results of a token, weighted and added in one order, in float32.
 
 The weight's rows are the M of the tensor cores' product, the tokens its N, so that few tokens waste little.
+
+Float8 weights multiply activations of 16 bits (W8A16), or in float8 (W8A8): ``_quantize`` rounds the tokens, and
+what stands between the products if the first of them does not hold all that shares a scale.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap, workspaces
 from ad_flashinfer_pass.kernels.experts.arguments import Experts, Projection
-from ad_flashinfer_pass.kernels.experts.gate import activate
+from ad_flashinfer_pass.kernels.experts.gate import NAN, activate
 from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
+_LARGEST = tl.constexpr(float8.LARGEST)
 _PAIRS_AT_ONCE = 4096
 _COLUMNS = 256
 _TOKENS_FIRST = 64
@@ -58,38 +62,56 @@ _CANDIDATES = {
 }
 
 
-def candidates(per_expert: float, device: torch.device, by_blocks: bool = False) -> list[Config]:
+# Of W8A8.
+_W8A8 = {
+    16: [(16, 128, 128, 4, 3, 128, 128), (16, 64, 128, 4, 4, 128, 128), (16, 64, 128, 4, 3, 64, 128)],
+    32: [(32, 128, 128, 4, 3, 128, 128), (32, 64, 128, 4, 4, 128, 128)],
+    64: [(64, 128, 128, 4, 2, 128, 128), (64, 128, 128, 8, 4, 128, 128)],
+    128: [(128, 128, 128, 8, 4, 128, 128), (128, 64, 128, 8, 3, 128, 128)],
+}
+
+
+def candidates(
+    per_expert: float, device: torch.device, by_blocks: bool = False, is_w8a8: bool = False
+) -> list[Config]:
     """The configurations worth timing, the most promising first.
 
     Args:
         per_expert: mean number of tokens that an expert gets.
         device: where they run; stages are as many as its shared memory holds.
         by_blocks: each block of a weight has a scale, so that a program's rows must lie in one.
+        is_w8a8: weights and activations are float8.
     """
-    block = next((block for block in _CANDIDATES if per_expert <= block), 128)
-    near = [block, *(other for other in _CANDIDATES if other in (block // 2, 2 * block))]
-    found = [Config(*values) for size in near for values in _CANDIDATES[size]]
+    of_blocks = _W8A8 if is_w8a8 else _CANDIDATES
+    block = next((block for block in of_blocks if per_expert <= block), 128)
+    near = [block, *(other for other in of_blocks if other in (block // 2, 2 * block))]
+    found = [Config(*values) for size in near for values in of_blocks[size]]
     if by_blocks:
         found = [config._replace(down_rows=min(config.down_rows, float8.BLOCK)) for config in found]
     if device.type != "cuda":
         return found
     properties: Any = torch.cuda.get_device_properties(device)
     shared: int = properties.shared_memory_per_block_optin
-    return [config._replace(stages=min(config.stages, shared // _bytes_of_stage(config))) for config in found]
+    size = 1 if is_w8a8 else 2
+    return [
+        config._replace(stages=min(config.stages, shared // _bytes_of_stage(config, size)))
+        for config in found
+    ]
 
 
-def _bytes_of_stage(config: Config) -> int:
-    """Of 2-byte weights and inputs, at most: gate and up, or down."""
+def _bytes_of_stage(config: Config, size: int = 2) -> int:
+    """Of weights and inputs of so many bytes each, at most: gate and up, or down."""
     up, down = config.tokens + 2 * config.rows, config.tokens + config.down_rows
-    return 2 * max(up * config.depth, down * config.down_depth)
+    return size * max(up * config.depth, down * config.down_depth)
 
 
-def run(x: Experts, config: Config) -> Tensor:
-    """``ops.experts`` in four kernels.
+def run(x: Experts, config: Config, is_w8a8: bool = False) -> Tensor:
+    """``ops.experts`` in four kernels, or up to six.
 
     Args:
         x: the arguments; on a CUDA device.
         config: how they are launched.
+        is_w8a8: activations are quantized as the arguments say.
 
     Returns:
         [t, hidden], in the dtype of hidden_states.
@@ -98,10 +120,19 @@ def run(x: Experts, config: Config) -> Tensor:
     num_pairs, num_experts = num_tokens * top_k, x.down.weight.shape[0]
     device = x.hidden_states.device
     routes = _routed(x.top_k_index, num_experts, config.tokens)
-    middle = torch.empty((num_pairs, x.width), dtype=x.dtype, device=device)
-    _multiply(x.hidden_states, top_k, x.gate, x, routes, middle, config.rows, config.depth, config)
+    rows, middle = (
+        _Rows(x.hidden_states),
+        _Rows(torch.empty((num_pairs, x.width), dtype=x.dtype, device=device)),
+    )
+    if is_w8a8:
+        rows = _quantized(x.hidden_states, x, x.gate.input_scale)
+        if x.quantization == "block" and config.rows == float8.BLOCK:
+            middle = _Rows.like(middle.values, float8.BLOCK)
+    _multiply(rows, x.gate, x, routes, middle, config.rows, config.depth, config)
+    if is_w8a8 and middle.scale is None:
+        middle = _quantized(middle.values, x, x.down.input_scale)
     partial = torch.empty((num_pairs, x.hidden), dtype=x.dtype, device=device)
-    _multiply(middle, 1, x.down, None, routes, partial, config.down_rows, config.down_depth, config)
+    _multiply(middle, x.down, None, routes, _Rows(partial), config.down_rows, config.down_depth, config)
     out = torch.empty((num_tokens, x.hidden), dtype=x.hidden_states.dtype, device=device)
     _sum[(num_tokens, triton.cdiv(x.hidden, _COLUMNS))](
         partial,
@@ -113,6 +144,44 @@ def run(x: Experts, config: Config) -> Tensor:
         COLUMNS=_COLUMNS,
         num_warps=1,
         **overlap.options(device, num_tokens),
+    )
+    return out
+
+
+class _Rows(NamedTuple):
+    """What a product multiplies, or its result."""
+
+    values: Tensor
+    """[tokens or pairs, columns]."""
+    scale: Tensor | None = None
+    """float32 [as many, groups], of float8 values."""
+
+    @staticmethod
+    def like(x: Tensor, group: int, num_rows: int | None = None) -> _Rows:
+        """For float8 of the columns of x, of which so many have a scale."""
+        rows, new = x.shape[0] if num_rows is None else num_rows, x.new_empty
+        values = new((rows, x.shape[1]), dtype=torch.float8_e4m3fn)
+        return _Rows(values, new((rows, triton.cdiv(x.shape[1], group)), dtype=torch.float32))
+
+
+def _quantized(rows: Tensor, x: Experts, input_scale: Tensor | None) -> _Rows:
+    """Of tokens or pairs, as ``ops.quantized_experts`` has it; pairs, if each expert has a scale."""
+    (num_rows, depth), num_pairs = rows.shape, x.top_k_index.numel()
+    num_out = num_rows if input_scale is None else num_pairs
+    out = _Rows.like(rows, float8.BLOCK if x.quantization == "block" else depth, num_out)
+    groups = triton.next_power_of_2(triton.cdiv(depth, float8.BLOCK))
+    _quantize[(num_out,)](
+        rows,
+        x.top_k_index,
+        x.top_k_weights if x.weigh_input and rows is x.hidden_states and input_scale is not None else None,
+        input_scale,
+        *out,
+        depth,
+        ROWS_PER_ROW=num_out // num_rows,
+        BY_GROUPS=x.quantization == "block",
+        GROUPS=groups,
+        num_warps=min(8, max(1, groups // 4)),
+        **overlap.options(rows.device, len(x.top_k_index)),
     )
     return out
 
@@ -158,33 +227,34 @@ def _routed(index: Tensor, num_experts: int, block: int) -> _Routes:
 
 
 def _multiply(
-    x: Tensor,
-    pairs_per_row: int,
+    x: _Rows,
     projection: Projection,
     gate: Experts | None,
     routes: _Routes,
-    out: Tensor,
+    out: _Rows,
     rows: int,
     depth: int,
     config: Config,
 ) -> None:
-    """out[pair] = x[pair // pairs_per_row] by its expert's weight."""
-    num_rows, num_columns = out.shape[1], x.shape[1]
+    """out[pair] = its row of x by its expert's weight."""
+    (num_pairs, num_rows), num_columns = out.values.shape, x.values.shape[1]
     num_experts, num_blocks = routes.ranges.shape[1], routes.blocks.shape[1]
     up = None if gate is None else gate.up
+    is_weighed = x.scale is not None and projection.input_scale is not None
     _product[(triton.cdiv(num_rows, rows), num_blocks)](
-        x,
+        x.values,
         projection.weight,
         projection.bias,
         None if up is None else up.weight,
         None if up is None else up.bias,
         projection.scale,
         None if up is None else up.scale,
-        gate.top_k_weights if gate is not None and gate.weigh_input else None,
+        x.scale,
+        gate.top_k_weights if gate is not None and gate.weigh_input and not is_weighed else None,
         routes.pairs,
         routes.ranges,
         routes.blocks,
-        out,
+        *out,
         num_experts,
         num_blocks,
         num_rows,
@@ -194,18 +264,70 @@ def _multiply(
         0.0 if gate is None else gate.beta,
         float("inf") if gate is None or gate.limit is None else gate.limit,
         DEPTH=num_columns,
-        PAIRS_PER_ROW=pairs_per_row,
+        PAIRS_PER_ROW=num_pairs // len(x.values),
         ACTIVATION="" if gate is None else gate.activation,
         SCALED=gate is not None and gate.alpha != 1.0,
         BY_BLOCKS=projection.is_by_blocks,
+        X_GROUPS=1 if x.scale is None else x.scale.shape[1],
         ROWS=rows,
         TOKENS=config.tokens,
         BLOCK=depth,
         TOKENS_FIRST=config.tokens >= _TOKENS_FIRST,
         num_warps=config.warps,
         num_stages=config.stages,
-        **overlap.options(x.device, x.shape[0]),
+        **overlap.options(x.values.device, len(x.values)),
     )
+
+
+@triton.jit
+def _to_float8(v, scale):  # type: ignore[no-untyped-def]
+    v *= tl.div_rn(1.0, scale)
+    v = tl.maximum(tl.minimum(v, _LARGEST, propagate_nan=NAN), -_LARGEST, propagate_nan=NAN)
+    return v.to(tl.float8e4nv)
+
+
+@triton.jit
+def _scale_of(largest):  # type: ignore[no-untyped-def]
+    """Whose reciprocal is a number, too."""
+    return tl.div_rn(tl.maximum(largest, 1e-30), _LARGEST)
+
+
+@triton.jit
+def _quantize(  # type: ignore[no-untyped-def]
+    x,
+    index,
+    token_weights,
+    input_scale,
+    values,
+    scales,
+    depth,
+    ROWS_PER_ROW: tl.constexpr,
+    BY_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """A row in float8, its scale given for its expert, or of its largest magnitude, or one of each group's."""
+    await_turn(OVERLAPS)
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.arange(0, GROUPS)
+    columns = groups[:, None] * _SCALE_BLOCK + tl.arange(0, _SCALE_BLOCK)[None, :]
+    mask = columns < depth
+    v = tl.load(x + (row // ROWS_PER_ROW) * depth + columns, mask=mask, other=0.0).to(tl.float32)
+    if token_weights is not None:
+        v *= tl.load(token_weights + row).to(tl.float32)
+    places = values + row * depth + columns
+    if BY_GROUPS:
+        num_groups = tl.cdiv(depth, _SCALE_BLOCK)
+        scale = _scale_of(tl.max(tl.abs(v), axis=1))
+        tl.store(scales + row * num_groups + groups, scale, mask=groups < num_groups)
+        tl.store(places, _to_float8(v, scale[:, None]), mask=mask)
+    else:
+        if input_scale is not None:
+            scale = tl.load(input_scale + tl.load(index + row)).to(tl.float32)
+        else:
+            scale = _scale_of(tl.max(tl.max(tl.abs(v), axis=1), axis=0))
+        tl.store(scales + row, scale)
+        tl.store(places, _to_float8(v, scale), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "most_blocks"])
@@ -267,11 +389,13 @@ def _product(  # type: ignore[no-untyped-def]
     up_bias,
     scale,
     up_scale,
+    x_scale,
     token_weights,
     lists,
     ranges,
     blocks,
     out,
+    out_scale,
     num_experts,
     num_blocks,
     num_rows,
@@ -290,6 +414,7 @@ def _product(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
     BY_BLOCKS: tl.constexpr,
+    X_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -315,6 +440,9 @@ def _product(  # type: ignore[no-untyped-def]
     scales += (tl.program_id(0) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
     sums = tl.zeros((TOKENS, ROWS) if TOKENS_FIRST else (ROWS, TOKENS), dtype=tl.float32)
     ups = tl.zeros_like(sums)
+    BY_PARTS: tl.constexpr = BY_BLOCKS or X_GROUPS > 1
+    if x_scale is not None:
+        x_scales = x_scale + (pairs // PAIRS_PER_ROW) * X_GROUPS
     for start in range(0, DEPTH, BLOCK):
         w_mask, v_mask = row_mask[:, None], token_mask[:, None]
         if DEPTH % BLOCK != 0:
@@ -324,20 +452,29 @@ def _product(  # type: ignore[no-untyped-def]
         v = tl.load(inputs + start, mask=v_mask, other=0.0)
         if scale is None:
             v = v.to(w.dtype)
-        else:
+        elif x_scale is None:
             w = w.to(v.dtype)  # exact
-        if BY_BLOCKS:
+        if BY_PARTS:
+            factors, up_factors = 1.0, 1.0
+            if X_GROUPS > 1:
+                factors = tl.load(x_scales + start // _SCALE_BLOCK, mask=token_mask, other=0.0)
+                factors = factors[:, None] if TOKENS_FIRST else factors[None, :]
+                up_factors = factors
+            if BY_BLOCKS:
+                factors *= tl.load(scale + scales + start // _SCALE_BLOCK).to(tl.float32)
+                if up_weight is not None:
+                    up_factors *= tl.load(up_scale + scales + start // _SCALE_BLOCK).to(tl.float32)
             part = tl.dot(v, w.T) if TOKENS_FIRST else tl.dot(w, v.T)
-            sums += part * tl.load(scale + scales + start // _SCALE_BLOCK).to(tl.float32)
+            sums += part * factors
         else:
             sums = tl.dot(v, w.T, sums) if TOKENS_FIRST else tl.dot(w, v.T, sums)
         if up_weight is not None:
             w = tl.load(up_weight + offsets + start * stride_column, mask=w_mask, other=0.0)
-            if scale is not None:
+            if scale is not None and x_scale is None:
                 w = w.to(v.dtype)
-            if BY_BLOCKS:
+            if BY_PARTS:
                 part = tl.dot(v, w.T) if TOKENS_FIRST else tl.dot(w, v.T)
-                ups += part * tl.load(up_scale + scales + start // _SCALE_BLOCK).to(tl.float32)
+                ups += part * up_factors
             else:
                 ups = tl.dot(v, w.T, ups) if TOKENS_FIRST else tl.dot(w, v.T, ups)
     if not TOKENS_FIRST:
@@ -346,6 +483,10 @@ def _product(  # type: ignore[no-untyped-def]
         sums *= tl.load(scale + scales, mask=row_mask, other=0.0).to(tl.float32)[None, :]
         if up_weight is not None:
             ups *= tl.load(up_scale + scales, mask=row_mask, other=0.0).to(tl.float32)[None, :]
+    if x_scale is not None and X_GROUPS == 1:
+        factors = tl.load(x_scales, mask=token_mask, other=0.0)[:, None]
+        sums *= factors
+        ups *= factors
     if token_weights is not None:
         factors = tl.load(token_weights + pairs, mask=token_mask, other=0.0).to(tl.float32)[:, None]
         sums *= factors
@@ -357,6 +498,11 @@ def _product(  # type: ignore[no-untyped-def]
         ups += tl.load(up_bias + biases, mask=row_mask, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "":
         sums = activate(sums, ups, alpha, beta, limit, ACTIVATION, SCALED, up_weight is not None)
+    if out_scale is not None:
+        result_scale = _scale_of(tl.max(tl.abs(sums), axis=1))
+        places = pairs * tl.num_programs(0) + tl.program_id(0)
+        tl.store(out_scale + places, result_scale, mask=token_mask)
+        sums = _to_float8(sums, result_scale[:, None])
     targets = out + pairs[:, None] * num_rows + rows[None, :]
     tl.store(targets, sums.to(out.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
 

@@ -17,6 +17,7 @@ def candidates(
     device: torch.device,
     is_float8: bool = False,
     by_blocks: bool = False,
+    quantization: str = "none",
 ) -> list[Kernel]:
     """The kernels worth timing, the most promising first.
 
@@ -27,11 +28,14 @@ def candidates(
         device: where they run.
         is_float8: the weights are.
         by_blocks: each block of a weight has a scale.
+        quantization: of activations that float8 weights multiply.
     """
     by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens, is_float8)]
     per_expert = num_tokens * top_k / num_experts
-    by_group = grouped.candidates(per_expert, device, by_blocks)
-    return by_gemv + [Kernel("grouped", config) for config in by_group]
+    is_w8a8 = is_float8 and quantization != "none"
+    name = "grouped_w8a8" if is_w8a8 else "grouped"
+    by_group = grouped.candidates(per_expert, device, by_blocks, is_w8a8)
+    return by_gemv + [Kernel(name, config) for config in by_group]
 
 
 def run(x: Experts, kernel: Kernel) -> Tensor:
@@ -48,7 +52,9 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
         num_tokens, top_k = x.top_k_index.shape
         num_experts, device = x.down.weight.shape[0], x.top_k_index.device
         is_float8 = x.down.scale is not None
-        kernel = candidates(num_tokens, top_k, num_experts, device, is_float8, x.is_by_blocks)[0]
+        kernel = candidates(
+            num_tokens, top_k, num_experts, device, is_float8, x.is_by_blocks, x.quantization
+        )[0]
     if kernel.name == "gemv":
         return gemv.run(x, gemv.Config(*kernel.options))
-    return grouped.run(x, grouped.Config(*kernel.options))
+    return grouped.run(x, grouped.Config(*kernel.options), kernel.name == "grouped_w8a8")

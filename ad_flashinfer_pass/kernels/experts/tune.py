@@ -36,10 +36,18 @@ class ExpertsKind(NamedTuple):
     by_blocks: bool
     """Each block of a float8 weight has a scale."""
     options: tuple[tuple[str, Any], ...]
-    """The arguments of ``ops.experts`` that are no tensors."""
+    """The arguments of ``ops.quantized_experts`` that are no tensors."""
+
+    @property
+    def quantization(self) -> str:
+        """Of activations."""
+        found: str = dict(self.options).get("input_quantization", "none")
+        return found
 
     def __str__(self) -> str:
         blocks = " by blocks" if self.by_blocks else ""
+        if self.quantization != "none":
+            blocks += f", activations {self.quantization}"
         sizes = f"{self.top_k} of {self.num_experts} experts {self.width} x {self.hidden}"
         return f"{sizes} {self.dtype}{blocks}"
 
@@ -94,7 +102,7 @@ class ExpertsLayers:
     def _of(self, kind: ExpertsKind, size: int) -> list[str]:
         is_float8 = kind.dtype == torch.float8_e4m3fn
         sizes = (size, kind.top_k, kind.num_experts)
-        found = select.candidates(*sizes, self.device, is_float8, kind.by_blocks)
+        found = select.candidates(*sizes, self.device, is_float8, kind.by_blocks, kind.quantization)
         # torch has no kernel for float8: it would copy the weights of each token's experts.
         others = [] if is_float8 else ["torch"]
         return [self.default, *map(str, found[1:]), *others]

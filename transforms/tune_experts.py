@@ -10,8 +10,8 @@ strides, such experts are left to torch. On CUDA, in bfloat16 and float16; only 
 timed.
 
 Experts in float8 run the same kernels: with few tokens, or if the checkpoint quantizes weights alone, the
-weights become 16 bits in registers, which is exact, and activations stay in 16 bits. With more tokens both are
-multiplied in float8, as the checkpoint says (grouped_w8a8).
+weights become 16 bits in registers, which is exact, and activations stay in 16 bits. With more tokens both
+are multiplied in float8, as the checkpoint says (grouped_w8a8).
 """
 
 from __future__ import annotations

@@ -125,8 +125,9 @@ def quantized_experts(
         up_zero_point: likewise.
         input_quantization: how what a projection multiplies is rounded, the ``activation`` of
             ``quantized_linear``.
-        kwargs: of ``experts``. is_transposed must be False; kernels other than torch's take float8. They leave activations in
-            16 bits (W8A16), whatever input_quantization says; grouped_w8a8 quantizes them.
+        kwargs: of ``experts``. is_transposed must be False; kernels other than torch's take float8. They
+            leave activations in 16 bits (W8A16), whatever input_quantization says; grouped_w8a8 quantizes
+            them.
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.

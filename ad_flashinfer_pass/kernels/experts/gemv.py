@@ -40,9 +40,14 @@ _UNROLLED = tl.constexpr(4)
 """Turns of a loop that are written out, so that all of a row is asked for at once."""
 _MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
-_CANDIDATES = [(2, 1024, 4, 2, 512, 2), (1, 1024, 4, 2, 1024, 2)]
+_CANDIDATES = [(2, 1024, 4, 4, 256, 4), (2, 2048, 4, 2, 256, 4), (1, 1024, 4, 2, 512, 4)]
 # Of a byte an element, to which x and its scales come for each row: more rows share them.
-_OF_8_BITS = [*_CANDIDATES, (4, 1024, 4, 4, 256, 2), (8, 1024, 8, 8, 256, 4), (8, 512, 4, 8, 256, 2)]
+_OF_8_BITS = [
+    (4, 2048, 4, 4, 256, 4),
+    (8, 2048, 8, 8, 256, 8),
+    (4, 1024, 2, 4, 256, 2),
+    (8, 1024, 4, 8, 256, 4),
+]
 
 
 def candidates(num_tokens: int, is_float8: bool = False) -> list[Config]:

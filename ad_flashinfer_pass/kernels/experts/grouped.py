@@ -10,8 +10,8 @@ Four launches of a fixed size, of which none waits for the host, so that a CUDA 
 
 The weight's rows are the M of the tensor cores' product, the tokens its N, so that few tokens waste little.
 
-Float8 weights multiply activations of 16 bits (W8A16), or in float8 (W8A8): ``_quantize`` rounds the tokens, and
-what stands between the products if the first of them does not hold all that shares a scale.
+Float8 weights multiply activations of 16 bits (W8A16), or in float8 (W8A8): ``_quantize`` rounds the tokens,
+and what stands between the products if the first of them does not hold all that shares a scale.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """A row in float8, its scale given for its expert, or of its largest magnitude, or one of each group's."""
+    """A row in float8; its scale is its expert's, or of its largest magnitude, or each group has one."""
     await_turn(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)

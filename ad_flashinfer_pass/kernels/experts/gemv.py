@@ -240,7 +240,7 @@ def _down(  # type: ignore[no-untyped-def]
     offsets = (expert * stride_expert)[:, None] + (rows * stride_row)[None, :]
     offsets = offsets[None, :, :, None] + lanes[:, None, None, :] * stride_column
     inputs = x + (pairs * DEPTH)[None, :, None] + lanes[:, None, :]
-    scales = scale + expert * stride_scale_expert if scale is not None else None
+    scales = expert * stride_scale_expert
     sums = tl.zeros((BLOCK // _CHUNK, PLACES, ROWS), dtype=tl.float32)
     for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
         v_mask = is_place[None, :, None] & (start + lanes < DEPTH)[:, None, :]
@@ -253,14 +253,14 @@ def _down(  # type: ignore[no-untyped-def]
             block = tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
             block_scales = scales[None, :] + (block + (start + chunks) // _SCALE_BLOCK)[:, None]
             in_depth = is_place[None, :] & (start + chunks < DEPTH)[:, None]
-            block_factors = tl.load(block_scales, mask=in_depth, other=0.0).to(tl.float32)
+            block_factors = tl.load(scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
         part = tl.sum(w.to(tl.float32) * v[:, :, None, :], axis=3)
         sums += part * block_factors[:, :, None] if BY_BLOCKS else part
     results = tl.sum(sums, axis=0)
     results_mask = is_place[:, None] & row_mask[None, :]
     if scale is not None and not BY_BLOCKS:
         row_scales = scales[:, None] + (rows * stride_scale_row)[None, :]
-        results *= tl.load(row_scales, mask=results_mask, other=0.0).to(tl.float32)
+        results *= tl.load(scale + row_scales, mask=results_mask, other=0.0).to(tl.float32)
     if bias is not None:
         biases = (expert * stride_bias_expert)[:, None] + (rows * stride_bias)[None, :]
         results += tl.load(bias + biases, mask=results_mask, other=0.0).to(tl.float32)

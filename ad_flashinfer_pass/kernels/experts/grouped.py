@@ -67,7 +67,7 @@ _W8A8 = {
     16: [(16, 128, 128, 4, 3, 128, 128), (16, 64, 128, 4, 4, 128, 128), (16, 64, 128, 4, 3, 64, 128)],
     32: [(32, 128, 128, 4, 3, 128, 128), (32, 64, 128, 4, 4, 128, 128)],
     64: [(64, 128, 128, 4, 2, 128, 128), (64, 128, 128, 8, 4, 128, 128)],
-    128: [(128, 128, 128, 8, 4, 128, 128), (128, 64, 128, 8, 3, 128, 128)],
+    128: [(128, 128, 128, 8, 4, 256, 128), (128, 64, 128, 8, 3, 128, 128)],
 }
 
 
@@ -86,7 +86,7 @@ def candidates(
     block = next((block for block in of_blocks if per_expert <= block), 128)
     near = [block, *(other for other in of_blocks if other in (block // 2, 2 * block))]
     found = [Config(*values) for size in near for values in of_blocks[size]]
-    if by_blocks:
+    if by_blocks and not is_w8a8:
         found = [config._replace(down_rows=min(config.down_rows, float8.BLOCK)) for config in found]
     if device.type != "cuda":
         return found
@@ -240,8 +240,12 @@ def _multiply(
     (num_pairs, num_rows), num_columns = out.values.shape, x.values.shape[1]
     num_experts, num_blocks = routes.ranges.shape[1], routes.blocks.shape[1]
     up = None if gate is None else gate.up
+    if gate is None and projection.is_by_blocks and rows == 2 * float8.BLOCK:
+        rows //= 2
+        projection, up = _in_pairs(projection)
     is_weighed = x.scale is not None and projection.input_scale is not None
-    _product[(triton.cdiv(num_rows, rows), num_blocks)](
+    tile = rows if gate is not None or up is None else 2 * rows
+    _product[(triton.cdiv(num_rows, tile), num_blocks)](
         x.values,
         projection.weight,
         projection.bias,
@@ -277,6 +281,15 @@ def _multiply(
         num_stages=config.stages,
         **overlap.options(x.values.device, len(x.values)),
     )
+
+
+def _in_pairs(projection: Projection) -> tuple[Projection, Projection | None]:
+    """Twice the same, the second a block of rows later; None if blocks are odd in number."""
+    weight, bias, scale, _ = projection
+    if scale is None or scale.shape[1] % 2:
+        return projection, None
+    weight, bias = weight[:, float8.BLOCK :], None if bias is None else bias[:, float8.BLOCK :]
+    return projection, Projection(weight, bias, scale[:, 1:])
 
 
 @triton.jit
@@ -421,7 +434,7 @@ def _product(  # type: ignore[no-untyped-def]
     TOKENS_FIRST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """ROWS rows of the result for the tokens of a block."""
+    """ROWS rows of the result for the tokens of a block; without an activation, of up_weight as many more."""
     await_turn(OVERLAPS)
     number = tl.program_id(1)
     expert = tl.load(blocks + number).to(tl.int64)
@@ -431,13 +444,16 @@ def _product(  # type: ignore[no-untyped-def]
     places = first + tl.arange(0, TOKENS)
     token_mask = places < tl.load(ranges + num_experts + expert)
     pairs = tl.load(lists + places, mask=token_mask, other=0).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    IS_PAIR: tl.constexpr = ACTIVATION == "" and up_weight is not None
+    first_row = tl.program_id(0) * (2 * ROWS if IS_PAIR else ROWS)
+    rows = first_row + tl.arange(0, ROWS)
     row_mask = rows < num_rows
+    up_mask = rows + ROWS < num_rows if IS_PAIR else row_mask
     lanes = tl.arange(0, BLOCK)
     offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
     inputs = x + (pairs // PAIRS_PER_ROW)[:, None] * DEPTH + lanes[None, :]
     scales = expert * stride_scale_expert
-    scales += (tl.program_id(0) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
+    scales += (first_row // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
     sums = tl.zeros((TOKENS, ROWS) if TOKENS_FIRST else (ROWS, TOKENS), dtype=tl.float32)
     ups = tl.zeros_like(sums)
     BY_PARTS: tl.constexpr = BY_BLOCKS or X_GROUPS > 1
@@ -469,6 +485,10 @@ def _product(  # type: ignore[no-untyped-def]
         else:
             sums = tl.dot(v, w.T, sums) if TOKENS_FIRST else tl.dot(w, v.T, sums)
         if up_weight is not None:
+            if IS_PAIR:
+                w_mask = up_mask[:, None]
+                if DEPTH % BLOCK != 0:
+                    w_mask &= (start + lanes < DEPTH)[None, :]
             w = tl.load(up_weight + offsets + start * stride_column, mask=w_mask, other=0.0)
             if scale is not None and x_scale is None:
                 w = w.to(v.dtype)
@@ -495,7 +515,7 @@ def _product(  # type: ignore[no-untyped-def]
     if bias is not None:
         sums += tl.load(bias + biases, mask=row_mask, other=0.0).to(tl.float32)[None, :]
     if up_bias is not None:
-        ups += tl.load(up_bias + biases, mask=row_mask, other=0.0).to(tl.float32)[None, :]
+        ups += tl.load(up_bias + biases, mask=up_mask, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "":
         sums = activate(sums, ups, alpha, beta, limit, ACTIVATION, SCALED, up_weight is not None)
     if out_scale is not None:
@@ -505,6 +525,8 @@ def _product(  # type: ignore[no-untyped-def]
         sums = _to_float8(sums, result_scale[:, None])
     targets = out + pairs[:, None] * num_rows + rows[None, :]
     tl.store(targets, sums.to(out.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
+    if IS_PAIR:
+        tl.store(targets + ROWS, ups.to(out.dtype.element_ty), mask=token_mask[:, None] & up_mask[None, :])
 
 
 @triton.jit

@@ -140,7 +140,7 @@ def rounds_to_float8(monkeypatch: pytest.MonkeyPatch) -> None:
 W8A8 = [
     Kernel("grouped_w8a8", grouped.Config(16, 32, 32, 2, 2, 32, 64)),
     Kernel("grouped_w8a8", grouped.Config(16, 128, 128, 4, 2, 64, 128)),
-    Kernel("grouped_w8a8", grouped.Config(64, 128, 64, 4, 2, 32, 32)),
+    Kernel("grouped_w8a8", grouped.Config(64, 128, 64, 4, 2, 256, 32)),
 ]
 
 
@@ -221,19 +221,23 @@ def test_the_first_candidate_is_the_default() -> None:
 
 @pytest.mark.parametrize("kib", [99, 163, 227])
 @pytest.mark.parametrize("tokens", [1, 16, 200, 1000, 9000])
-def test_candidates_fit_in_the_shared_memory(tokens: int, kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_candidates_fit_in_the_shared_memory(
+    size: int, tokens: int, kib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """That of a GPU of compute capability 8.9 or 12.0, an A100, an H200, for which they were chosen."""
     memory = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    quantized = (True, True, "block") if size == 1 else ()
     found, chosen = (
         [
             grouped.Config(*kernel.options)
-            for kernel in select.candidates(tokens, 8, 128, device)
-            if kernel.name == "grouped"
+            for kernel in select.candidates(tokens, 8, 128, device, *quantized)
+            if kernel.name.startswith("grouped")
         ]
         for device in (torch.device("cuda"), torch.device("cpu"))
     )
-    assert all(0 < config.stages * grouped._bytes_of_stage(config) <= kib * 1024 for config in found)
+    assert all(0 < config.stages * grouped._bytes_of_stage(config, size) <= kib * 1024 for config in found)
     assert kib < 227 or found == chosen
 
 

@@ -36,8 +36,8 @@ class Config(NamedTuple):
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _CHUNK = tl.constexpr(8)
 """Elements that a thread reads at once, of weights and inputs alike, so that none have to change threads."""
-_UNROLLED = tl.constexpr(4)
-"""Turns of a loop that are written out, so that all of a row is asked for at once."""
+_AT_ONCE = tl.constexpr(4)
+"""Parts of a row, of as many elements as a program takes in turn, that are asked for at once."""
 _MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
 _CANDIDATES = [(2, 1024, 4, 4, 256, 4), (2, 2048, 4, 2, 256, 4), (1, 1024, 4, 2, 512, 4)]
@@ -164,7 +164,7 @@ def _up(  # type: ignore[no-untyped-def]
     scales += (tl.program_id(1) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
     sums = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
     ups = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
-    for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
+    for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _AT_ONCE else 1):
         lane_mask = start + lanes < DEPTH
         mask = row_mask[None, :, None] & lane_mask[:, None, :]
         place = offsets + start * stride_column
@@ -229,7 +229,7 @@ def _down(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
-    TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
+    TURNS: tl.constexpr = min((DEPTH + BLOCK - 1) // BLOCK, _AT_ONCE)
     chunks = tl.arange(0, BLOCK // _CHUNK) * _CHUNK
     lanes = chunks[:, None] + tl.arange(0, _CHUNK)[None, :]
     places = tl.arange(0, PLACES)
@@ -242,20 +242,24 @@ def _down(  # type: ignore[no-untyped-def]
     inputs = x + (pairs * DEPTH)[None, :, None] + lanes[:, None, :]
     scales = expert * stride_scale_expert
     sums = tl.zeros((BLOCK // _CHUNK, PLACES, ROWS), dtype=tl.float32)
-    for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _UNROLLED else 1):
-        v_mask = is_place[None, :, None] & (start + lanes < DEPTH)[:, None, :]
-        mask = row_mask[None, None, :, None] & v_mask[:, :, None, :]
-        w = tl.load(
-            weight + offsets + start * stride_column, mask=mask, other=0.0, eviction_policy="evict_first"
-        )
-        v = tl.load(inputs + start, mask=v_mask, other=0.0).to(tl.float32)
-        if BY_BLOCKS:
-            block = tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
-            block_scales = scales[None, :] + (block + (start + chunks) // _SCALE_BLOCK)[:, None]
-            in_depth = is_place[None, :] & (start + chunks < DEPTH)[:, None]
-            block_factors = tl.load(scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
-        part = tl.sum(w.to(tl.float32) * v[:, :, None, :], axis=3)
-        sums += part * block_factors[:, :, None] if BY_BLOCKS else part
+    for first in range(0, DEPTH, TURNS * BLOCK):
+        parts = ()
+        for turn in tl.static_range(TURNS):
+            in_depth = is_place[None, :, None] & (first + turn * BLOCK + lanes < DEPTH)[:, None, :]
+            mask = row_mask[None, None, :, None] & in_depth[:, :, None, :]
+            w = weight + offsets + (first + turn * BLOCK) * stride_column
+            parts += (tl.load(w, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        for turn in tl.static_range(TURNS):
+            start = first + turn * BLOCK
+            in_depth = is_place[None, :, None] & (start + lanes < DEPTH)[:, None, :]
+            v = tl.load(inputs + start, mask=in_depth, other=0.0).to(tl.float32)
+            part = tl.sum(parts[turn].to(tl.float32) * v[:, :, None, :], axis=3)
+            if BY_BLOCKS:
+                block = tl.program_id(1) * ROWS // _SCALE_BLOCK * stride_scale_row
+                block_scales = scales[None, :] + (block + (start + chunks) // _SCALE_BLOCK)[:, None]
+                in_depth = is_place[None, :] & (start + chunks < DEPTH)[:, None]
+                part *= tl.load(scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)[:, :, None]
+            sums += part
     results = tl.sum(sums, axis=0)
     results_mask = is_place[:, None] & row_mask[None, :]
     if scale is not None and not BY_BLOCKS:

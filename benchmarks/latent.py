@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -107,7 +108,7 @@ def step_ms(model: CachedModel, batch: int, context: int) -> float:
         model.forward()
         model.sample_and_advance(is_greedy=True)
     torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in zip(marks[10:], marks[11:], strict=False)]
+    times = [start.elapsed_time(end) for start, end in itertools.pairwise(marks[10:])]
     return statistics.median(times)
 
 

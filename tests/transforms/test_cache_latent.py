@@ -81,7 +81,7 @@ def test_a_latent_is_cached_as_one(form: Form) -> None:
 )
 def test_of_any_size(form: Form) -> None:
     """Random ranks, heads and sizes serve like the dense model; a latent that is not worth it is none."""
-    model, report = served(form)
+    _, report = served(form)
     assert report.num_matches == (form.heads > 1 and form.is_narrow)
 
 

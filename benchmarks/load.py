@@ -111,15 +111,16 @@ def main() -> int:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
 
     for batch in args.sequences:
-        lengths, runs = [(prompt, 1)] * batch, _RUNS.get(batch, 2)
+        lengths: Lengths = [(prompt, 1)] * batch
+        runs = _RUNS.get(batch, 2)
         seconds_of(llm, lengths, 0)
         first = statistics.median(seconds_of(llm, lengths, 1 + run) for run in range(runs))
         busy = device_seconds(llm, lengths, runs)
         whole = min(seconds_of(llm, [(prompt, new)] * batch, run) for run in range(2))
         (row,) = bench(llm, input_len=prompt, output_len=48 // scale, concurrencies=[batch]).rows
-        found = {"first_token_ms": 1e3 * first, "device_ms": None if busy is None else 1e3 * busy}
+        prefill = {"first_token_ms": 1e3 * first, "device_ms": None if busy is None else 1e3 * busy}
         decode = {"decode_ms": 1e3 * (whole - first) / (new - 1), "step_ms": row.step_ms}
-        show("prompts", {"sequences": batch, **found, **decode, "floor_ms": row.floor_ms})
+        show("prompts", {"sequences": batch, **prefill, **decode, "floor_ms": row.floor_ms})
     for name, (lengths, sampling) in lengths_of_loads(args.smoke).items():
         seconds_of(llm, lengths[:4], 0, **sampling)
         taken = seconds_of(llm, lengths, 0, **sampling)

@@ -96,8 +96,9 @@ def test_gated_delta_rule_of_published_widths(size: int, alike: float) -> None:
     tokens = [each.bfloat16() for each in (query, key, value)]
     tokens += [-torch.rand(1, 250, 8) / 10, torch.rand(1, 250, 8).bfloat16()]
 
-    def run(*args: Tensor) -> Tensor:
-        return ops.cached_gated_delta_rule(*args[:5], True, *args[5:])
+    def run(*args: Any) -> Tensor:
+        given = [*args[:5], True, *args[5:]]
+        return ops.cached_gated_delta_rule(*given)
 
     check_error(run, tokens, (8, size, size))
 

@@ -104,11 +104,19 @@ def _file(key: str) -> Path | None:
 
 
 def _files(kind: type) -> Iterator[Path]:
-    """The source of a class, unless a version names it; refused if it is not what the class does."""
+    """The source of a class, unless a version names it; refused if it is not what the class does.
+
+    Somebody may have put a method of their own in place of one, or a function into a model's module.
+    """
     for method in filter(inspect.isfunction, vars(kind).values()):
         _root(method)
     if _root(kind) == "transformers":
-        yield Path(str(sys.modules[kind.__module__].__file__))
+        module = sys.modules[kind.__module__]
+        functions = vars(module).values() if ".models." in kind.__module__ else ()
+        for function in filter(inspect.isfunction, functions):
+            if str(function.__module__).partition(".")[0] not in sys.stdlib_module_names:
+                _root(function)
+        yield Path(str(module.__file__))
 
 
 def _root(thing: Any) -> str:

@@ -148,6 +148,15 @@ def test_code_of_somebody_else_is_exported_each_time(change: Callable[[Any], Non
     assert export_cache.key_of(model) is None
 
 
+def test_a_function_put_into_the_module_of_a_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries of kernels do it: the graph is that of the function."""
+    from transformers.models.llama import modeling_llama
+
+    assert export_cache.key_of(Logits(llama())) is not None
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+    assert export_cache.key_of(Logits(llama())) is None
+
+
 def test_a_method_put_in_place_of_transformers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
     assert export_cache.key_of(llama()) is None

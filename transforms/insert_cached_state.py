@@ -48,8 +48,6 @@ _KINDS = {
     "ssd_scan": _Kind("recurrent_state", lambda s: (*s["hidden_states"][2:], s["B"][3])),
 }
 """By the name of the op."""
-_BY_PRODUCTS = ("gated_delta_rule", "ssd_scan")
-"""Those whose prompts a kernel reads, of 16 bits; convolutions are of any dtype."""
 
 
 @register("insert_cached_state")
@@ -104,9 +102,7 @@ def _insert(
         cached = g.call_op(gm.graph, op, *args.values(), pool, *metadata)
     g.copy_origin(cached, node)
     g.replace(node, cached)
-    decode = "triton" if (ctx.target or ctx.device).type == "cuda" else "torch"
-    has_kernel = kind.of_model or (name in _BY_PRODUCTS and dtype.itemsize == 2)
-    prefill = decode if has_kernel else "torch"
+    kernel = "triton" if (ctx.target or ctx.device).type == "cuda" else "torch"
     ctx.state_sites.append(
-        StateSite(g.where(cached), g.module_path(cached), name, prefill, decode, resource.name)
+        StateSite(g.where(cached), g.module_path(cached), name, kernel, kernel, resource.name)
     )

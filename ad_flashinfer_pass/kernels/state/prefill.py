@@ -1,4 +1,4 @@
-"""Many tokens of each sequence through its state, as Triton kernels: chunks of 64 by matrix products.
+"""Many tokens of each sequence through its state, as Triton kernels: in chunks of 64, by matrix products.
 
 A ragged batch, whose lengths only the device knows: grids have as many programs as its tokens and rows can
 need, and those without tokens end at once. States stay in registers from chunk to chunk, in float32; factors
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels.state.step import _plain, _softplus
+from ad_flashinfer_pass.kernels.state.step import _plain, _time_step
 
 _SIZE = 64
 """Tokens of a chunk."""
@@ -38,7 +38,7 @@ def convolve(
     input_pos: Tensor,
     cu_seqlen: Tensor,
 ) -> None:
-    """``ops.cached_causal_conv1d`` of sequences, to out [tokens, channels]; the rest as in ``delta_rule``."""
+    """``ops.cached_causal_conv1d``, to out [tokens, channels]; the rest as of ``step.delta_rule``."""
     x, num, channels = _plain(x), slot_idx.shape[0], x.shape[1]
     with torch.cuda.device_of(x):
         _convolve[(triton.cdiv(channels, _CHANNELS), x.shape[0] // _SIZE + num)](
@@ -75,16 +75,7 @@ def delta_rule(
     input_pos: Tensor,
     cu_seqlen: Tensor,
 ) -> None:
-    """``ops.cached_gated_delta_rule`` of sequences, one decay a head.
-
-    Args:
-        normalise: divide queries and keys by their norms.
-        out: [tokens, num_heads, v_dim], written.
-        query: [tokens, num_k_heads, k_dim]; for this and what follows see there.
-        slot_idx: of each sequence, [n].
-        input_pos: likewise.
-        cu_seqlen: int32 [n + 1], the first token of each.
-    """
+    """``ops.cached_gated_delta_rule``, one decay a head; arguments as of ``step.delta_rule``."""
     query, key, value, g, beta = given = [_plain(x) for x in (query, key, value, g, beta)]
     (tokens, heads, v_dim), k_dim, num = value.shape, key.shape[2], slot_idx.shape[0]
     k_block, columns = _block(k_dim), min(_COLUMNS, _block(v_dim))
@@ -147,7 +138,7 @@ def ssd(
     input_pos: Tensor,
     cu_seqlen: Tensor,
 ) -> None:
-    """``ops.cached_ssd_scan`` of sequences; constants: A, D, dt_bias; the rest as in ``delta_rule``."""
+    """``ops.cached_ssd_scan``; arguments as of ``step.ssd``."""
     given = [_plain(x) for x in (hidden_states, dt, B, C)]
     (_, heads, head_dim), num = hidden_states.shape, slot_idx.shape[0]
     columns = min(_COLUMNS, _block(head_dim))
@@ -482,11 +473,8 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
         for first in range(start, end, SIZE):
             is_token = first + at < end
             tokens = (first + at).to(tl.int64)
-            step = tl.load(dt + tokens * dt_row + head * dt_head, mask=is_token, other=0.0).to(tl.float32)
-            if dt_bias is not None:
-                step += tl.load(dt_bias + head).to(tl.float32)
-            if SOFTPLUS:
-                step = _softplus(step)
+            step = tl.load(dt + tokens * dt_row + head * dt_head, mask=is_token, other=0.0)
+            step = _time_step(step, dt_bias, head, None, SOFTPLUS)
             step = tl.where(is_token, tl.minimum(tl.maximum(step, least), most), 0.0)
             total, last = tl.cumsum(step * rate), tl.sum(step * rate)
             s_mask, x_mask = is_token[:, None] & in_state[None, :], is_token[:, None] & in_dim[None, :]

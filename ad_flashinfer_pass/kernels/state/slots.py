@@ -23,10 +23,10 @@ class Recurrence(NamedTuple):
     size: int
     """Tokens of a chunk, at most."""
     step: Callable[..., None] | None = None
-    """The whole for one token of each sequence, on a GPU: of where the result goes, the tensors by token,
-    [n, ...], the pool, slot_idx and input_pos."""
+    """The whole, on a GPU: of where the result goes, the tensors by token, [n, ...], the pool, slot_idx and
+    input_pos; and cu_seqlen, unless each sequence has one token."""
     prefill: Callable[..., None] | None = None
-    """The same for many tokens of each sequence, of 16 bits, with their cu_seqlen at the end."""
+    """The same for many tokens of each sequence, of 16 bits."""
 
 
 class Rows(NamedTuple):
@@ -93,17 +93,18 @@ def cached_scan(recurrence: Recurrence, pool: Tensor, batch: Batch, out: Tensor,
     """
     flat, result = [x.flatten(0, 1) for x in tokens], out.flatten(0, 1)
     num_long, long_tokens, num_decode = batch.counts()
+    num_tokens = long_tokens + num_decode
     if num_long:
         long = [x[:long_tokens] for x in flat]
         prompts, starts = batch.rows(0, num_long), batch.cu_seqlen[: num_long + 1]
-        if recurrence.prefill is not None and out.dtype.itemsize == 2:
-            recurrence.prefill(result[:long_tokens], *long, pool, *prompts, starts)
+        if recurrence.step is not None:
+            fast = recurrence.prefill if out.dtype.itemsize == 2 else None
+            (fast or recurrence.step)(result[:long_tokens], *long, pool, *prompts, starts)
         else:
             by_batch = [x[None] for x in long]
             scanned, states = _long(recurrence, prompts.read(pool), by_batch, starts.long())
             prompts.write(pool, states)
             result[:long_tokens] = recurrence.finish(scanned[None], *by_batch)[0]
-    num_tokens = long_tokens + num_decode
     if num_decode:
         rows = batch.rows(num_long, num_decode)
         one_each = [x[long_tokens:num_tokens] for x in flat]

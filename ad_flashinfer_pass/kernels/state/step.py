@@ -1,6 +1,8 @@
-"""One token of each sequence through its state, as one Triton kernel for each op: read and written once.
+"""Tokens of each sequence through its state, one after the other, as one Triton kernel for each op.
 
-Slots that several rows share, as padding rows share slot 0, hold the state of one of them afterwards.
+A state is read and written once. That is as fast as memory for one token of each sequence, and takes about a
+microsecond for each token more: ``prefill`` has what is faster for many. Slots that several rows share, as
+padding rows share slot 0, hold the state of one of them afterwards.
 """
 
 from __future__ import annotations
@@ -51,18 +53,31 @@ def delta_rule(
     g: Tensor,
     beta: Tensor,
     pool: Tensor,
-    *rows: Tensor,
+    slot_idx: Tensor,
+    input_pos: Tensor,
+    cu_seqlen: Tensor | None = None,
 ) -> None:
-    """``ops.cached_gated_delta_rule`` or ``cached_kda`` of one token each, to out [n, num_heads, size]."""
+    """``ops.cached_gated_delta_rule`` or ``cached_kda``.
+
+    Args:
+        normalise: divide queries and keys by their norms.
+        out: [tokens, num_heads, v_dim], written.
+        query: [tokens, num_k_heads, k_dim]; for this and what follows see there.
+        slot_idx: of each sequence, [n].
+        input_pos: likewise.
+        cu_seqlen: int32 [n + 1], the first token of each; None if each has one.
+    """
     given = [_plain(x) for x in (query, key, value, g, beta)]
-    (num, heads, v_dim), k_dim = value.shape, key.shape[2]
+    (_, heads, v_dim), k_dim = value.shape, key.shape[2]
     k_block = triton.next_power_of_2(k_dim)
     v_block = min(triton.next_power_of_2(v_dim), max(1, _TILE // k_block))
     with torch.cuda.device_of(value):
-        _delta_rule[(num, heads, triton.cdiv(v_dim, v_block))](
+        _delta_rule[(slot_idx.shape[0], heads, triton.cdiv(v_dim, v_block))](
             *given,
             pool,
-            *rows,
+            slot_idx,
+            input_pos,
+            cu_seqlen,
             out,
             *(stride for x in given for stride in x.stride()[:2]),
             k_dim**-0.5,
@@ -86,23 +101,23 @@ def ssd(
     B: Tensor,
     C: Tensor,
     pool: Tensor,
-    *rows: Tensor,
+    slot_idx: Tensor,
+    input_pos: Tensor,
+    cu_seqlen: Tensor | None = None,
 ) -> None:
-    """``ops.cached_ssd_scan`` of one token each, to out [n, num_heads, head_dim].
-
-    Args:
-        constants: A, D and dt_bias.
-    """
+    """``ops.cached_ssd_scan``; constants: A, D and dt_bias; the rest as in ``delta_rule``."""
     given = [_plain(x) for x in (hidden_states, dt, B, C)]
-    (num, heads, head_dim), state = hidden_states.shape, B.shape[2]
+    (_, heads, head_dim), state = hidden_states.shape, B.shape[2]
     state_block = triton.next_power_of_2(state)
     block = min(triton.next_power_of_2(head_dim), max(1, _TILE // state_block))
     with torch.cuda.device_of(out):
-        _ssd[(num, heads, triton.cdiv(head_dim, block))](
+        _ssd[(slot_idx.shape[0], heads, triton.cdiv(head_dim, block))](
             *given,
             *(None if x is None else x.contiguous() for x in constants),
             pool,
-            *rows,
+            slot_idx,
+            input_pos,
+            cu_seqlen,
             out,
             *(stride for x in given for stride in x.stride()[:2]),
             limits[0],
@@ -125,19 +140,23 @@ def selective(
     B: Tensor,
     C: Tensor,
     pool: Tensor,
-    *rows: Tensor,
+    slot_idx: Tensor,
+    input_pos: Tensor,
+    cu_seqlen: Tensor | None = None,
 ) -> None:
-    """``ops.cached_selective_scan`` of one token each, to out [n, channels]; constants: A, D, dt_bias."""
+    """``ops.cached_selective_scan``; constants: A, D and dt_bias; the rest as in ``delta_rule``."""
     given = [_plain(x) for x in (hidden_states, dt, B, C)]
-    num, channels = hidden_states.shape
+    channels = hidden_states.shape[1]
     state_block = triton.next_power_of_2(B.shape[1])
     block = min(triton.next_power_of_2(channels), max(1, _TILE // 4 // state_block))
     with torch.cuda.device_of(out):
-        _selective[(num, triton.cdiv(channels, block))](
+        _selective[(slot_idx.shape[0], triton.cdiv(channels, block))](
             *given,
             *(None if x is None else x.contiguous() for x in constants),
             pool,
-            *rows,
+            slot_idx,
+            input_pos,
+            cu_seqlen,
             out,
             *(x.stride(0) for x in given),
             channels,
@@ -200,6 +219,7 @@ def _delta_rule(  # type: ignore[no-untyped-def]
     pool,
     slot_idx,
     input_pos,
+    cu_seqlen,
     out,
     query_row,
     query_head,
@@ -221,33 +241,35 @@ def _delta_rule(  # type: ignore[no-untyped-def]
     NORMALISE: tl.constexpr,
 ):
     """Some columns of the matrix of one head of one sequence."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     ks, vs = tl.arange(0, K_BLOCK), tl.program_id(2) * V_BLOCK + tl.arange(0, V_BLOCK)
-    has_past = tl.load(input_pos + row) > 0
     k_mask, v_mask = ks < K_DIM, vs < V_DIM
-    q = tl.load(query + row * query_row + head // GROUP * query_head + ks, mask=k_mask, other=0.0)
-    k = tl.load(key + row * key_row + head // GROUP * key_head + ks, mask=k_mask, other=0.0)
-    q, k = q.to(tl.float32), k.to(tl.float32)
-    if NORMALISE:
-        q = q / tl.sqrt(tl.sum(q * q) + 1e-6)
-        k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
-    v = tl.load(value + row * value_row + head * value_head + vs, mask=v_mask, other=0.0).to(tl.float32)
-    learned = tl.load(beta + row * beta_row + head * beta_head).to(tl.float32)
     mask = k_mask[:, None] & v_mask[None, :]
-    slot = tl.load(slot_idx + row) * tl.num_programs(1) + head
+    slot = tl.load(slot_idx + row) * heads + head
     place = pool + (slot * K_DIM + ks[:, None]) * V_DIM + vs[None, :]
-    state = tl.where(has_past, tl.load(place, mask=mask, other=0.0), 0.0)
-    if BY_ROW:
-        decay = tl.load(g + row * g_row + head * g_head + ks, mask=k_mask, other=0.0).to(tl.float32)
-        state *= tl.exp(decay)[:, None]
-    else:
-        state *= tl.exp(tl.load(g + row * g_row + head * g_head).to(tl.float32))
-    missing = learned * (v - tl.sum(k[:, None] * state, 0))
-    state += k[:, None] * missing[None, :]
-    tl.store(place, state, mask=mask)
-    result = tl.sum((q * scale)[:, None] * state, 0)
-    target = out + (row * tl.num_programs(1) + head) * V_DIM + vs
-    tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
+    state = tl.where(tl.load(input_pos + row) > 0, tl.load(place, mask=mask, other=0.0), 0.0)
+    start, end = _tokens(cu_seqlen, row)
+    for token in range(start, end):
+        q = tl.load(query + token * query_row + head // GROUP * query_head + ks, mask=k_mask, other=0.0)
+        k = tl.load(key + token * key_row + head // GROUP * key_head + ks, mask=k_mask, other=0.0)
+        v = tl.load(value + token * value_row + head * value_head + vs, mask=v_mask, other=0.0)
+        learned = tl.load(beta + token * beta_row + head * beta_head).to(tl.float32)
+        q, k = q.to(tl.float32), k.to(tl.float32)
+        if NORMALISE:
+            q = q / tl.sqrt(tl.sum(q * q) + 1e-6)
+            k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
+        if BY_ROW:
+            decay = tl.load(g + token * g_row + head * g_head + ks, mask=k_mask, other=0.0).to(tl.float32)
+            state *= tl.exp(decay)[:, None]
+        else:
+            state *= tl.exp(tl.load(g + token * g_row + head * g_head).to(tl.float32))
+        missing = learned * (v.to(tl.float32) - tl.sum(k[:, None] * state, 0))
+        state += k[:, None] * missing[None, :]
+        result = tl.sum((q * scale)[:, None] * state, 0)
+        target = out + (token * heads + head) * V_DIM + vs
+        tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
+    if start < end:
+        tl.store(place, state, mask=mask)
 
 
 @triton.jit
@@ -262,6 +284,7 @@ def _ssd(  # type: ignore[no-untyped-def]
     pool,
     slot_idx,
     input_pos,
+    cu_seqlen,
     out,
     x_row,
     x_head,
@@ -281,31 +304,30 @@ def _ssd(  # type: ignore[no-untyped-def]
     SOFTPLUS: tl.constexpr,
 ):
     """Some rows of the matrix of one head of one sequence."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     dims, states = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATE_BLOCK)
-    has_past = tl.load(input_pos + row) > 0
-    step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32)
-    if dt_bias is not None:
-        step += tl.load(dt_bias + head).to(tl.float32)
-    if SOFTPLUS:
-        step = _softplus(step)
-    step = tl.minimum(tl.maximum(step, least), most)
     dim_mask, state_mask = dims < DIM, states < STATE
-    x = tl.load(hidden_states + row * x_row + head * x_head + dims, mask=dim_mask, other=0.0).to(tl.float32)
-    b = tl.load(B + row * b_row + head // GROUP * b_group + states, mask=state_mask, other=0.0)
-    c = tl.load(C + row * c_row + head // GROUP * c_group + states, mask=state_mask, other=0.0)
     mask = dim_mask[:, None] & state_mask[None, :]
-    slot = tl.load(slot_idx + row) * tl.num_programs(1) + head
+    slot = tl.load(slot_idx + row) * heads + head
     place = pool + (slot * DIM + dims[:, None]) * STATE + states[None, :]
-    state = tl.where(has_past, tl.load(place, mask=mask, other=0.0), 0.0)
-    state *= tl.exp(step * tl.load(A + head).to(tl.float32))
-    state += (x * step)[:, None] * b.to(tl.float32)[None, :]
-    tl.store(place, state, mask=mask)
-    result = tl.sum(state * c.to(tl.float32)[None, :], 1)
-    if D is not None:
-        result += x * tl.load(D + head).to(tl.float32)
-    target = out + (row * tl.num_programs(1) + head) * DIM + dims
-    tl.store(target, result.to(out.dtype.element_ty), mask=dim_mask)
+    state = tl.where(tl.load(input_pos + row) > 0, tl.load(place, mask=mask, other=0.0), 0.0)
+    rate = tl.load(A + head).to(tl.float32)
+    start, end = _tokens(cu_seqlen, row)
+    for token in range(start, end):
+        step = _time_step(tl.load(dt + token * dt_row + head * dt_head), dt_bias, head, None, SOFTPLUS)
+        step = tl.minimum(tl.maximum(step, least), most)
+        x = tl.load(hidden_states + token * x_row + head * x_head + dims, mask=dim_mask, other=0.0)
+        b = tl.load(B + token * b_row + head // GROUP * b_group + states, mask=state_mask, other=0.0)
+        c = tl.load(C + token * c_row + head // GROUP * c_group + states, mask=state_mask, other=0.0)
+        x = x.to(tl.float32)
+        state = state * tl.exp(step * rate) + (x * step)[:, None] * b.to(tl.float32)[None, :]
+        result = tl.sum(state * c.to(tl.float32)[None, :], 1)
+        if D is not None:
+            result += x * tl.load(D + head).to(tl.float32)
+        target = out + (token * heads + head) * DIM + dims
+        tl.store(target, result.to(out.dtype.element_ty), mask=dim_mask)
+    if start < end:
+        tl.store(place, state, mask=mask)
 
 
 @triton.jit
@@ -320,6 +342,7 @@ def _selective(  # type: ignore[no-untyped-def]
     pool,
     slot_idx,
     input_pos,
+    cu_seqlen,
     out,
     x_row,
     dt_row,
@@ -334,30 +357,45 @@ def _selective(  # type: ignore[no-untyped-def]
     """Some channels of one sequence."""
     row = tl.program_id(0).to(tl.int64)
     channels, states = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATE_BLOCK)
-    has_past = tl.load(input_pos + row) > 0
     channel_mask, state_mask = channels < num_channels, states < STATE
-    step = tl.load(dt + row * dt_row + channels, mask=channel_mask, other=0.0).to(tl.float32)
-    if dt_bias is not None:
-        step += tl.load(dt_bias + channels, mask=channel_mask, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        step = _softplus(step)
-    x = tl.load(hidden_states + row * x_row + channels, mask=channel_mask, other=0.0).to(tl.float32)
-    b = tl.load(B + row * b_row + states, mask=state_mask, other=0.0).to(tl.float32)
-    c = tl.load(C + row * c_row + states, mask=state_mask, other=0.0).to(tl.float32)
     mask = channel_mask[:, None] & state_mask[None, :]
     a = tl.load(A + channels[:, None] * STATE + states[None, :], mask=mask, other=0.0).to(tl.float32)
     slot = tl.load(slot_idx + row) * num_channels
     place = pool + (slot + channels[:, None]) * STATE + states[None, :]
-    state = tl.where(has_past, tl.load(place, mask=mask, other=0.0), 0.0)
-    state = state * tl.exp(step[:, None] * a) + (x * step)[:, None] * b[None, :]
-    tl.store(place, state, mask=mask)
-    result = tl.sum(state * c[None, :], 1)
-    if D is not None:
-        result += x * tl.load(D + channels, mask=channel_mask, other=0.0).to(tl.float32)
-    tl.store(out + row * num_channels + channels, result.to(out.dtype.element_ty), mask=channel_mask)
+    state = tl.where(tl.load(input_pos + row) > 0, tl.load(place, mask=mask, other=0.0), 0.0)
+    start, end = _tokens(cu_seqlen, row)
+    for token in range(start, end):
+        step = tl.load(dt + token * dt_row + channels, mask=channel_mask, other=0.0)
+        step = _time_step(step, dt_bias, channels, channel_mask, SOFTPLUS)
+        x = tl.load(hidden_states + token * x_row + channels, mask=channel_mask, other=0.0).to(tl.float32)
+        b = tl.load(B + token * b_row + states, mask=state_mask, other=0.0).to(tl.float32)
+        c = tl.load(C + token * c_row + states, mask=state_mask, other=0.0).to(tl.float32)
+        state = state * tl.exp(step[:, None] * a) + (x * step)[:, None] * b[None, :]
+        result = tl.sum(state * c[None, :], 1)
+        if D is not None:
+            result += x * tl.load(D + channels, mask=channel_mask, other=0.0).to(tl.float32)
+        target = out + token * num_channels + channels
+        tl.store(target, result.to(out.dtype.element_ty), mask=channel_mask)
+    if start < end:
+        tl.store(place, state, mask=mask)
 
 
 @triton.jit
-def _softplus(x):  # type: ignore[no-untyped-def]
-    """As torch has it: x itself where it is above 20."""
-    return tl.where(x > 20, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
+def _tokens(cu_seqlen, row):  # type: ignore[no-untyped-def]
+    """The first token of a sequence, and the first one behind it."""
+    if cu_seqlen is None:
+        start, end = row, row + 1
+    else:
+        start, end = tl.load(cu_seqlen + row).to(tl.int64), tl.load(cu_seqlen + row + 1).to(tl.int64)
+    return start, end
+
+
+@triton.jit
+def _time_step(step, bias, at, mask, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In float32, with the bias and softplus as torch has it: the number itself where it is above 20."""
+    step = step.to(tl.float32)
+    if bias is not None:
+        step += tl.load(bias + at, mask=mask).to(tl.float32)
+    if SOFTPLUS:
+        step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))
+    return step

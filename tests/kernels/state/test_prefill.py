@@ -1,4 +1,4 @@
-"""The kernels for many tokens of each sequence, beside the ops on a CPU; interpreted without a GPU."""
+"""Kernels for many tokens of each sequence, beside the ops on a CPU; interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass import ops  # noqa: E402
-from ad_flashinfer_pass.kernels.state import prefill  # noqa: E402
+from ad_flashinfer_pass.kernels.state import prefill, step  # noqa: E402
 
 # The interpreter multiplies bfloat16 by its bits.
 DTYPE, TOLERANCE = (torch.bfloat16, 5e-2) if DEVICE.type == "cuda" else (torch.float32, 1e-4)
@@ -89,8 +89,10 @@ def test_convolution(channels: int, width: int, silu: bool) -> None:
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize(("k_dim", "v_dim", "group"), [(16, 16, 1), (12, 40, 2)])
-def test_delta_rule(k_dim: int, v_dim: int, group: int, normalise: bool) -> None:
+@pytest.mark.parametrize(
+    ("by", "k_dim", "v_dim", "group"), [(prefill, 16, 16, 1), (prefill, 12, 40, 2), (step, 12, 16, 2)]
+)
+def test_delta_rule(by: Any, k_dim: int, v_dim: int, group: int, normalise: bool) -> None:
     num, heads = NUM + BEYOND, 2 * group
     query, key, value = part(num, 2, k_dim), part(num, 2, k_dim), part(num, heads, v_dim)
     if not normalise:
@@ -98,9 +100,20 @@ def test_delta_rule(k_dim: int, v_dim: int, group: int, normalise: bool) -> None
     tokens = [query, key, value, -torch.randn(num, heads).exp() / 10, part(num, heads).sigmoid()]
 
     def kernel(*args: Tensor) -> None:
-        prefill.delta_rule(normalise, *args)
+        by.delta_rule(normalise, *args)
 
     check(kernel, ops.cached_gated_delta_rule, tokens, [normalise], pool(heads, k_dim, v_dim))
+
+
+def test_delta_rule_with_a_decay_of_each_row() -> None:
+    num = NUM + BEYOND
+    query, key, value = part(num, 2, 16), part(num, 2, 16), part(num, 2, 16)
+    tokens = [query, key, value, -torch.randn(num, 2, 16).exp(), part(num, 2).sigmoid()]
+
+    def kernel(*args: Tensor) -> None:
+        step.delta_rule(True, *args)
+
+    check(kernel, ops.cached_kda, tokens, [True], pool(2, 16, 16))
 
 
 def test_delta_rule_of_the_same_key_again_and_again() -> None:
@@ -118,8 +131,8 @@ def test_delta_rule_of_the_same_key_again_and_again() -> None:
 @pytest.mark.parametrize(
     ("has_more", "softplus", "limits"), [(True, True, (0.1, 2.0)), (False, False, (0.0, None))]
 )
-@pytest.mark.parametrize(("head_dim", "state"), [(16, 8), (40, 24)])
-def test_ssd(head_dim: int, state: int, has_more: bool, softplus: bool, limits: Any) -> None:
+@pytest.mark.parametrize(("by", "head_dim", "state"), [(prefill, 16, 8), (prefill, 40, 24), (step, 16, 8)])
+def test_ssd(by: Any, head_dim: int, state: int, has_more: bool, softplus: bool, limits: Any) -> None:
     num = NUM + BEYOND
     dt = part(num, 4) if softplus else part(num, 4).exp() / 10
     tokens = [part(num, 4, head_dim), dt, part(num, 2, state), part(num, 2, state)]
@@ -131,6 +144,23 @@ def test_ssd(head_dim: int, state: int, has_more: bool, softplus: bool, limits: 
         return ops.cached_ssd_scan(x, dt, a, b, c, more[0], more[1], softplus, limits[0], limits[1], *rest)
 
     def kernel(*args: Tensor) -> None:
-        prefill.ssd(constants, softplus, limits, *args)
+        by.ssd(constants, softplus, limits, *args)
 
     check(kernel, cached, tokens, [], pool(4, head_dim, state))
+
+
+@pytest.mark.parametrize("has_more", [False, True])
+def test_selective(has_more: bool) -> None:
+    num, channels, state = NUM + BEYOND, 70, 12
+    tokens = [part(num, channels), part(num, channels), part(num, state), part(num, state)]
+    more: list[Any] = [random(channels), random(channels)] if has_more else [None, None]
+    a = -torch.randn(channels, state).exp()
+    constants: Any = [None if x is None else x.to(DEVICE) for x in (a, *more)]
+
+    def cached(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> Tensor:
+        return ops.cached_selective_scan(x, dt, a, b, c, more[0], more[1], True, *rest)
+
+    def kernel(*args: Tensor) -> None:
+        step.selective(constants, True, *args)
+
+    check(kernel, cached, tokens, [], pool(channels, state))

@@ -1,7 +1,7 @@
 """Many tokens of each sequence through its state, as Triton kernels: in chunks of 64, by matrix products.
 
-A ragged batch, whose lengths only the device knows: grids have as many programs as its tokens and rows can
-need, and those without tokens end at once. States stay in registers from chunk to chunk, in float32; factors
+A ragged batch, whose lengths only the device knows: programs take one chunk, or one sequence, after the other
+while there are any. States stay in registers from chunk to chunk, in float32; factors
 of products have the 16 bits of the tokens, as in flash-linear-attention and mamba-ssm. The convolution takes
 any dtype.
 """
@@ -21,8 +21,10 @@ _SIZE = 64
 """Tokens of a chunk."""
 _COLUMNS = 32
 """Of a state that one program holds: few, so that one sequence has work for all SMs."""
-_CHUNKS, _SCAN = {"num_warps": 4}, {"num_warps": 4, "num_stages": 2}
+_CHUNKS, _SCAN = {"num_warps": 4, "num_stages": 1}, {"num_warps": 4, "num_stages": 2}
 """How kernels without and with the state are launched."""
+_TURNS, _SEQUENCES = 64, 4
+"""Programs that share all chunks, and all sequences, of a part of a state."""
 _TOKENS, _CHANNELS = 8, 128
 """Of a convolution, that one program computes at a time."""
 
@@ -41,7 +43,7 @@ def convolve(
     """``ops.cached_causal_conv1d``, to out [tokens, channels]; the rest as of ``step.delta_rule``."""
     x, num, channels = _plain(x), slot_idx.shape[0], x.shape[1]
     with torch.cuda.device_of(x):
-        _convolve[(triton.cdiv(channels, _CHANNELS), x.shape[0] // _SIZE + num)](
+        _convolve[(triton.cdiv(channels, _CHANNELS), min(_TURNS, x.shape[0] // _SIZE + num))](
             x,
             weight.contiguous(),
             bias,
@@ -59,6 +61,7 @@ def convolve(
             TILE=_TOKENS,
             SIZE=_SIZE,
             ROWS=_rows(num),
+            maxnreg=128,  # it would take twice as many, and half as many programs would wait for memory
         )
 
 
@@ -86,7 +89,7 @@ def delta_rule(
     shape: dict[str, Any] = {"GROUP": heads // key.shape[1], "K_DIM": k_dim, "V_DIM": v_dim}
     shape |= {"K_BLOCK": k_block, "SIZE": _SIZE}
     with torch.cuda.device_of(value):
-        _delta_chunks[(tokens // _SIZE + num, heads)](
+        _delta_chunks[(min(_TURNS, tokens // _SIZE + num), heads)](
             *given,
             cu_seqlen,
             keys,
@@ -104,7 +107,7 @@ def delta_rule(
             LEVELS=_SIZE.bit_length() - 1,
             **_CHUNKS,
         )
-        _delta_scan[(triton.cdiv(v_dim, columns), heads, num)](
+        _delta_scan[(triton.cdiv(v_dim, columns), heads, min(_SEQUENCES, num))](
             query,
             key,
             keys,
@@ -117,9 +120,11 @@ def delta_rule(
             cu_seqlen,
             out,
             *(stride for x in (query, key) for stride in x.stride()[:2]),
+            num,
             tokens,
             **shape,
             V_BLOCK=columns,
+            ROWS=_rows(num),
             **_SCAN,
         )
 
@@ -143,7 +148,7 @@ def ssd(
     (_, heads, head_dim), num = hidden_states.shape, slot_idx.shape[0]
     columns = min(_COLUMNS, _block(head_dim))
     with torch.cuda.device_of(out):
-        _ssd_scan[(triton.cdiv(head_dim, columns), heads, num)](
+        _ssd_scan[(triton.cdiv(head_dim, columns), heads, min(_SEQUENCES, num))](
             *given,
             *(None if x is None else x.contiguous() for x in constants),
             pool,
@@ -154,6 +159,7 @@ def ssd(
             *(stride for x in given for stride in x.stride()[:2]),
             limits[0],
             float("inf") if limits[1] is None else limits[1],
+            num,
             GROUP=heads // B.shape[1],
             DIM=head_dim,
             STATE=B.shape[2],
@@ -161,6 +167,7 @@ def ssd(
             STATE_BLOCK=_block(B.shape[2]),
             SIZE=_SIZE,
             SOFTPLUS=softplus,
+            ROWS=_rows(num),
             **_SCAN,
         )
 
@@ -176,13 +183,27 @@ def _block(size: int) -> int:
 
 
 @triton.jit
-def _find_chunk(cu_seqlen, index, num, SIZE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sequence that has a chunk, num or more if none has, and the number of that chunk in it."""
+def _chunks(cu_seqlen, num, SIZE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each sequence, how many chunks it and those before it have; and how many all have."""
     rows = tl.arange(0, ROWS)
     starts = tl.load(cu_seqlen + rows, mask=rows < num, other=0)
     ends = tl.load(cu_seqlen + rows + 1, mask=rows < num, other=0)
-    last = tl.cumsum((ends - starts + SIZE - 1) // SIZE)
+    counts = (ends - starts + SIZE - 1) // SIZE
+    return tl.cumsum(counts), tl.sum(counts)
+
+
+@triton.jit
+def _find(last, index):  # type: ignore[no-untyped-def]
+    """The sequence that has a chunk, and the number of that chunk in it."""
     return tl.sum((last <= index).to(tl.int32)), index - tl.max(tl.where(last <= index, last, 0))
+
+
+@triton.jit
+def _num_sequences(cu_seqlen, num, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Without those at the end that have no tokens."""
+    rows = tl.arange(0, ROWS)
+    end = tl.load(cu_seqlen + num)
+    return tl.sum((tl.load(cu_seqlen + rows, mask=rows < num, other=end) < end).to(tl.int32))
 
 
 @triton.jit
@@ -205,13 +226,14 @@ def _convolve(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some channels of a chunk of one sequence; those of its first chunk keep its last tokens."""
-    row, number = _find_chunk(cu_seqlen, tl.program_id(1), num, SIZE, ROWS)
-    if row < num:
+    """Some channels of chunks; the first one of a sequence keeps its last tokens."""
+    last, num_chunks = _chunks(cu_seqlen, num, SIZE, ROWS)
+    for index in range(tl.program_id(1), num_chunks, tl.num_programs(1)):
+        row, number = _find(last, index)
         start = tl.load(cu_seqlen + row)
         length = tl.load(cu_seqlen + row + 1) - start
-        x += start.to(tl.int64) * x_stride
-        out += start.to(tl.int64) * num_channels
+        source = x + start.to(tl.int64) * x_stride
+        target = out + start.to(tl.int64) * num_channels
         state = pool + tl.load(slot_idx + row) * num_channels * (WIDTH - 1)
         channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = channels < num_channels
@@ -225,7 +247,9 @@ def _convolve(  # type: ignore[no-untyped-def]
             for at in tl.static_range(WIDTH):
                 place = tokens + (at + 1 - WIDTH)
                 is_new = ((place >= 0) & (place < length))[:, None] & mask[None, :]
-                window = tl.load(x + place[:, None] * x_stride + channels[None, :], mask=is_new, other=0.0)
+                window = tl.load(
+                    source + place[:, None] * x_stride + channels[None, :], mask=is_new, other=0.0
+                )
                 weights = tl.load(weight + channels * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
                 total += window.to(tl.float32) * weights[None, :]
             if first == 0:
@@ -241,13 +265,13 @@ def _convolve(  # type: ignore[no-untyped-def]
                 wide = result.to(tl.float32)
                 result = (wide / (1 + tl.exp(-wide))).to(out.dtype.element_ty)
             is_token = (tokens < length)[:, None] & mask[None, :]
-            tl.store(out + tokens[:, None] * num_channels + channels[None, :], result, mask=is_token)
+            tl.store(target + tokens[:, None] * num_channels + channels[None, :], result, mask=is_token)
         if number == 0:
             tl.debug_barrier()  # what is written below was read above by other threads
             for at in tl.static_range(WIDTH - 1):
                 token = length - (WIDTH - 1) + at
                 has = channels < tl.where(token >= 0, num_channels, 0)
-                new = tl.load(x + token.to(tl.int64) * x_stride + channels, mask=has, other=0.0)
+                new = tl.load(source + token.to(tl.int64) * x_stride + channels, mask=has, other=0.0)
                 has = channels < tl.where((token < 0) & (token >= oldest), num_channels, 0)
                 old = tl.load(state + channels * (WIDTH - 1) + token + WIDTH - 1, mask=has, other=0.0)
                 tl.store(state + channels * (WIDTH - 1) + at, tl.where(token >= 0, new, old), mask=mask)
@@ -288,20 +312,20 @@ def _delta_chunks(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """What of one chunk and head does not need the state.
+    """What of a head's chunks does not need the state.
 
     Each token learns what the ones before it have not: what it adds is values - keys @ state, with the state
     before the chunk. Scores are of queries with keys, decayed; factors [3, heads, tokens] are those of the
     rows of queries and of keys, and the logarithm of the decay since the chunk began.
     """
-    row, number = _find_chunk(cu_seqlen, tl.program_id(0), num, SIZE, ROWS)
-    if row < num:
-        head, heads = tl.program_id(1), tl.num_programs(1)
-        at = tl.arange(0, SIZE)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    at, ks, vs = tl.arange(0, SIZE), tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
+    all_chunks, num_chunks = _chunks(cu_seqlen, num, SIZE, ROWS)
+    for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        row, number = _find(all_chunks, index)
         tokens = tl.load(cu_seqlen + row) + number * SIZE + at
         is_token = tokens < tl.load(cu_seqlen + row + 1)
         tokens = tokens.to(tl.int64)
-        ks, vs = tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
         k_mask = is_token[:, None] & (ks < K_DIM)[None, :]
         place = query + tokens[:, None] * query_row + head // GROUP * query_head + ks[None, :]
         q = tl.load(place, mask=k_mask, other=0.0)
@@ -378,6 +402,7 @@ def _delta_scan(  # type: ignore[no-untyped-def]
     query_head,
     key_row,
     key_head,
+    num,
     num_tokens,
     GROUP: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -385,13 +410,14 @@ def _delta_scan(  # type: ignore[no-untyped-def]
     K_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     V_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Some columns of the matrix of one head of one sequence, through its chunks."""
-    row, head, heads = tl.program_id(2), tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(cu_seqlen + row), tl.load(cu_seqlen + row + 1)
-    if start < end:
-        ks, vs = tl.arange(0, K_BLOCK), tl.program_id(0) * V_BLOCK + tl.arange(0, V_BLOCK)
-        in_k, in_v = ks < K_DIM, vs < V_DIM
+    """Some columns of the matrix of one head, through the chunks of sequences."""
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    ks, vs = tl.arange(0, K_BLOCK), tl.program_id(0) * V_BLOCK + tl.arange(0, V_BLOCK)
+    in_k, in_v = ks < K_DIM, vs < V_DIM
+    for row in range(tl.program_id(2), _num_sequences(cu_seqlen, num, ROWS), tl.num_programs(2)):
+        start, end = tl.load(cu_seqlen + row), tl.load(cu_seqlen + row + 1)
         slot = tl.load(slot_idx + row) * heads + head
         stored = pool + (slot * K_DIM + ks[:, None]) * V_DIM + vs[None, :]
         mask = in_k[:, None] & in_v[None, :]
@@ -449,6 +475,7 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
     c_group,
     least,
     most,
+    num,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     STATE: tl.constexpr,
@@ -456,20 +483,21 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
     STATE_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Some rows of the matrix of one head of one sequence, as columns, through its chunks."""
-    row, head, heads = tl.program_id(2), tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(cu_seqlen + row), tl.load(cu_seqlen + row + 1)
-    if start < end:
-        at, states = tl.arange(0, SIZE), tl.arange(0, STATE_BLOCK)
-        dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        in_dim, in_state = dims < DIM, states < STATE
+    """Some rows of the matrix of one head, as columns, through the chunks of sequences."""
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    at, states = tl.arange(0, SIZE), tl.arange(0, STATE_BLOCK)
+    dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_dim, in_state = dims < DIM, states < STATE
+    rate = tl.load(A + head).to(tl.float32)
+    for row in range(tl.program_id(2), _num_sequences(cu_seqlen, num, ROWS), tl.num_programs(2)):
+        start, end = tl.load(cu_seqlen + row), tl.load(cu_seqlen + row + 1)
         slot = tl.load(slot_idx + row) * heads + head
         stored = pool + (slot * DIM + dims[None, :]) * STATE + states[:, None]
         mask = in_state[:, None] & in_dim[None, :]
         known = tl.where(tl.load(input_pos + row) > 0, STATE, 0)
         state = tl.load(stored, mask=mask & (states < known)[:, None], other=0.0).to(tl.float32)
-        rate = tl.load(A + head).to(tl.float32)
         for first in range(start, end, SIZE):
             is_token = first + at < end
             tokens = (first + at).to(tl.int64)

@@ -1,8 +1,8 @@
 """Tokens of each sequence through its state, one after the other, as one Triton kernel for each op.
 
 A state is read and written once. That is as fast as memory for one token of each sequence, and takes about a
-microsecond for each token more: ``prefill`` has what is faster for many. Slots that several rows share, as
-padding rows share slot 0, hold the state of one of them afterwards.
+microsecond for each token more: ``prefill`` has what is faster for many. Padding rows, which have slot 0,
+neither read nor write it.
 """
 
 from __future__ import annotations
@@ -190,16 +190,18 @@ def _convolve(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channels < num_channels
-    has_past = tl.load(input_pos + row) > 0
-    state = pool + (tl.load(slot_idx + row) * num_channels + channels) * (WIDTH - 1)
+    slot = tl.load(slot_idx + row)
+    state = pool + (slot * num_channels + channels) * (WIDTH - 1)
+    is_known = channels < tl.where(tl.load(input_pos + row) > 0, num_channels, 0)
+    is_kept = channels < tl.where(slot > 0, num_channels, 0)
     new = tl.load(x + row * x_stride + channels, mask=mask, other=0.0)
     total = new.to(tl.float32) * tl.load(weight + channels * WIDTH + WIDTH - 1, mask=mask).to(tl.float32)
     for at in tl.static_range(WIDTH - 1):
-        old = tl.where(has_past, tl.load(state + at, mask=mask, other=0.0), 0.0)
+        old = tl.load(state + at, mask=is_known, other=0.0)
         total += old.to(tl.float32) * tl.load(weight + channels * WIDTH + at, mask=mask).to(tl.float32)
         if at > 0:
-            tl.store(state + at - 1, old, mask=mask)
-    tl.store(state + WIDTH - 2, new, mask=mask)
+            tl.store(state + at - 1, old, mask=is_kept)
+    tl.store(state + WIDTH - 2, new, mask=is_kept)
     if bias is not None:
         total += tl.load(bias + channels, mask=mask).to(tl.float32)
     total = total.to(out.dtype.element_ty)
@@ -245,9 +247,9 @@ def _delta_rule(  # type: ignore[no-untyped-def]
     ks, vs = tl.arange(0, K_BLOCK), tl.program_id(2) * V_BLOCK + tl.arange(0, V_BLOCK)
     k_mask, v_mask = ks < K_DIM, vs < V_DIM
     mask = k_mask[:, None] & v_mask[None, :]
-    slot = tl.load(slot_idx + row) * heads + head
-    place = pool + (slot * K_DIM + ks[:, None]) * V_DIM + vs[None, :]
-    state = tl.where(tl.load(input_pos + row) > 0, tl.load(place, mask=mask, other=0.0), 0.0)
+    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, K_DIM, 0)
+    place = pool + ((slot * heads + head) * K_DIM + ks[:, None]) * V_DIM + vs[None, :]
+    state = tl.load(place, mask=mask & (ks < known)[:, None], other=0.0)
     start, end = _tokens(cu_seqlen, row)
     for token in range(start, end):
         q = tl.load(query + token * query_row + head // GROUP * query_head + ks, mask=k_mask, other=0.0)
@@ -268,7 +270,7 @@ def _delta_rule(  # type: ignore[no-untyped-def]
         result = tl.sum((q * scale)[:, None] * state, 0)
         target = out + (token * heads + head) * V_DIM + vs
         tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
-    if start < end:
+    if slot > 0:
         tl.store(place, state, mask=mask)
 
 
@@ -308,9 +310,9 @@ def _ssd(  # type: ignore[no-untyped-def]
     dims, states = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATE_BLOCK)
     dim_mask, state_mask = dims < DIM, states < STATE
     mask = dim_mask[:, None] & state_mask[None, :]
-    slot = tl.load(slot_idx + row) * heads + head
-    place = pool + (slot * DIM + dims[:, None]) * STATE + states[None, :]
-    state = tl.where(tl.load(input_pos + row) > 0, tl.load(place, mask=mask, other=0.0), 0.0)
+    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, STATE, 0)
+    place = pool + ((slot * heads + head) * DIM + dims[:, None]) * STATE + states[None, :]
+    state = tl.load(place, mask=mask & (states < known)[None, :], other=0.0)
     rate = tl.load(A + head).to(tl.float32)
     start, end = _tokens(cu_seqlen, row)
     for token in range(start, end):
@@ -326,7 +328,7 @@ def _ssd(  # type: ignore[no-untyped-def]
             result += x * tl.load(D + head).to(tl.float32)
         target = out + (token * heads + head) * DIM + dims
         tl.store(target, result.to(out.dtype.element_ty), mask=dim_mask)
-    if start < end:
+    if slot > 0:
         tl.store(place, state, mask=mask)
 
 
@@ -360,9 +362,9 @@ def _selective(  # type: ignore[no-untyped-def]
     channel_mask, state_mask = channels < num_channels, states < STATE
     mask = channel_mask[:, None] & state_mask[None, :]
     a = tl.load(A + channels[:, None] * STATE + states[None, :], mask=mask, other=0.0).to(tl.float32)
-    slot = tl.load(slot_idx + row) * num_channels
-    place = pool + (slot + channels[:, None]) * STATE + states[None, :]
-    state = tl.where(tl.load(input_pos + row) > 0, tl.load(place, mask=mask, other=0.0), 0.0)
+    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, STATE, 0)
+    place = pool + (slot * num_channels + channels[:, None]) * STATE + states[None, :]
+    state = tl.load(place, mask=mask & (states < known)[None, :], other=0.0)
     start, end = _tokens(cu_seqlen, row)
     for token in range(start, end):
         step = tl.load(dt + token * dt_row + channels, mask=channel_mask, other=0.0)
@@ -376,7 +378,7 @@ def _selective(  # type: ignore[no-untyped-def]
             result += x * tl.load(D + channels, mask=channel_mask, other=0.0).to(tl.float32)
         target = out + token * num_channels + channels
         tl.store(target, result.to(out.dtype.element_ty), mask=channel_mask)
-    if start < end:
+    if slot > 0:
         tl.store(place, state, mask=mask)
 
 

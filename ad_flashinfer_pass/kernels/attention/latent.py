@@ -1,4 +1,4 @@
-"""Attention over a latent (``cache_latent``) by Triton kernels of this package, from capability 8.0 on.
+"""Attention over a latent (``cache_latent``) by Triton kernels of this package, on capability 9.x and above.
 
 All query heads share one row a token, so that heads, and the new tokens of a chunk, are the rows of a matrix
 product: decode, extends and prefill are one kernel. It needs no plan and no FlashInfer: lengths and pages
@@ -30,7 +30,7 @@ CAPABILITY = Capability(
     name="latent",
     workspace_bytes=4 * (_SUMS + _SUMS // 8 + 3 * _TILES),
     device_types=frozenset({"cuda"}),
-    compute_majors=frozenset({8, 9, 10, 12}),
+    compute_majors=frozenset({9, 10, 12}),
     dtypes=frozenset({torch.bfloat16, torch.float16}),
     kv_dtypes={"prefill": _EIGHT_BITS, "decode": _EIGHT_BITS},
     head_dims=frozenset(range(16, 641, 8)),
@@ -55,28 +55,32 @@ class _Workspace(NamedTuple):
     stats: Tensor
     tiles: Tensor
     num_processors: int
+    shared_memory: int
+    """Bytes of a program, at most."""
 
 
 def _workspace(device: torch.device) -> _Workspace:
     """Of a device, for one stream at a time; it never grows."""
-    processors = 8
+    processors, shared = 8, 2**18
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        processors, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
     return _Workspace(
         torch.empty(_SUMS, dtype=torch.float32, device=device),
         torch.empty(_SUMS // 8, dtype=torch.float32, device=device),
         torch.empty(3 * _TILES, dtype=torch.int32, device=device),
         processors,
+        shared,
     )
 
 
-def default_config(rows: int, rank: int) -> Config:
-    """The launch for so many rows that read the same keys, and a latent of that size."""
+def default_config(rows: int, rank: int, shared_memory: int) -> Config:
+    """The launch for so many rows that read the same keys, a latent of that size, and a GPU's memory."""
+    if rank <= 256:
+        return Config(16, 64, 4, 6) if rows <= 16 else Config(64, 64, 8, 2)
     if rows <= 16:
-        return Config(16, 32 if rank > 256 else 64, 4, 6)
-    if rows <= 32:
-        return Config(32, 32 if rank > 256 else 64, 4, 6)
-    return Config(64, 64, 8 if rank > 256 else 4, 2)
+        return Config(16, 32, 4, 6)
+    return Config(64, 64, 8, 2) if shared_memory > 2**17 and rows > 32 else Config(32, 32, 8, 4)
 
 
 def default_splits(tiles: int, num_processors: int) -> int:
@@ -86,9 +90,9 @@ def default_splits(tiles: int, num_processors: int) -> int:
 
 def _options(site: Site, batch: int, device: torch.device) -> list[int]:
     """Fewer and more splits than the default."""
-    config = default_config(site.num_heads, site.v_head_dim)
-    tiles = batch * -(-site.num_heads // config.rows)
-    splits = default_splits(tiles, workspaces.get(_workspace, device).num_processors)
+    space = workspaces.get(_workspace, device)
+    config = default_config(site.num_heads, site.v_head_dim, space.shared_memory)
+    splits = default_splits(batch * -(-site.num_heads // config.rows), space.num_processors)
     return sorted({max(1, splits // 2), min(MAX_SPLITS, 2 * splits)} - {splits})
 
 
@@ -149,13 +153,13 @@ def _attend(
     (tokens, heads, width), seqs, rank = query.shape, len(seq_len_with_cache), spec.v_head_dim
     assert rank is not None
     assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
+    space = workspaces.get(_workspace, query.device)
     if config is None:
-        config = default_config(heads if cu_seqlen is None else 64, rank)
+        config = default_config(heads if cu_seqlen is None else 64, rank, space.shared_memory)
     if cu_seqlen is None:
         tiles = seqs * triton.cdiv(heads, config.rows)
     else:  # as many as there can be, however the tokens are those of the sequences
         tiles = triton.cdiv(tokens * heads, config.rows) + seqs
-    space = workspaces.get(_workspace, query.device)
     if splits is None:
         splits = default_splits(tiles, space.num_processors)
     while splits > 1 and (tiles > _TILES or tiles * splits * config.rows * max(rank, 16) > _SUMS):

@@ -126,21 +126,15 @@ def attend(  # type: ignore[no-untyped-def]
         else:
             page = tl.load(table + positions // PAGE, mask=positions <= last, other=0).to(tl.int64)
             places = page * cache_page + (positions % PAGE) * cache_slot
-        in_cache = positions <= last
-        c = tl.load(
-            kv_cache + places[:, None] + dims[None, :],
-            mask=in_cache[:, None] & (dims[None, :] < RANK),
-            other=0.0,
-        )
+        in_cache = (positions <= last)[:, None]
+        c_mask = in_cache if RANK == RANK_BLOCK else in_cache & (dims[None, :] < RANK)
+        c = tl.load(kv_cache + places[:, None] + dims[None, :], mask=c_mask, other=0.0)
         if ONE_BYTE:
             c = c.to(tl.float16)
         logits = tl.dot(q, tl.trans(c))
         if REST > 0:
-            k_rest = tl.load(
-                kv_cache + RANK + places[:, None] + rest[None, :],
-                mask=in_cache[:, None] & (rest[None, :] < REST),
-                other=0.0,
-            )
+            rest_mask = in_cache if REST == REST_BLOCK else in_cache & (rest[None, :] < REST)
+            k_rest = tl.load(kv_cache + RANK + places[:, None] + rest[None, :], mask=rest_mask, other=0.0)
             if ONE_BYTE:
                 k_rest = k_rest.to(tl.float16)
             logits = tl.dot(q_rest, tl.trans(k_rest), logits)

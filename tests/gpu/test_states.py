@@ -97,7 +97,8 @@ def test_gated_delta_rule_of_published_widths(size: int, alike: float) -> None:
     tokens += [-torch.rand(1, 250, 8) / 10, torch.rand(1, 250, 8).bfloat16()]
 
     def run(*args: Any) -> Tensor:
-        return ops.cached_gated_delta_rule(*args[:5], True, *args[5:])
+        given = [*args[:5], True, *args[5:]]
+        return ops.cached_gated_delta_rule(*given)
 
     check_error(run, tokens, (8, size, size))
 

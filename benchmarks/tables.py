@@ -171,7 +171,7 @@ def experts(data: dict[str, Any]) -> list[str]:
             cells = [model["name"], str(row["sequences"]), *cells, _number(row["chosen"], ".1f")]
             lines.append(f"| {' | '.join(cells)} |")
     built = [f"{m['name']} {m['build_seconds']:.0f} s" for m in data["models"] if m["build_seconds"]]
-    lines += ["", f"Built in: {', '.join(built)}. Not run: {', '.join(data['not_run']) or 'none'}.", ""]
+    lines += ["", f"Built in: {', '.join(built)}. {data['note']}.", ""]
     lines += _heading("tokens", "experts of a layer, us", "floor, us", "of floor", "by torch, us")
     for row in data["kernels"]:
         share = row["floor_us"] and row["floor_us"] / row["us"]

@@ -4,6 +4,10 @@ Nothing is sorted: ``_up`` has programs for each pair of a token and one of its 
 token, whose k experts it sums itself. Products are summed in float32 registers, without tensor cores. An
 expert that two tokens chose is read twice, from the L2 cache if they run at about the same time. To set
 ``_down`` up while ``_up`` runs, and let it ask for its weights then, made both slower by a tenth on an H200.
+
+Float8 weights have loops of their own: half the bytes take as long, unless twice as many elements are asked
+for at once, and a sum for each element leaves no registers for that. So a thread adds what it reads of a row,
+which has one scale. For weights of 16 bits such loops were slower by a tenth.
 """
 
 from __future__ import annotations
@@ -40,13 +44,12 @@ _AT_ONCE = tl.constexpr(4)
 """Parts of a row, of as many elements as a program takes in turn, that are asked for at once."""
 _MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
-_CANDIDATES = [(2, 1024, 4, 4, 256, 4), (2, 2048, 4, 2, 256, 4), (1, 1024, 4, 2, 512, 4)]
-# Of a byte an element, to which x and its scales come for each row: more rows share them.
+_CANDIDATES = [(2, 1024, 4, 2, 512, 2), (1, 1024, 4, 2, 1024, 2)]
 _OF_8_BITS = [
-    (4, 2048, 4, 4, 256, 4),
-    (8, 2048, 8, 8, 256, 8),
-    (4, 1024, 2, 4, 256, 2),
-    (8, 1024, 4, 8, 256, 4),
+    (2, 2048, 2, 4, 256, 4),
+    (4, 1024, 2, 4, 256, 4),
+    (8, 2048, 4, 8, 256, 4),
+    (4, 2048, 4, 4, 256, 8),
 ]
 
 
@@ -96,23 +99,22 @@ def run(x: Experts, config: Config) -> Tensor:
         num_warps=config.warps,
     )
     out = new((num_tokens, x.hidden))
-    _down[(num_tokens, triton.cdiv(x.hidden, config.down_rows))](
-        middle,
-        x.top_k_index,
-        None if x.weigh_input else x.top_k_weights,
-        x.down.weight,
-        x.down.bias,
+    grid = (num_tokens, triton.cdiv(x.hidden, config.down_rows))
+    inputs = (middle, x.top_k_index, None if x.weigh_input else x.top_k_weights, x.down.weight, x.down.bias)
+    sizes = {"DEPTH": x.width, "TOP_K": top_k, "ROWS": config.down_rows, "BLOCK": config.down_depth}
+    if x.down.scale is None:
+        _down[grid](*inputs, out, x.hidden, *x.down.strides, **sizes, num_warps=config.down_warps)
+        return out
+    _down_float8[grid](
+        *inputs,
         x.down.scale,
         out,
         x.hidden,
         *x.down.strides,
         *x.down.scale_strides,
-        DEPTH=x.width,
-        TOP_K=top_k,
         PLACES=triton.next_power_of_2(top_k),
         BY_BLOCKS=x.down.is_by_blocks,
-        ROWS=config.down_rows,
-        BLOCK=config.down_depth,
+        **sizes,
         num_warps=config.down_warps,
     )
     return out
@@ -154,36 +156,55 @@ def _up(  # type: ignore[no-untyped-def]
     expert = tl.load(index + pair).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
-    TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
-    chunks = tl.arange(0, BLOCK // _CHUNK) * _CHUNK
-    lanes = chunks[:, None] + tl.arange(0, _CHUNK)[None, :]
-    # Threads lie along the chunks, which come first for that; each keeps all rows of its own.
-    offsets = expert * stride_expert + rows[None, :, None] * stride_row + lanes[:, None, :] * stride_column
-    inputs = x + (pair // TOP_K) * DEPTH + lanes
     scales = expert * stride_scale_expert
     scales += (tl.program_id(1) * ROWS // _SCALE_BLOCK if BY_BLOCKS else rows) * stride_scale_row
-    sums = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
-    ups = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
-    for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _AT_ONCE else 1):
-        lane_mask = start + lanes < DEPTH
-        mask = row_mask[None, :, None] & lane_mask[:, None, :]
-        place = offsets + start * stride_column
-        w = tl.load(weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
-        if up_weight is not None:
-            up_w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
-        v = tl.load(inputs + start, mask=lane_mask, other=0.0).to(tl.float32)[:, None, :]
-        if BY_BLOCKS:
-            block_scales = scales + (start + chunks) // _SCALE_BLOCK
-            in_depth = start + chunks < DEPTH
-            factors = tl.load(scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
+    if scale is None:
+        lanes = tl.arange(0, BLOCK)
+        offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
+        sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for start in range(0, DEPTH, BLOCK):
+            lane_mask = start + lanes < DEPTH
+            mask = row_mask[:, None] & lane_mask[None, :]
+            place = offsets + start * stride_column
+            w = tl.load(weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            v = tl.load(x + (pair // TOP_K) * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
+            sums += w.to(tl.float32) * v[None, :]
             if up_weight is not None:
-                up_factors = tl.load(up_scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
-        part = tl.sum(w.to(tl.float32) * v, axis=2)
-        sums += part * factors[:, None] if BY_BLOCKS else part
-        if up_weight is not None:
-            part = tl.sum(up_w.to(tl.float32) * v, axis=2)
-            ups += part * up_factors[:, None] if BY_BLOCKS else part
-    total, up = tl.sum(sums, axis=0), tl.sum(ups, axis=0)
+                w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
+                ups += w.to(tl.float32) * v[None, :]
+        total, up = tl.sum(sums, axis=1), tl.sum(ups, axis=1)
+    else:
+        TURNS: tl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
+        chunks = tl.arange(0, BLOCK // _CHUNK) * _CHUNK
+        lanes = chunks[:, None] + tl.arange(0, _CHUNK)[None, :]
+        # Threads lie along the chunks, which come first for that; each keeps all rows of its own.
+        offsets = (
+            expert * stride_expert + rows[None, :, None] * stride_row + lanes[:, None, :] * stride_column
+        )
+        inputs = x + (pair // TOP_K) * DEPTH + lanes
+        sums = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
+        ups = tl.zeros((BLOCK // _CHUNK, ROWS), dtype=tl.float32)
+        for start in tl.range(0, DEPTH, BLOCK, loop_unroll_factor=TURNS if TURNS <= _AT_ONCE else 1):
+            lane_mask = start + lanes < DEPTH
+            mask = row_mask[None, :, None] & lane_mask[:, None, :]
+            place = offsets + start * stride_column
+            w = tl.load(weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            if up_weight is not None:
+                up_w = tl.load(up_weight + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            v = tl.load(inputs + start, mask=lane_mask, other=0.0).to(tl.float32)[:, None, :]
+            if BY_BLOCKS:
+                block_scales = scales + (start + chunks) // _SCALE_BLOCK
+                in_depth = start + chunks < DEPTH
+                factors = tl.load(scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
+                if up_weight is not None:
+                    up_factors = tl.load(up_scale + block_scales, mask=in_depth, other=0.0).to(tl.float32)
+            part = tl.sum(w.to(tl.float32) * v, axis=2)
+            sums += part * factors[:, None] if BY_BLOCKS else part
+            if up_weight is not None:
+                part = tl.sum(up_w.to(tl.float32) * v, axis=2)
+                ups += part * up_factors[:, None] if BY_BLOCKS else part
+        total, up = tl.sum(sums, axis=0), tl.sum(ups, axis=0)
     if scale is not None and not BY_BLOCKS:
         total *= tl.load(scale + scales, mask=row_mask, other=0.0).to(tl.float32)
         if up_weight is not None:
@@ -208,6 +229,54 @@ def _down(  # type: ignore[no-untyped-def]
     token_weights,
     weight,
     bias,
+    out,
+    num_rows,
+    stride_expert,
+    stride_row,
+    stride_column,
+    stride_bias_expert,
+    stride_bias,
+    DEPTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS elements of a token's result."""
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < num_rows
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    biases = tl.zeros((ROWS,), dtype=tl.float32)
+    for place in tl.static_range(TOP_K):
+        pair = token * TOP_K + place
+        expert = tl.load(index + pair).to(tl.int64)
+        factor = 1.0
+        if token_weights is not None:
+            factor = tl.load(token_weights + pair).to(tl.float32)
+        offsets = expert * stride_expert + rows[:, None] * stride_row + lanes[None, :] * stride_column
+        for start in tl.static_range(0, DEPTH, BLOCK):
+            lane_mask = start + lanes < DEPTH
+            mask = row_mask[:, None] & lane_mask[None, :]
+            w = tl.load(
+                weight + offsets + start * stride_column, mask=mask, other=0.0, eviction_policy="evict_first"
+            )
+            v = tl.load(x + pair * DEPTH + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
+            sums += w.to(tl.float32) * (v * factor)[None, :]
+        if bias is not None:
+            place_of_bias = expert * stride_bias_expert + rows * stride_bias
+            biases += factor * tl.load(bias + place_of_bias, mask=row_mask, other=0.0).to(tl.float32)
+    total = tl.sum(sums, axis=1) + biases
+    tl.store(out + token * num_rows + rows, total.to(out.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit
+def _down_float8(  # type: ignore[no-untyped-def]
+    x,
+    index,
+    token_weights,
+    weight,
+    bias,
     scale,
     out,
     num_rows,
@@ -225,7 +294,7 @@ def _down(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS elements of a token's result."""
+    """``_down`` of float8 weights: all experts of the token at once."""
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
@@ -248,7 +317,8 @@ def _down(  # type: ignore[no-untyped-def]
             in_depth = is_place[None, :, None] & (first + turn * BLOCK + lanes < DEPTH)[:, None, :]
             mask = row_mask[None, None, :, None] & in_depth[:, :, None, :]
             w = weight + offsets + (first + turn * BLOCK) * stride_column
-            parts += (tl.load(w, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            part = tl.load(w, mask=mask, other=0.0, eviction_policy="evict_first")
+            parts += (part,)  # type: ignore[assignment]
         for turn in tl.static_range(TURNS):
             start = first + turn * BLOCK
             in_depth = is_place[None, :, None] & (start + lanes < DEPTH)[:, None, :]
@@ -262,7 +332,7 @@ def _down(  # type: ignore[no-untyped-def]
             sums += part
     results = tl.sum(sums, axis=0)
     results_mask = is_place[:, None] & row_mask[None, :]
-    if scale is not None and not BY_BLOCKS:
+    if not BY_BLOCKS:
         row_scales = scales[:, None] + (rows * stride_scale_row)[None, :]
         results *= tl.load(scale + row_scales, mask=results_mask, other=0.0).to(tl.float32)
     if bias is not None:

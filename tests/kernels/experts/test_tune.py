@@ -35,6 +35,22 @@ def test_the_default_is_the_first_candidate(tokens: int) -> None:
     assert any(name.startswith("gemv") for name in names) == (tokens == 1)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "name"), [("none", "grouped"), ("token", "grouped_w8a8"), ("block", "grouped_w8a8")]
+)
+def test_activations_are_quantized_where_the_checkpoint_does(quantization: str, name: str) -> None:
+    """But for the few tokens of gemv, which reads float8 weights as fast beside activations of 16 bits."""
+    weights = {"gate_up_proj": torch.zeros(16, 8, 6), "down_proj": torch.zeros(16, 6, 4)}
+    weights = {key: weight.to(torch.float8_e4m3fn) for key, weight in weights.items()}
+    scales = {"gate_up_scale": torch.ones(16, 1, 1), "down_scale": torch.ones(16, 1, 1)}
+    options = {**OPTIONS, "input_quantization": quantization}
+    subject = ExpertsLayers([(2, torch.bfloat16, {**weights, **scales}, options)])
+    (kind,) = subject.kinds
+    assert (f"activations {quantization}" in str(kind)) == (quantization != "none")
+    assert {each.split("/")[0] for each in subject.candidates(64)} == {"triton", name}
+    assert "gemv" in {each.split("/")[0] for each in subject.candidates(1)}
+
+
 def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def microseconds(launches: list[Any]) -> float:
         (name,) = launches[0].args

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.errors import ExportError
+from tests import architectures
 from tests.transforms.small_models import SmallModel, assert_computes, context, run, sdpa, tokens
 
 
@@ -216,6 +217,24 @@ def test_model_that_needs_fixed_shapes_or_values_is_refused(model: nn.Module, na
     assert message.startswith(f"{named} cannot be exported with dynamic batch and sequence: ")
     assert len(message) > 100
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_moe"])
+def test_a_path_for_one_token_is_seen_beside_ops_that_round_otherwise(family: str) -> None:
+    """In bfloat16 experts and states by our ops are not what transformers computes to the last bit."""
+
+    class ForOneToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = architectures.small_config(family, num_hidden_layers=1)
+            self.inner = architectures.random_model(config).bfloat16()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            logits: Tensor = self.inner(input_ids, use_cache=False).logits
+            return logits * (1.1 if input_ids.shape[1] == 1 else 1)
+
+    with pytest.raises(ExportError, match="its code takes another path for a size of 1"):
+        run(ForOneToken(), context(), "export_model")
 
 
 def test_a_branch_beyond_max_seq_len_does_not_matter() -> None:

@@ -9,8 +9,9 @@ captured graph; what the layers read is at least ten times the L2 cache. ``of_co
 over the time, as a share of the copy's bandwidth; ``tflops``: two products of every head and row.
 ``new`` is 1 for a decode step, else the tokens of one prompt.
 
-``models``: a decode step of DeepSeek-V2-Lite by replay, tokens chosen; ``floor_ms``: weights and rows of
-every token over the bandwidth. ``latent`` is false where ``cache_latent`` is left out: K and V of each head.
+``models``: a decode step of DeepSeek-V2-Lite by replay, tokens chosen; ``floor_ms``: weights, of the experts
+those that were chosen, and rows of every token over the bandwidth. ``latent`` is false where ``cache_latent``
+is left out: K and V of each head.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.measure import microseconds
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
-from benchmarks.experts import PACKAGES, installed
+from benchmarks.experts import PACKAGES, Chosen, graph_of, installed
 
 RANK, WIDTH, PAGE = 512, 576, 32
 DEVICE = torch.device("cuda", 0)
@@ -96,8 +97,8 @@ def measure_kernel(heads: int, batch: int, context: int, new: int, bandwidth: fl
     }
 
 
-def step_ms(model: CachedModel, batch: int, context: int) -> float:
-    """Median of decode steps by replay, each with the choice of its tokens."""
+def step_ms(model: CachedModel, batch: int, context: int) -> tuple[float, float]:
+    """Median of decode steps by replay, each with the choice of its tokens; and the experts of a layer."""
     pages = context // model.sequence_info.tokens_per_block + 2
     tables = [range(1 + i * pages, 1 + (i + 1) * pages) for i in range(batch)]
     steps = [SequenceStep([5], context, list(table), slot=1 + i) for i, table in enumerate(tables)]
@@ -109,7 +110,11 @@ def step_ms(model: CachedModel, batch: int, context: int) -> float:
         model.sample_and_advance(is_greedy=True)
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in itertools.pairwise(marks[10:])]
-    return statistics.median(times)
+    graph = graph_of(model, batch)
+    inputs, counter = {**model.sequence_info.named_args(), **model.caches}, Chosen(graph)
+    with torch.inference_mode():
+        counter.run(*(inputs[node.name] for node in graph.graph.find_nodes(op="placeholder")))
+    return statistics.median(times), statistics.mean(counter.numbers)
 
 
 def measure_model(is_latent: bool, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
@@ -135,9 +140,12 @@ def measure_model(is_latent: bool, args: argparse.Namespace, bandwidth: float) -
     assert isinstance(model, CachedModel)
     for batch, context in ((b, c) for c in args.contexts for b in args.batches):
         if batch * (context // PAGE + 2) < model.num_pages:
-            floor = 1e3 * step_bytes(model, batch, context) / bandwidth
-            row = {"latent": is_latent, "sequences": batch, "context": context, "floor_ms": floor}
-            rows.append({**row, "step_ms": step_ms(model, batch, context)})
+            ms, chosen = step_ms(model, batch, context)
+            expected = model.weights.bytes_at(batch) - model.weights.always
+            read = sum(chosen * site.bytes_each for site in model.weights.experts)
+            floor = 1e3 * (step_bytes(model, batch, context) - expected + read) / bandwidth
+            row = {"latent": is_latent, "sequences": batch, "context": context, "chosen": chosen}
+            rows.append({**row, "floor_ms": floor, "step_ms": ms})
     print(*(note for report in llm.reports for note in report.notes if "decode of" in note), sep="\n")
     return rows
 

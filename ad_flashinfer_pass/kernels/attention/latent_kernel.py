@@ -46,6 +46,7 @@ def attend(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SEQS: tl.constexpr,
+    LEVELS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAP: tl.constexpr,
@@ -63,11 +64,14 @@ def attend(  # type: ignore[no-untyped-def]
         begins = tl.load(cu_seqlen + every, mask=every < num_seqs, other=0)
         ends = tl.load(cu_seqlen + every + 1, mask=every < num_seqs, other=0)
         needed = tl.cdiv((ends - begins) * HEADS, ROWS)
-        seq = tl.sum((tl.cumsum(needed, 0) <= tile).to(tl.int32), 0)
-        if seq >= num_seqs:
+        if tile >= tl.sum(needed, 0):
             if tiles is not None and part == 0:
                 tl.store(tiles + 3 * tile, 0)
             return
+        seq = 0  # halving: the first sequence with whose tiles there are more than this one's number
+        for half in tl.static_range(LEVELS):
+            past = seq + (SEQS >> (half + 1))
+            seq = tl.where(tl.sum(tl.where(every < past, needed, 0), 0) <= tile, past, seq)
         token = tl.load(cu_seqlen + seq)
         new = tl.load(cu_seqlen + seq + 1) - token
         first = (tile - tl.sum(tl.where(every < seq, needed, 0), 0)) * ROWS
@@ -118,6 +122,7 @@ def attend(  # type: ignore[no-untyped-def]
     top = tl.full((ROWS,), _LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+    weights, shrink = tl.zeros((ROWS, BLOCK), q.dtype), top
     for block in range(begin, end):
         positions = block * BLOCK + offsets
         if PAGE % BLOCK == 0:
@@ -131,28 +136,32 @@ def attend(  # type: ignore[no-untyped-def]
         c = tl.load(kv_cache + places[:, None] + dims[None, :], mask=c_mask, other=0.0)
         if ONE_BYTE:
             c = c.to(tl.float16)
-        logits = tl.dot(q, tl.trans(c))
         if REST > 0:
             rest_mask = in_cache if REST == REST_BLOCK else in_cache & (rest[None, :] < REST)
             k_rest = tl.load(kv_cache + RANK + places[:, None] + rest[None, :], mask=rest_mask, other=0.0)
             if ONE_BYTE:
                 k_rest = k_rest.to(tl.float16)
-            logits = tl.dot(q_rest, tl.trans(k_rest), logits)
-        logits = logits * factor[:, None]
-        if CAP is not None:
-            logits = CAP * LOG2E * (1.0 - 2.0 / (tl.exp(logits * (2.0 / CAP)) + 1.0))  # tanh
-        visible = positions[None, :] <= seen[:, None]
-        if WINDOW is not None:
-            visible = visible & (positions[None, :] > seen[:, None] - WINDOW)
-        if CHUNK is not None:
-            visible = visible & (positions[None, :] // CHUNK == seen[:, None] // CHUNK)
-        logits = tl.where(visible, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(c.dtype), c, sums * shrink[:, None])
-        top = new_top
+        if ROWS >= 64:
+            # Always so. Of a product that leads to another, Triton lets each half of the warps compute all,
+            # but it does not see one behind a branch.
+            if block >= begin:
+                logits = tl.zeros((ROWS, BLOCK), tl.float32)
+                if REST > 0:
+                    if splits > 0:
+                        logits = tl.dot(q_rest, tl.trans(k_rest), logits)
+                logits = tl.dot(q, tl.trans(c), logits) * factor[:, None]
+                weights, shrink, top, total = _weigh(
+                    logits, positions, seen, top, total, c.dtype, WINDOW, CHUNK, CAP
+                )
+        else:
+            logits = tl.dot(q, tl.trans(c))
+            if REST > 0:
+                logits = tl.dot(q_rest, tl.trans(k_rest), logits)
+            logits = logits * factor[:, None]
+            weights, shrink, top, total = _weigh(
+                logits, positions, seen, top, total, c.dtype, WINDOW, CHUNK, CAP
+            )
+        sums = tl.dot(weights, c, sums * shrink[:, None])
 
     mask = row_mask[:, None] & (dims[None, :] < RANK)
     if tiles is not None and part == 0:
@@ -174,6 +183,34 @@ def attend(  # type: ignore[no-untyped-def]
         tl.store(sums_of_parts + row.to(tl.int64)[:, None] * RANK + dims[None, :], sums, mask=mask)
         tl.store(stats_of_parts + 2 * row, top, mask=row_mask)
         tl.store(stats_of_parts + 2 * row + 1, total, mask=row_mask)
+
+
+@triton.jit
+def _weigh(  # type: ignore[no-untyped-def]
+    logits,
+    positions,
+    seen,
+    top,
+    total,
+    dtype: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """A block of the online softmax: weights, what the sums before shrink by, the new maximum and total."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if CAP is not None:
+        logits = CAP * LOG2E * (1.0 - 2.0 / (tl.exp(logits * (2.0 / CAP)) + 1.0))  # tanh
+    visible = positions[None, :] <= seen[:, None]
+    if WINDOW is not None:
+        visible = visible & (positions[None, :] > seen[:, None] - WINDOW)
+    if CHUNK is not None:
+        visible = visible & (positions[None, :] // CHUNK == seen[:, None] // CHUNK)
+    logits = tl.where(visible, logits, float("-inf"))
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    return weights.to(dtype), shrink, new_top, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=["v_scale", "splits"])

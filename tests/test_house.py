@@ -30,7 +30,7 @@ transforms
 pipeline
 exported, build, torch_compile, autodeploy
 inspection
-deployment
+deployment, serving
 cli
 __init__
 __main__

@@ -34,6 +34,7 @@ from ad_flashinfer_pass.cli import (
     prebuild,
     quantize,
     report,
+    serve,
 )
 from ad_flashinfer_pass.cli.options import PROG, print_error
 
@@ -58,6 +59,7 @@ for _command, _examples in (
     (quantize.quantize, quantize.EXAMPLES),
     (prebuild.prebuild, prebuild.EXAMPLES),
     (bench.bench, bench.EXAMPLES),
+    (serve.serve, serve.EXAMPLES),
     (doctor.doctor, doctor.EXAMPLES),
     (migrate.migrate, migrate.EXAMPLES),
 ):

@@ -44,18 +44,31 @@ def apply_template(messages: Messages, tokenizer: Any) -> list[int]:
     Raises:
         RequestError: there is no template, the messages are none, or the template refuses them.
     """
-    from jinja2 import TemplateError
-
     require_template(tokenizer)
     if not is_messages(messages):
         raise RequestError(f"messages must be {MUST_BE}, got {messages!r:.80}.")
-    chat = [dict(message) for message in messages]
+    return render([dict(message) for message in messages], tokenizer)
+
+
+def render(chat: Sequence[Mapping[str, Any]], tokenizer: Any, **variables: Any) -> list[int]:
+    """The token ids of a chat whatever is in it, up to where the model's answer begins.
+
+    Args:
+        chat: messages as the template takes them.
+        tokenizer: with a template.
+        variables: of the template, such as ``tools``.
+
+    Raises:
+        RequestError: the template refuses the chat.
+    """
+    from jinja2 import TemplateError
+
     refusal = "the model's chat template refuses this chat"
     with foreign_code(refusal):
         try:
             return list(
                 tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, tokenize=True, return_dict=False
+                    list(chat), add_generation_prompt=True, tokenize=True, return_dict=False, **variables
                 )
             )
         except TemplateError as err:  # what a template says itself needs no name of a class

@@ -106,6 +106,7 @@ class _Request(SequenceState):
     stop_token_ids: frozenset[int]
     seed: int
     stream: TextStream | None = None
+    detokenize: bool = True
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """By position."""
@@ -244,6 +245,7 @@ class Engine:
         *,
         stream: bool = False,
         cache_salt: str = "",
+        detokenize: bool = True,
     ) -> int:
         """Queue a request; it joins in one of the next steps.
 
@@ -253,6 +255,7 @@ class Engine:
             stream: report text with each step.
             cache_salt: the request shares pages with those of the same salt alone, so that by the time that
                 it takes nobody else can tell what it holds.
+            detokenize: whether its completion has a text.
 
         Returns:
             The request's id.
@@ -263,12 +266,11 @@ class Engine:
                 text and there is no tokenizer; or another engine has requests on the same model.
         """
         with self.turns:
-            return self._add_request(
-                prompt, SamplingParams() if params is None else params, stream, cache_salt
-            )
+            params = SamplingParams() if params is None else params
+            return self._add_request(prompt, params, stream, cache_salt, detokenize)
 
     def _add_request(
-        self, prompt: Sequence[int], params: SamplingParams, stream: bool, cache_salt: str
+        self, prompt: Sequence[int], params: SamplingParams, stream: bool, cache_salt: str, detokenize: bool
     ) -> int:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {params!r:.80}.")
@@ -290,6 +292,7 @@ class Engine:
             stop_token_ids=eos.union(params.stop_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stream=text_stream,
+            detokenize=detokenize,
             takes_known=params.prompt_logprobs is None,
             salt=sha256(cache_salt.encode()).digest(),
         )
@@ -314,6 +317,11 @@ class Engine:
             self._forget_steps()
             self._scheduler.restart(self._requests.values())
         _USERS[self._model] = (ref(self), self._model.num_lone_steps)
+
+    def room_after(self, num_prompt_tokens: int) -> int:
+        """New tokens that a request with so long a prompt can have, at most."""
+        most = self._pool.capacity * self._tokens_per_page + 1  # the last token is not cached
+        return min(self._max_seq_len, most) - num_prompt_tokens
 
     def cancel(self, request_id: int) -> bool:
         """End a request; the next ``step`` reports its completion, with the tokens it has.
@@ -521,7 +529,7 @@ class Engine:
                 whole_text = request.stream.text
                 if request.stream.is_stopped and reason == "length":
                     reason = "stop"
-            elif self._tokenizer is not None:
+            elif self._tokenizer is not None and request.detokenize:
                 is_stop_token = token in request.stop_token_ids
                 whole_text = self._text_decoder.decode(generated[:-1] if is_stop_token else generated)
         except RequestError as err:

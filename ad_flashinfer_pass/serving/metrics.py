@@ -51,7 +51,7 @@ class ServerMetrics:
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_OfEngine(engine))  # type: ignore[arg-type]
+        self._registry.register(_OfEngine(engine))
         registry = self._registry
         self.open_requests = Gauge(
             f"{_PREFIX}open_requests", "Continuations admitted and not yet answered.", registry=registry

@@ -63,8 +63,9 @@ def alone() -> str:
     """The demo model's own continuation, by transformers."""
     loaded = load_model(AutoDeployConfig(device="cpu"))
     tokenizer: Any = loaded.tokenizer
+    model: Any = loaded.module
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
-    found = loaded.module.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    found = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     return str(tokenizer.decode(found, skip_special_tokens=True))
 
 

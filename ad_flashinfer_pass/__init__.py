@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ad_flashinfer_pass.runtime.cached_model import CachedModel
     from ad_flashinfer_pass.runtime.llm import LLM, GenerationResult, Progress
     from ad_flashinfer_pass.runtime.sampling import SamplingParams
+    from ad_flashinfer_pass.runtime.structure import GuidedDecodingParams
     from ad_flashinfer_pass.torch_compile.session import CacheSession
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "GenerationResult",
+    "GuidedDecodingParams",
     "KernelError",
     "KvCacheConfig",
     "LoadError",
@@ -72,6 +74,7 @@ _HOME = {
     "CacheSession": "torch_compile.session",
     "CachedModel": "runtime.cached_model",
     "GenerationResult": "runtime.llm",
+    "GuidedDecodingParams": "runtime.structure",
     "KvCacheConfig": "config",
     "Progress": "runtime.llm",
     "SamplingParams": "runtime.sampling",

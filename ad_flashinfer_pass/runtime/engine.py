@@ -15,11 +15,14 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from torch import Tensor
 
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -28,7 +31,8 @@ from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.runtime.sampling import SamplingParams, TokenLogprobs
 from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
-from ad_flashinfer_pass.runtime.step_runner import PendingTokens, StepRunner, Wanted
+from ad_flashinfer_pass.runtime.step_runner import FindBits, PendingTokens, StepRunner, Wanted
+from ad_flashinfer_pass.runtime.structure import Grammars, Matcher, new_bits
 from ad_flashinfer_pass.runtime.turns import Turns
 from ad_flashinfer_pass.runtime.values import as_bool, as_int, as_ints, as_token_ids
 
@@ -40,6 +44,8 @@ logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 _PAGES_AHEAD = 2
+_PATIENCE = 0.05
+"""Seconds that a call of ``step`` waits for grammars at most, where there is nothing else to do."""
 _USERS: WeakKeyDictionary[CachedModel, tuple[ReferenceType[Engine], int]] = WeakKeyDictionary()
 """By model, the engine that got a request last, and how many steps the model had made without one by then."""
 
@@ -107,6 +113,9 @@ class _Request(SequenceState):
     seed: int
     stream: TextStream | None = None
     detokenize: bool = True
+    grammar: Future[Any] | None = None
+    """Compiled or being compiled, if its text is to have a form."""
+    matcher: Matcher | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """By position."""
@@ -208,6 +217,13 @@ class Engine:
         self._continuable_epoch: int | None = None
         """The scheduler's epoch if the metadata on the device are those of the next step of these rows."""
         self._requests: dict[int, _Request] = {}
+        self.grammars = Grammars(tokenizer, model.vocab_size, sorted(self._eos_token_ids))
+        self._compiling: list[_Request] = []
+        """Those of them whose grammars are not ready yet."""
+        self._is_guided = False
+        """Whether a row of the step enqueued last has a grammar."""
+        self._has_read = False
+        """Whether tokens were read since ``step`` was called."""
         self._outputs: list[StepOutput] = []
         """What ``step`` has not returned yet."""
         self._num_requests = 0
@@ -231,7 +247,7 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + len(self._compiling),
             pages_in_use=self._pool.num_in_use,
             pages_kept=self._pool.num_kept,
             num_pages=self._pool.capacity,
@@ -300,7 +316,11 @@ class Engine:
         self._num_requests += 1
         self._num_prompt_tokens += len(token_ids)
         self._requests[request.request_id] = request
-        self._scheduler.add(request)
+        if params.guided_decoding is None:
+            self._scheduler.add(request)
+        else:
+            request.grammar = self.grammars.compile(params.guided_decoding)
+            self._compiling.append(request)
         return request.request_id
 
     def _take_over_pages(self) -> None:
@@ -315,7 +335,7 @@ class Engine:
         is_same = other is self or user is None
         if not (is_same and num_steps == self._model.num_lone_steps):
             self._forget_steps()
-            self._scheduler.restart(self._requests.values())
+            self._restart()
         _USERS[self._model] = (ref(self), self._model.num_lone_steps)
 
     def room_after(self, num_prompt_tokens: int) -> int:
@@ -363,12 +383,40 @@ class Engine:
     def _recover(self) -> None:
         """Make the state whole again. What was raised can have struck between any two instructions."""
         self._forget_steps()
-        self._scheduler.restart(self._requests.values())
+        self._restart()
+
+    def _restart(self) -> None:
+        for request in self._requests.values():
+            if request.matcher is not None and request.grammar is not None:
+                request.matcher = Matcher(request.grammar.result())
+                for token in request.token_ids[request.num_prompt_tokens :]:
+                    request.matcher.accept(token)
+        self._scheduler.restart(
+            request for request in self._requests.values() if request not in self._compiling
+        )
+
+    def _take_in_compiled(self) -> None:
+        """Queue requests whose grammars are ready; wait for one if there is nothing else to do."""
+        if not (self._scheduler.num_running or self._scheduler.num_waiting or self._outputs):
+            wait([each.grammar for each in self._compiling if each.grammar], _PATIENCE, FIRST_COMPLETED)
+        for request in list(self._compiling):
+            if request.grammar is None or not request.grammar.done():
+                continue
+            try:
+                request.matcher = Matcher(request.grammar.result())
+            except RequestError as err:
+                self._outputs.append(self._fail(request, str(err)))
+                continue
+            self._compiling.remove(request)
+            self._scheduler.add(request)
 
     def _step(self) -> None:
+        self._has_read = False
+        if self._compiling:
+            self._take_in_compiled()
         while self._in_flight and not self._is_awaited(self._in_flight[0]):
             self._in_flight.popleft()
-        while len(self._in_flight) <= self._steps_ahead:
+        while len(self._in_flight) <= self._steps_ahead and not self._has_read:
             plan = self._scheduler.schedule()
             if not plan:
                 break
@@ -379,7 +427,7 @@ class Engine:
                 self._fail_all([request for request, _ in plan], error)
                 self._forget_steps()
                 break
-        if self._in_flight:
+        if self._in_flight and not self._has_read:
             self._read_oldest()
         self._scheduler.clear_released_pages()
 
@@ -390,14 +438,15 @@ class Engine:
         scored: list[tuple[_Request, int]] = []
         try:
             if self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows:
-                tokens = self._runner.run_again(self._last_rows)
+                tokens = self._runner.run_again(rows, self._find_bits(rows))
             else:
                 steps = self._sequence_steps(plan)
                 for (request, _), step in zip(plan, steps, strict=True):
                     first = request.num_cached + 1
                     scored += [(request, at) for at in range(first, first + step.num_scored)]
                 self._wanted = _wanted(rows, scored)
-                tokens = self._runner.run(steps, rows, self._wanted)
+                self._is_guided = any(request.matcher is not None for request in rows)
+                tokens = self._runner.run(steps, rows, self._wanted, self._find_bits(rows))
         except _STEP_ERRORS as err:
             logger.debug("a step of %d sequences failed", len(plan), exc_info=True)
             return err
@@ -407,12 +456,32 @@ class Engine:
         self._last_rows = rows
         for request, num_new in plan:
             request.num_cached += num_new
-            if num_new > 1:
+            if num_new > 1 and request.pages:
                 self._scheduler.name_pages(request)
         for request in rows:
             request.num_pending += 1
         self._in_flight.append(_InFlight(rows, tokens, self._wanted, scored))
         return None
+
+    def _find_bits(self, rows: Sequence[_Request]) -> FindBits | None:
+        return partial(self._bits, rows) if self._is_guided else None
+
+    def _bits(self, rows: Sequence[_Request]) -> Tensor | None:
+        """The tokens that rows may get; of those with a grammar the tokens so far are read first.
+
+        The device runs the model meanwhile.
+        """
+        guided = [(index, request) for index, request in enumerate(rows) if request.matcher is not None]
+        if not guided:
+            return None
+        while self._in_flight and any(request.num_pending for _, request in guided):
+            self._read_oldest()
+            self._has_read = True
+        bits = new_bits(len(rows), self._model.vocab_size)
+        for index, request in guided:
+            if request.matcher is not None and request.request_id in self._requests:
+                request.matcher.fill(bits, index)
+        return bits
 
     def _sequence_steps(self, plan: list[tuple[_Request, int]]) -> list[SequenceStep]:
         places = {request.request_id: place for place, request in enumerate(self._last_rows)}
@@ -488,6 +557,8 @@ class Engine:
             return self._fail(
                 request, f"the logits after {num_tokens} tokens hold NaN or +inf, or only -inf."
             )
+        if request.matcher is not None and not request.matcher.accept(token):
+            return self._fail(request, f"the grammar does not allow the token {token}.")
         request.token_ids.append(token)
         if logprobs is not None:
             request.logprobs.append(logprobs)
@@ -519,7 +590,10 @@ class Engine:
     ) -> StepOutput:
         """Forget a request, with its pages, and say how it ended."""
         del self._requests[request.request_id]
-        self._scheduler.remove(request, is_broken=error is not None)
+        if request in self._compiling:
+            self._compiling.remove(request)
+        else:
+            self._scheduler.remove(request, is_broken=error is not None)
         self._num_cached_tokens += request.num_reused
         generated = request.token_ids[request.num_prompt_tokens :]
         whole_text = None
@@ -569,6 +643,8 @@ class Engine:
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", [token for token, _ in params.biases])
         self._check_ids("bad_words_ids", [token for run in params.bad_words_ids for token in run])
+        if params.guided_decoding is not None and params.ignore_eos:
+            raise RequestError("guided_decoding ends a text by an end token; ignore_eos must be False.")
         if params.n != 1:
             raise RequestError(
                 f"a request of the engine has one continuation, got n={params.n}. Add it n times, or use "

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.runtime.structure import GuidedDecodingParams, mask_by_bits
 from ad_flashinfer_pass.runtime.values import as_bool, as_float, as_int, as_ints
 
 # Beyond these a number vanishes in float32, or becomes infinite.
@@ -77,6 +78,8 @@ class SamplingParams:
     distribution, before any of the above."""
     prompt_logprobs: int | None = None
     """Likewise for the tokens of the prompt but the first, which are all computed then."""
+    guided_decoding: GuidedDecodingParams | None = None
+    """The form of the text, which ends when it is whole; needs xgrammar."""
     n: int = 1
     """Continuations of each prompt, with the seeds from ``seed`` on; ``LLM`` makes them, not ``Engine``."""
     seed: int | None = None
@@ -111,6 +114,7 @@ class SamplingParams:
             or self.suppress_tokens
             or self.bad_words_ids
             or self.min_tokens
+            or self.guided_decoding
         )
 
     def __post_init__(self) -> None:
@@ -151,6 +155,12 @@ class SamplingParams:
             _require(
                 abs(getattr(self, name)) <= 2, f"{name} must lie in -2..2, 0 being off", getattr(self, name)
             )
+        guided = self.guided_decoding
+        _require(
+            guided is None or isinstance(guided, GuidedDecodingParams),
+            "guided_decoding must be GuidedDecodingParams",
+            guided,
+        )
         least, most = self.min_tokens, self.max_new_tokens
         _require(0 <= least <= most, f"min_tokens must lie in 0..max_new_tokens={most}", least)
         _require(self.n >= 1, "n must be at least 1", self.n)
@@ -177,6 +187,7 @@ class SamplingKeywords(TypedDict, total=False):
     min_tokens: int
     logprobs: int | None
     prompt_logprobs: int | None
+    guided_decoding: GuidedDecodingParams | None
     n: int
     seed: int | None
     stop: Sequence[str]
@@ -369,7 +380,7 @@ class Sampler:
         self._rows: Sequence[SampledSequence] = []
         self._batch = BatchParams()
 
-    def sample(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
+    def sample(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None = None) -> Tensor:
         """Choose the next token of each row.
 
         Each call is for one token more of its rows; whether the last ones are known by then does not matter.
@@ -377,11 +388,12 @@ class Sampler:
         Args:
             logits: floating [n, vocab_size]; not written.
             rows: the n sequences, as a list that the caller does not change afterwards.
+            bits: which tokens may be chosen, as ``structure.new_bits`` makes them; None: all.
 
         Returns:
             int64 [n] on the device: token ids; -1 for a row that holds NaN or +inf, or only -inf.
         """
-        scores = self.penalise(logits, rows)
+        scores = self.penalise(logits, rows, bits)
         batch = self._batch
         tokens = most_likely(scores)
         if batch.is_drawn is not None and batch.seeds is not None and batch.num_generated is not None:
@@ -392,15 +404,16 @@ class Sampler:
         self.note(tokens)
         return tokens
 
-    def penalise(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
-        """The first half of ``sample``: the logits as ``BatchParams.penalise`` leaves them."""
+    def penalise(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None = None) -> Tensor:
+        """The first half of ``sample``: the logits as ``BatchParams.penalise`` leaves them, and the bits."""
         if rows != self._rows:
             batch = BatchParams.of(rows, logits.shape[1], logits.device)
             _carry_over(self._batch.seen, self._rows, batch.seen, rows)
             _carry_over(self._batch.counts, self._rows, batch.counts, rows)
             _carry_over(self._batch.history, self._rows, batch.history, rows)
             self._batch, self._rows = batch, rows
-        return self._batch.penalise(logits)
+        scores = self._batch.penalise(logits)
+        return scores if bits is None else mask_by_bits(scores, on_device(bits, logits.device))
 
     def note(self, tokens: Tensor) -> None:
         """The end of ``sample``: remember tokens, int64 [n], that were chosen; negative ones are none."""

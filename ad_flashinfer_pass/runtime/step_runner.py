@@ -7,7 +7,7 @@ waits for the device but ``PendingTokens.read``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ from ad_flashinfer_pass.runtime.sampling import (
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
 
 _MAX_TOP_K = 2**31 - 1
+
+
+FindBits = Callable[[], Tensor | None]
 
 
 class Wanted(NamedTuple):
@@ -91,7 +94,11 @@ class StepRunner:
         self._wanted: Wanted | None = None
 
     def run(
-        self, steps: Sequence[SequenceStep], rows: Sequence[SampledSequence], wanted: Wanted | None = None
+        self,
+        steps: Sequence[SequenceStep],
+        rows: Sequence[SampledSequence],
+        wanted: Wanted | None = None,
+        find_bits: FindBits | None = None,
     ) -> PendingTokens:
         """Enqueue a step.
 
@@ -99,31 +106,34 @@ class StepRunner:
             steps: ordered prefill, extend, decode; see ``SequenceStep``.
             rows: those with gather, in their order, as a list that is not changed afterwards.
             wanted: which log-probabilities are read, also by ``run_again``; None for none.
+            find_bits: called when the model has been enqueued, gives the tokens that may be chosen; see
+                ``Sampler.sample``.
         """
         reads_params = self._runs_ahead or self._on_cuda
         self._model.nest(steps, [_row_params(row) for row in rows] if reads_params else ())
         self._wanted = wanted
-        return self.run_again(rows)
+        return self.run_again(rows, find_bits)
 
-    def run_again(self, rows: Sequence[SampledSequence]) -> PendingTokens:
+    def run_again(self, rows: Sequence[SampledSequence], find_bits: FindBits | None = None) -> PendingTokens:
         """Enqueue the step for which the metadata stand, which is the next one if all of ``rows`` decode."""
         with torch.inference_mode():
             all_logits = self._model.forward()
-            tokens = self._choose(all_logits[: len(rows)], rows)
+            bits = None if find_bits is None else find_bits()
+            tokens = self._choose(all_logits[: len(rows)], rows, bits)
             if self._wanted is None:
                 return PendingTokens(tokens)
             return PendingTokens(tokens, self._logprobs(all_logits, tokens, self._wanted))
 
-    def _choose(self, logits: Tensor, rows: Sequence[SampledSequence]) -> Tensor:
+    def _choose(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> Tensor:
         if not rows:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         info = self._model.sequence_info
         if self._on_cuda:
-            self._sample_on_cuda(logits, rows)
+            self._sample_on_cuda(logits, rows, bits)
         elif not self._runs_ahead:
-            return self._sampler.sample(logits, rows)
+            return self._sampler.sample(logits, rows, bits)
         elif not (_is_greedy(rows) and self._model.sample_and_advance(is_greedy=True)):
-            info.advance(self._sampler.sample(logits, rows))
+            info.advance(self._sampler.sample(logits, rows, bits))
         return info.tokens[: len(rows)]
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, wanted: Wanted) -> Logprobs:
@@ -133,11 +143,11 @@ class StepRunner:
         of_prompts = on_device(torch.tensor(wanted.prompt, dtype=torch.int64), logits.device)
         return Logprobs(logits[index], torch.cat([tokens, of_prompts])[index], wanted.num_top)
 
-    def _sample_on_cuda(self, logits: Tensor, rows: Sequence[SampledSequence]) -> None:
+    def _sample_on_cuda(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> None:
         info = self._model.sequence_info
         if any(row.params.is_penalised for row in rows):
             is_greedy = all(row.params.temperature == 0 for row in rows)
-            info.sample_and_advance(self._sampler.penalise(logits, rows), is_greedy=is_greedy)
+            info.sample_and_advance(self._sampler.penalise(logits, rows, bits), is_greedy=is_greedy)
             self._sampler.note(info.tokens[: len(rows)])
         elif not self._model.sample_and_advance(is_greedy=_is_greedy(rows)):
             info.sample_and_advance(logits, is_greedy=_is_greedy(rows))

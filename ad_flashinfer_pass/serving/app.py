@@ -332,6 +332,9 @@ async def _answer(request: Request, kind: type[_Body]) -> Response:
     try:
         prompts = await _prompts(server, body)
         params = [_params(server, body, prompt) for prompt in prompts]
+        for form in {each.guided_decoding for each in params if each.guided_decoding is not None}:
+            # Not to be cancelled: others may wait for the same.
+            await asyncio.shield(asyncio.wrap_future(server.worker.engine.grammars.compile(form)))
         choices = await server.open(prompts, params, body.cache_salt or "", start + server.limits.timeout)
         answer_type = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
         answer = answer_type(server.name, request.state.id, body, choices, server.tokenizer)  # type: ignore[arg-type]

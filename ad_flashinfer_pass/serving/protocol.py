@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from ad_flashinfer_pass.errors import RequestError
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.structure import GuidedDecodingParams
 
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Tokens = list[StrictInt]
@@ -27,6 +28,31 @@ class StreamOptions(_Fields):
     """What a stream holds beside the text."""
 
     include_usage: StrictBool = False
+
+
+class JsonSchema(_Fields):
+    """That a text must have."""
+
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(_Fields):
+    """OpenAI's way to say the form of a text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(_Fields):
+    """vLLM's."""
+
+    json_: Annotated[dict[str, Any] | StrictStr | None, Field(alias="json")] = None
+    json_object: StrictBool = False
+    regex: StrictStr | None = None
+    grammar: StrictStr | None = None
 
 
 class SamplingFields(_Fields):
@@ -53,6 +79,8 @@ class SamplingFields(_Fields):
     stop_token_ids: _Tokens | None = None
     bad_words: list[StrictStr] | None = None
     cache_salt: StrictStr | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
     # Of OpenAI's platform.
     user: Any = None
     metadata: Any = None
@@ -91,10 +119,25 @@ class SamplingFields(_Fields):
                 for word in self.bad_words
                 for text in (word, f" {word}")
             ]
+        fields["guided_decoding"] = self._form()
         fields.update(more)
         limit = max(room, 1)
         fields["max_new_tokens"] = limit if fields.get("max_new_tokens") is None else fields["max_new_tokens"]
         return replace(default, **{name: value for name, value in fields.items() if value is not None})
+
+    def _form(self) -> GuidedDecodingParams | None:
+        wanted, given = self.response_format, self.structured_outputs
+        if given is not None:
+            return GuidedDecodingParams(
+                json=given.json_, json_object=given.json_object, regex=given.regex, grammar=given.grammar
+            )
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return GuidedDecodingParams(json_object=True)
+        if wanted.json_schema is None:
+            raise RequestError("response_format of type json_schema needs json_schema.")
+        return GuidedDecodingParams(json=wanted.json_schema.schema_)
 
 
 class CompletionRequest(SamplingFields):

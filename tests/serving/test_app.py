@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -273,3 +274,28 @@ def test_models_and_health(client: Any, url: str) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert HTTP.get(f"{url}/health").status_code == 200
     assert "ad_flashinfer_pass_first_token_seconds_count" in HTTP.get(f"{url}/metrics").text
+
+
+def test_the_form_of_an_answer(client: Any, url: str) -> None:
+    """A JSON schema as OpenAI says it, a regular expression as vLLM does; a broken one is refused."""
+    pytest.importorskip("xgrammar")
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Rex", "Tom"]}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "dog", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="demo", messages=CHAT, response_format=form, max_tokens=100, temperature=1.0, seed=1
+    )
+    if answer.choices[0].finish_reason == "stop":
+        found = json.loads(answer.choices[0].message.content)
+        assert found["name"] in ("Rex", "Tom")
+        assert isinstance(found["age"], int)
+    body = {"prompt": TEXT, "structured_outputs": {"regex": "(yes|no), [a-z]{3}"}}
+    text = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]["text"]
+    assert re.fullmatch("(yes|no), [a-z]{3}", text)
+    refused = httpx.post(f"{url}/v1/completions", json={**body, "structured_outputs": {"regex": "(("}})
+    assert refused.status_code == 400
+    assert "guided_decoding cannot be compiled" in refused.text

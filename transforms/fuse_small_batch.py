@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear import float8, four_bits
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.matching.rms_norm import rms_norm
@@ -30,6 +30,8 @@ from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 aten = torch.ops.aten
 _LINEAR = torch.ops.ad_flashinfer.linear.default
 _QUANTIZED = torch.ops.ad_flashinfer.quantized_linear.default
+_QUANTIZATION = ("weight_scale", "input_scale", "activation", "zero_point")
+"""Arguments of both ops."""
 
 
 @register("fuse_small_batch")
@@ -81,7 +83,8 @@ def _quantization(args: Mapping[str, Any]) -> Quantization | None:
     if args["weight_scale"] is None:
         return None
     given = None if args["input_scale"] is None else g.attribute(args["input_scale"])
-    return Quantization(g.attribute(args["weight_scale"]), given, args["activation"])
+    zero = None if args["zero_point"] is None else g.attribute(args["zero_point"])
+    return Quantization(g.attribute(args["weight_scale"]), given, args["activation"], zero)
 
 
 def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list[Skip]]:
@@ -106,7 +109,7 @@ def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list
         residual, last = (None, last) if gated else _residual(last)
         x = x if norm is None else norm.x
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        how = [args[name] for name in ("weight_scale", "input_scale", "activation") if name in args]
+        how = [args[name] for name in _QUANTIZATION if name in args]
         g.replace_op(last, _LINEAR, x, args["weight"], args["bias"], weight, eps, residual, gated, *how)
         count += 1
     g.finish(gm)
@@ -115,15 +118,15 @@ def with_fused_linears(model: fx.GraphModule) -> tuple[fx.GraphModule, int, list
 
 def _unfit(args: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot run a linear with these arguments."""
-    for name in ("weight", "weight_scale", "input_scale"):
+    for name in ("weight", "weight_scale", "input_scale", "zero_point"):
         if args.get(name) is not None and args[name].op != "get_attr":
             return f"its {name} is computed"
     weight = g.attribute(args["weight"])
     dtype = g.value(args["x"]).dtype if "x" in args else weight.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its {'activations are' if 'x' in args else 'weight is'} {dtype}"
-    if weight.dtype == torch.uint8:
-        return "its weight is of 4 bits"
+    if weight.dtype == torch.uint8 and not four_bits.has_kernels(weight, g.attribute(args["weight_scale"])):
+        return "its weight of 4 bits has groups of other than 32 or a multiple of 64 elements"
     if not weight.is_contiguous():
         return "its weight is strided"
     return None
@@ -134,6 +137,8 @@ def _can_be_gated(args: Mapping[str, Any]) -> bool:
     if "weight_scale" not in args:
         return True
     weight, scale = g.attribute(args["weight"]), g.attribute(args["weight_scale"])
+    if weight.dtype == torch.uint8:
+        return True
     return not float8.is_by_blocks(weight, scale) or len(weight) % (2 * float8.BLOCK) == 0
 
 

@@ -27,12 +27,13 @@ def linear(
     weight_scale: Tensor | None = None,
     input_scale: Tensor | None = None,
     activation: str = "none",
+    zero_point: Tensor | None = None,
     plan: str = "torch",
 ) -> Tensor:
     """residual + swiglu(rms_norm(x) weight^T + bias), each part but the product if it is asked for.
 
     With a weight_scale the linear is ``quantized_linear``. small_gemm then leaves activations in 16 bits
-    (W8A16), whatever ``activation`` says; small_gemm_w8a8 quantizes them.
+    (W8A16, W4A16), whatever ``activation`` says; small_gemm_w8a8 quantizes them.
 
     Args:
         x: [..., depth].
@@ -45,6 +46,7 @@ def linear(
         weight_scale: see ``quantized_linear``, as the two that follow.
         input_scale: of activations.
         activation: how activations are quantized.
+        zero_point: of integers of 4 bits.
         plan: torch, small_gemm or small_gemm_w8a8, by the number of tokens: a ``KernelPlan``. On a CPU it is
             torch.
 
@@ -54,7 +56,7 @@ def linear(
     tokens = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(tokens.shape[0], -1)
     around = (bias, norm, eps, flat_residual, gated)
-    how = None if weight_scale is None else Quantization(weight_scale, input_scale, activation)
+    how = None if weight_scale is None else Quantization(weight_scale, input_scale, activation, zero_point)
     run = partial(by_torch, tokens, weight, *around, how)
     if x.device.type == "cuda":
         name, options = KernelPlan.parse(plan).at(tokens.shape[0])

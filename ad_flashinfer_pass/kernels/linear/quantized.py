@@ -37,7 +37,9 @@ class Quantization(NamedTuple):
         return self.activation == "token" or self.weight_scale.numel() > 1
 
     def scaling(self, weight: Tensor) -> str:
-        """What of a weight shares a scale: tensor, row or block."""
+        """What of a weight shares a scale: tensor, row, block or group of so many elements."""
+        if weight.dtype == torch.uint8:
+            return f"group of {2 * weight.shape[-1] // self.weight_scale.shape[-1]}"
         if float8.is_by_blocks(weight, self.weight_scale):
             return "block"
         return "row" if self.weight_scale.numel() > 1 else "tensor"

@@ -12,7 +12,7 @@ outside. Both kernels give each program whole rows of the weight, so that its re
 
 A float8 weight is read as it is stored. With activations of 16 bits it becomes 16 bits in registers, which is
 exact (W8A16); ``_skinny`` takes activations in float8, too, as the tensor cores do (W8A8). Scales multiply
-sums in float32.
+sums in float32. The loops over a weight of 4 bits (W4A16) are those of ``four_bit_sums``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap, workspaces
-from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear import float8, four_bits
+from ad_flashinfer_pass.kernels.linear.four_bit_sums import row_sums, tile_sums
 from ad_flashinfer_pass.kernels.linear.quantize import quantize
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.overlap import await_turn
@@ -116,8 +117,15 @@ _W8A8 = {
     32: [(64, 256, 1, 4, 5), (64, 256, 2, 4, 5), (128, 256, 1, 8, 3), (64, 128, 1, 4, 3)],
     64: [(64, 256, 1, 4, 5), (64, 256, 2, 4, 5), (64, 128, 1, 4, 3), (64, 512, 1, 4, 3)],
 }
-_CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _W8A16, "w8a8": _W8A8}
-Numbers = Literal["w16a16", "w8a16", "w8a8"]
+# Not timed yet.
+_W4A16 = {
+    1: [(8, 4096, 1, 4, 1), (8, 2048, 1, 2, 1), (4, 4096, 1, 4, 1), (4, 2048, 1, 2, 1), (16, 2048, 1, 4, 1)],
+    16: [(32, 128, 1, 2, 5), (32, 128, 4, 2, 5), (64, 128, 1, 4, 5), (64, 128, 4, 4, 5), (128, 128, 4, 8, 4)],
+    32: [(64, 128, 1, 4, 4), (64, 128, 4, 4, 4), (128, 128, 1, 8, 4), (128, 128, 4, 8, 4)],
+    64: [(64, 128, 1, 4, 4), (64, 128, 4, 4, 4), (128, 128, 1, 8, 4), (128, 128, 4, 8, 4)],
+}
+_CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _W8A16, "w8a8": _W8A8, "w4a16": _W4A16}
+Numbers = Literal["w16a16", "w8a16", "w8a8", "w4a16"]
 """Bits of an element of the weight and of an activation."""
 
 
@@ -128,6 +136,7 @@ def candidates(
     gated: bool = False,
     numbers: Numbers = "w16a16",
     by_blocks: bool = False,
+    group: int = 0,
 ) -> list[Config]:
     """The configurations worth timing; none beyond ``MAX_TOKENS`` tokens.
 
@@ -138,8 +147,12 @@ def candidates(
         gated: see ``Around``.
         numbers: what is multiplied.
         by_blocks: each block of the weight has a scale.
+        group: elements of a row that share a scale, of 4 bits.
     """
     configs = all_candidates(num_tokens, numbers)
+    if numbers == "w4a16" and num_tokens > 1:
+        step = 4 * _words(group, depth)
+        configs = list(dict.fromkeys(config._replace(depth=step) for config in configs))
     fits = partial(_fits, num_tokens, rows, depth, gated, numbers, by_blocks)
     return [config for config in configs if num_tokens == 1 or fits(config)]
 
@@ -155,17 +168,27 @@ def all_candidates(num_tokens: int, numbers: Numbers = "w16a16") -> list[Config]
 def _fits(
     num_tokens: int, rows: int, depth: int, gated: bool, numbers: Numbers, by_blocks: bool, config: Config
 ) -> bool:
-    weight_bytes, x_bytes = (int(bits) // 8 for bits in numbers[1:].split("a"))
-    tile_bytes = config.depth * (
-        weight_bytes * config.rows * (1 + gated) + x_bytes * _token_block(num_tokens)
-    )
-    if depth % (config.depth * config.split) or tile_bytes * config.stages > _SHARED_BYTES:
+    weight_bits, x_bits = map(int, numbers[1:].split("a"))
+    tile_bits = config.depth * (weight_bits * config.rows * (1 + gated) + x_bits * _token_block(num_tokens))
+    if depth % (config.depth * config.split) or tile_bits // 8 * config.stages > _SHARED_BYTES:
         return False
     if by_blocks and max(config.rows, config.depth) > float8.BLOCK:
         return False
     tiles = triton.cdiv(rows, config.rows)
     has_space = tiles <= _COUNTERS and num_tokens * rows * config.split <= _PARTIALS
     return config.split == 1 or (has_space and not gated)
+
+
+def takes(weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether the kernels read a weight; see ``four_bits.has_kernels``."""
+    if scale is None or weight.dtype != torch.uint8:
+        return True
+    return four_bits.has_kernels(weight, scale)
+
+
+def _words(group: int, depth: int) -> int:
+    """That ``tile_sums`` reads at once."""
+    return 32 if group % 128 == 0 and depth % 128 == 0 else 16
 
 
 def _token_block(num_tokens: int) -> int:
@@ -184,10 +207,10 @@ def run(
 
     Args:
         x: [tokens, depth], contiguous, at most ``MAX_TOKENS`` tokens.
-        weight: [rows, depth], contiguous; float8_e4m3fn with a scale, else of the dtype of x.
+        weight: [rows, depth], contiguous; float8_e4m3fn with a scale, 4 bits, else of the dtype of x.
         around: what else is computed.
         config: one of ``candidates``.
-        quantization: of a float8 weight.
+        quantization: of a float8 or 4-bit weight.
         is_w8a8: activations are quantized as it says; of more than one token, with a scale of each, or of
             all.
 
@@ -197,17 +220,26 @@ def run(
     (num_tokens, depth), rows = x.shape, weight.shape[0] // (2 if around.gated else 1)
     out = torch.empty((num_tokens, rows), dtype=x.dtype, device=x.device)
     scale = None if quantization is None else quantization.weight_scale.contiguous()
+    by_blocks, group = quantization is not None and quantization.scaling(weight) == "block", 0
+    norm = around.norm
+    if scale is not None and weight.dtype == torch.uint8:
+        weight, group = weight.view(torch.int32 if num_tokens == 1 else torch.int16), depth // scale.shape[1]
+        if num_tokens == 1:
+            x, norm = x.view(torch.int32), None if norm is None else norm.view(torch.int32)
     scaling = {
         "scale": scale,
         "scale_stride": int(scale is not None and scale.numel() > 1),
-        "BY_BLOCKS": quantization is not None and quantization.scaling(weight) == "block",
+        "zero": None if quantization is None else quantization.zero_point,
+        "BY_BLOCKS": by_blocks,
+        "GROUP": group,
+        "BY_ASSEMBLY": x.device.type == "cuda",
     }
     if num_tokens == 1:
         _gemv[(triton.cdiv(rows, config.rows),)](
             x,
             weight,
             around.bias,
-            around.norm,
+            norm,
             around.residual,
             out,
             rows,
@@ -243,6 +275,7 @@ def run(
         BLOCK=config.depth,
         SPLIT=config.split,
         GATED=around.gated,
+        K=_words(group, depth),
         **scaling,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -326,16 +359,98 @@ def _gemv(  # type: ignore[no-untyped-def]
     eps,
     scale,
     scale_stride,
+    zero,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BY_ASSEMBLY: tl.constexpr,
+):
+    """ROWS rows of the result for one token; a gated row is two of the weight, num_rows apart."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < num_rows
+    if GROUP:
+        IS_BFLOAT16: tl.constexpr = out.dtype.element_ty == tl.bfloat16
+        words, groups = rows.to(tl.int64) * (DEPTH // 8), rows * (DEPTH // GROUP)
+        total, squares = row_sums(
+            weight,
+            words,
+            scale,
+            groups,
+            zero,
+            row_mask,
+            x,
+            norm,
+            DEPTH,
+            ROWS,
+            BLOCK,
+            GROUP,
+            IS_BFLOAT16,
+            BY_ASSEMBLY,
+        )
+        up = total
+        if GATED:
+            words += num_rows.to(tl.int64) * (DEPTH // 8)
+            groups += num_rows * (DEPTH // GROUP)
+            up, _ = row_sums(
+                weight,
+                words,
+                scale,
+                groups,
+                zero,
+                row_mask,
+                x,
+                norm,
+                DEPTH,
+                ROWS,
+                BLOCK,
+                GROUP,
+                IS_BFLOAT16,
+                BY_ASSEMBLY,
+            )
+    else:
+        total, up, squares = _row_sums(
+            weight, rows, row_mask, num_rows, scale, x, norm, DEPTH, ROWS, BLOCK, GATED, BY_BLOCKS
+        )
+    factor = 1.0
+    if norm is not None:
+        factor = tl.rsqrt(squares / DEPTH + eps)
+    total *= factor
+    if scale is not None and not BY_BLOCKS and not GROUP:
+        total *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
+    if GATED:
+        up *= factor
+        if scale is not None and not BY_BLOCKS and not GROUP:
+            up *= tl.load(scale + (num_rows + rows) * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
+        if bias is not None:
+            up += tl.load(bias + num_rows + rows, mask=row_mask, other=0.0).to(tl.float32)
+        total = total * tl.sigmoid(total) * up
+    if residual is not None:
+        total += tl.load(residual + rows, mask=row_mask, other=0.0).to(tl.float32)
+    tl.store(out + rows, total.to(out.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit
+def _row_sums(  # type: ignore[no-untyped-def]
+    weight,
+    rows,
+    row_mask,
+    num_rows,
+    scale,
+    x,
+    norm,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
     BY_BLOCKS: tl.constexpr,
 ):
-    """ROWS rows of the result for one token; a gated row is two of the weight, num_rows apart."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Products of rows and of those num_rows beyond, in float32, and the sum of the squares of x."""
     lanes = tl.arange(0, BLOCK)
-    row_mask = rows < num_rows
     weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -360,24 +475,7 @@ def _gemv(  # type: ignore[no-untyped-def]
                 scales += _scale_row(num_rows, DEPTH)
                 scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
             ups += w.to(tl.float32) * scaled[None, :]
-    factor = 1.0
-    if norm is not None:
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / DEPTH + eps)
-    total = tl.sum(sums, axis=1) * factor
-    if scale is not None and not BY_BLOCKS:
-        total *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.sum(ups, axis=1) * factor
-        if scale is not None and not BY_BLOCKS:
-            up *= tl.load(scale + (num_rows + rows) * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
-        if bias is not None:
-            up += tl.load(bias + num_rows + rows, mask=row_mask, other=0.0).to(tl.float32)
-        total = total * tl.sigmoid(total) * up
-    if residual is not None:
-        total += tl.load(residual + rows, mask=row_mask, other=0.0).to(tl.float32)
-    tl.store(out + rows, total.to(out.dtype.element_ty), mask=row_mask)
+    return tl.sum(sums, axis=1), tl.sum(ups, axis=1), tl.sum(squares, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -394,6 +492,7 @@ def _skinny(  # type: ignore[no-untyped-def]
     num_rows,
     scale,
     scale_stride,
+    zero,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -401,6 +500,9 @@ def _skinny(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
     BY_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    BY_ASSEMBLY: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """ROWS rows of the result for all tokens, over a part of the depth; gated ones are not split."""
@@ -408,29 +510,22 @@ def _skinny(  # type: ignore[no-untyped-def]
     tile, part = tl.program_id(0), tl.program_id(1)
     rows = tile * ROWS + tl.arange(0, ROWS)
     tokens = tl.arange(0, TOKENS)
-    lanes = part * (DEPTH // SPLIT) + tl.arange(0, BLOCK)
-    weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
-    inputs = x + tokens[None, :] * DEPTH + lanes[:, None]
     row_mask, token_mask = rows < num_rows, tokens < num_tokens
-    sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    ups = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for start in range(0, DEPTH // SPLIT, BLOCK):
-        w = tl.load(weights + start, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
-        v = tl.load(inputs + start, mask=token_mask[None, :], other=0.0)
-        if BY_BLOCKS:
-            lane = part * (DEPTH // SPLIT) + start
-            scales = scale + _scale_row(tile * ROWS, DEPTH) + lane // _SCALE_BLOCK
-            sums += tl.dot(w.to(v.dtype), v) * tl.load(scales).to(tl.float32)
-        else:
-            sums = tl.dot(w.to(v.dtype), v, sums)
-        if GATED:
-            up = weights + start + num_rows.to(tl.int64) * DEPTH
-            w = tl.load(up, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
-            if BY_BLOCKS:
-                scales += _scale_row(num_rows, DEPTH)
-                ups += tl.dot(w.to(v.dtype), v) * tl.load(scales).to(tl.float32)
-            else:
-                ups = tl.dot(w.to(v.dtype), v, ups)
+    if GROUP:
+        words = rows.to(tl.int64) * (DEPTH // 4)
+        groups, first = rows * (DEPTH // GROUP), part * (DEPTH // SPLIT)
+        sums, ups = tile_sums(
+            weight, weight + num_rows.to(tl.int64) * (DEPTH // 4), words,
+            scale, scale + num_rows * (DEPTH // GROUP), groups,
+            zero, None if zero is None else zero + num_rows * (DEPTH // GROUP), row_mask,
+            x, tokens * DEPTH, token_mask, first,
+            DEPTH // SPLIT, ROWS, TOKENS, GROUP, K, GATED, BY_ASSEMBLY,
+        )  # fmt: skip
+    else:
+        sums, ups = _tile_sums(
+            weight, rows, row_mask, num_rows, scale, x, tokens, token_mask, part,
+            DEPTH, ROWS, TOKENS, BLOCK, SPLIT, GATED, BY_BLOCKS,
+        )  # fmt: skip
     places = tokens[None, :] * num_rows + rows[:, None]
     mask = row_mask[:, None] & token_mask[None, :]
     is_last = True
@@ -449,7 +544,7 @@ def _skinny(  # type: ignore[no-untyped-def]
             factors = tl.load(token_scale + tokens, mask=token_mask, other=0.0)[None, :]
             sums *= factors
             ups *= factors
-        if scale is not None and not BY_BLOCKS:
+        if scale is not None and not BY_BLOCKS and not GROUP:
             sums *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)[:, None]
             if GATED:
                 row_scales = scale + (num_rows + rows) * scale_stride
@@ -463,3 +558,48 @@ def _skinny(  # type: ignore[no-untyped-def]
         if residual is not None:
             sums += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + places, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_sums(  # type: ignore[no-untyped-def]
+    weight,
+    rows,
+    row_mask,
+    num_rows,
+    scale,
+    x,
+    tokens,
+    token_mask,
+    part,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATED: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
+):
+    """Products of rows and of those num_rows beyond with all tokens, over a part of the depth."""
+    lanes = part * (DEPTH // SPLIT) + tl.arange(0, BLOCK)
+    weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
+    inputs = x + tokens[None, :] * DEPTH + lanes[:, None]
+    sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    ups = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for start in range(0, DEPTH // SPLIT, BLOCK):
+        w = tl.load(weights + start, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
+        v = tl.load(inputs + start, mask=token_mask[None, :], other=0.0)
+        if BY_BLOCKS:
+            lane = part * (DEPTH // SPLIT) + start
+            scales = scale + _scale_row(tl.program_id(0) * ROWS, DEPTH) + lane // _SCALE_BLOCK
+            sums += tl.dot(w.to(v.dtype), v) * tl.load(scales).to(tl.float32)
+        else:
+            sums = tl.dot(w.to(v.dtype), v, sums)
+        if GATED:
+            up = weights + start + num_rows.to(tl.int64) * DEPTH
+            w = tl.load(up, mask=row_mask[:, None], other=0.0, eviction_policy="evict_first")
+            if BY_BLOCKS:
+                scales += _scale_row(num_rows, DEPTH)
+                ups += tl.dot(w.to(v.dtype), v) * tl.load(scales).to(tl.float32)
+            else:
+                ups = tl.dot(w.to(v.dtype), v, ups)
+    return sums, ups

@@ -35,13 +35,13 @@ _MIN_GAIN_OF_ALL = 0.997
 class LinearKind(NamedTuple):
     """Linears that a kernel runs alike; see ``ops.linear``."""
 
-    shape: tuple[int, ...]
-    """Of the weight."""
+    shape: tuple[int, int]
+    """Rows and elements of a row."""
     dtype: torch.dtype
     """Of x."""
     quantization: tuple[str, str] | None
     """What of the weight shares a scale, and how activations are quantized; None: the weight has the dtype
-    of x."""
+    of x. Groups of a row: the weight is of 4 bits; else float8."""
     has_norm: bool
     has_residual: bool
     gated: bool
@@ -49,10 +49,25 @@ class LinearKind(NamedTuple):
     def __str__(self) -> str:
         around = {"norm": self.has_norm, "residual": self.has_residual, "swiglu": self.gated}
         if self.quantization is not None:
-            around[f"float8 by {self.quantization[0]}, activations {self.quantization[1]}"] = True
+            scaling, activation = self.quantization
+            bits = "4 bits" if self.group else "float8"
+            around[f"{bits} by {scaling}, activations {activation}"] = True
         return " + ".join(
             [f"{list(self.shape)} {self.dtype}", *(name for name, has in around.items() if has)]
         )
+
+    @property
+    def group(self) -> int:
+        """Elements that share a scale, of 4 bits; else 0."""
+        scaling = "" if self.quantization is None else self.quantization[0]
+        return int(scaling.rpartition(" ")[2]) if scaling.startswith("group") else 0
+
+    @property
+    def numbers(self) -> Numbers:
+        """What small_gemm multiplies."""
+        if self.quantization is None:
+            return "w16a16"
+        return "w4a16" if self.group else "w8a16"
 
 
 class Linear(NamedTuple):
@@ -72,7 +87,7 @@ class Linear(NamedTuple):
         """What decides which kernel is the fastest."""
         how = self.quantization
         return LinearKind(
-            tuple(self.weight.shape),
+            (len(self.weight), self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)),
             self.dtype,
             None if how is None else (how.scaling(self.weight), how.activation),
             *self[3:],
@@ -164,14 +179,14 @@ class _Launches:
         (num_tokens, depth), kind = self.x.shape, self.kind
         by_blocks = kind.quantization is not None and kind.quantization[0] == "block"
         fitting = partial(small_gemm.candidates, rows=self.rows, depth=depth, gated=kind.gated)
-        kernels = _named(partial(fitting, by_blocks=by_blocks), kind, num_tokens)
+        kernels = _named(partial(fitting, by_blocks=by_blocks, group=kind.group), kind, num_tokens)
         return {k: microseconds([self.launch(linear, k) for linear in linears]) for k in kernels}
 
 
 def _named(candidates: Callable[..., list[Config]], kind: LinearKind, num_tokens: int) -> list[str]:
     """torch, and the kernels of ``small_gemm`` in the configurations that ``candidates`` gives."""
-    numbers: dict[str, Numbers] = {"small_gemm": "w16a16" if kind.quantization is None else "w8a16"}
-    if kind.quantization is not None and num_tokens > 1:
+    numbers: dict[str, Numbers] = {"small_gemm": kind.numbers}
+    if kind.numbers == "w8a16" and kind.quantization is not None and num_tokens > 1:
         scaling, activation = kind.quantization
         if scaling != "block" and activation in ("tensor", "token"):
             numbers["small_gemm_w8a8"] = "w8a8"

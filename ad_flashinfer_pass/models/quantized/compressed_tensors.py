@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Len
 from pydantic import Field, model_validator
 
+from ad_flashinfer_pass.kernels.linear import four_bits
 from ad_flashinfer_pass.models.quantized import nvfp4
 from ad_flashinfer_pass.models.quantized.layout import (
     Exact,
@@ -31,7 +32,6 @@ from ad_flashinfer_pass.models.quantized.scheme import (
     Part,
     Parts,
     Scheme,
-    words_to_bytes,
     words_to_numbers,
 )
 
@@ -79,7 +79,8 @@ class Packed(Scheme):
         if self.has_zero_point:
             numbers = words_to_numbers(parts[".weight_zero_point"].T)  # [groups, rows]
             zero_point = numbers.T[: parts[self.weight].shape[0]].contiguous()
-        return Operands(words_to_bytes(parts[self.weight]), parts[".weight_scale"], zero_point=zero_point)
+        weight = four_bits.pack(words_to_numbers(parts[self.weight]))
+        return Operands(weight, parts[".weight_scale"], zero_point=zero_point)
 
 
 class _Arguments(Exact):

@@ -22,7 +22,6 @@ from ad_flashinfer_pass.models.quantized.scheme import (
     Part,
     Parts,
     Scheme,
-    words_to_bytes,
     words_to_numbers,
 )
 
@@ -75,7 +74,7 @@ class Gptq(Scheme):
         zero_point = None
         if not self.is_symmetric:
             zero_point = (words_to_numbers(parts[".qzeros"]) + self.is_less_1).T.contiguous()
-        weight = words_to_bytes(parts[".qweight"].T)
+        weight = four_bits.pack(words_to_numbers(parts[".qweight"].T))
         return Operands(weight, parts[".scales"].T.contiguous(), zero_point=zero_point)
 
 

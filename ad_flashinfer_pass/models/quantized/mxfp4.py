@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from ad_flashinfer_pass.kernels.linear import four_bits
 from ad_flashinfer_pass.models.quantized.layout import (
     Exact,
     Group,
@@ -50,7 +51,7 @@ class Mxfp4(Scheme):
 
     def operands(self, parts: Parts) -> Operands:
         """The groups of a row in one."""
-        return Operands(parts["_blocks"].flatten(-2), parts["_scales"])
+        return Operands(four_bits.pack(four_bits.halves(parts["_blocks"].flatten(-2))), parts["_scales"])
 
 
 class Section(Exact):

@@ -57,7 +57,7 @@ class _Nvfp4(Scheme):
         scale = parts[".weight_scale"].float()
         whole = parts[self.whole].float()
         scale = scale * whole if self.whole == ".weight_scale_2" else scale / whole
-        numbers = four_bits.e2m1(four_bits.unpack(parts[self.weight]), torch.float32)
+        numbers = four_bits.e2m1(four_bits.halves(parts[self.weight]), torch.float32)
         return (numbers.unflatten(-1, (-1, GROUP)) * scale[..., None]).flatten(-2)
 
 

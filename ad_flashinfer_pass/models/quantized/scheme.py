@@ -137,16 +137,11 @@ class Float8(Scheme):
         return Operands(parts[".weight"], parts[self.scale], parts.get(".input_scale"))
 
 
-def words_to_bytes(words: Tensor) -> Tensor:
-    """int32 [..., n] of eight numbers of 4 bits, the first in the lowest: uint8 [..., 4 n], packed as ours.
+def words_to_numbers(words: Tensor) -> Tensor:
+    """int32 [..., n] of eight numbers of 4 bits, the first in the lowest bits: uint8 0 to 15 [..., 8 n].
 
     Which is what a little-endian machine has in memory.
     """
     if not words.is_contiguous() or words.stride(-1) != 1:  # one of size 1 counts as contiguous
         words = words.clone(memory_format=torch.contiguous_format)
-    return words.view(torch.uint8)
-
-
-def words_to_numbers(words: Tensor) -> Tensor:
-    """int32 [..., n] of eight numbers of 4 bits, the first in the lowest bits: uint8 0 to 15 [..., 8 n]."""
-    return four_bits.unpack(words_to_bytes(words))
+    return four_bits.halves(words.view(torch.uint8))

@@ -13,10 +13,13 @@ def drawn(*shape: int, high: int = 256) -> torch.Tensor:
 
 
 def test_unpacks_what_it_packs() -> None:
-    """The first element is in the low half of the first byte."""
-    packed = drawn(3, 5, 16)
-    assert torch.equal(four_bits.pack(four_bits.unpack(packed)), packed)
+    """Word j of 16 bits has elements j, j + 16, j + 32, j + 48 of 64; other rows are in order."""
+    for packed in (drawn(3, 5, 16), drawn(3, 5, 64)):
+        assert torch.equal(four_bits.pack(four_bits.unpack(packed)), packed)
     assert four_bits.unpack(torch.tensor([0xA7, 0x10], dtype=torch.uint8)).tolist() == [7, 10, 0, 1]
+    values = drawn(128, high=16)
+    word = four_bits.pack(values).view(torch.int16)[16 + 5].item() & 0xFFFF
+    assert [word >> shift & 15 for shift in (0, 4, 8, 12)] == values[64 + 5 :: 16].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -24,7 +27,8 @@ def test_mxfp4_is_that_of_transformers(dtype: torch.dtype) -> None:
     """Bit by bit, signs of zeros included, but for scales beyond float32's."""
     theirs = pytest.importorskip("transformers.integrations.mxfp4")
     packed, scale = drawn(2, 6, 64), drawn(2, 6, 4, high=250)
-    found = four_bits.dequantized(packed, scale, None, dtype)
+    ours = four_bits.pack(four_bits.halves(packed))
+    found = four_bits.dequantized(ours, scale, None, dtype)
     wanted = theirs.convert_moe_packed_tensors(packed.unflatten(-1, (4, 16)), scale, dtype=dtype).mT
     assert torch.equal(found, wanted)
     assert torch.equal(found.signbit(), wanted.signbit())
@@ -44,6 +48,6 @@ def test_integers_are_those_of_compressed_tensors(group: int, has_zero_point: bo
         num_bits=4, type="int", strategy="group", group_size=group, symmetric=not has_zero_point
     )
     wanted = forward.dequantize(values, scale, zero, settings)
-    packed = compressors.pack_to_int32(values, 4).view(torch.uint8)
+    packed = four_bits.pack(four_bits.halves(compressors.pack_to_int32(values, 4).view(torch.uint8)))
     zero_point = None if zero is None else (zero + 8).to(torch.uint8)
     assert torch.equal(four_bits.dequantized(packed, scale, zero_point, torch.float32), wanted)

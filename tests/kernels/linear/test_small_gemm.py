@@ -15,8 +15,9 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ad_flashinfer_pass.kernels.linear import small_gemm  # noqa: E402
+from ad_flashinfer_pass.kernels.linear import float8, small_gemm  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch  # noqa: E402
+from ad_flashinfer_pass.kernels.linear.quantized import Quantization  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config  # noqa: E402
 
 # The interpreter multiplies bfloat16 by its bits.
@@ -36,9 +37,13 @@ def random(*shape: int, seed: int) -> Tensor:
     return values.to(DTYPE).to(DEVICE)
 
 
-def assert_close(found: Tensor, x: Tensor, weight: Tensor, around: Around) -> None:
+def assert_close(
+    found: Tensor, x: Tensor, weight: Tensor, around: Around, how: Quantization | None = None
+) -> None:
     """Within two roundings to DTYPE of the inputs' products: of the normed x, and of the result."""
     wide: list[Any] = [value.double() if isinstance(value, Tensor) else value for value in around]
+    if how is not None:
+        weight = float8.dequantized(weight, how.weight_scale, torch.float64, how.zero_point)
     expected = by_torch(x.double(), weight.double(), *wide)
     norm = None if around.norm is None else around.norm.double()
     v = x.double() if norm is None else F.rms_norm(x.double(), norm.shape, norm, around.eps)
@@ -67,6 +72,59 @@ def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str
     for _ in range(2):  # the second launch finds the counters as the first one left them
         out = small_gemm.run(x, weight, around, config)
         assert_close(out, x, weight, around)
+
+
+@pytest.mark.parametrize("parts", ["residual", "bias norm gated"])
+@pytest.mark.parametrize("group", [32, 64, 384])
+@pytest.mark.parametrize("numbers", ["integers", "zero points", "e2m1"])
+@pytest.mark.parametrize(
+    ("tokens", "config"),
+    [(1, Config(4, 256, 1, 2, 1)), (5, Config(16, 128, 3, 2, 3)), (33, Config(32, 128, 1, 2, 3))],
+)
+def test_weights_of_4_bits(tokens: int, config: Config, numbers: str, group: int, parts: str) -> None:
+    """Against float64; 20 rows are no whole number of tiles, 384 elements none of blocks of 256."""
+    gated, rows, depth = "gated" in parts, 20, 384
+    if gated:
+        config = config._replace(split=1)
+    draw = torch.Generator().manual_seed(0)
+    shape = (rows, depth // group)
+    weight = torch.randint(256, (rows, depth // 2), generator=draw, dtype=torch.uint8)
+    scale, zero = torch.rand(shape, generator=draw).to(DTYPE) / 8 + 0.01, None
+    if numbers == "e2m1":
+        scale = torch.randint(115, 126, shape, generator=draw, dtype=torch.uint8)
+    elif numbers == "zero points":
+        zero = torch.randint(16, shape, generator=draw, dtype=torch.uint8).to(DEVICE)
+    how = Quantization(scale.to(DEVICE), None, "none", zero)
+    x, weight = random(tokens, depth, seed=0), weight.to(DEVICE)
+    around = Around(
+        bias=random(rows, seed=2) if "bias" in parts else None,
+        norm=random(depth, seed=3) if "norm" in parts else None,
+        eps=1e-5,
+        residual=random(tokens, rows // (1 + gated), seed=4) if "residual" in parts else None,
+        gated=gated,
+    )
+    out = small_gemm.run(x, weight, around, config, how)
+    assert_close(out, x, weight, around, how)
+
+
+def test_e2m1_of_all_scales() -> None:
+    """From 2^-127, which is no normal float32, on."""
+    scale = torch.arange(0, 144, dtype=torch.uint8).repeat_interleave(2).view(144, 2).to(DEVICE)
+    weight = torch.randint(256, (144, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    weight, x = weight.to(DEVICE), torch.ones(1, 64, dtype=torch.bfloat16, device=DEVICE)
+    how = Quantization(scale, None, "none")
+    found = small_gemm.run(x, weight, Around(), Config(4, 64, 1, 2, 1), how)
+    expected = float8.dequantized(weight, scale, torch.float64).sum(1).bfloat16()
+    normal = expected.abs() >= torch.finfo(torch.bfloat16).tiny
+    assert torch.equal(found[0, normal], expected[normal])
+    assert (found[0, ~normal].abs() <= torch.finfo(torch.bfloat16).tiny).all()
+
+
+def test_candidates_of_4_bits_fit_the_group() -> None:
+    """32 words are read at once of groups of 128, else 16."""
+    for group, depth, read in ((32, 2880, 64), (64, 4096, 64), (128, 4096, 128)):
+        found = small_gemm.candidates(8, 6144, depth, numbers="w4a16", group=group)
+        assert {config.depth for config in found} == {read}
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -30,8 +30,8 @@ def quantized_linear(
 
     Args:
         x: [..., depth], float32, float64, bfloat16 or float16.
-        weight: [rows, depth], float8_e4m3fn; or integers of 4 bits, uint8 [rows, depth / 2]: element 2i in
-            the low half of byte i, element 2i + 1 in the high one, each for itself minus its zero point.
+        weight: [rows, depth], float8_e4m3fn; or integers of 4 bits, uint8 [rows, depth / 2], as
+            ``four_bits.pack`` lays them out, each for itself minus its zero point.
         weight_scale: of all of the weight, [] or [1]; of each row, [rows, 1]; or of each block of 128 x 128,
             [ceil(rows / 128), ceil(depth / 128)]. Any real dtype. Of 4 bits, of each group of elements of a
             row, [rows, depth / group].

@@ -16,6 +16,7 @@ from torch import Tensor
 from ad_flashinfer_pass import SamplingParams, build_model
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.inspection import explain
+from ad_flashinfer_pass.kernels.linear import four_bits
 from ad_flashinfer_pass.models.quantized.modules import QuantizedExperts
 from ad_flashinfer_pass.models.weightless import load_weightless
 from tests import architectures
@@ -56,7 +57,8 @@ def test_computes_as_transformers_does() -> None:
     module, stored = loaded(checkpoint()), load_file(checkpoint() / "model.safetensors")
     experts = module.model.layers[1].mlp.experts
     assert [type(part) for part in module.modules()].count(QuantizedExperts) == 2
-    assert torch.equal(experts.gate_up_proj, stored[f"{GATE_UP}_blocks"].flatten(2))
+    numbers = four_bits.halves(stored[f"{GATE_UP}_blocks"].flatten(2))
+    assert torch.equal(four_bits.unpack(experts.gate_up_proj), numbers)
     assert torch.equal(experts.gate_up_scale, stored[f"{GATE_UP}_scales"])
     ids = torch.tensor(PROMPTS[2:])
     torch.testing.assert_close(module(ids).logits, plain()(ids).logits, rtol=1e-4, atol=1e-3)

@@ -84,6 +84,13 @@ def dequantized(
     return blocks.flatten(-3, -2).to(dtype)
 
 
+def has_kernels(weight: Tensor, scale: Tensor) -> bool:
+    """Whether our kernels read a quantized weight: float8, or 4 bits as ``four_bits`` says."""
+    if weight.dtype == torch.uint8:
+        return four_bits.has_kernels(weight, scale)
+    return weight.dtype == torch.float8_e4m3fn
+
+
 def is_by_blocks(weight: Tensor, scale: Tensor) -> bool:
     """Whether each block of a weight has its own scale, not each row or all of it."""
     shape = tuple(scale.shape[-2:])

@@ -20,6 +20,11 @@ _UP, _DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**62)
 """e2m1 in the bits of a float32 is its number times 2^-126; so that products stay normal, x is raised."""
 
 
+def words_at_once(group: int, depth: int) -> int:
+    """The K of ``tile_sums`` for groups and rows of so many elements."""
+    return 32 if group % 128 == 0 and depth % 128 == 0 else 16
+
+
 @triton.constexpr_function
 def _assembly(place: int, is_float: bool, is_bfloat16: bool) -> str:
     """Of two words $1 the numbers at a place, as two floats of 16 bits; of integers minus $2."""

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap, workspaces
-from ad_flashinfer_pass.kernels.linear import float8, four_bits
-from ad_flashinfer_pass.kernels.linear.four_bit_sums import row_sums, tile_sums
+from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear.four_bit_sums import row_sums, tile_sums, words_at_once
 from ad_flashinfer_pass.kernels.linear.quantize import quantize
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.overlap import await_turn
@@ -151,7 +151,7 @@ def candidates(
     """
     configs = all_candidates(num_tokens, numbers)
     if numbers == "w4a16" and num_tokens > 1:
-        step = 4 * _words(group, depth)
+        step = 4 * words_at_once(group, depth)
         configs = list(dict.fromkeys(config._replace(depth=step) for config in configs))
     fits = partial(_fits, num_tokens, rows, depth, gated, numbers, by_blocks)
     return [config for config in configs if num_tokens == 1 or fits(config)]
@@ -177,18 +177,6 @@ def _fits(
     tiles = triton.cdiv(rows, config.rows)
     has_space = tiles <= _COUNTERS and num_tokens * rows * config.split <= _PARTIALS
     return config.split == 1 or (has_space and not gated)
-
-
-def takes(weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether the kernels read a weight; see ``four_bits.has_kernels``."""
-    if scale is None or weight.dtype != torch.uint8:
-        return True
-    return four_bits.has_kernels(weight, scale)
-
-
-def _words(group: int, depth: int) -> int:
-    """That ``tile_sums`` reads at once."""
-    return 32 if group % 128 == 0 and depth % 128 == 0 else 16
 
 
 def _token_block(num_tokens: int) -> int:
@@ -275,7 +263,7 @@ def run(
         BLOCK=config.depth,
         SPLIT=config.split,
         GATED=around.gated,
-        K=_words(group, depth),
+        K=words_at_once(group, depth),
         **scaling,
         num_warps=config.warps,
         num_stages=config.stages,

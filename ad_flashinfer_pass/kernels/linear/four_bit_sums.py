@@ -46,7 +46,7 @@ def _assembly(place: int, is_float: bool, is_bfloat16: bool) -> str:
 
 
 @triton.jit
-def _numbers(  # type: ignore[no-untyped-def]
+def numbers_of(  # type: ignore[no-untyped-def]
     words,
     zero,
     PLACE: tl.constexpr,
@@ -54,7 +54,7 @@ def _numbers(  # type: ignore[no-untyped-def]
     IS_FLOAT: tl.constexpr,
     BY_ASSEMBLY: tl.constexpr,
 ):
-    """The numbers at a place of words [rows, k], as DTYPE; zero has those of integers, from ``_zeros``."""
+    """The numbers at a place of words [rows, k], as DTYPE; zero has those of integers, from ``zeros_of``."""
     if BY_ASSEMBLY:
         CODE: tl.constexpr = _assembly(PLACE, IS_FLOAT, tl.bfloat16 == DTYPE)
         if IS_FLOAT:
@@ -76,7 +76,7 @@ def _numbers(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _zeros(zero, places, mask, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def zeros_of(zero, places, mask, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Zero points in the mantissa of a power of two, as words."""
     MAGIC: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
     if zero is None:
@@ -87,7 +87,7 @@ def _zeros(zero, places, mask, DTYPE: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _scales(scale, places, mask):  # type: ignore[no-untyped-def]
+def scales_of(scale, places, mask):  # type: ignore[no-untyped-def]
     """Scales in float32; bytes are exponents of 2, plus 127."""
     values = tl.load(scale + places, mask=mask, other=0)
     if scale.dtype.element_ty == tl.uint8:
@@ -120,12 +120,12 @@ def _step(  # type: ignore[no-untyped-def]
     w = tl.load(weight + words + start // 4, mask=row_mask[:, None], other=0, eviction_policy="evict_first")
     for first in tl.static_range(0, 4, PLACES):
         group = groups + (start + 16 * first) // GROUP
-        factors = _scales(scale, group, row_mask)
-        zeros = tl.broadcast_to(_zeros(zero, group, row_mask, DTYPE)[:, None], w.shape)
+        factors = scales_of(scale, group, row_mask)
+        zeros = tl.broadcast_to(zeros_of(zero, group, row_mask, DTYPE)[:, None], w.shape)
         part = tl.zeros(sums.shape, dtype=tl.float32)
         for place in tl.static_range(first, first + PLACES):
             v = tl.load(x + inputs + (start + 16 * place), mask=input_mask, other=0.0)
-            part = tl.dot(_numbers(w, zeros, place, DTYPE, IS_FLOAT, BY_ASSEMBLY), v, part)
+            part = tl.dot(numbers_of(w, zeros, place, DTYPE, IS_FLOAT, BY_ASSEMBLY), v, part)
         sums += part * factors[:, None]
     return sums
 
@@ -181,7 +181,7 @@ def tile_sums(  # type: ignore[no-untyped-def]
         Two of float32 [ROWS, TOKENS], the second of up_weight.
     """
     lanes = tl.arange(0, K)
-    words = row_words[:, None] + lanes[None, :]
+    words = (row_words // 16 * 16)[:, None] + lanes[None, :]  # a multiple of 16, as the compiler has to know
     inputs = token_elements[None, :] + (lanes // 16 * _BLOCK + lanes % 16)[:, None]
     input_mask = token_mask[None, :]
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
@@ -277,14 +277,15 @@ def row_sums(  # type: ignore[no-untyped-def]
         BY_ASSEMBLY: for NVIDIA's GPUs.
 
     Returns:
-        float32 [ROWS], and the sum of the squares of x if there is a norm.
+        float32 [ROWS, BLOCK / 64], whose sums over the last dimension are the products; and the sum of the
+        squares of x if there is a norm.
     """
     IS_FLOAT: tl.constexpr = scale.dtype.element_ty == tl.uint8
     PLACES: tl.constexpr = 2 if GROUP < _BLOCK else 4
     COUNT: tl.constexpr = BLOCK // _BLOCK
     PAIRS: tl.constexpr = BLOCK // 8
     blocks, lanes = tl.arange(0, COUNT), tl.arange(0, PAIRS)
-    weights = weight + row_words[:, None]
+    weights = weight + (row_words // 8 * 8)[:, None]  # a multiple of 8, as the compiler has to know
     inputs = lanes // 8 * (_BLOCK // 2) + lanes % 8
     sums = tl.zeros((ROWS, COUNT), dtype=tl.float32)
     squares = tl.zeros((PAIRS,), dtype=tl.float32)
@@ -324,5 +325,5 @@ def row_sums(  # type: ignore[no-untyped-def]
                 if zero is not None:
                     zeros = tl.load(zero + groups, mask=block_mask, other=0).to(tl.float32)
                     found -= zeros * tl.sum(tl.reshape(total, (COUNT, 8)), axis=1)[None, :]
-            sums += found * _scales(scale, groups, block_mask)
-    return tl.sum(sums, axis=1), tl.sum(squares, axis=0)
+            sums += found * scales_of(scale, groups, block_mask)
+    return sums, tl.sum(squares, axis=0)

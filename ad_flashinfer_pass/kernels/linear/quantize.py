@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap
-from ad_flashinfer_pass.kernels.linear import float8
+from ad_flashinfer_pass.kernels.linear import float8, four_bits
+from ad_flashinfer_pass.kernels.linear.four_bit_sums import numbers_of, scales_of, zeros_of
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
 _LARGEST = tl.constexpr(float8.LARGEST)
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
+_WORDS_BLOCK = tl.constexpr(four_bits.BLOCK)
 _ROWS, _COLUMNS = 16, 512
 
 
@@ -49,14 +51,17 @@ def quantize(
     return values, scales
 
 
-def expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def expand(weight: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
     """``float8.dequantized`` without a copy in float32.
 
     Args:
-        weight: float8_e4m3fn [rows, depth], contiguous, on a CUDA device.
+        weight: float8_e4m3fn [rows, depth] or 4 bits, contiguous, on a CUDA device.
         scale: see ``ops.quantized_linear``.
         dtype: bfloat16 or float16.
+        zero_point: of integers of 4 bits.
     """
+    if weight.dtype == torch.uint8:
+        return _expand_4_bits(weight, scale.contiguous(), dtype, zero_point)
     rows, depth = weight.shape
     out = torch.empty_like(weight, dtype=dtype)
     _expand[(triton.cdiv(rows, _ROWS), triton.cdiv(depth, _COLUMNS))](
@@ -69,6 +74,26 @@ def expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         BY_BLOCKS=float8.is_by_blocks(weight, scale),
+    )
+    return out
+
+
+def _expand_4_bits(weight: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None) -> Tensor:
+    if not four_bits.has_kernels(weight, scale):
+        return four_bits.dequantized(weight, scale, zero_point, dtype)
+    rows, depth = len(weight), 2 * weight.shape[1]
+    out = torch.empty((rows, depth), dtype=dtype, device=weight.device)
+    _expand_words[(triton.cdiv(rows, _ROWS), triton.cdiv(depth, _COLUMNS))](
+        weight.view(torch.int16),
+        scale,
+        None if zero_point is None else zero_point.contiguous(),
+        out,
+        rows,
+        DEPTH=depth,
+        GROUP=depth // scale.shape[1],
+        ROWS=_ROWS,
+        WORDS=_COLUMNS // 4,
+        BY_ASSEMBLY=weight.device.type == "cuda",
     )
     return out
 
@@ -120,3 +145,31 @@ def _expand(  # type: ignore[no-untyped-def]
         s = tl.load(scale + rows * scale_stride, mask=rows < num_rows, other=0.0)
         w *= s.to(tl.float32)[:, None]
     tl.store(out + places, w.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand_words(  # type: ignore[no-untyped-def]
+    weight,
+    scale,
+    zero,
+    out,
+    num_rows,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BY_ASSEMBLY: tl.constexpr,
+):
+    """Of ROWS rows, WORDS words of 16 bits of ``four_bits.pack``."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    IS_FLOAT: tl.constexpr = scale.dtype.element_ty == tl.uint8
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    words = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
+    mask = (rows < num_rows) & (words < DEPTH // 4)
+    w = tl.load(weight + rows * (DEPTH // 4) + words, mask=mask, other=0)
+    for place in tl.static_range(4):
+        columns = words // 16 * _WORDS_BLOCK + words % 16 + 16 * place
+        groups = rows * (DEPTH // GROUP) + columns // GROUP
+        values = numbers_of(w, zeros_of(zero, groups, mask, DTYPE), place, DTYPE, IS_FLOAT, BY_ASSEMBLY)
+        values = values.to(tl.float32) * scales_of(scale, groups, mask)
+        tl.store(out + rows * DEPTH + columns, values.to(DTYPE), mask=mask)

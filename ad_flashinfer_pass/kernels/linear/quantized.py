@@ -50,13 +50,11 @@ def run(x: Tensor, weight: Tensor, how: Quantization, bias: Tensor | None) -> Te
     if x.device.type != "cuda" or x.dtype not in _FLOATS:
         args = (how.weight_scale, how.input_scale, bias, how.activation, how.zero_point)
         return float8.by_torch(x, weight, *args)
-    if weight.dtype == torch.uint8:
-        return F.linear(x, float8.dequantized(weight, how.weight_scale, x.dtype, how.zero_point), bias)
     if fits_scaled_mm(x.dtype, weight, how):
         return _scaled_mm(x.contiguous(), weight, how, bias)
     from ad_flashinfer_pass.kernels.linear.quantize import expand  # needs triton
 
-    return F.linear(x, expand(weight.contiguous(), how.weight_scale, x.dtype), bias)
+    return F.linear(x, expand(weight.contiguous(), how.weight_scale, x.dtype, how.zero_point), bias)
 
 
 def fits_scaled_mm(dtype: torch.dtype, weight: Tensor, how: Quantization) -> bool:

@@ -362,7 +362,7 @@ def _gemv(  # type: ignore[no-untyped-def]
     if GROUP:
         IS_BFLOAT16: tl.constexpr = out.dtype.element_ty == tl.bfloat16
         words, groups = rows.to(tl.int64) * (DEPTH // 8), rows * (DEPTH // GROUP)
-        total, squares = row_sums(
+        sums, squares = row_sums(
             weight,
             words,
             scale,
@@ -378,11 +378,11 @@ def _gemv(  # type: ignore[no-untyped-def]
             IS_BFLOAT16,
             BY_ASSEMBLY,
         )
-        up = total
+        ups = sums
         if GATED:
             words += num_rows.to(tl.int64) * (DEPTH // 8)
             groups += num_rows * (DEPTH // GROUP)
-            up, _ = row_sums(
+            ups, _ = row_sums(
                 weight,
                 words,
                 scale,
@@ -399,19 +399,19 @@ def _gemv(  # type: ignore[no-untyped-def]
                 BY_ASSEMBLY,
             )
     else:
-        total, up, squares = _row_sums(
+        sums, ups, squares = _row_sums(
             weight, rows, row_mask, num_rows, scale, x, norm, DEPTH, ROWS, BLOCK, GATED, BY_BLOCKS
         )
     factor = 1.0
     if norm is not None:
         factor = tl.rsqrt(squares / DEPTH + eps)
-    total *= factor
+    total = tl.sum(sums, axis=1) * factor
     if scale is not None and not BY_BLOCKS and not GROUP:
         total *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
     if GATED:
-        up *= factor
+        up = tl.sum(ups, axis=1) * factor
         if scale is not None and not BY_BLOCKS and not GROUP:
             up *= tl.load(scale + (num_rows + rows) * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
         if bias is not None:
@@ -463,7 +463,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
                 scales += _scale_row(num_rows, DEPTH)
                 scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
             ups += w.to(tl.float32) * scaled[None, :]
-    return tl.sum(sums, axis=1), tl.sum(ups, axis=1), tl.sum(squares, axis=0)
+    return sums, ups, tl.sum(squares, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

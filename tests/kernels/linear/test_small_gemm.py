@@ -15,7 +15,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ad_flashinfer_pass.kernels.linear import float8, small_gemm  # noqa: E402
+from ad_flashinfer_pass.kernels.linear import float8, quantize, small_gemm  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config  # noqa: E402
@@ -118,6 +118,20 @@ def test_e2m1_of_all_scales() -> None:
     normal = expected.abs() >= torch.finfo(torch.bfloat16).tiny
     assert torch.equal(found[0, normal], expected[normal])
     assert (found[0, ~normal].abs() <= torch.finfo(torch.bfloat16).tiny).all()
+
+
+@pytest.mark.parametrize("numbers", ["integers", "zero points", "e2m1"])
+def test_expanded_weights_of_4_bits(numbers: str) -> None:
+    """Bit by bit what torch makes of them."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randint(256, (20, 320), generator=draw, dtype=torch.uint8).to(DEVICE)
+    scale, zero = torch.rand(20, 10, generator=draw).to(DTYPE), None
+    if numbers == "e2m1":
+        scale = torch.randint(115, 126, (20, 20), generator=draw, dtype=torch.uint8)
+    elif numbers == "zero points":
+        zero = torch.randint(16, (20, 10), generator=draw, dtype=torch.uint8).to(DEVICE)
+    found = quantize.expand(weight, scale.to(DEVICE), DTYPE, zero)
+    assert torch.equal(found, float8.dequantized(weight, scale.to(DEVICE), DTYPE, zero))
 
 
 def test_candidates_of_4_bits_fit_the_group() -> None:

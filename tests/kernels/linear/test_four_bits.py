@@ -18,7 +18,7 @@ def test_unpacks_what_it_packs() -> None:
         assert torch.equal(four_bits.pack(four_bits.unpack(packed)), packed)
     assert four_bits.unpack(torch.tensor([0xA7, 0x10], dtype=torch.uint8)).tolist() == [7, 10, 0, 1]
     values = drawn(128, high=16)
-    word = four_bits.pack(values).view(torch.int16)[16 + 5].item() & 0xFFFF
+    word = int(four_bits.pack(values).view(torch.int16)[16 + 5]) & 0xFFFF
     assert [word >> shift & 15 for shift in (0, 4, 8, 12)] == values[64 + 5 :: 16].tolist()
 
 

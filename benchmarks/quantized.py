@@ -32,7 +32,7 @@ from ad_flashinfer_pass.runtime.cached_model import CachedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
 from benchmarks.decode import llama_8b
-from benchmarks.experts import PACKAGES, SMALL, build_model, graph_of, installed, qwen3_30b_a3b
+from benchmarks.experts import PACKAGES, SMALL, build_model, gpt_oss_20b, graph_of, installed, qwen3_30b_a3b
 
 _FLOAT8 = {"num_bits": 8, "type": "float"}
 DYNAMIC = {
@@ -53,6 +53,24 @@ BLOCKS = {
     "activation_scheme": "dynamic",
     "modules_to_not_convert": ["lm_head", "mlp.gate"],
 }
+INTEGERS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "strategy": "group",
+                "group_size": 128,
+                "symmetric": True,
+            },
+        }
+    },
+}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": None}
 _LINEAR = torch.ops.ad_flashinfer.linear.default
 _QUANTIZED = torch.ops.ad_flashinfer.quantized_linear.default
 _NUMBERS = {"small_gemm": "16 bits", "small_gemm_w8a8": "float8"}
@@ -61,8 +79,15 @@ _NUMBERS = {"small_gemm": "16 bits", "small_gemm_w8a8": "float8"}
 MODELS: dict[str, tuple[PretrainedConfig, dict[str, Any], KvDtype]] = {
     "Llama-3.1-8B, float8 by channel and token, fp8 cache": (llama_8b(32), DYNAMIC, "fp8"),
     "Qwen3-30B-A3B, float8 by blocks": (qwen3_30b_a3b(48), BLOCKS, "auto"),
+    "Llama-3.1-8B, 4 bits by groups of 128, fp8 cache": (llama_8b(32), INTEGERS, "fp8"),
+    "gpt-oss-20b, MXFP4 experts": (gpt_oss_20b(), MXFP4, "auto"),
 }
-_SMALL = (LlamaConfig(**SMALL), qwen3_30b_a3b(2, **{**SMALL, "moe_intermediate_size": 64}))
+_SMALL = (
+    LlamaConfig(**SMALL),
+    qwen3_30b_a3b(2, **{**SMALL, "moe_intermediate_size": 64}),
+    LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256}),
+    gpt_oss_20b(**SMALL),
+)
 
 
 def activations(model: CachedModel, batch: int) -> str:

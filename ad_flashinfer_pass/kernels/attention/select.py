@@ -20,6 +20,7 @@ from ad_flashinfer_pass.kernels.attention import (
     latent,
     reference,
     split_decode,
+    tile_prefill,
     trtllm_gen,
     xqa,
 )
@@ -29,7 +30,7 @@ from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 
 PROVIDERS: dict[str, Provider] = {
     module.PROVIDER.name: module.PROVIDER
-    for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, fa2, latent, reference)
+    for module in (xqa, trtllm_gen, split_decode, fmha_v2, fa3, tile_prefill, fa2, latent, reference)
 }
 """In the order of preference; a new provider is a line here."""
 

@@ -45,7 +45,9 @@ Stage = Literal[
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 CompileBackend = Literal["torch-simple", "torch-cudagraph", "torch-opt"]
-AttentionKernel = Literal["xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "fa2", "reference"]
+AttentionKernel = Literal[
+    "xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "tile_prefill", "fa2", "reference"
+]
 KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 
 # Kernels take scales and their reciprocals as float32, whose smallest normal number is 2**-126.

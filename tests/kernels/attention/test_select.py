@@ -370,28 +370,28 @@ SERVED = replace(PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, head_dim=
     ("changes", "major", "built", "prefill", "decode"),
     [
         ({}, 9, "fmha_v2 fa2 xqa", "fmha_v2", "xqa"),
-        ({}, 9, "fa2 xqa", "fa2", "xqa"),
-        ({}, 9, "xqa", "reference", "xqa"),
-        ({}, 9, "", "reference", "split_decode"),
+        ({}, 9, "fa2 xqa", "tile_prefill", "xqa"),
+        ({}, 9, "xqa", "tile_prefill", "xqa"),
+        ({}, 9, "", "tile_prefill", "split_decode"),
         ({"sliding_window": 7, "has_sinks": True, "shares_kv": True}, 9, "fmha_v2 fa2 xqa", "fmha_v2", "xqa"),
-        ({"has_sinks": True}, 9, "fa2 xqa", "reference", "xqa"),
-        ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, "fmha_v2 fa2 xqa", "fa2", "xqa"),
+        ({"has_sinks": True}, 9, "fa2 xqa", "tile_prefill", "xqa"),
+        ({"dtype": torch.float16, "kv_dtype": torch.float16}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "xqa"),
         ({"kv_dtype": torch.float16}, 9, "fmha_v2 fa2 xqa", "reference", "reference"),
-        ({"kv_dtype": torch.float8_e4m3fn}, 9, "fmha_v2 fa2 xqa", "fa2", "xqa"),
-        ({"logit_cap": 50.0}, 9, "fmha_v2 fa2 xqa", "fa2", "split_decode"),
+        ({"kv_dtype": torch.float8_e4m3fn}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "xqa"),
+        ({"logit_cap": 50.0}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "split_decode"),
         ({"logit_cap": 50.0}, 9, "fmha_v2 fa3 fa2 xqa", "fa3", "split_decode"),
         ({}, 9, "fa3 fa2 xqa", "fa3", "xqa"),
-        ({"kv_dtype": torch.float8_e4m3fn}, 9, "fa3 fa2 xqa", "fa2", "xqa"),
+        ({"kv_dtype": torch.float8_e4m3fn}, 9, "fa3 fa2 xqa", "tile_prefill", "xqa"),
         ({"logit_cap": 50.0}, 8, "fa3 fa2", "fa2", "fa2"),
-        ({"chunk": 8}, 9, "fmha_v2 fa2 xqa", "reference", "split_decode"),
-        ({"has_alibi": True}, 9, "fmha_v2 fa2 xqa", "reference", "split_decode"),
-        ({"page_size": 24}, 9, "fmha_v2 fa2 xqa", "fa2", "split_decode"),
-        ({"v_head_dim": 64}, 9, "fmha_v2 fa2 xqa", "reference", "split_decode"),
+        ({"chunk": 8}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "split_decode"),
+        ({"has_alibi": True}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "split_decode"),
+        ({"page_size": 24}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "split_decode"),
+        ({"v_head_dim": 64}, 9, "fmha_v2 fa2 xqa", "tile_prefill", "split_decode"),
         ({}, 12, "fmha_v2 fa2 xqa", "fmha_v2", "xqa"),
-        ({}, 12, "fa2 xqa", "fa2", "xqa"),
+        ({}, 12, "fa2 xqa", "tile_prefill", "xqa"),
         ({}, 10, "fmha_v2 fa2 xqa", "trtllm_gen", "trtllm_gen"),
-        ({"kv_dtype": torch.float8_e4m3fn}, 10, "fa2", "fa2", "trtllm_gen"),
-        ({"logit_cap": 50.0}, 10, "fa2", "fa2", "split_decode"),
+        ({"kv_dtype": torch.float8_e4m3fn}, 10, "fa2", "tile_prefill", "trtllm_gen"),
+        ({"logit_cap": 50.0}, 10, "fa2", "tile_prefill", "split_decode"),
         ({}, 8, "fmha_v2 fa2 xqa", "fa2", "fa2"),
         ({}, 7, "fmha_v2 fa2 xqa", "reference", "reference"),
     ],
@@ -412,12 +412,12 @@ def test_choices_on_a_gpu(
         if name == "trtllm_gen":
             continue
         spec = SimpleNamespace(is_aot=name in built.split(), is_compiled=False)
-        needs_none = name in ("reference", "split_decode")
+        needs_none = name in ("reference", "split_decode", "tile_prefill")
         given = None if needs_none else (lambda site, major, spec=spec: [spec])
         capability = replace(provider.capability, modules=given)
         monkeypatch.setitem(select.PROVIDERS, name, replace(provider, capability=capability))
     site, gpu = replace(SERVED, **changes), torch.device("cuda")
     chosen = [select.choose(site, phase, gpu, "node a") for phase in PHASES]
     assert [choice.kernel for choice in chosen] == [prefill, decode]
-    if major == 9 and prefill == "fa2" and site.kv_dtype == site.dtype:
+    if major == 9 and prefill == "tile_prefill" and not changes:
         assert "not fa3: its FlashInfer module is not prebuilt" in chosen[0].reason

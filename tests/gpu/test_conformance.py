@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ad_flashinfer_pass.kernels import workspaces
-from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, select, trtllm_gen, xqa
+from ad_flashinfer_pass.kernels.attention import fa, fa2, fa3, fmha_v2, select, tile_prefill, trtllm_gen, xqa
 from ad_flashinfer_pass.kernels.attention.capability import Phase
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 
@@ -219,7 +219,9 @@ def test_fmha_v2_prefills_every_shape(shape: Shape) -> None:
         assert_within_bound(batch, prefilled(fmha_v2, batch))
 
 
-@pytest.mark.parametrize("provider", [fmha_v2, fa3, fa2], ids=lambda module: module.CAPABILITY.name)
+@pytest.mark.parametrize(
+    "provider", [fmha_v2, fa3, tile_prefill, fa2], ids=lambda module: module.CAPABILITY.name
+)
 def test_prefill_reads_a_strided_pool(provider: Any) -> None:
     """The pages of several layers may alternate in memory, as in the pool of TensorRT-LLM."""
     skip_unless_it_runs(provider, PLAIN, "prefill")
@@ -228,7 +230,9 @@ def test_prefill_reads_a_strided_pool(provider: Any) -> None:
     assert_within_bound(batch, prefilled(provider, batch))
 
 
-@pytest.mark.parametrize("provider", [fmha_v2, fa3, fa2], ids=lambda module: module.CAPABILITY.name)
+@pytest.mark.parametrize(
+    "provider", [fmha_v2, fa3, tile_prefill, fa2], ids=lambda module: module.CAPABILITY.name
+)
 @pytest.mark.parametrize("length", [4096, 32768, 131072])
 def test_prefills_long_contexts(length: int, provider: Any) -> None:
     """A prompt's last chunk and a few tokens on a long past, beside a short prompt."""
@@ -270,7 +274,9 @@ def skip_unless_it_runs(provider: Any, shape: Shape, phase: Phase) -> None:
         pytest.skip(", ".join(refusals))
 
 
-@pytest.mark.parametrize("provider", [fa2, fa3, trtllm_gen], ids=lambda module: module.CAPABILITY.name)
+@pytest.mark.parametrize(
+    "provider", [fa2, fa3, tile_prefill, trtllm_gen], ids=lambda module: module.CAPABILITY.name
+)
 @pytest.mark.parametrize("shape", FA, ids=str)
 def test_others_prefill_every_shape(shape: Shape, provider: Any) -> None:
     """Fresh sequences and chunks with a past, over caches of 8 bits and under logit caps too."""

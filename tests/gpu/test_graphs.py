@@ -144,10 +144,14 @@ def test_every_decode_replay_equals_eager_and_keeps_to_its_pages(case: str) -> N
     check_replays(module, info, caches, shape, with_prefill=False)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, WINDOW], ids=["plain", "window"])
-def test_every_replay_with_prefill_equals_eager_and_keeps_to_its_pages(shape: Shape) -> None:
-    """On FMHA v2 and XQA within one graph, with prompts, chunks, decodes and padding."""
-    kernels: dict[Phase, str] = {"prefill": "fmha_v2", "decode": "xqa"}
+@pytest.mark.parametrize(
+    ("kernel", "shape"),
+    [("fmha_v2", PLAIN), ("fmha_v2", WINDOW), ("tile_prefill", FP8), ("tile_prefill", WINDOW)],
+    ids=["plain", "window", "tile_fp8", "tile_window"],
+)
+def test_every_replay_with_prefill_equals_eager_and_keeps_to_its_pages(kernel: str, shape: Shape) -> None:
+    """Prompts, chunks, decodes and padding within one graph."""
+    kernels: dict[Phase, str] = {"prefill": kernel, "decode": "xqa"}
     module, info, caches = graphs(shape, kernels, [], [64, SIZES.max_num_tokens])
     check_replays(module, info, caches, shape, with_prefill=True)
 

@@ -21,7 +21,7 @@ _UP, _DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**62)
 
 
 def words_at_once(group: int, depth: int) -> int:
-    """The K of ``tile_sums`` for groups and rows of so many elements."""
+    """The K of ``tile_sums``, words of 16 bits, for groups and rows of so many elements."""
     return 32 if group % 128 == 0 and depth % 128 == 0 else 16
 
 
@@ -149,6 +149,7 @@ def tile_sums(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
     K: tl.constexpr,
     GATED: tl.constexpr,
     BY_ASSEMBLY: tl.constexpr,
@@ -169,11 +170,12 @@ def tile_sums(  # type: ignore[no-untyped-def]
         token_elements: [TOKENS], where in x a token begins.
         token_mask: [TOKENS].
         first: element of the rows.
-        COUNT: elements, a multiple of 4 K.
+        COUNT: elements, a multiple of BLOCK.
         ROWS: of a tile.
         TOKENS: of a tile.
         GROUP: 32, or a multiple of 64.
-        K: words that are read at once: 16, or 32 if GROUP is a multiple of 128.
+        BLOCK: elements of a turn of the loop, a multiple of 4 K.
+        K: words that are read at once, of ``words_at_once``.
         GATED: there is up_weight.
         BY_ASSEMBLY: for NVIDIA's GPUs.
 
@@ -186,16 +188,17 @@ def tile_sums(  # type: ignore[no-untyped-def]
     input_mask = token_mask[None, :]
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     ups = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for start in range(first, first + COUNT, 4 * K):
-        sums = _step(
-            sums, weight, words, scale, row_groups, zero, row_mask, x, inputs, input_mask, start,
-            GROUP, K, BY_ASSEMBLY,
-        )  # fmt: skip
-        if GATED:
-            ups = _step(
-                ups, up_weight, words, up_scale, row_groups, up_zero, row_mask, x, inputs, input_mask, start,
+    for block in range(first, first + COUNT, BLOCK):
+        for at in tl.static_range(0, BLOCK, 4 * K):
+            sums = _step(
+                sums, weight, words, scale, row_groups, zero, row_mask, x, inputs, input_mask, block + at,
                 GROUP, K, BY_ASSEMBLY,
             )  # fmt: skip
+            if GATED:
+                ups = _step(
+                    ups, up_weight, words, up_scale, row_groups, up_zero, row_mask, x, inputs, input_mask,
+                    block + at, GROUP, K, BY_ASSEMBLY,
+                )  # fmt: skip
     return sums, ups
 
 

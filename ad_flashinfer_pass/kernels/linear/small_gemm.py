@@ -120,9 +120,24 @@ _W8A8 = {
 # Not timed yet.
 _W4A16 = {
     1: [(8, 4096, 1, 4, 1), (8, 2048, 1, 2, 1), (4, 4096, 1, 4, 1), (4, 2048, 1, 2, 1), (16, 2048, 1, 4, 1)],
-    16: [(32, 128, 1, 2, 5), (32, 128, 4, 2, 5), (64, 128, 1, 4, 5), (64, 128, 4, 4, 5), (128, 128, 4, 8, 4)],
-    32: [(64, 128, 1, 4, 4), (64, 128, 4, 4, 4), (128, 128, 1, 8, 4), (128, 128, 4, 8, 4)],
-    64: [(64, 128, 1, 4, 4), (64, 128, 4, 4, 4), (128, 128, 1, 8, 4), (128, 128, 4, 8, 4)],
+    16: [
+        *[(32, 256, 1, 2, 4), (32, 256, 4, 2, 4), (32, 128, 1, 2, 5), (64, 128, 4, 4, 5), (64, 256, 1, 4, 3)],
+        (128, 128, 4, 8, 4),
+    ],
+    32: [
+        (64, 128, 1, 4, 4),
+        (64, 256, 1, 4, 3),
+        (64, 128, 4, 4, 4),
+        (128, 128, 1, 8, 4),
+        (128, 128, 4, 8, 4),
+    ],
+    64: [
+        (64, 128, 1, 4, 4),
+        (64, 256, 1, 4, 3),
+        (64, 128, 4, 4, 4),
+        (128, 128, 1, 8, 4),
+        (128, 128, 4, 8, 4),
+    ],
 }
 _CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _W8A16, "w8a8": _W8A8, "w4a16": _W4A16}
 Numbers = Literal["w16a16", "w8a16", "w8a8", "w4a16"]
@@ -151,8 +166,8 @@ def candidates(
     """
     configs = all_candidates(num_tokens, numbers)
     if numbers == "w4a16" and num_tokens > 1:
-        step = 4 * words_at_once(group, depth)
-        configs = list(dict.fromkeys(config._replace(depth=step) for config in configs))
+        step = 4 * words_at_once(group, depth)  # in place of 128
+        configs = [config._replace(depth=config.depth // 128 * step) for config in configs]
     fits = partial(_fits, num_tokens, rows, depth, gated, numbers, by_blocks)
     return [config for config in configs if num_tokens == 1 or fits(config)]
 
@@ -507,7 +522,7 @@ def _skinny(  # type: ignore[no-untyped-def]
             scale, scale + num_rows * (DEPTH // GROUP), groups,
             zero, None if zero is None else zero + num_rows * (DEPTH // GROUP), row_mask,
             x, tokens * DEPTH, token_mask, first,
-            DEPTH // SPLIT, ROWS, TOKENS, GROUP, K, GATED, BY_ASSEMBLY,
+            DEPTH // SPLIT, ROWS, TOKENS, GROUP, BLOCK, K, GATED, BY_ASSEMBLY,
         )  # fmt: skip
     else:
         sums, ups = _tile_sums(

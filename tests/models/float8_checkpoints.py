@@ -50,7 +50,10 @@ def _compressed_tensors(weights: str, activation: str) -> Format:
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": {
+            **{"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False},
+            **{"actorder": None, "block_structure": None, "group_size": None, "observer": "static_minmax"},
+        },
         "sparsity_config": {},
         "transform_config": {},
         "version": "0.12.2",

@@ -480,6 +480,10 @@ def test_refuses_what_is_left_over(tmp_path: Path, name: str, tensor: str) -> No
         load_model(AutoDeployConfig(model=str(directory), device="cpu"))
 
 
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+"""A kv_cache_scheme."""
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -493,6 +497,13 @@ def test_refuses_what_is_left_over(tmp_path: Path, name: str, tensor: str) -> No
         ),
         ("compressed_dynamic", {"transform_config": {"a": 1}}, "its transform_config is "),
         ("compressed_dynamic", {"rotation": "R1"}, "its key rotation is unknown"),
+        (
+            "compressed_dynamic",
+            {"kv_cache_scheme": {**CACHE, "type": "int"}},
+            "kv_cache_scheme.type is 'int'",
+        ),
+        ("compressed_dynamic", {"kv_cache_scheme": {**CACHE, "dynamic": True}}, "kv_cache_scheme.dynamic is"),
+        ("modelopt_config", {"kv_cache_scheme": {**CACHE, "num_bits": 4}}, "kv_cache_scheme.num_bits is 4"),
         ("compressed_dynamic", {"ignore": ["re:("]}, "'(' is no pattern"),
         ("block", {"weight_block_size": [64, 128]}, "its weight_block_size.0 is 64"),
         ("block", {"activation_scheme": "static"}, "its activation_scheme is 'static'"),

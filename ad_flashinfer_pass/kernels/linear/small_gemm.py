@@ -18,7 +18,7 @@ sums in float32. The loops over a weight of 4 bits (W4A16) are those of ``four_b
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,9 @@ _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _PARTIALS, _COUNTERS = 2**24, 2**14
 """Elements of the workspace."""
 _SHARED_BYTES = 220 * 1024
-"""Shared memory that a program may ask for: of 227 KiB on compute capability 9.0."""
+"""Shared memory that a program may ask for on compute capability 9.0, of 227 KiB."""
+_OWN_SHARED_BYTES = 7 * 1024
+"""What Triton may need beside it."""
 
 
 class Around(NamedTuple):
@@ -152,6 +154,7 @@ def candidates(
     numbers: Numbers = "w16a16",
     by_blocks: bool = False,
     group: int = 0,
+    shared_bytes: int = _SHARED_BYTES,
 ) -> list[Config]:
     """The configurations worth timing; none beyond ``MAX_TOKENS`` tokens.
 
@@ -163,12 +166,13 @@ def candidates(
         numbers: what is multiplied.
         by_blocks: each block of the weight has a scale.
         group: elements of a row that share a scale, of 4 bits.
+        shared_bytes: that a program may ask for, see ``shared_bytes_of``.
     """
     configs = all_candidates(num_tokens, numbers)
     if numbers == "w4a16" and num_tokens > 1:
         step = 4 * words_at_once(group, depth)  # in place of 128
         configs = [config._replace(depth=config.depth // 128 * step) for config in configs]
-    fits = partial(_fits, num_tokens, rows, depth, gated, numbers, by_blocks)
+    fits = partial(_fits, num_tokens, rows, depth, gated, numbers, by_blocks, shared_bytes=shared_bytes)
     return [config for config in configs if num_tokens == 1 or fits(config)]
 
 
@@ -180,12 +184,27 @@ def all_candidates(num_tokens: int, numbers: Numbers = "w16a16") -> list[Config]
     return [Config(*values) for values in by_tokens[1 if num_tokens == 1 else _token_block(num_tokens)]]
 
 
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory that a program may ask for on a device."""
+    if device.type != "cuda":
+        return _SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - _OWN_SHARED_BYTES
+
+
 def _fits(
-    num_tokens: int, rows: int, depth: int, gated: bool, numbers: Numbers, by_blocks: bool, config: Config
+    num_tokens: int,
+    rows: int,
+    depth: int,
+    gated: bool,
+    numbers: Numbers,
+    by_blocks: bool,
+    config: Config,
+    shared_bytes: int = _SHARED_BYTES,
 ) -> bool:
     weight_bits, x_bits = map(int, numbers[1:].split("a"))
     tile_bits = config.depth * (weight_bits * config.rows * (1 + gated) + x_bits * _token_block(num_tokens))
-    if depth % (config.depth * config.split) or tile_bits // 8 * config.stages > _SHARED_BYTES:
+    if depth % (config.depth * config.split) or tile_bits // 8 * config.stages > shared_bytes:
         return False
     if by_blocks and max(config.rows, config.depth) > float8.BLOCK:
         return False

@@ -178,8 +178,16 @@ class _Launches:
         """Microseconds of a launch by torch and by each candidate."""
         (num_tokens, depth), kind = self.x.shape, self.kind
         by_blocks = kind.quantization is not None and kind.quantization[0] == "block"
-        fitting = partial(small_gemm.candidates, rows=self.rows, depth=depth, gated=kind.gated)
-        kernels = _named(partial(fitting, by_blocks=by_blocks, group=kind.group), kind, num_tokens)
+        fitting = partial(
+            small_gemm.candidates,
+            rows=self.rows,
+            depth=depth,
+            gated=kind.gated,
+            by_blocks=by_blocks,
+            group=kind.group,
+            shared_bytes=small_gemm.shared_bytes_of(self.x.device),
+        )
+        kernels = _named(fitting, kind, num_tokens)
         return {k: microseconds([self.launch(linear, k) for linear in linears]) for k in kernels}
 
 

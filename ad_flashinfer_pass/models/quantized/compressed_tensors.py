@@ -208,7 +208,7 @@ class Section(Exact):
     format: Literal["float-quantized", "pack-quantized", "nvfp4-pack-quantized", "mixed-precision"]
     config_groups: Annotated[dict[str, dict[str, Any]], Len(1)]
     ignore: Names = None
-    kv_cache_scheme: Any = None
+    kv_cache_scheme: _PerTensor | None = None
     quantization_status: Literal["compressed"] = "compressed"
     global_compression_ratio: Any = None
     version: Any = None

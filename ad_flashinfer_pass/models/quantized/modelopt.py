@@ -31,6 +31,11 @@ class _Group(Exact):
     targets: list[Literal["Linear"]]
 
 
+class _Cache(_Numbers):
+    num_bits: Literal[8]
+    group_size: None = None
+
+
 class _Quantization(Exact):
     quant_algo: Literal["FP8", "NVFP4"]
     kv_cache_quant_algo: Literal["FP8"] | None = None
@@ -56,7 +61,7 @@ class Section(_Quantization):
     producer: Any = None
     config_groups: Annotated[dict[str, _Group], Len(1, 1)] | None = None
     ignore: Names = None
-    kv_cache_scheme: Any = None
+    kv_cache_scheme: _Cache | None = None
 
     def layout(self) -> Layout:
         """What it says."""

@@ -148,3 +148,11 @@ def test_candidates_fit_the_shape(tokens: int, gated: bool) -> None:
     assert found
     assert all(4096 % (config.depth * config.split) == 0 for config in found)
     assert small_gemm.candidates(small_gemm.MAX_TOKENS + 1, 6144, 4096) == []
+
+
+def test_candidates_fit_the_shared_memory() -> None:
+    """A GPU with less of it has fewer, and each has some."""
+    sizes = (16, 6144, 4096)
+    counts = [len(small_gemm.candidates(*sizes, shared_bytes=kib * 1024)) for kib in (220, 156, 92)]
+    assert counts == sorted(counts, reverse=True)
+    assert 0 < counts[-1] < counts[0]

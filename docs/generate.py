@@ -18,7 +18,14 @@ PAGE, API = (Path(__file__).parent / name for name in ("config.md", "api.md"))
 
 # The names that are explained, with the file of each where the package does not say it.
 PARTS = {
-    "Generate": ("build_model", "LLM", "SamplingParams", "GenerationResult", "Progress"),
+    "Generate": (
+        "build_model",
+        "LLM",
+        "SamplingParams",
+        "GuidedDecodingParams",
+        "GenerationResult",
+        "Progress",
+    ),
     "Transform": ("transform_module", "transform", "to_program", "restore", "CachedModel"),
     "torch.compile": ("CacheSession",),
     "Look at what it did": tuple(

@@ -158,6 +158,17 @@ def test_takes_a_plain_head_that_nothing_names(tmp_path: Path) -> None:
         load_model(AutoDeployConfig(model=str(tmp_path), device="cpu"))
 
 
+def test_refuses_a_weight_by_which_the_model_itself_multiplies(tmp_path: Path) -> None:
+    """Mamba's mixers do not call dt_proj; dequantized it is a weight like any other."""
+    form = FORMATS["compressed_dynamic"]
+    write(tmp_path, form, config=architectures.small_config("mamba"), ignore=["lm_head"])
+    settings = AutoDeployConfig(model=str(tmp_path), device="cpu")
+    with pytest.raises(LoadError, match=r"dt_proj\.weight'.* is not that of a linear that its model calls"):
+        load_model(settings)
+    module = load_model(settings.model_copy(update={"dequantize": True})).module
+    assert module(torch.tensor([PROMPTS[1]])).logits.isfinite().all()
+
+
 @torch.no_grad()
 def assert_computes_as_stated(directory: Path, form: Format, quantized: int) -> None:
     module = load_model(AutoDeployConfig(model=str(directory), device="cpu")).module

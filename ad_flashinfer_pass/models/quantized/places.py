@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -42,9 +43,15 @@ class Modules:
                 self._experts[_numbers(path)].append(path)
 
     def linear(self, name: str) -> str | None:
-        """The linear whose weight has this name."""
+        """The linear whose weight has this name, if its model calls it."""
         path = self.path(name.removesuffix(".weight"))
-        return path if path is not None and type(self._modules[path]) is nn.Linear else None
+        return path if path is not None and self.is_called_linear(path) else None
+
+    def is_called_linear(self, path: str) -> bool:
+        """Whether it is a linear, and not one by whose weight another multiplies, as Mamba's mixers do."""
+        parent, _, name = path.rpartition(".")
+        is_linear = type(self._modules[path]) is nn.Linear
+        return is_linear and f"self.{name}.weight @" not in inspect.getsource(type(self._modules[parent]))
 
     def experts(self, name: str) -> str | None:
         """The experts of which this weight is one, or of one of them: of its layer, if that has no others."""
@@ -100,8 +107,8 @@ def linears_of(model: Any, layout: Layout) -> dict[str, tuple[nn.Linear, Scheme]
     return {
         path: (module, scheme)
         for path, module in model.named_modules()
-        if type(module) is nn.Linear
-        and module is not head
+        if module is not head
+        and modules.is_called_linear(path)
         and (scheme := modules.scheme(layout, path)) is not None
     }
 

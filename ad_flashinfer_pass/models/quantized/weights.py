@@ -145,7 +145,9 @@ class QuantizedWeights:
             known = modules.linear(name) or modules.experts(name)
             if not self.dequantize and known is None and modules.has_layer_of(name):
                 raise self._refusal(
-                    each, f"is not that of a linear or of experts (embeddings are not); {_DEQUANTIZE}"
+                    each,
+                    "is not that of a linear that its model calls (Mamba's dt_proj is not), or of experts "
+                    f"(embeddings are not); {_DEQUANTIZE}",
                 )
             if not self.dequantize and each.scheme.only_dequantized and known is not None:
                 raise self._refusal(each, f"is of numbers that no kernel here computes with; {_DEQUANTIZE}")

@@ -496,8 +496,8 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
         slot = tl.load(slot_idx + row) * heads + head
         stored = pool + (slot * DIM + dims[None, :]) * STATE + states[:, None]
         mask = in_state[:, None] & in_dim[None, :]
-        known = tl.where(tl.load(input_pos + row) > 0, STATE, 0)
-        state = tl.load(stored, mask=mask & (states < known)[:, None], other=0.0).to(tl.float32)
+        known = tl.where(tl.load(input_pos + row) > 0, DIM, 0)
+        state = tl.load(stored, mask=mask & (dims < known)[None, :], other=0.0).to(tl.float32)
         for first in range(start, end, SIZE):
             is_token = first + at < end
             tokens = (first + at).to(tl.int64)

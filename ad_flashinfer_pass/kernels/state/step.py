@@ -310,9 +310,9 @@ def _ssd(  # type: ignore[no-untyped-def]
     dims, states = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATE_BLOCK)
     dim_mask, state_mask = dims < DIM, states < STATE
     mask = dim_mask[:, None] & state_mask[None, :]
-    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, STATE, 0)
+    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, DIM, 0)
     place = pool + ((slot * heads + head) * DIM + dims[:, None]) * STATE + states[None, :]
-    state = tl.load(place, mask=mask & (states < known)[None, :], other=0.0)
+    state = tl.load(place, mask=mask & (dims < known)[:, None], other=0.0)
     rate = tl.load(A + head).to(tl.float32)
     start, end = _tokens(cu_seqlen, row)
     for token in range(start, end):
@@ -362,9 +362,9 @@ def _selective(  # type: ignore[no-untyped-def]
     channel_mask, state_mask = channels < num_channels, states < STATE
     mask = channel_mask[:, None] & state_mask[None, :]
     a = tl.load(A + channels[:, None] * STATE + states[None, :], mask=mask, other=0.0).to(tl.float32)
-    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, STATE, 0)
+    slot, known = tl.load(slot_idx + row), tl.where(tl.load(input_pos + row) > 0, num_channels, 0)
     place = pool + (slot * num_channels + channels[:, None]) * STATE + states[None, :]
-    state = tl.load(place, mask=mask & (states < known)[None, :], other=0.0)
+    state = tl.load(place, mask=mask & (channels < known)[:, None], other=0.0)
     start, end = _tokens(cu_seqlen, row)
     for token in range(start, end):
         step = tl.load(dt + token * dt_row + channels, mask=channel_mask, other=0.0)

@@ -1,9 +1,8 @@
 """Many tokens of each sequence through its state, as Triton kernels: in chunks of 64, by matrix products.
 
 A ragged batch, whose lengths only the device knows: programs take one chunk, or one sequence, after the other
-while there are any. States stay in registers from chunk to chunk, in float32; factors
-of products have the 16 bits of the tokens, as in flash-linear-attention and mamba-ssm. The convolution takes
-any dtype.
+while there are any. States stay in registers from chunk to chunk, in float32; factors of products have the 16
+bits of the tokens, as in flash-linear-attention and mamba-ssm. The convolution takes any dtype.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def convolve(
             WIDTH=weight.shape[1],
             SILU=activation == "silu",
             BLOCK=_CHANNELS,
-            TILE=_TOKENS,
+            TILE=max(_TOKENS, triton.next_power_of_2(weight.shape[1])),  # only the first reads the state
             SIZE=_SIZE,
             ROWS=_rows(num),
             maxnreg=128,  # it would take twice as many, and half as many programs would wait for memory

@@ -74,7 +74,7 @@ def check(kernel: Any, cached: Any, tokens: list[Tensor], options: list[Any], st
     torch.testing.assert_close(states[kept], after[kept], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
 
 
-@pytest.mark.parametrize(("channels", "width"), [(70, 4), (130, 3)])
+@pytest.mark.parametrize(("channels", "width"), [(70, 4), (130, 3), (20, 12)])
 @pytest.mark.parametrize("silu", [False, True])
 def test_convolution(channels: int, width: int, silu: bool) -> None:
     weight, bias = random(channels, width), random(channels) if silu else None

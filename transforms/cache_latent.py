@@ -240,13 +240,13 @@ def _rewrite(
             for columns in (latent.key.columns, *latent.columns)
         )
         up = _weight(gm, latent.key, "weight")
-        absorbed = g.call_op(graph, aten.einsum.default, "bshd,hdr->bshr", [nope, up])
-        query = g.call_op(graph, aten.cat.default, [absorbed, *parts], -1) if parts else absorbed
+        rest = g.call_op(graph, aten.cat.default, parts, -1) if len(parts) > 1 else next(iter(parts), None)
+        query = g.call_op(graph, _OURS.head_linear.default, nope, up, rest)
         scale = g.shape(args["key"])[3] ** -0.5 if args["scale"] is None else args["scale"]
         changed = {"query": query, "key": key, "value": value, "scale": scale}
         attended = g.call_op(graph, _OURS.attention.default, *{**args, **changed}.values())
-        up = _weight(gm, latent.value, "weight")
-        out = g.call_op(graph, aten.einsum.default, "bshr,hdr->bshd", [attended, up])
+        up = g.call_op(graph, aten.transpose.int, _weight(gm, latent.value, "weight"), 1, 2)
+        out = g.call_op(graph, _OURS.head_linear.default, attended, up)
         if g.op_args(latent.value.linear)["bias"] is not None:
             out = g.call_op(graph, aten.add.Tensor, out, _weight(gm, latent.value, "bias"))
     for new in (attended, out):

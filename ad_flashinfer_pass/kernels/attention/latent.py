@@ -25,6 +25,8 @@ from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 MAX_SPLITS = 128
 _SUMS, _TILES = 2**23, 2**15
 """Floats that the parts of one launch may leave in the workspace, and tiles of one launch that has parts."""
+_COLUMNS = 128
+"""Of a result's row, that a program adds."""
 _EIGHT_BITS = frozenset({torch.float8_e4m3fn})
 CAPABILITY = Capability(
     name="latent",
@@ -165,7 +167,6 @@ def _attend(
     while splits > 1 and (tiles > _TILES or tiles * splits * config.rows * max(rank, 16) > _SUMS):
         splits //= 2  # what the workspace holds
     is_split = splits > 1
-    kinds = {"HEADS": heads, "ROWS": config.rows, "RANK": rank, "RANK_BLOCK": _block(rank)}
     out = torch.empty((tokens, heads, rank), dtype=query.dtype, device=query.device)
     latent_kernel.attend[(tiles, splits)](
         query,
@@ -185,7 +186,10 @@ def _attend(
         block_table.stride(0),
         seqs,
         splits,
-        **kinds,
+        HEADS=heads,
+        ROWS=config.rows,
+        RANK=rank,
+        RANK_BLOCK=_block(rank),
         REST=width - rank,
         REST_BLOCK=_block(width - rank),
         PAGE=kv_cache.shape[3],
@@ -200,7 +204,7 @@ def _attend(
         num_stages=config.stages,
     )
     if is_split:
-        latent_kernel.add_parts[(tiles, config.rows)](
+        latent_kernel.add_parts[(tiles, config.rows, triton.cdiv(rank, _COLUMNS))](
             spec.sinks,
             out,
             space.sums,
@@ -208,8 +212,11 @@ def _attend(
             space.tiles,
             spec.v_scale,
             splits,
-            **kinds,
-            PARTS=8,
+            HEADS=heads,
+            ROWS=config.rows,
+            RANK=rank,
+            COLUMNS=_COLUMNS,
+            PARTS=16,
         )
     return out
 

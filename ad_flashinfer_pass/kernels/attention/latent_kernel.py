@@ -225,19 +225,19 @@ def add_parts(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """What the parts of one row left, added in their order and stored; one program a row."""
+    """What the parts of one row left, added in their order and stored, COLUMNS of it a program."""
     tile, row = tl.program_id(0), tl.program_id(1)
     parts = tl.load(tiles + 3 * tile)
     if (parts < 2) | (row >= tl.load(tiles + 3 * tile + 2)):
         return
     place = tl.load(tiles + 3 * tile + 1) + row
-    dims, some = tl.arange(0, RANK_BLOCK), tl.arange(0, PARTS)
+    dims, some = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, PARTS)
     top = tl.full((), _LOWEST, tl.float32)
     total = tl.zeros((), tl.float32)
-    sums = tl.zeros((RANK_BLOCK,), tl.float32)
+    sums = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, parts, PARTS):
         live = first + some < parts
         at = (tile * splits + first + some) * ROWS + row

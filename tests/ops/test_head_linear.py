@@ -45,5 +45,5 @@ def test_equals_einsum(tokens: int, is_transposed: bool, depth: int, rows: int, 
 @pytest.mark.parametrize("beside", [0, 8])
 def test_opcheck(beside: int) -> None:
     """Schema, fake and strides."""
-    assert ops.head_linear
+    assert ops.__name__  # importing it registers the op
     torch.library.opcheck(torch.ops.ad_flashinfer.head_linear.default, inputs(5, 16, 24, beside))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ad_flashinfer_pass import restore, to_program
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.deployment.calibrate import calibrate
 from ad_flashinfer_pass.inspection.check.check import check_prepared, prepare
@@ -119,6 +120,20 @@ def test_an_8_bit_latent() -> None:
     assert model.paged[0].dtype == torch.float8_e4m3fn
     with torch.no_grad():
         assert_serves_like(model, dense, tolerance=0.3)
+
+
+def test_a_saved_program_has_its_latent(tmp_path: Path) -> None:
+    """Its pool and its one scale are told by its inputs, and it serves like the dense model."""
+    dense = LatentModel(Form())
+    cache = {"tokens_per_block": 5, "dtype": "fp8", "k_scale": 0.25, "v_scale": 9.0}
+    config = context(kv_cache_config=cache).config
+    model, _ = transform_module(dense, config)
+    file = tmp_path / "latent.pt2"
+    torch.export.save(to_program(model), file)
+    restored = restore(file, config)
+    assert [tuple(pool.shape[1:]) for pool in restored.paged] == [(1, 1, 5, 22)]
+    with torch.no_grad():
+        assert_serves_like(restored, dense, tolerance=0.3)
 
 
 def test_calibration_measures_the_row(tmp_path: Path) -> None:

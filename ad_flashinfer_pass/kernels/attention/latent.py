@@ -57,32 +57,30 @@ class _Workspace(NamedTuple):
     stats: Tensor
     tiles: Tensor
     num_processors: int
-    shared_memory: int
-    """Bytes of a program, at most."""
+    is_large: bool
+    """Whether a program may have 227 KiB of shared memory; else 99."""
 
 
 def _workspace(device: torch.device) -> _Workspace:
     """Of a device, for one stream at a time; it never grows."""
-    processors, shared = 8, 2**18
+    processors, is_large = 8, True
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        processors, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
+        processors, is_large = properties.multi_processor_count, properties.major in (9, 10)
     return _Workspace(
         torch.empty(_SUMS, dtype=torch.float32, device=device),
         torch.empty(_SUMS // 8, dtype=torch.float32, device=device),
         torch.empty(3 * _TILES, dtype=torch.int32, device=device),
         processors,
-        shared,
+        is_large,
     )
 
 
-def default_config(rows: int, rank: int, shared_memory: int) -> Config:
-    """The launch for so many rows that read the same keys, a latent of that size, and a GPU's memory."""
-    if rank <= 256:
-        return Config(16, 64, 4, 6) if rows <= 16 else Config(64, 64, 8, 2)
+def default_config(rows: int, rank: int, is_large: bool) -> Config:
+    """The launch for so many rows that read the same keys, a latent of that size, and a GPU."""
     if rows <= 16:
-        return Config(16, 32, 4, 6)
-    return Config(64, 64, 8, 2) if shared_memory > 2**17 and rows > 32 else Config(32, 32, 8, 4)
+        return Config(16, 64 if rank <= 256 else 32, 4, 6)
+    return Config(64, 64, 8, 2) if is_large and rows > 32 else Config(32, 32, 8, 4)
 
 
 def default_splits(tiles: int, num_processors: int) -> int:
@@ -93,7 +91,7 @@ def default_splits(tiles: int, num_processors: int) -> int:
 def _options(site: Site, batch: int, device: torch.device) -> list[int]:
     """Fewer and more splits than the default."""
     space = workspaces.get(_workspace, device)
-    config = default_config(site.num_heads, site.v_head_dim, space.shared_memory)
+    config = default_config(site.num_heads, site.v_head_dim, space.is_large)
     splits = default_splits(batch * -(-site.num_heads // config.rows), space.num_processors)
     return sorted({max(1, splits // 2), min(MAX_SPLITS, 2 * splits)} - {splits})
 
@@ -157,7 +155,7 @@ def _attend(
     assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
     space = workspaces.get(_workspace, query.device)
     if config is None:
-        config = default_config(heads if cu_seqlen is None else 64, rank, space.shared_memory)
+        config = default_config(heads if cu_seqlen is None else 64, rank, space.is_large)
     if cu_seqlen is None:
         tiles = seqs * triton.cdiv(heads, config.rows)
     else:  # as many as there can be, however the tokens are those of the sequences

@@ -11,10 +11,14 @@ timed.
 
 Experts in float8 run the same kernels: with few tokens, or if the checkpoint quantizes weights alone, the
 weights become 16 bits in registers, which is exact, and activations stay in 16 bits. With more tokens both
-are multiplied in float8, as the checkpoint says (grouped_w8a8).
+are multiplied in float8, as the checkpoint says (grouped_w8a8). Those in 4 bits have kernels of the same
+names, and activations of 16 bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +27,7 @@ from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import EXPERTS_WEIGHTS
 from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
+from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -30,14 +35,16 @@ from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
 
 _EXPERTS = torch.ops.ad_flashinfer.experts.default
 _QUANTIZED = torch.ops.ad_flashinfer.quantized_experts.default
-_SCALES = ("gate_up_scale", "down_scale", "up_scale", "gate_up_input_scale", "down_input_scale")
+_SCALES = (
+    *("gate_up_scale", "down_scale", "up_scale", "gate_up_input_scale", "down_input_scale"),
+    *("gate_up_zero_point", "down_zero_point", "up_zero_point"),
+)
 _OPTIONS = (
     *("activation", "alpha", "beta", "limit", "in_float32"),
     *("has_gate", "is_concatenated", "is_transposed", "weigh_input", "input_quantization"),
 )
 """Arguments that are no tensors."""
 _FLOATS = (torch.bfloat16, torch.float16)
-_FLOAT8 = [(torch.float8_e4m3fn, dtype) for dtype in _FLOATS]
 _PROJECTIONS = EXPERTS_WEIGHTS[:3]
 _EACH = 4
 """Of the numbers of tokens that are captured with prefill, which ones are timed: two for each doubling."""
@@ -53,10 +60,9 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         return model, report
     served = []
     for node in nodes:
-        args = g.op_args(node)
-        dtype, x_dtype = (g.value(args[name]).dtype for name in ("down_proj", "hidden_states"))
-        if dtype not in _FLOATS and (dtype, x_dtype) not in _FLOAT8:
-            report.skipped.append(Skip(g.where(node), f"its experts are {dtype}: by torch's kernels"))
+        reason = _unfit(g.op_args(node))
+        if reason is not None:
+            report.skipped.append(Skip(g.where(node), f"{reason}: by torch's kernels"))
             continue
         if not _lies_by_rows(model, node, ctx):
             report.skipped.append(Skip(g.where(node), "its weights lie transposed: by torch's kernels"))
@@ -68,6 +74,19 @@ def tune_experts(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
         _tune([node for node in served if _reads_weights(node)], ctx, report)
     g.finish(model)
     return model, report
+
+
+def _unfit(args: Mapping[str, Any]) -> str | None:
+    """Why the kernels cannot run experts with these arguments."""
+    weights = [(g.value(args[f"{name}_proj"]), args.get(f"{name}_scale")) for name in ("gate_up", "down")]
+    dtype, x_dtype = (g.value(args[name]).dtype for name in ("down_proj", "hidden_states"))
+    if dtype in _FLOATS:
+        return None
+    if x_dtype not in _FLOATS or weights[0][1] is None:
+        return f"its experts are {dtype}"
+    if not all(scale is not None and float8.has_kernels(weight, g.value(scale)) for weight, scale in weights):
+        return "its experts of 4 bits have groups of other than 32 or a multiple of 64 elements"
+    return None
 
 
 def _lies_by_rows(gm: fx.GraphModule, node: fx.Node, ctx: TransformContext) -> bool:

@@ -110,7 +110,7 @@ def quantized_experts(
 
     Args:
         args: of ``experts``. Projections are float8_e4m3fn; or MXFP4 or integers of 4 bits, uint8 with half
-            as many columns: element 2i in the low half of byte i, element 2i + 1 in the high one.
+            as many columns, by ``four_bits.pack``.
         gate_up_scale: of gate_up_proj. Float8: of each expert, [num_experts, 1, 1]; of each row,
             [num_experts, rows, 1]; or of each block of 128 x 128, [num_experts, ceil(rows / 128),
             ceil(columns / 128)].
@@ -125,9 +125,8 @@ def quantized_experts(
         up_zero_point: likewise.
         input_quantization: how what a projection multiplies is rounded, the ``activation`` of
             ``quantized_linear``.
-        kwargs: of ``experts``. is_transposed must be False; kernels other than torch's take float8. They
-            leave activations in 16 bits (W8A16), whatever input_quantization says; grouped_w8a8 quantizes
-            them.
+        kwargs: of ``experts``. is_transposed must be False. Kernels other than torch's leave activations in
+            16 bits (W8A16, W4A16), whatever input_quantization says; grouped_w8a8 quantizes them.
 
     Returns:
         [t, hidden], contiguous, in the dtype of hidden_states.
@@ -152,8 +151,9 @@ def quantized_experts(
             "quantized_experts: projections must be [num_experts, rows, columns], each with scales."
         )
     hidden_states, down_proj = named["hidden_states"], named["down_proj"]
-    is_float8 = down_proj.dtype == torch.float8_e4m3fn and hidden_states.dtype in _FLOATS
-    if chosen.name != "torch" and is_float8 and len(hidden_states) and hidden_states.device.type == "cuda":
+    weights = [(named["gate_up_proj"], gate_up_scale), (down_proj, down_scale)]
+    fits = hidden_states.dtype in _FLOATS and all(float8.has_kernels(*each) for each in weights)
+    if chosen.name != "torch" and fits and len(hidden_states) and hidden_states.device.type == "cuda":
         from ad_flashinfer_pass.kernels.experts import select  # needs triton
 
         del named["in_float32"]
@@ -164,6 +164,9 @@ def quantized_experts(
             up_scale=up_scale,
             gate_up_input_scale=gate_up_input_scale,
             down_input_scale=down_input_scale,
+            gate_up_zero_point=gate_up_zero_point,
+            down_zero_point=down_zero_point,
+            up_zero_point=up_zero_point,
             input_quantization=input_quantization,
         )
         with launching(hidden_states.device, top_k_index=named["top_k_index"], down_proj=down_proj):

@@ -28,9 +28,26 @@ class Projection(NamedTuple):
     bias: Tensor | None
     """[num_experts, rows]."""
     scale: Tensor | None = None
-    """Of a float8 weight, as ``ops.quantized_experts`` takes it; of any strides."""
+    """Of a float8 or 4-bit weight, as ``ops.quantized_experts`` takes it; of any strides."""
     input_scale: Tensor | None = None
     """[num_experts], contiguous; likewise, of what it multiplies."""
+    zero_point: Tensor | None = None
+    """Of integers of 4 bits; strides as of scale."""
+
+    @property
+    def bits(self) -> int:
+        """Of an element of the weight."""
+        return 4 if self.weight.dtype == torch.uint8 else 8 * self.weight.itemsize
+
+    @property
+    def depth(self) -> int:
+        """Elements of a row."""
+        return self.weight.shape[2] * (2 if self.bits == 4 else 1)
+
+    @property
+    def group(self) -> int:
+        """Elements of a row that share a scale, of 4 bits; else 0."""
+        return 0 if self.scale is None or self.bits != 4 else self.depth // self.scale.shape[2]
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -47,7 +64,9 @@ class Projection(NamedTuple):
     @property
     def is_by_blocks(self) -> bool:
         """Whether each block of 128 x 128 has a scale."""
-        return self.scale is not None and float8.is_by_blocks(self.weight[0], self.scale[0])
+        if self.scale is None or self.bits == 4:
+            return False
+        return float8.is_by_blocks(self.weight[0], self.scale[0])
 
 
 class Experts(NamedTuple):
@@ -82,7 +101,7 @@ class Experts(NamedTuple):
     @property
     def width(self) -> int:
         """Elements between the projections."""
-        return self.down.weight.shape[2]
+        return self.down.depth
 
     @property
     def hidden(self) -> int:
@@ -112,32 +131,39 @@ def arguments(
     up_scale: Tensor | None = None,
     gate_up_input_scale: Tensor | None = None,
     down_input_scale: Tensor | None = None,
+    gate_up_zero_point: Tensor | None = None,
+    down_zero_point: Tensor | None = None,
+    up_zero_point: Tensor | None = None,
     input_quantization: str = "none",
 ) -> Experts:
-    """The arguments of ``ops.experts`` and the scales of float8 weights by what the products read; views.
+    """The arguments of ``ops.quantized_experts`` by what the products read; views.
 
-    Float8 weights are not transposed.
+    Quantized weights are not transposed.
     """
     if is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
         up_proj = None if up_proj is None else up_proj.mT
-    gate, up = Projection(gate_up_proj, gate_up_bias, gate_up_scale, gate_up_input_scale), None
+    gate, up = (
+        Projection(gate_up_proj, gate_up_bias, gate_up_scale, gate_up_input_scale, gate_up_zero_point),
+        None,
+    )
+    down = Projection(down_proj, down_bias, down_scale, down_input_scale, down_zero_point)
     if has_gate:
-        half = down_proj.shape[2]
+        half = down.depth
         cuts = (slice(half), slice(half, None)) if is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         weights = (gate_up_proj, up_proj) if up_proj is not None else [gate_up_proj[:, cut] for cut in cuts]
-        scales = (gate_up_scale, up_scale)
+        scales, zeros = (gate_up_scale, up_scale), (gate_up_zero_point, up_zero_point)
         if up_proj is None and gate_up_scale is not None:
             scales = _halves(gate_up_scale, cuts, half)
+        if up_proj is None and gate_up_zero_point is not None:
+            zeros = _halves(gate_up_zero_point, cuts, half)
+        biases = [None if gate_up_bias is None else gate_up_bias[:, cut] for cut in cuts]
         gate, up = [
-            Projection(
-                weight, None if gate_up_bias is None else gate_up_bias[:, cut], scale, gate_up_input_scale
-            )
-            for weight, cut, scale in zip(weights, cuts, scales, strict=True)
+            Projection(weight, bias, scale, gate_up_input_scale, zero)
+            for weight, bias, scale, zero in zip(weights, biases, scales, zeros, strict=True)
         ]
         if up.strides != gate.strides:  # in two tensors that lie otherwise
             gate, up = [part._replace(weight=part.weight.contiguous()) for part in (gate, up)]
-    down = Projection(down_proj, down_bias, down_scale, down_input_scale)
     return Experts(
         hidden_states.contiguous(),
         top_k_index.contiguous(),

@@ -42,7 +42,7 @@ _CHUNK = tl.constexpr(8)
 """Elements that a thread reads at once, of weights and inputs alike, so that none have to change threads."""
 _AT_ONCE = tl.constexpr(4)
 """Parts of a row, of as many elements as a program takes in turn, that are asked for at once."""
-_MAX_TOKENS = 4
+MAX_TOKENS = 4
 """Beyond, tokens share too many experts; measured on an H200 with 128 experts of which a token has 8."""
 _CANDIDATES = [(2, 1024, 4, 2, 512, 2), (1, 1024, 4, 2, 1024, 2)]
 _OF_8_BITS = [
@@ -56,7 +56,7 @@ _OF_8_BITS = [
 def candidates(num_tokens: int, is_float8: bool = False) -> list[Config]:
     """The configurations worth timing, the most promising first; none for more tokens than a few."""
     found = _OF_8_BITS if is_float8 else _CANDIDATES
-    return [Config(*values) for values in found] if num_tokens <= _MAX_TOKENS else []
+    return [Config(*values) for values in found] if num_tokens <= MAX_TOKENS else []
 
 
 def run(x: Experts, config: Config) -> Tensor:

@@ -119,7 +119,7 @@ def run(x: Experts, config: Config, is_w8a8: bool = False) -> Tensor:
     num_tokens, top_k = x.top_k_index.shape
     num_pairs, num_experts = num_tokens * top_k, x.down.weight.shape[0]
     device = x.hidden_states.device
-    routes = _routed(x.top_k_index, num_experts, config.tokens)
+    routes = routed(x.top_k_index, num_experts, config.tokens)
     rows, middle = (
         _Rows(x.hidden_states),
         _Rows(torch.empty((num_pairs, x.width), dtype=x.dtype, device=device)),
@@ -133,7 +133,13 @@ def run(x: Experts, config: Config, is_w8a8: bool = False) -> Tensor:
         middle = _quantized(middle.values, x, x.down.input_scale)
     partial = torch.empty((num_pairs, x.hidden), dtype=x.dtype, device=device)
     _multiply(middle, x.down, None, routes, _Rows(partial), config.down_rows, config.down_depth, config)
-    out = torch.empty((num_tokens, x.hidden), dtype=x.hidden_states.dtype, device=device)
+    return summed(partial, x)
+
+
+def summed(partial: Tensor, x: Experts) -> Tensor:
+    """The results of pairs [t * k, hidden], weighted unless inputs were, by token: [t, hidden]."""
+    num_tokens, top_k = x.top_k_index.shape
+    out = torch.empty_like(x.hidden_states)
     _sum[(num_tokens, triton.cdiv(x.hidden, _COLUMNS))](
         partial,
         None if x.weigh_input else x.top_k_weights,
@@ -143,7 +149,7 @@ def run(x: Experts, config: Config, is_w8a8: bool = False) -> Tensor:
         PLACES=triton.next_power_of_2(top_k),
         COLUMNS=_COLUMNS,
         num_warps=1,
-        **overlap.options(device, num_tokens),
+        **overlap.options(out.device, num_tokens),
     )
     return out
 
@@ -186,7 +192,7 @@ def _quantized(rows: Tensor, x: Experts, input_scale: Tensor | None) -> _Rows:
     return out
 
 
-class _Routes(NamedTuple):
+class Routes(NamedTuple):
     """What was sent where."""
 
     pairs: Tensor
@@ -202,7 +208,8 @@ def _counter(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def _routed(index: Tensor, num_experts: int, block: int) -> _Routes:
+def routed(index: Tensor, num_experts: int, block: int) -> Routes:
+    """The pairs [t, k] of experts, in blocks of at most so many."""
     num_tokens, top_k = index.shape
     num_pairs = num_tokens * top_k
     # An expert's last block may be short, so there is one more for each that is chosen.
@@ -223,14 +230,14 @@ def _routed(index: Tensor, num_experts: int, block: int) -> _Routes:
         num_warps=8 if num_pairs >= _PAIRS_AT_ONCE else 4,
         **overlap.options(index.device, num_tokens),
     )
-    return _Routes(pairs, ranges.view(2, num_experts), blocks.view(2, most_blocks))
+    return Routes(pairs, ranges.view(2, num_experts), blocks.view(2, most_blocks))
 
 
 def _multiply(
     x: _Rows,
     projection: Projection,
     gate: Experts | None,
-    routes: _Routes,
+    routes: Routes,
     out: _Rows,
     rows: int,
     depth: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ad_flashinfer_pass.kernels.experts import gemv, grouped
+from ad_flashinfer_pass.kernels.experts import four_bits, gemv, grouped
 from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, Experts
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 
@@ -15,7 +15,7 @@ def candidates(
     top_k: int,
     num_experts: int,
     device: torch.device,
-    is_float8: bool = False,
+    bits: int = 16,
     by_blocks: bool = False,
     quantization: str = "none",
 ) -> list[Kernel]:
@@ -26,13 +26,15 @@ def candidates(
         top_k: experts of a token.
         num_experts: of the layer.
         device: where they run.
-        is_float8: the weights are.
+        bits: of an element of a weight.
         by_blocks: each block of a weight has a scale.
         quantization: of activations that float8 weights multiply.
     """
-    by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens, is_float8)]
     per_expert = num_tokens * top_k / num_experts
-    is_w8a8 = is_float8 and quantization != "none"
+    if bits == 4:
+        return four_bits.candidates(num_tokens, per_expert)
+    by_gemv = [Kernel("gemv", config) for config in gemv.candidates(num_tokens, bits == 8)]
+    is_w8a8 = bits == 8 and quantization != "none"
     name = "grouped_w8a8" if is_w8a8 else "grouped"
     by_group = grouped.candidates(per_expert, device, by_blocks, is_w8a8)
     return by_gemv + [Kernel(name, config) for config in by_group]
@@ -51,10 +53,10 @@ def run(x: Experts, kernel: Kernel) -> Tensor:
     if kernel.name == DEFAULT:
         num_tokens, top_k = x.top_k_index.shape
         num_experts, device = x.down.weight.shape[0], x.top_k_index.device
-        is_float8 = x.down.scale is not None
-        kernel = candidates(
-            num_tokens, top_k, num_experts, device, is_float8, x.is_by_blocks, x.quantization
-        )[0]
+        sizes = (num_tokens, top_k, num_experts)
+        kernel = candidates(*sizes, device, x.down.bits, x.is_by_blocks, x.quantization)[0]
+    if x.down.bits == 4:
+        return four_bits.run(x, kernel)
     if kernel.name == "gemv":
         return gemv.run(x, gemv.Config(*kernel.options))
     return grouped.run(x, grouped.Config(*kernel.options), kernel.name == "grouped_w8a8")

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.experts import by_torch, select
-from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, arguments
+from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, Projection, arguments
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
-from ad_flashinfer_pass.kernels.linear.float8 import is_by_blocks
 from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
 
 Weights = Mapping[str, Any]
@@ -35,6 +34,9 @@ class ExpertsKind(NamedTuple):
     x_dtype: torch.dtype
     by_blocks: bool
     """Each block of a float8 weight has a scale."""
+    group: int
+    """Elements of a row that share a scale, of 4 bits; else 0."""
+    has_zero_points: bool
     options: tuple[tuple[str, Any], ...]
     """The arguments of ``ops.quantized_experts`` that are no tensors."""
 
@@ -45,7 +47,8 @@ class ExpertsKind(NamedTuple):
         return found
 
     def __str__(self) -> str:
-        blocks = " by blocks" if self.by_blocks else ""
+        blocks = " by blocks" if self.by_blocks else f" by groups of {self.group}" if self.group else ""
+        blocks += " with zero points" if self.has_zero_points else ""
         if self.quantization != "none":
             blocks += f", activations {self.quantization}"
         sizes = f"{self.top_k} of {self.num_experts} experts {self.width} x {self.hidden}"
@@ -53,12 +56,26 @@ class ExpertsKind(NamedTuple):
 
 
 def _kind(top_k: int, x_dtype: torch.dtype, weights: Weights, options: Mapping[str, Any]) -> ExpertsKind:
-    down = weights["down_proj"].mT if options["is_transposed"] else weights["down_proj"]
-    scales = [(weights[f"{name}_proj"], weights.get(f"{name}_scale")) for name in ("gate_up", "down")]
-    by_blocks = any(scale is not None and is_by_blocks(weight[0], scale[0]) for weight, scale in scales)
-    num_experts, hidden, width = down.shape
-    sizes = (num_experts, top_k, hidden, width)
-    return ExpertsKind(*sizes, down.dtype, x_dtype, by_blocks, tuple(options.items()))
+    up, down = (weights[f"{name}_proj"] for name in ("gate_up", "down"))
+    if options["is_transposed"]:
+        up, down = up.mT, down.mT
+    parts = [
+        Projection(weight, None, weights.get(f"{name}_scale"))
+        for name, weight in (("gate_up", up), ("down", down))
+    ]
+    num_experts, hidden, _ = down.shape
+    return ExpertsKind(
+        num_experts,
+        top_k,
+        hidden,
+        parts[1].depth,
+        down.dtype,
+        x_dtype,
+        any(part.is_by_blocks for part in parts),
+        parts[1].group,
+        weights.get("down_zero_point") is not None,
+        tuple(options.items()),
+    )
 
 
 class ExpertsLayers:
@@ -100,11 +117,11 @@ class ExpertsLayers:
         return Measured(chosen, notes)
 
     def _of(self, kind: ExpertsKind, size: int) -> list[str]:
-        is_float8 = kind.dtype == torch.float8_e4m3fn
+        bits = 4 if kind.group else 8 * kind.dtype.itemsize
         sizes = (size, kind.top_k, kind.num_experts)
-        found = select.candidates(*sizes, self.device, is_float8, kind.by_blocks, kind.quantization)
-        # torch has no kernel for float8: it would copy the weights of each token's experts.
-        others = [] if is_float8 else ["torch"]
+        found = select.candidates(*sizes, self.device, bits, kind.by_blocks, kind.quantization)
+        # torch has none for quantized weights: it would copy those of each token's experts.
+        others = ["torch"] if bits > 8 else []
         return [self.default, *map(str, found[1:]), *others]
 
     def _launch(self, kind: ExpertsKind, size: int, weights: Weights) -> Callable[[str], Tensor]:

@@ -186,6 +186,47 @@ def test_activations_in_float8(
     assert errors[0] < min(0.02, 0.4 * errors[1])
 
 
+@pytest.mark.parametrize(
+    "kernel", [Kernel("gemv", gemv.Config(64, 256, 2, 64, 64, 2)), *KERNELS[1:]], ids=str
+)
+@pytest.mark.parametrize(("numbers", "group"), [("e2m1", 32), ("integers", 64), ("zero points", 128)])
+def test_4_bits(numbers: str, group: int, kernel: Kernel) -> None:
+    """Gate and up alternate or not."""
+    generator = torch.Generator().manual_seed(0)
+    number, size = 3, 128
+    options: dict[str, Any] = {"is_concatenated": numbers != "e2m1", "limit": 2.0, "alpha": 1.7}
+
+    def weight(rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        packed = torch.randint(256, (number, rows, size // 2), generator=generator, dtype=torch.uint8)
+        shape = (number, rows, size // group)
+        scale, zero = torch.rand(shape, generator=generator).to(DTYPE) / 64, None
+        if numbers == "e2m1":
+            scale = torch.randint(118, 122, shape, generator=generator, dtype=torch.uint8)
+        elif numbers == "zero points":
+            zero = torch.randint(16, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
+        return packed.to(DEVICE), scale.to(DEVICE), zero
+
+    (up, up_scale, up_zero), (down, down_scale, down_zero) = weight(2 * size), weight(size)
+    weights, index = torch.rand(3, number, generator=generator).topk(2)
+    x, biases = (
+        torch.randn(3, size, generator=generator).to(DEVICE, DTYPE),
+        torch.randn(number, 2 * size, generator=generator),
+    )
+    biases = biases.to(DEVICE, DTYPE)
+    scales: dict[str, Any] = {
+        "gate_up_scale": up_scale,
+        "down_scale": down_scale,
+        "gate_up_zero_point": up_zero,
+        "down_zero_point": down_zero,
+    }
+    given: list[Any] = [x, index.to(DEVICE), weights.to(DEVICE, DTYPE), up, down, biases, biases[:, :size]]
+    options |= scales
+    found = select.run(arguments(*given, **options), kernel)
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in given]
+    wanted = quantized_experts(*wide, **options)
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() <= 1.5 * torch.finfo(DTYPE).eps
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_biases_may_have_any_strides(kernel: Kernel) -> None:
     tensors, options = inputs(5, {}, bias=True)
@@ -228,7 +269,7 @@ def test_candidates_fit_in_the_shared_memory(
     """That of a GPU of compute capability 8.9 or 12.0, an A100, an H200, for which they were chosen."""
     memory = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    quantized = (True, True, "block") if size == 1 else ()
+    quantized = (8, True, "block") if size == 1 else ()
     found, chosen = (
         [
             grouped.Config(*kernel.options)

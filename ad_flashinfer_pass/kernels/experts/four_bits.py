@@ -16,7 +16,7 @@ from ad_flashinfer_pass.kernels.experts import gemv, grouped
 from ad_flashinfer_pass.kernels.experts.arguments import Experts, Projection
 from ad_flashinfer_pass.kernels.experts.gate import activate
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
-from ad_flashinfer_pass.kernels.linear import four_bits
+from ad_flashinfer_pass.kernels.linear import four_bits, small_gemm
 from ad_flashinfer_pass.kernels.linear.four_bit_sums import row_sums, tile_sums, words_at_once
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
@@ -143,8 +143,11 @@ def _multiply(
     num_experts, num_blocks = routes.ranges.shape[1], routes.blocks.shape[1]
     up, depth = None if gate is None else gate.up, projection.depth
     words = words_at_once(projection.group, depth)
-    # As many turns of the loop as fit are written out.
-    turns = next(n for n in (4, 3, 2, 1) if depth % (4 * words * n) == 0)
+    # Turns of the loop that are written out, where a turn is short.
+    turns = next(n for n in (3, 2, 1) if n == 1 or (config.tokens == 16 and depth % (4 * words * n) == 0))
+    block = 4 * words * turns
+    bytes_of_stage = block * (2 * config.tokens + (1 if up is not None else 0.5) * rows)
+    stages = min(config.stages, max(1, int(small_gemm.shared_bytes_of(x.device) // bytes_of_stage)))
     _product[(triton.cdiv(out.shape[1], rows), num_blocks)](
         x,
         *_tensors(projection, 16),
@@ -166,13 +169,13 @@ def _multiply(
         ACTIVATION="" if gate is None else gate.activation,
         SCALED=gate is not None and gate.alpha != 1.0,
         GROUP=projection.group,
-        BLOCK=4 * words * turns,
+        BLOCK=block,
         K=words,
         BY_ASSEMBLY=x.device.type == "cuda",
         ROWS=rows,
         TOKENS=config.tokens,
         num_warps=config.warps,
-        num_stages=config.stages,
+        num_stages=stages,
         **overlap.options(x.device, len(x)),
     )
 

@@ -292,7 +292,7 @@ def _multiply(
 
 def _in_pairs(projection: Projection) -> tuple[Projection, Projection | None]:
     """Twice the same, the second a block of rows later; None if blocks are odd in number."""
-    weight, bias, scale, _ = projection
+    weight, bias, scale, *_ = projection
     if scale is None or scale.shape[1] % 2:
         return projection, None
     weight, bias = weight[:, float8.BLOCK :], None if bias is None else bias[:, float8.BLOCK :]

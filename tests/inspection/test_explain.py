@@ -119,7 +119,7 @@ def test_a_refusal_shows_the_node_its_source_and_the_first_difference(tmp_path: 
 
 def test_the_command_fails_with_the_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table on stdout, the one line on stderr, and exit code 1."""
-    architectures.small_config("jetmoe").save_pretrained(tmp_path)
+    architectures.small_config("zaya").save_pretrained(tmp_path)
 
     with pytest.raises(SystemExit) as stop:
         main(["explain", "-m", str(tmp_path), "--max-seq-len", "128", "-q"])
@@ -127,8 +127,8 @@ def test_the_command_fails_with_the_refusal(tmp_path: Path, capsys: pytest.Captu
     assert stop.value.code == 1
     out, err = capsys.readouterr()
     assert "Refused by check_packing (PackingError)" in out
-    assert "aten.sum.dim_IntList" in out
-    assert err.startswith("error: node sum_1 (")
+    assert "aten.pad.default" in out
+    assert err.startswith("error: node pad (")
     assert err.count("\n") == 1
 
 

@@ -46,7 +46,7 @@ Stage = Literal[
 STAGES: tuple[Stage, ...] = get_args(Stage)
 CompileBackend = Literal["torch-simple", "torch-cudagraph", "torch-opt"]
 AttentionKernel = Literal[
-    "xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "tile_prefill", "fa2", "reference"
+    "xqa", "trtllm_gen", "split_decode", "fmha_v2", "fa3", "tile_prefill", "fa2", "latent", "reference"
 ]
 KvDtype = Literal["auto", "fp8", "bfloat16", "float16", "float32"]
 

@@ -24,9 +24,12 @@ from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.axes import Dims
 from ad_flashinfer_pass.graph.elements import Source, trace
+from ad_flashinfer_pass.kernels.attention import reference, select
+from ad_flashinfer_pass.kernels.attention.capability import PHASES
 from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.records import SiteNotes, Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
+from ad_flashinfer_pass.transforms.insert_cached_attention import site_of
 
 aten = torch.ops.aten
 _OURS = torch.ops.ad_flashinfer
@@ -97,14 +100,14 @@ def cache_latent(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tr
             continue
         try:
             latent = _read(node, tokens, value)
-            _rewrite(model, node, latent, rows)
+            _rewrite(model, node, latent, rows, ctx)
         except _NotLatentError as why:
             report.skipped.append(Skip(g.where(node), f"K and V are cached for each head, because {why}"))
             continue
         report.num_matches += 1
         report.notes.append(f"{latent.width} elements of a token are cached in place of {latent.expanded}")
     report.notes = list(dict.fromkeys(report.notes))
-    if report.num_matches:
+    if report.num_matches or report.skipped:
         g.finish(model)
         g.delete_unread(model)
     return model, report
@@ -228,6 +231,7 @@ def _rewrite(
     node: fx.Node,
     latent: _Latent,
     rows: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]],
+    ctx: TransformContext,
 ) -> None:
     args, graph = g.op_args(node), gm.graph
     query, pair = args["query"], (args["key"], args["value"])
@@ -245,6 +249,7 @@ def _rewrite(
         scale = g.shape(args["key"])[3] ** -0.5 if args["scale"] is None else args["scale"]
         changed = {"query": query, "key": key, "value": value, "scale": scale}
         attended = g.call_op(graph, _OURS.attention.default, *{**args, **changed}.values())
+        _check_kernels(ctx, node, attended)
         up = g.call_op(graph, aten.transpose.int, _weight(gm, latent.value, "weight"), 1, 2)
         out = g.call_op(graph, _OURS.head_linear.default, attended, up)
         if g.op_args(latent.value.linear)["bias"] is not None:
@@ -255,6 +260,28 @@ def _rewrite(
     attended.meta["site_notes"] = notes
     notes.folded.append(f"latent of {latent.rank} + {latent.width - latent.rank} elements")
     g.replace(node, out)
+
+
+def _check_kernels(ctx: TransformContext, node: fx.Node, attended: fx.Node) -> None:
+    """Whether kernels of the GPU that will run the graph attend over the latent, if any do over K and V.
+
+    Raises:
+        _NotLatentError: only the reference does.
+    """
+    target = ctx.target or ctx.device
+    for phase in PHASES if target.type == "cuda" else ():
+        before, after = (
+            select.choose(
+                site_of(ctx, g.op_args(each), (1.0, 1.0), shares_kv=False, is_latent=each is attended),
+                phase,
+                target,
+                g.where(node),
+                ctx.sm,
+            ).kernel
+            for each in (node, attended)
+        )
+        if after == reference.PROVIDER.name != before:
+            raise _NotLatentError(f"no kernel of the GPU has {phase} over it, and {before} has over K and V")
 
 
 def _row(graph: fx.Graph, latent: _Latent) -> tuple[fx.Node, fx.Node]:

@@ -148,7 +148,7 @@ def _insert_site(
     is_latent = _is_latent(key, value)
     k_scale, v_scale = scales[pair]
     both = (k_scale, k_scale if is_latent else v_scale)
-    site = _site(ctx, args, both, shares_kv=pair in caches, is_latent=is_latent)
+    site = site_of(ctx, args, both, shares_kv=pair in caches, is_latent=is_latent)
     quantized = {name: s for name, s in zip(("k_scale", "v_scale"), both, strict=True) if s != 1.0}
     target = ctx.target or ctx.device
     prefill, decode = (
@@ -245,7 +245,8 @@ def _is_latent(key: fx.Node, value: fx.Node) -> bool:
     return args["self"] is key and args["dim"] % 4 == 3 and not args["start"] and args["step"] == 1
 
 
-def _site(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, float], **items: bool) -> Site:
+def site_of(ctx: TransformContext, args: dict[str, Any], scales: tuple[float, float], **items: bool) -> Site:
+    """What an attention with these arguments asks of a kernel."""
     query, key, value = (g.value(args[name]) for name in ("query", "key", "value"))
     kv_dtype = _DTYPES.get(ctx.config.kv_cache_config.dtype, key.dtype)
     return Site.of(

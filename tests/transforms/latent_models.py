@@ -148,8 +148,9 @@ def _rotated(x: Tensor, position_ids: Tensor) -> Tensor:
     """[b, heads, s, d] by angles of the positions."""
     half = x.shape[-1] // 2
     angles = position_ids[:, None, :, None] * torch.arange(1.0, half + 1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def made(form: Form) -> Callable[[], nn.Module]:

@@ -15,7 +15,7 @@ from ad_flashinfer_pass import restore, to_program
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.deployment.calibrate import calibrate
 from ad_flashinfer_pass.inspection.check.check import check_prepared, prepare
-from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.pipeline import Pipeline, transform_module
 from ad_flashinfer_pass.records import TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from tests.architectures import (
@@ -110,6 +110,22 @@ def test_a_bias_beside_sinks_is_seen_by_the_softmax() -> None:
     """A bias of K is the same in all logits but the sink's."""
     _, report = served(Form(flaw="sinks", has_bias=True))
     assert "has a bias" in report.skipped[0].reason
+
+
+def test_a_latent_that_no_kernel_of_the_gpu_reads_stays_expanded() -> None:
+    """Of 672 elements, beside K and V that split_decode reads; one of 480, or in float32, is taken."""
+    shape = {"heads": 16, "nope": 128, "rope": 32, "value": 128}
+    for rank, dtype, taken in ((640, "bfloat16", 0), (448, "bfloat16", 1), (640, "float32", 1)):
+        model = LatentModel(Form(rank=rank, **shape)).to(getattr(torch, dtype))  # type: ignore[arg-type]
+        ctx = context(dtype=dtype, kv_cache_config={"tokens_per_block": 32})
+        ctx.target, ctx.sm = torch.device("cuda"), 90
+        pipeline = Pipeline.of(ctx.config)
+        _, reports = pipeline.upto("insert_cached_attention").run(model, ctx)
+        (report,) = (each for each in reports if each.name == "cache_latent")
+        assert report.num_matches == taken
+        assert [skip.reason.partition("because ")[2][:24] for skip in report.skipped] == (
+            [] if taken else ["no kernel of the GPU has"]
+        )
 
 
 def test_an_8_bit_latent() -> None:

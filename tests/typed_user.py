@@ -16,6 +16,7 @@ from ad_flashinfer_pass import (
     CachedModel,
     ConfigError,
     GenerationResult,
+    GuidedDecodingParams,
     KvCacheConfig,
     RequestError,
     SamplingParams,
@@ -65,6 +66,9 @@ assert_type(results[0].token_ids, list[int])
 assert_type(results[0].error, str | None)
 llm.generate("Once upon a time", max_new_tokens=64, temperature=0.8)
 llm.generate([[1, 2, 3], [4]], [params, SamplingParams()], seed=3)
+llm.generate("Once upon a time", n=3, logprobs=2, logit_bias={5: 1.0}, bad_words_ids=[[3, 4]], min_tokens=2)
+llm.generate("A dog:", guided_decoding=GuidedDecodingParams(json={"type": "object"}))
+llm.generate("A dog:", guided_decoding={"type": "object"})  # type: ignore[arg-type]
 llm.generate("Once upon a time", max_tokens=64)  # type: ignore[call-arg]
 llm.generate("Once upon a time", temperature="hot")  # type: ignore[arg-type]
 llm.generate("Once upon a time", {"temperature": 0.8})  # type: ignore[arg-type]

@@ -97,5 +97,6 @@ def serve(
         create_app(llm, name, limits),
         host,
         port,
+        timeout=timeout,
         on_ready=lambda url: None if quiet else typer.echo(f"{name} at {url}/v1", err=True),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -97,12 +98,12 @@ class SamplingParams:
         assert not isinstance(self.logit_bias, Mapping)
         return self.logit_bias
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         """Whether the most likely token of the unchanged logits is taken."""
         return self.temperature == 0 and not self.is_penalised
 
-    @property
+    @cached_property
     def is_penalised(self) -> bool:
         """Whether some tokens are made less likely, be the choice greedy or not."""
         return bool(
@@ -456,7 +457,7 @@ class BadWords(NamedTuple):
         is_next = ((self.before == -1) | (self.before == newest)).all(1)
         ends = self.last.where(is_next & (self.last < vocab_size), vocab_size)
         banned = torch.zeros(len(scores), vocab_size + 1, dtype=torch.bool, device=scores.device)
-        banned.view(-1)[self.rows * (vocab_size + 1) + ends] = True
+        banned.view(-1).index_fill_(0, self.rows * (vocab_size + 1) + ends, 1)
         return scores.masked_fill(banned[:, :-1], -math.inf)
 
 
@@ -624,7 +625,10 @@ def most_likely(scores: Tensor) -> Tensor:
 
 def _marked(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
     """bool [n, vocab_size]: the tokens of each row."""
-    return _summed([[(token, 1.0) for token in row] for row in token_ids], vocab_size, device) > 0
+    rows = [np.asarray(row, dtype=np.int64) + index * vocab_size for index, row in enumerate(token_ids)]
+    places = on_device(torch.from_numpy(np.concatenate(rows)), device)
+    marked = torch.zeros(len(rows) * vocab_size, dtype=torch.bool, device=device)
+    return marked.index_fill_(0, places, 1).view(len(rows), vocab_size)
 
 
 def _summed(values: Sequence[Sequence[tuple[int, float]]], vocab_size: int, device: torch.device) -> Tensor:

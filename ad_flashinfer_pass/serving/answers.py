@@ -77,11 +77,10 @@ class Answer(ABC, Generic[_Body]):
     def usage(self) -> _Object:
         """Tokens so far; each prompt counts once."""
         prompts = {id(choice.prompt): len(choice.prompt) for choice in self.choices}
-        cached: dict[int, int] = dict.fromkeys(prompts, 0)
-        for choice in self.choices:
+        cached: dict[int, int] = {}
+        for choice in self.choices:  # of several continuations the first one reads the prompt
             found = [piece.num_cached_tokens for piece in self._pieces[choice.index]]
-            # Of several continuations the first one reads the prompt.
-            cached[id(choice.prompt)] = cached[id(choice.prompt)] or max(found, default=0)
+            cached.setdefault(id(choice.prompt), max(found, default=0))
         num_prompt, num_new = sum(prompts.values()), sum(choice.num_tokens for choice in self.choices)
         return {
             "prompt_tokens": num_prompt,

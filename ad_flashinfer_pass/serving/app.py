@@ -40,6 +40,8 @@ from ad_flashinfer_pass.serving.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 _Body = TypeVar("_Body", bound=SamplingFields)
+_GRACE = 5.0
+"""Seconds that a client has to read the end of a stream."""
 _RETRY_AFTER = {"Retry-After": "1"}
 
 
@@ -205,16 +207,24 @@ def _timed_out(seconds: float) -> ApiError:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, whose source is closed whatever happens to the client."""
+    """Server-sent events, whose source is closed whatever happens to the client.
 
-    def __init__(self, events: AsyncGenerator[str, None], on_end: Callable[[], None]) -> None:
+    Args:
+        events: what is sent.
+        seconds: after which a client that does not read is let go.
+        on_end: called at the end.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], seconds: float, on_end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._events, self._on_end = events, on_end
+        self._events, self._seconds, self._on_end = events, seconds, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ``StreamingResponse``."""
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+        except asyncio.TimeoutError:
+            logger.info("%s %s: the client does not read", scope["state"]["id"], scope["path"])
         finally:
             await self._events.aclose()
             self._on_end()
@@ -334,7 +344,11 @@ async def _answer(request: Request, kind: type[_Body]) -> Response:
         params = [_params(server, body, prompt) for prompt in prompts]
         for form in {each.guided_decoding for each in params if each.guided_decoding is not None}:
             # Not to be cancelled: others may wait for the same.
-            await asyncio.shield(asyncio.wrap_future(server.worker.engine.grammars.compile(form)))
+            compiled = asyncio.shield(asyncio.wrap_future(server.worker.engine.grammars.compile(form)))
+            await asyncio.wait({compiled}, timeout=start + server.limits.timeout - loop.time())
+            if not compiled.done():
+                raise _timed_out(server.limits.timeout)
+            compiled.result()
         choices = await server.open(prompts, params, body.cache_salt or "", start + server.limits.timeout)
         answer_type = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
         answer = answer_type(server.name, request.state.id, body, choices, server.tokenizer)  # type: ignore[arg-type]
@@ -361,7 +375,7 @@ async def _answer(request: Request, kind: type[_Body]) -> Response:
                 admission.__exit__(None, None, None)
 
             is_streaming = True
-            return EventStream(_events(answer, pieces), end)
+            return EventStream(_events(answer, pieces), server.limits.timeout + _GRACE, end)
         try:
             await _unless_client_leaves(request, _collect(answer, pieces))
         finally:

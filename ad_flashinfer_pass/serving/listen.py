@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -15,19 +16,28 @@ from ad_flashinfer_pass.errors import ConfigError
 _SWITCH_SECONDS = 0.0005
 
 
-def listen(app: FastAPI, host: str, port: int, *, on_ready: Callable[[str], None]) -> None:
+def listen(app: FastAPI, host: str, port: int, *, timeout: float, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; then take no new connections, and let requests finish.
 
     Args:
         app: the endpoint.
         host: name or address.
         port: 0 takes a free one.
+        timeout: seconds that requests have to finish.
         on_ready: called with the URL once connections are accepted.
 
     Raises:
         ConfigError: the address cannot be had.
     """
-    config = uvicorn.Config(app, host=host, port=port, log_config=None, log_level="error", access_log=False)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(timeout),
+    )
     try:
         socket = config.bind_socket()
     except SystemExit:  # of uvicorn, which has logged why

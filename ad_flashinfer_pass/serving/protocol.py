@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
@@ -234,7 +235,16 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def variables(self) -> dict[str, Any]:
-        """For the chat template."""
+        """For the chat template.
+
+        Raises:
+            RequestError: one would reach more than the template, such as a template of the client's own.
+        """
+        from transformers import PreTrainedTokenizerBase
+
+        taken = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+        if wrong := sorted(taken.keys() & (self.chat_template_kwargs or {}).keys()):
+            raise RequestError(f"chat_template_kwargs must be variables of the template, got {wrong[0]!r}.")
         tools = None if self.tool_choice == "none" or not self.tools else self.tools
         given = dict(self.chat_template_kwargs or {})
         return {**given, "tools": [tool.model_dump() for tool in tools]} if tools else given

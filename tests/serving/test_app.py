@@ -170,6 +170,15 @@ def test_tools_go_to_the_template(url: str) -> None:
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "must have content"),
         ("chat/completions", {"messages": CHAT, "top_logprobs": 1}, 400, "needs logprobs"),
+        (
+            "chat/completions",
+            {
+                "messages": CHAT,
+                "chat_template_kwargs": {"chat_template": "{% for _ in range(9) %}{% endfor %}"},
+            },
+            400,
+            "must be variables of the template, got 'chat_template'",
+        ),
         ("chat/completions", {"messages": CHAT, "tool_choice": "required"}, 400, "tool_choice"),
         ("embeddings", {}, 404, "/v1/embeddings"),
     ],

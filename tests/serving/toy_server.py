@@ -60,5 +60,6 @@ if __name__ == "__main__":
         create_app(toy_llm(), "toy", Limits()),
         "127.0.0.1",
         0,
+        timeout=60,
         on_ready=lambda url: print(url, flush=True),
     )

@@ -92,6 +92,8 @@ class StepRunner:
         self._on_cuda = model.device.type == "cuda"
         self._sampler = Sampler()
         self._wanted: Wanted | None = None
+        self._is_greedy = self._is_penalised = False
+        """Of the rows of the last ``run``: whether all are, and whether any is."""
 
     def run(
         self,
@@ -112,6 +114,8 @@ class StepRunner:
         reads_params = self._runs_ahead or self._on_cuda
         self._model.nest(steps, [_row_params(row) for row in rows] if reads_params else ())
         self._wanted = wanted
+        self._is_greedy = all(row.params.is_greedy for row in rows)
+        self._is_penalised = any(row.params.is_penalised for row in rows)
         return self.run_again(rows, find_bits)
 
     def run_again(self, rows: Sequence[SampledSequence], find_bits: FindBits | None = None) -> PendingTokens:
@@ -132,7 +136,7 @@ class StepRunner:
             self._sample_on_cuda(logits, rows, bits)
         elif not self._runs_ahead:
             return self._sampler.sample(logits, rows, bits)
-        elif not (_is_greedy(rows) and self._model.sample_and_advance(is_greedy=True)):
+        elif not (self._is_greedy and self._model.sample_and_advance(is_greedy=True)):
             info.advance(self._sampler.sample(logits, rows, bits))
         return info.tokens[: len(rows)]
 
@@ -145,16 +149,12 @@ class StepRunner:
 
     def _sample_on_cuda(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> None:
         info = self._model.sequence_info
-        if any(row.params.is_penalised for row in rows):
+        if self._is_penalised:
             is_greedy = all(row.params.temperature == 0 for row in rows)
             info.sample_and_advance(self._sampler.penalise(logits, rows, bits), is_greedy=is_greedy)
             self._sampler.note(info.tokens[: len(rows)])
-        elif not self._model.sample_and_advance(is_greedy=_is_greedy(rows)):
-            info.sample_and_advance(logits, is_greedy=_is_greedy(rows))
-
-
-def _is_greedy(rows: Sequence[SampledSequence]) -> bool:
-    return all(row.params.is_greedy for row in rows)
+        elif not self._model.sample_and_advance(is_greedy=self._is_greedy):
+            info.sample_and_advance(logits, is_greedy=self._is_greedy)
 
 
 def _row_params(row: SampledSequence) -> RowParams:

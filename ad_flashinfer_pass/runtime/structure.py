@@ -1,16 +1,17 @@
 """Texts of a given form: which tokens may come next, by xgrammar.
 
-A grammar is compiled in a thread, once for all requests that ask for it. Which tokens it allows is found on
-the host while the device runs the model, goes there as bits, and is applied before a token is chosen.
+A grammar is compiled in a thread, once for all requests that ask for it, and two at a time. Which tokens it
+allows is found on the host while the device runs the model, goes there as bits, and is applied before a
+token is chosen.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Semaphore, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from ad_flashinfer_pass.runtime.foreign import foreign_code
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-_MOST_KEPT = 256
+_MOST_KEPT, _AT_ONCE = 256, 2
 _BITS = 32
 
 
@@ -72,8 +73,7 @@ class Grammars:
         self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, end_tokens: Sequence[int]
     ) -> None:
         self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, list(end_tokens)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._lock = Lock()
+        self._lock, self._turns = Lock(), Semaphore(_AT_ONCE)
         self._compiled: dict[GuidedDecodingParams, Future[Any]] = {}
         self._compiler: Any = None
 
@@ -82,15 +82,25 @@ class Grammars:
         with self._lock:
             future = self._compiled.pop(params, None)
             if future is None or (future.done() and future.exception() is not None):
-                future = self._executor.submit(self._compile, params)
+                future = Future()
+                # No pool, for whose threads a process waits when it ends: a hostile schema takes minutes.
+                Thread(target=self._run, args=(params, future), daemon=True, name="grammar").start()
             self._compiled[params] = future  # the last that was asked for is the last to go
             while len(self._compiled) > _MOST_KEPT:
                 del self._compiled[next(iter(self._compiled))]
             return future
 
+    def _run(self, params: GuidedDecodingParams, future: Future[Any]) -> None:
+        with self._turns:
+            try:
+                future.set_result(self._compile(params))
+            except BaseException as err:  # which is that of whoever asks for the result
+                future.set_exception(err)
+
     def _compile(self, params: GuidedDecodingParams) -> Any:
-        if self._compiler is None:
-            self._compiler = self._new_compiler()
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = self._new_compiler()
         with foreign_code("guided_decoding cannot be compiled"):
             if params.json is not None:
                 return self._compiler.compile_json_schema(params.json)

@@ -390,3 +390,19 @@ def test_a_request_of_the_engine_has_one_continuation() -> None:
     """n is the matter of LLM, which makes requests of it."""
     with pytest.raises(RequestError, match="one continuation, got n=2"):
         Engine(ToyModel()).add_request([1], SamplingParams(n=2))
+
+
+def test_an_engine_says_why_it_does_not_share_pages() -> None:
+    """Because it was told, or because the model cannot."""
+    assert Engine(ToyModel(has_states=False)).no_block_reuse is None
+    assert "states" in (Engine(ToyModel()).no_block_reuse or "")
+    told = Engine(ToyModel(has_states=False), enable_block_reuse=False)
+    assert told.no_block_reuse == "enable_block_reuse is false"
+    model = ToyModel(has_states=False)
+    model.sequence_info.has_lengths = True
+    assert "ropes" in (Engine(model).no_block_reuse or "")
+    for _ in range(2):
+        assert tokens_of(told, PROMPTS, SamplingParams(max_new_tokens=9)) == [
+            greedy_alone(prompt, 9) for prompt in PROMPTS
+        ]
+    assert (told.metrics.num_cached_tokens, told.metrics.pages_kept) == (0, 0)

@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -138,7 +138,7 @@ class Server:
                     )
                     text = TextStream(self._decoder(), given.stop)
                     choices.append(Choice(len(choices), prompt, given, ticket, text))
-                    loop.call_at(deadline, ticket.fail, _timed_out(self.limits.timeout))
+                    ticket.fail_at(deadline, _timed_out(self.limits.timeout))
         except BaseException as err:
             self.abandon(choices)
             if isinstance(err, asyncio.TimeoutError):
@@ -149,6 +149,7 @@ class Server:
     def abandon(self, choices: Sequence[Choice]) -> None:
         """Cancel what has not ended."""
         for choice in choices:
+            choice.ticket.release()
             self.worker.close(choice.ticket)
 
     async def pieces(self, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
@@ -336,59 +337,59 @@ async def _answer(request: Request, kind: type[_Body]) -> Response:
             404, f"the model {body.model!r:.80} is not served; {server.name!r} is.", "not_found_error"
         )
     num_prompts = len(body.prompts()) if isinstance(body, CompletionRequest) else 1
-    admission = server.admitted(num_prompts * (body.n or 1))
-    admission.__enter__()
-    is_streaming = False
-    try:
+    with _said_as_api_errors(), ExitStack() as stack:
+        stack.enter_context(server.admitted(num_prompts * (body.n or 1)))
         prompts = await _prompts(server, body)
         params = [_params(server, body, prompt) for prompt in prompts]
-        for form in {each.guided_decoding for each in params if each.guided_decoding is not None}:
-            # Not to be cancelled: others may wait for the same.
-            compiled = asyncio.shield(asyncio.wrap_future(server.worker.engine.grammars.compile(form)))
-            await asyncio.wait({compiled}, timeout=start + server.limits.timeout - loop.time())
-            if not compiled.done():
-                raise _timed_out(server.limits.timeout)
-            compiled.result()
-        choices = await server.open(prompts, params, body.cache_salt or "", start + server.limits.timeout)
-        answer_type = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
-        answer = answer_type(server.name, request.state.id, body, choices, server.tokenizer)  # type: ignore[arg-type]
-
-        def log_end() -> None:
-            usage = answer.usage()
-            logger.info(
-                "%s %s %s prompt=%d cached=%d new=%d seconds=%.3f",
-                request.state.id,
-                request.url.path,
-                "/".join(sorted(set(answer.reasons.values()))) or "left",
-                usage["prompt_tokens"],
-                usage["prompt_tokens_details"]["cached_tokens"],
-                usage["completion_tokens"],
-                loop.time() - start,
-            )
-            server.metrics.request_ended(loop.time() - start, answer.reasons)
-
+        deadline = start + server.limits.timeout
+        await _compiled(server, params, deadline)
+        choices = await server.open(prompts, params, body.cache_salt or "", deadline)
+        stack.callback(server.abandon, choices)
+        answer_type: Any = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
+        answer = answer_type(server.name, request.state.id, body, choices, server.tokenizer)
+        stack.callback(_log_end, server, request, answer, start)
         pieces = _timed(server.pieces(choices), server, start)
         if body.stream:
-
-            def end() -> None:
-                log_end()
-                admission.__exit__(None, None, None)
-
-            is_streaming = True
-            return EventStream(_events(answer, pieces), server.limits.timeout + _GRACE, end)
-        try:
-            await _unless_client_leaves(request, _collect(answer, pieces))
-        finally:
-            await pieces.aclose()
-            log_end()
+            events = _events(answer, pieces)
+            return EventStream(events, server.limits.timeout + _GRACE, stack.pop_all().close)
+        await _unless_client_leaves(request, _collect(answer, pieces))
         return JSONResponse(answer.whole())
+
+
+@contextmanager
+def _said_as_api_errors() -> Iterator[None]:
+    try:
+        yield
     except RequestError as err:
         raise ApiError(400, str(err), "invalid_request_error") from None
     except WorkerDied as err:
         raise ApiError(503, f"the engine has ended: {err}", "server_error") from None
-    finally:
-        if not is_streaming:
-            admission.__exit__(None, None, None)
+
+
+def _log_end(server: Server, request: Request, answer: ChatAnswer | CompletionAnswer, start: float) -> None:
+    usage, seconds = answer.usage(), asyncio.get_running_loop().time() - start
+    logger.info(
+        "%s %s %s prompt=%d cached=%d new=%d seconds=%.3f",
+        request.state.id,
+        request.url.path,
+        "/".join(sorted(set(answer.reasons.values()))) or "left",
+        usage["prompt_tokens"],
+        usage["prompt_tokens_details"]["cached_tokens"],
+        usage["completion_tokens"],
+        seconds,
+    )
+    server.metrics.request_ended(seconds, answer.reasons)
+
+
+async def _compiled(server: Server, params: Sequence[SamplingParams], deadline: float) -> None:
+    """Wait until the engine has the grammars, so that a broken one is the client's error."""
+    for form in {each.guided_decoding for each in params if each.guided_decoding is not None}:
+        # Not to be cancelled: others may wait for the same.
+        compiled = asyncio.shield(asyncio.wrap_future(server.worker.engine.grammars.compile(form)))
+        await asyncio.wait({compiled}, timeout=deadline - asyncio.get_running_loop().time())
+        if not compiled.done():
+            raise _timed_out(server.limits.timeout)
+        compiled.result()
 
 
 async def _read(request: Request, kind: type[_Body], most: int) -> _Body:
@@ -465,9 +466,12 @@ async def _timed(
         await pieces.aclose()
 
 
-async def _collect(answer: ChatAnswer | CompletionAnswer, pieces: AsyncIterator[Piece]) -> None:
-    async for piece in pieces:
-        answer.add(piece)
+async def _collect(answer: ChatAnswer | CompletionAnswer, pieces: AsyncGenerator[Piece, None]) -> None:
+    try:
+        async for piece in pieces:
+            answer.add(piece)
+    finally:
+        await pieces.aclose()
 
 
 async def _events(

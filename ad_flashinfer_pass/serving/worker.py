@@ -32,6 +32,7 @@ class Ticket:
         self._outputs: deque[StepOutput] = deque()
         self._has_news = asyncio.Event()
         self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, outputs: Sequence[StepOutput]) -> None:
         """Take what steps brought."""
@@ -42,6 +43,15 @@ class Ticket:
         """Nothing more will come."""
         self._error = error
         self._has_news.set()
+
+    def fail_at(self, when: float, error: Exception) -> None:
+        """Fail at a time of the event loop, unless ``release`` is called before."""
+        self._timer = asyncio.get_running_loop().call_at(when, self.fail, error)
+
+    def release(self) -> None:
+        """Nobody waits for it any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def next_outputs(self) -> list[StepOutput]:
         """What has come since the last time; the last output of all has a completion.

@@ -75,6 +75,9 @@ def serve(
         if number <= 0:
             raise ConfigError(f"{name} must be positive, got {number:g}.")
     config = keys.config()
+    from ad_flashinfer_pass.serving.listen import bind, listen
+
+    bound = bind(host, port)  # before the model is built, and not after it
     from ad_flashinfer_pass.cli.generation import libraries_quiet
 
     with Reporter(quiet=quiet, live=True, debug=debug) as reporter, libraries_quiet(not debug):
@@ -84,7 +87,6 @@ def serve(
         llm = build.build_model(config, on_event=reporter.phase)
         reporter.ready(config.device)
     from ad_flashinfer_pass.serving.app import Limits, create_app
-    from ad_flashinfer_pass.serving.listen import listen
 
     name = served_model_name or config.model
     limits = Limits(
@@ -95,8 +97,7 @@ def serve(
         logging.getLogger("ad_flashinfer_pass.serving").setLevel(logging.INFO)
     listen(
         create_app(llm, name, limits),
-        host,
-        port,
+        bound,
         timeout=timeout,
         on_ready=lambda url: None if quiet else typer.echo(f"{name} at {url}/v1", err=True),
     )

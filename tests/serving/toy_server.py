@@ -54,12 +54,11 @@ class Gated(ToyModel):
 
 
 if __name__ == "__main__":
-    from ad_flashinfer_pass.serving.listen import listen
+    from ad_flashinfer_pass.serving.listen import bind, listen
 
     listen(
         create_app(toy_llm(), "toy", Limits()),
-        "127.0.0.1",
-        0,
+        bind("127.0.0.1", 0),
         timeout=60,
         on_ready=lambda url: print(url, flush=True),
     )

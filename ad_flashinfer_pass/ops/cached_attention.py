@@ -73,7 +73,7 @@ def cached_attention(
     if query.device.type == "cuda":
         inputs = {"kv_cache": kv_cache, "seq_len_with_cache": seq_len_with_cache, "block_table": block_table}
         device = launching(query.device, cu_seqlen=cu_seqlen, **inputs)
-    num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host[:5].tolist()
+    num_prefill, prefill_tokens, num_extend, extend_tokens, num_decode = batch_info_host.tolist()[:5]
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
     tokens = query.flatten(0, 1)
     parts = []

@@ -96,6 +96,11 @@ def append(
     """See ``ops.append_kv``."""
     planes, _, page_size, head_dim = kv_cache.shape[1:]
     key, value = _quantized(key, k_scale, kv_cache.dtype), _quantized(value, v_scale, kv_cache.dtype)
+    if planes == 2 and slot_mapping.shape[0] == 1 and kv_cache.device.type == "cpu":  # in half of the calls of torch
+        page, offset = divmod(slot_mapping.item(), page_size)
+        for place, new in zip(kv_cache[int(page)].unbind(), (key, value), strict=True):
+            place[:, int(offset), : new.shape[-1]] = new[0, 0]
+        return
     page = torch.div(slot_mapping, page_size, rounding_mode="floor")
     offset = slot_mapping - page * page_size
     if planes == 2 and key.shape[-1] == value.shape[-1] == head_dim:
@@ -114,7 +119,7 @@ def _quantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize == 1:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
-    return x.to(dtype)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def store_result(attended: Tensor, out: Tensor, scale: float) -> None:
@@ -174,18 +179,20 @@ def decode(
     spec: AttentionSpec,
 ) -> Tensor:
     """See ``attention.provider``; all sequences at once."""
-    q, last = query[:, None], (seq_len_with_cache - 1)[:, None]
+    # On a GPU reading the lengths would wait for the device: take the whole table.
     on_cpu = query.device.type == "cpu"
-    # On a GPU reading the longest length would wait for the device: take the whole table.
-    longest = int(seq_len_with_cache.max()) if on_cpu else block_table.shape[1] * kv_cache.shape[3]
-    k, v = _gather_pages(kv_cache, block_table, longest, q, spec)
+    lengths = seq_len_with_cache.tolist() if on_cpu else [block_table.shape[1] * kv_cache.shape[3]]
+    longest = max(lengths)
+    k, v = _gather_pages(kv_cache, block_table, longest, query, spec)
     if not _is_plain(spec):
+        last = (seq_len_with_cache - 1)[:, None]
         bias = visibility_bias(last, longest, spec)
-        return _attend_dense(q, k, v, bias, spec, last)[:, 0]
+        return _attend_dense(query[:, None], k, v, bias, spec, last)[:, 0]
     within = spec.chunk is None and (spec.sliding_window is None or longest <= spec.sliding_window)
-    sees_all = on_cpu and query.shape[0] == 1 and within
-    mask = None if sees_all else ~_hidden(last, longest, spec)
-    return _sdpa(q, k, v, mask, spec.scale)[:, 0]
+    sees_all = on_cpu and min(lengths) == longest and within
+    mask = None if sees_all else ~_hidden((seq_len_with_cache - 1)[:, None], longest, spec)
+    query = query.unsqueeze(2)
+    return F.scaled_dot_product_attention(query, k, v, mask, scale=spec.scale, enable_gqa=True).squeeze(2)
 
 
 def dense_attention(
@@ -261,7 +268,8 @@ def _gather_pages(
 
 
 def _dequantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if scale == 1.0 else (x.float() * scale).to(dtype)
+    x = x if scale == 1.0 else x.float() * scale
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 @cache

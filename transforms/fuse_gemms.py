@@ -40,6 +40,9 @@ def fuse_gemms(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Tran
     """Fuse every group of linears that share their input."""
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("fuse_gemms")
+    if (ctx.target or ctx.device).type == "cpu":
+        report.notes.append("on a CPU one linear of many rows is no faster than several of few")
+        return model, report
     groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     readers = Counter(id(g.attribute(node)) for node in model.graph.find_nodes(op="get_attr"))
     for node in [node for node in model.graph.nodes if g.is_op(node, aten.linear.default, _QUANTIZED)]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.records import TransformContext
 from tests.transforms.small_models import (
     HEAD_DIM,
     HEADS,
@@ -49,8 +50,20 @@ def rows_at_once(layer: object, q: Tensor, k: Tensor, v: Tensor, position_ids: T
     return sdpa(layer, flat.view(b, s, n, d).transpose(1, 2), k, v, position_ids)  # type: ignore[arg-type]
 
 
+def gpu_context() -> TransformContext:
+    ctx = context()
+    ctx.target = torch.device("cuda")
+    return ctx
+
+
+def test_a_cpu_keeps_them_apart() -> None:
+    ctx = context()
+    _, reports = run(exported(SmallModel(sdpa), "match_attention", ctx=ctx), ctx, "fuse_gemms")
+    assert reports["fuse_gemms"].num_matches == 0
+
+
 def test_linears_of_one_input_are_one_linear() -> None:
-    model, ctx = SmallModel(sdpa, sdpa), context()
+    model, ctx = SmallModel(sdpa, sdpa), gpu_context()
     gm, reports = run(exported(model, "match_attention", ctx=ctx), ctx, "fuse_gemms")
     assert reports["fuse_gemms"].num_matches == 2
     assert len(find(gm, aten.linear)) == 2 * 2 + 1  # q-k-v and output of two layers, lm_head
@@ -67,14 +80,14 @@ def test_weights_may_be_of_no_module() -> None:
     model = SmallModel(mix=mix)
     for name in ("left", "right"):
         setattr(model, name, nn.Parameter(torch.randn(WIDTH, WIDTH), requires_grad=False))
-    ctx = context()
+    ctx = gpu_context()
     gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
     assert reports["fuse_gemms"].num_matches == 1
     assert_computes(gm, model, 1e-4)
 
 
 def test_one_copy_of_each_weight_is_left() -> None:
-    model, ctx = SmallModel(sdpa), context()
+    model, ctx = SmallModel(sdpa), gpu_context()
     before = exported(model, ctx=ctx)
     gm, _ = run(before, ctx, "fuse_gemms")
     assert sum(p.numel() for p in gm.parameters()) <= sum(p.numel() for p in model.parameters())
@@ -85,7 +98,7 @@ def test_one_copy_of_each_weight_is_left() -> None:
 
 def test_with_and_without_bias_are_fused_apart_and_tied_weights_stay() -> None:
     model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=Gated())
-    ctx = context()
+    ctx = gpu_context()
     gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
     report = reports["fuse_gemms"]
     assert report.num_matches == 2
@@ -95,7 +108,7 @@ def test_with_and_without_bias_are_fused_apart_and_tied_weights_stay() -> None:
 
 
 def test_views_across_rows_become_reshapes() -> None:
-    model, ctx = SmallModel(rows_at_once), context()
+    model, ctx = SmallModel(rows_at_once), gpu_context()
     gm, _ = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
     fused = next(node for node in find(gm, aten.linear) if len(node.users) == 3)
     assert not any(g.is_op(user, aten.view) for part in fused.users for user in part.users)
@@ -103,7 +116,7 @@ def test_views_across_rows_become_reshapes() -> None:
 
 
 def test_nothing_to_fuse_changes_nothing() -> None:
-    model, ctx = SmallModel(mix=lambda m, x, p: torch.tanh(x)), context()
+    model, ctx = SmallModel(mix=lambda m, x, p: torch.tanh(x)), gpu_context()
     gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
     assert reports["fuse_gemms"].num_matches == 0
     assert_computes(gm, model)
@@ -116,7 +129,7 @@ def test_the_parameters_of_the_source_become_views_of_the_fused_ones() -> None:
     before = model(tokens, positions)
     fused = []
     for _ in range(2):
-        ctx = context()
+        ctx = gpu_context()
         gm, _ = run(exported(model, "match_attention", ctx=ctx), ctx, "fuse_gemms")
         assert_computes(gm, model)
         fused.append([p for name, p in gm.named_parameters() if "_weight" in name])
@@ -157,7 +170,7 @@ class Float8Gate(nn.Module):
 )
 def test_float8_linears_keep_their_scales(part: Float8Gate, num_fused: int) -> None:
     model = SmallModel(mix=lambda m, x, p: m.parts["gate"](x), gate=part)
-    ctx = context()
+    ctx = gpu_context()
     gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
     assert reports["fuse_gemms"].num_matches == num_fused
     assert len(find(gm, torch.ops.ad_flashinfer.quantized_linear)) == 2 - num_fused
@@ -193,7 +206,7 @@ def test_linears_of_4_bits_keep_scales_and_zero_points(
     part = Float8Gate("tensor")
     part.left, part.right = (FourBits(256, has) for has in has_zero_points)  # type: ignore[assignment]
     model = SmallModel(mix=lambda m, x, p: m.parts["gate"](x), gate=part)
-    ctx = context()
+    ctx = gpu_context()
     gm, reports = run(exported(model, ctx=ctx), ctx, "fuse_gemms")
     assert reports["fuse_gemms"].num_matches == num_fused
     assert_computes(gm, model)

@@ -52,6 +52,7 @@ class Gated(nn.Module):
 def fused(part: Gated) -> tuple[fx.GraphModule, list[dict[str, object]]]:
     model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=part).to(torch.bfloat16)
     ctx = small_context()
+    ctx.target = torch.device("cuda")  # a CPU fuses nothing
     gm, _ = run_transforms(exported(model, ctx=ctx), ctx, "fuse_gemms")
     inputs = torch.randint(29, (2, 7)), torch.arange(7).repeat(2, 1)
     before = gm(*inputs)
@@ -119,6 +120,7 @@ def test_halves_whose_scales_share_a_block_are_not_gated() -> None:
 def test_what_only_looks_like_a_part_stays(change: str) -> None:
     model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=Gated()).to(torch.bfloat16)
     ctx = small_context()
+    ctx.target = torch.device("cuda")  # a CPU fuses nothing
     gm, _ = run_transforms(exported(model, ctx=ctx), ctx, "fuse_gemms")
     if change == "eps_times_alpha":
         add = g.args(find(gm, torch.ops.aten.rsqrt)[0])[0]
@@ -155,6 +157,7 @@ def test_each_model_keeps_the_kernels_that_were_measured_for_it(
             lambda launches, us=us_of_ours: 20.0 if launches[0].func is by_torch else us,
         )
         ctx = small_context(compile_backend="torch-opt", max_batch_size=2)
+        ctx.target = torch.device("cuda")  # a CPU fuses nothing
         model = SmallModel(mix=lambda m, x, p: m.parts["gated"](x), gated=Gated()).to(torch.bfloat16)
         gm, _ = run_transforms(exported(model, ctx=ctx), ctx, "fuse_gemms")
         ctx.device = torch.device("cuda")  # only asked for its kind: the weights are here
@@ -186,6 +189,8 @@ def test_logits_of_real_models(name: str) -> None:
     ctx = context(AutoDeployConfig(max_batch_size=2, max_seq_len=64))
     gm, _ = Pipeline.of(ctx.config).without("compile_model", "fuse_small_batch").run(model, ctx)
     assert isinstance(gm, fx.GraphModule)
+    ctx.target = torch.device("cuda")  # a CPU fuses nothing
+    gm, _ = run_transforms(gm, ctx, "fuse_gemms")
 
     def error(graph: fx.GraphModule) -> float:
         ctx.sequence_info.nest_sequences([SequenceStep(tokens, 0, [1]), SequenceStep([5, 6], 0, [2])])

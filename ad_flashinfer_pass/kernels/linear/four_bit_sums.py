@@ -228,9 +228,7 @@ def _wide(words, FROM: tl.constexpr, IS_FLOAT: tl.constexpr, BY_ASSEMBLY: tl.con
     Of integers those of odd places plus 16, others plus 256: so two need one shift. e2m1 times 2^-126.
     """
     if IS_FLOAT:
-        UP: tl.constexpr = 22 - FROM
-        bits = words << UP if UP >= 0 else words >> -UP
-        bits = (bits & 0x01C00000) | ((words << (28 - FROM)) & -0x80000000)
+        bits = ((words << (28 - FROM)) >> 6) & -0x7E400000  # the sign fills what lies between; 0x81C00000
     else:
         SHIFT: tl.constexpr = 15 - FROM // 8 * 8
         MASK: tl.constexpr = 0x00780000 if FROM % 8 else 0x00078000
@@ -245,12 +243,19 @@ def _wide(words, FROM: tl.constexpr, IS_FLOAT: tl.constexpr, BY_ASSEMBLY: tl.con
 
 
 @triton.jit
+def by_halves(sums, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of ``row_sums`` of rows of two weights in turn, the products with each: two of [ROWS]."""
+    return tl.split(tl.reshape(tl.sum(sums, axis=1), (ROWS, 2)))
+
+
+@triton.jit
 def row_sums(  # type: ignore[no-untyped-def]
     weight,
     row_words,
     scale,
     row_groups,
     zero,
+    row_zeros,
     row_mask,
     x,
     norm,
@@ -268,7 +273,8 @@ def row_sums(  # type: ignore[no-untyped-def]
         row_words: [ROWS], where in weight a row begins.
         scale: of groups of GROUP elements.
         row_groups: [ROWS], where in scale a row begins.
-        zero: zero points, or None; lie as scale.
+        zero: zero points, or None.
+        row_zeros: [ROWS], where in zero a row begins.
         row_mask: [ROWS].
         x: the token, two elements in 32 bits.
         norm: likewise what it is multiplied by first, or None.
@@ -292,12 +298,21 @@ def row_sums(  # type: ignore[no-untyped-def]
     inputs = lanes // 8 * (_BLOCK // 2) + lanes % 8
     sums = tl.zeros((ROWS, COUNT), dtype=tl.float32)
     squares = tl.zeros((PAIRS,), dtype=tl.float32)
+    later = tl.load(
+        weights + lanes[None, :],
+        mask=row_mask[:, None] & (lanes < DEPTH // 8)[None, :],
+        other=0,
+        eviction_policy="evict_first",
+    )
     for start in range(0, DEPTH, BLOCK):
         lane_mask = start // 8 + lanes < DEPTH // 8
         block_mask = row_mask[:, None] & (start + blocks * _BLOCK < DEPTH)[None, :]
-        places = weights + (start // 8 + lanes)[None, :]
-        mask = row_mask[:, None] & lane_mask[None, :]
-        w = tl.load(places, mask=mask, other=0, eviction_policy="evict_first")
+        w = later
+        if DEPTH > BLOCK:  # the next turn's words are asked for before they are used
+            next_lanes = (start + BLOCK) // 8 + lanes
+            mask = row_mask[:, None] & (next_lanes < DEPTH // 8)[None, :]
+            places = weights + next_lanes[None, :]
+            later = tl.load(places, mask=mask, other=0, eviction_policy="evict_first")
         for first in tl.static_range(0, 4, PLACES):
             part = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
             offsets = tl.zeros((PAIRS,), dtype=tl.float32)
@@ -317,7 +332,7 @@ def row_sums(  # type: ignore[no-untyped-def]
                     total += even + odd
                 part += _wide(w, 4 * place, IS_FLOAT, BY_ASSEMBLY) * even[None, :]
                 part += _wide(w, 16 + 4 * place, IS_FLOAT, BY_ASSEMBLY) * odd[None, :]
-            groups = row_groups[:, None] + ((start + 16 * first + blocks * _BLOCK) // GROUP)[None, :]
+            groups = ((start + 16 * first + blocks * _BLOCK) // GROUP)[None, :]
             found = tl.sum(tl.reshape(part, (ROWS, COUNT, 8)), axis=2)
             if IS_FLOAT:
                 found *= _DOWN
@@ -326,7 +341,9 @@ def row_sums(  # type: ignore[no-untyped-def]
                     offsets += _ZERO_POINT * total
                 found -= tl.sum(tl.reshape(offsets, (COUNT, 8)), axis=1)[None, :]
                 if zero is not None:
-                    zeros = tl.load(zero + groups, mask=block_mask, other=0).to(tl.float32)
+                    zeros = tl.load(zero + row_zeros[:, None] + groups, mask=block_mask, other=0).to(
+                        tl.float32
+                    )
                     found -= zeros * tl.sum(tl.reshape(total, (COUNT, 8)), axis=1)[None, :]
-            sums += found * scales_of(scale, groups, block_mask)
+            sums += found * scales_of(scale, row_groups[:, None] + groups, block_mask)
     return sums, tl.sum(squares, axis=0)

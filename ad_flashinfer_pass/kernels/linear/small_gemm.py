@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ad_flashinfer_pass.kernels import overlap, workspaces
 from ad_flashinfer_pass.kernels.linear import float8
-from ad_flashinfer_pass.kernels.linear.four_bit_sums import row_sums, tile_sums, words_at_once
+from ad_flashinfer_pass.kernels.linear.four_bit_sums import by_halves, row_sums, tile_sums, words_at_once
 from ad_flashinfer_pass.kernels.linear.quantize import quantize
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.overlap import await_turn
@@ -119,27 +119,24 @@ _W8A8 = {
     32: [(64, 256, 1, 4, 5), (64, 256, 2, 4, 5), (128, 256, 1, 8, 3), (64, 128, 1, 4, 3)],
     64: [(64, 256, 1, 4, 5), (64, 256, 2, 4, 5), (64, 128, 1, 4, 3), (64, 512, 1, 4, 3)],
 }
-# Not timed yet.
+# Likewise, of 500 with groups of 128; those of depth 256 were not among them.
 _W4A16 = {
-    1: [(8, 4096, 1, 4, 1), (8, 2048, 1, 2, 1), (4, 4096, 1, 4, 1), (4, 2048, 1, 2, 1), (16, 2048, 1, 4, 1)],
+    1: [
+        *[(8, 4096, 1, 4, 1), (8, 2048, 1, 2, 1), (4, 2048, 1, 2, 1), (4, 4096, 1, 2, 1), (4, 4096, 1, 4, 1)],
+        (16, 2048, 1, 4, 1),
+    ],
     16: [
-        *[(32, 256, 1, 2, 4), (32, 256, 4, 2, 4), (32, 128, 1, 2, 5), (64, 128, 4, 4, 5), (64, 256, 1, 4, 3)],
-        (128, 128, 4, 8, 4),
+        *[
+            (128, 128, 8, 4, 3),
+            (64, 128, 4, 4, 3),
+            (128, 128, 1, 8, 3),
+            (32, 128, 1, 2, 5),
+            (128, 128, 8, 8, 7),
+        ],
+        *[(32, 256, 1, 2, 4), (64, 256, 4, 4, 3)],
     ],
-    32: [
-        (64, 128, 1, 4, 4),
-        (64, 256, 1, 4, 3),
-        (64, 128, 4, 4, 4),
-        (128, 128, 1, 8, 4),
-        (128, 128, 4, 8, 4),
-    ],
-    64: [
-        (64, 128, 1, 4, 4),
-        (64, 256, 1, 4, 3),
-        (64, 128, 4, 4, 4),
-        (128, 128, 1, 8, 4),
-        (128, 128, 4, 8, 4),
-    ],
+    32: [(128, 128, 4, 8, 3), (64, 128, 1, 4, 3), (128, 128, 8, 8, 3), (64, 256, 1, 4, 3)],
+    64: [(128, 128, 1, 8, 3), (128, 128, 4, 8, 3), (128, 128, 2, 8, 3), (128, 128, 4, 4, 3)],
 }
 _CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _W8A16, "w8a8": _W8A8, "w4a16": _W4A16}
 Numbers = Literal["w16a16", "w8a16", "w8a8", "w4a16"]
@@ -395,57 +392,36 @@ def _gemv(  # type: ignore[no-untyped-def]
     row_mask = rows < num_rows
     if GROUP:
         IS_BFLOAT16: tl.constexpr = out.dtype.element_ty == tl.bfloat16
-        words, groups = rows.to(tl.int64) * (DEPTH // 8), rows * (DEPTH // GROUP)
+        EACH: tl.constexpr = 2 if GATED else 1
+        # Those of gate and up in turn.
+        both = tl.arange(0, ROWS * EACH)
+        its_rows = tl.program_id(0) * ROWS + both // EACH
+        its_mask = its_rows < num_rows
+        its_rows += both % EACH * num_rows
+        words, groups = its_rows.to(tl.int64) * (DEPTH // 8), its_rows * (DEPTH // GROUP)
         sums, squares = row_sums(
-            weight,
-            words,
-            scale,
-            groups,
-            zero,
-            row_mask,
-            x,
-            norm,
-            DEPTH,
-            ROWS,
-            BLOCK,
-            GROUP,
-            IS_BFLOAT16,
-            BY_ASSEMBLY,
-        )
-        ups = sums
+            weight, words, scale, groups, zero, groups, its_mask, x, norm,
+            DEPTH, ROWS * EACH, BLOCK, GROUP, IS_BFLOAT16, BY_ASSEMBLY,
+        )  # fmt: skip
         if GATED:
-            words += num_rows.to(tl.int64) * (DEPTH // 8)
-            groups += num_rows * (DEPTH // GROUP)
-            ups, _ = row_sums(
-                weight,
-                words,
-                scale,
-                groups,
-                zero,
-                row_mask,
-                x,
-                norm,
-                DEPTH,
-                ROWS,
-                BLOCK,
-                GROUP,
-                IS_BFLOAT16,
-                BY_ASSEMBLY,
-            )
+            total, up = by_halves(sums, ROWS)
+        else:
+            total = tl.sum(sums, axis=1)
+            up = total
     else:
-        sums, ups, squares = _row_sums(
+        total, up, squares = _row_sums(
             weight, rows, row_mask, num_rows, scale, x, norm, DEPTH, ROWS, BLOCK, GATED, BY_BLOCKS
         )
     factor = 1.0
     if norm is not None:
         factor = tl.rsqrt(squares / DEPTH + eps)
-    total = tl.sum(sums, axis=1) * factor
+    total *= factor
     if scale is not None and not BY_BLOCKS and not GROUP:
         total *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.sum(ups, axis=1) * factor
+        up *= factor
         if scale is not None and not BY_BLOCKS and not GROUP:
             up *= tl.load(scale + (num_rows + rows) * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
         if bias is not None:
@@ -497,7 +473,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
                 scales += _scale_row(num_rows, DEPTH)
                 scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
             ups += w.to(tl.float32) * scaled[None, :]
-    return sums, ups, tl.sum(squares, axis=0)
+    return tl.sum(sums, axis=1), tl.sum(ups, axis=1), tl.sum(squares, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

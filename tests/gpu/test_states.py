@@ -86,15 +86,15 @@ def test_ssd_of_published_widths(head_dim: int, state: int) -> None:
     check_error(run, tokens, (8, head_dim, state))
 
 
-@pytest.mark.parametrize("alike", [0.0, 0.9])
+@pytest.mark.parametrize(("alike", "decay"), [(0.0, 0.1), (0.9, 0.1), (0.0, 20.0)])
 @pytest.mark.parametrize("size", [128, 64, 48])
-def test_gated_delta_rule_of_published_widths(size: int, alike: float) -> None:
-    """Likewise, also where keys are alike, so that what is inverted is large."""
+def test_gated_delta_rule_of_published_widths(size: int, alike: float, decay: float) -> None:
+    """Likewise, also where keys are alike, so that what is inverted is large, or little is kept."""
     torch.manual_seed(0)
     query, value = torch.randn(1, 250, 4, size), torch.randn(1, 250, 8, size)
     key = torch.randn(1, 250, 4, size) * (1 - alike) + torch.randn(1, 1, 4, size) * alike
     tokens = [each.bfloat16() for each in (query, key, value)]
-    tokens += [-torch.rand(1, 250, 8) / 10, torch.rand(1, 250, 8).bfloat16()]
+    tokens += [-torch.rand(1, 250, 8) * decay, torch.rand(1, 250, 8).bfloat16()]
 
     def run(*args: Any) -> Tensor:
         given = [*args[:5], True, *args[5:]]

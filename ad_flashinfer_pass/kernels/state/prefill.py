@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ad_flashinfer_pass.kernels.state import step
 from ad_flashinfer_pass.kernels.state.step import _plain, _time_step
 
 _SIZE = 64
@@ -77,8 +78,15 @@ def delta_rule(
     input_pos: Tensor,
     cu_seqlen: Tensor,
 ) -> None:
-    """``ops.cached_gated_delta_rule``, one decay a head; arguments as of ``step.delta_rule``."""
+    """``ops.cached_gated_delta_rule``, one decay a head; arguments as of ``step.delta_rule``.
+
+    Heads of other sizes than models have, below 48 or no multiple of 16, go token by token: on an H200 chunks
+    of 8 x 6 were wrong, which the interpreter does not show.
+    """
     query, key, value, g, beta = given = [_plain(x) for x in (query, key, value, g, beta)]
+    if any(size < 48 or size % 16 for size in (key.shape[2], value.shape[2])):
+        step.delta_rule(normalise, out, *given, pool, slot_idx, input_pos, cu_seqlen)
+        return
     (tokens, heads, v_dim), k_dim, num = value.shape, key.shape[2], slot_idx.shape[0]
     k_block, columns = _block(k_dim), min(_COLUMNS, _block(v_dim))
     keys, values, scores = (

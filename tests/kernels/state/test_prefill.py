@@ -90,7 +90,7 @@ def test_convolution(channels: int, width: int, silu: bool) -> None:
 
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize(
-    ("by", "k_dim", "v_dim", "group"), [(prefill, 16, 16, 1), (prefill, 12, 40, 2), (step, 12, 16, 2)]
+    ("by", "k_dim", "v_dim", "group"), [(prefill, 64, 48, 1), (prefill, 48, 64, 2), (prefill, 12, 16, 2)]
 )
 def test_delta_rule(by: Any, k_dim: int, v_dim: int, group: int, normalise: bool) -> None:
     num, heads = NUM + BEYOND, 2 * group
@@ -119,13 +119,13 @@ def test_delta_rule_with_a_decay_of_each_row() -> None:
 def test_delta_rule_of_the_same_key_again_and_again() -> None:
     """Without a decay each token learns all, so that the powers of what is inverted reach 10^17."""
     num = NUM + BEYOND
-    key = random(1, 1, 16).expand(num, 2, 16)
-    tokens = [part(num, 2, 16), key, part(num, 2, 16), torch.zeros(num, 2), random(num, 2) * 0 + 1]
+    key = random(1, 1, 48).expand(num, 2, 48)
+    tokens = [part(num, 2, 48), key, part(num, 2, 48), torch.zeros(num, 2), random(num, 2) * 0 + 1]
 
     def kernel(*args: Tensor) -> None:
         prefill.delta_rule(True, *args)
 
-    check(kernel, ops.cached_gated_delta_rule, tokens, [True], pool(2, 16, 16))
+    check(kernel, ops.cached_gated_delta_rule, tokens, [True], pool(2, 48, 48))
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ _W8A8 = {
     32: [(64, 256, 1, 4, 5), (64, 256, 2, 4, 5), (128, 256, 1, 8, 3), (64, 128, 1, 4, 3)],
     64: [(64, 256, 1, 4, 5), (64, 256, 2, 4, 5), (64, 128, 1, 4, 3), (64, 512, 1, 4, 3)],
 }
-# Likewise, of 500 with groups of 128; those of depth 256 were not among them.
+# Likewise, of 500 with groups of 128; those of depth 256, and gated ones that are split, were not among them.
 _W4A16 = {
     1: [
         *[(8, 4096, 1, 4, 1), (8, 2048, 1, 2, 1), (4, 2048, 1, 2, 1), (4, 4096, 1, 2, 1), (4, 4096, 1, 4, 1)],
@@ -133,9 +133,15 @@ _W4A16 = {
             (32, 128, 1, 2, 5),
             (128, 128, 8, 8, 7),
         ],
-        *[(32, 256, 1, 2, 4), (64, 256, 4, 4, 3)],
+        *[(32, 256, 1, 2, 4), (64, 256, 4, 4, 3), (64, 128, 2, 4, 3)],
     ],
-    32: [(128, 128, 4, 8, 3), (64, 128, 1, 4, 3), (128, 128, 8, 8, 3), (64, 256, 1, 4, 3)],
+    32: [
+        (128, 128, 4, 8, 3),
+        (64, 128, 1, 4, 3),
+        (128, 128, 8, 8, 3),
+        (64, 256, 1, 4, 3),
+        (64, 128, 2, 4, 3),
+    ],
     64: [(128, 128, 1, 8, 3), (128, 128, 4, 8, 3), (128, 128, 2, 8, 3), (128, 128, 4, 4, 3)],
 }
 _CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _W8A16, "w8a8": _W8A8, "w4a16": _W4A16}
@@ -206,8 +212,8 @@ def _fits(
     if by_blocks and max(config.rows, config.depth) > float8.BLOCK:
         return False
     tiles = triton.cdiv(rows, config.rows)
-    has_space = tiles <= _COUNTERS and num_tokens * rows * config.split <= _PARTIALS
-    return config.split == 1 or (has_space and not gated)
+    has_space = tiles <= _COUNTERS and num_tokens * rows * (1 + gated) * config.split <= _PARTIALS
+    return config.split == 1 or has_space
 
 
 def _token_block(num_tokens: int) -> int:
@@ -503,7 +509,7 @@ def _skinny(  # type: ignore[no-untyped-def]
     BY_ASSEMBLY: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """ROWS rows of the result for all tokens, over a part of the depth; gated ones are not split."""
+    """ROWS rows of the result for all tokens, over a part of the depth."""
     await_turn(OVERLAPS)
     tile, part = tl.program_id(0), tl.program_id(1)
     rows = tile * ROWS + tl.arange(0, ROWS)
@@ -528,15 +534,22 @@ def _skinny(  # type: ignore[no-untyped-def]
     mask = row_mask[:, None] & token_mask[None, :]
     is_last = True
     if SPLIT > 1:
+        EACH: tl.constexpr = 2 if GATED else 1
         size = num_tokens * num_rows
-        tl.store(partials + part * size + places, sums, mask=mask)
+        tl.store(partials + part * EACH * size + places, sums, mask=mask)
+        if GATED:
+            tl.store(partials + (part * EACH + 1) * size + places, ups, mask=mask)
         tl.debug_barrier()
         is_last = tl.atomic_add(counters + tile, 1) == SPLIT - 1
         if is_last:
             tl.store(counters + tile, 0)
             sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            ups = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
             for other in tl.static_range(SPLIT):
-                sums += tl.load(partials + other * size + places, mask=mask, other=0.0, cache_modifier=".cg")
+                parts = partials + other * EACH * size + places
+                sums += tl.load(parts, mask=mask, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    ups += tl.load(parts + size, mask=mask, other=0.0, cache_modifier=".cg")
     if is_last:
         if token_scale is not None:
             factors = tl.load(token_scale + tokens, mask=token_mask, other=0.0)[None, :]

@@ -59,8 +59,6 @@ def assert_close(
 @pytest.mark.parametrize(("tokens", "rows", "depth", "config"), CASES)
 def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str) -> None:
     gated = "gated" in parts
-    if gated:
-        config = config._replace(split=1)
     x, weight = random(tokens, depth, seed=0), random(rows, depth, seed=1)
     around = Around(
         bias=random(rows, seed=2) if "bias" in parts else None,
@@ -84,8 +82,6 @@ def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str
 def test_weights_of_4_bits(tokens: int, config: Config, numbers: str, group: int, parts: str) -> None:
     """Against float64; 20 rows are no whole number of tiles, 384 elements none of blocks of 256."""
     gated, rows, depth = "gated" in parts, 20, 384
-    if gated:
-        config = config._replace(split=1)
     draw = torch.Generator().manual_seed(0)
     shape = (rows, depth // group)
     weight = torch.randint(256, (rows, depth // 2), generator=draw, dtype=torch.uint8)

@@ -85,7 +85,7 @@ def delta_rule(
     """
     query, key, value, g, beta = given = [_plain(x) for x in (query, key, value, g, beta)]
     if any(size < 48 or size % 16 for size in (key.shape[2], value.shape[2])):
-        step.delta_rule(normalise, out, *given, pool, slot_idx, input_pos, cu_seqlen)
+        step.delta_rule(normalise, out, query, key, value, g, beta, pool, slot_idx, input_pos, cu_seqlen)
         return
     (tokens, heads, v_dim), k_dim, num = value.shape, key.shape[2], slot_idx.shape[0]
     k_block, columns = _block(k_dim), min(_COLUMNS, _block(v_dim))

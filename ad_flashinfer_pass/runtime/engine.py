@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -456,8 +457,10 @@ class Engine:
         self._last_rows = rows
         for request, num_new in plan:
             request.num_cached += num_new
-            if num_new > 1 and request.pages:
-                self._scheduler.name_pages(request)
+        if not all_decode:
+            for request, num_new in plan:
+                if num_new > 1 and request.pages:
+                    self._scheduler.name_pages(request)
         for request in rows:
             request.num_pending += 1
         self._in_flight.append(_InFlight(rows, tokens, self._wanted, scored))
@@ -515,21 +518,22 @@ class Engine:
         except _STEP_ERRORS as err:
             self._fail_all([*rows, *{request for request, _ in step.scored}], err)
             return
-        logprobs = {} if step.wanted is None else self._logprobs(step, step.wanted)
-        for index, (request, token) in enumerate(zip(rows, tokens, strict=True)):
+        logprobs = repeat(None) if step.wanted is None else self._logprobs(step, step.wanted)
+        for request, token, own in zip(rows, tokens, logprobs, strict=False):
             if request.request_id in self._requests:
                 request.num_pending -= 1
-                self._outputs.append(self._take(request, token, logprobs.get(index)))
+                self._outputs.append(self._take(request, token, own))
 
     @staticmethod
-    def _logprobs(step: _InFlight, wanted: Wanted) -> dict[int, TokenLogprobs]:
-        """Those of the new tokens, by row; those of prompts are kept."""
+    def _logprobs(step: _InFlight, wanted: Wanted) -> list[TokenLogprobs | None]:
+        """Those of the new tokens, for each row; those of prompts are kept."""
         found = step.tokens.logprobs()
         for (request, position), one in zip(step.scored, found[len(wanted.rows) :], strict=True):
             request.prompt_logprobs[position] = one.cut(request.params.prompt_logprobs)
-        return {
-            row: one.cut(step.rows[row].params.logprobs) for row, one in zip(wanted.rows, found, strict=False)
-        }
+        of_rows: list[TokenLogprobs | None] = [None] * len(step.rows)
+        for row, one in zip(wanted.rows, found, strict=False):
+            of_rows[row] = one.cut(step.rows[row].params.logprobs)
+        return of_rows
 
     def _is_awaited(self, step: _InFlight) -> bool:
         """Whether a request that gets something from it has not ended."""
@@ -575,7 +579,7 @@ class Engine:
                 return self._end(request, "stop", token, text)
         if len(request.token_ids) == request.max_len:
             return self._end(request, "length", token, text)
-        return StepOutput(request.request_id, token, text, logprobs=logprobs)
+        return StepOutput(request.request_id, token, text, None, logprobs)
 
     def _fail(self, request: _Request, error: str) -> StepOutput:
         return self._end(request, "error", error=error)

@@ -223,10 +223,14 @@ class Scheduler(Generic[S]):
     def _names(self, sequence: S) -> list[bytes]:
         """Of its full pages, as far as its tokens are known: a hash of all tokens up to the page's end."""
         names, size = sequence.page_names, self._tokens_per_page
-        for index in range(len(names), len(sequence.token_ids) // size):
-            tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])
-            before = names[-1] if names else sequence.salt
-            names.append(sha256(before + tokens.tobytes()).digest())
+        num_new = len(sequence.token_ids) // size - len(names)
+        if num_new > 0:
+            first, width = len(names) * size, 8 * size
+            tokens = array("q", sequence.token_ids[first : first + num_new * size]).tobytes()
+            name = names[-1] if names else sequence.salt
+            for start in range(0, num_new * width, width):
+                name = sha256(name + tokens[start : start + width]).digest()
+                names.append(name)
         return names
 
     def _num_shareable(self, sequence: S) -> int:

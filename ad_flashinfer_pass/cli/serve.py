@@ -86,6 +86,8 @@ def serve(
 
         llm = build.build_model(config, on_event=reporter.phase)
         reporter.ready(config.device)
+        if (reason := llm.engine.no_block_reuse) is not None:
+            reporter.line(f"requests that begin alike do not share pages: {reason}")
     from ad_flashinfer_pass.serving.app import Limits, create_app
 
     name = served_model_name or config.model

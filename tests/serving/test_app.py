@@ -192,10 +192,9 @@ def test_what_is_wrong_is_named(url: str, path: str, body: Any, status: int, say
     assert answer.headers["x-request-id"] == "my-1"
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4),
-    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=4), each, max_size=2),
-    max_leaves=5,
+LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4)
+VALUES = (
+    LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(st.text(max_size=4), LEAVES | st.lists(LEAVES))
 )
 FIELDS = (
     "prompt messages max_tokens temperature top_p n stop logit_bias logprobs seed top_k stop_token_ids tools"

@@ -13,9 +13,10 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ _MOST = 64
 """Graphs that are kept, the latest."""
 _PACKAGE = Path(__file__).parent
 _CODE = ("torch", "transformers", _PACKAGE.name)
+_CALLED = frozenset(
+    (
+        "torch.nn.functional transformers.masking_utils transformers.integrations.moe "
+        "transformers.integrations.sdpa_attention"
+    ).split()
+)
+"""What models call beside the functions that stand in their modules."""
 _PACKAGES = ("torch", "transformers", "triton")
 _HAVE_NO_SAY = frozenset(
     (
@@ -56,10 +64,11 @@ def key_of(module: nn.Module, **settings: object) -> str | None:
         settings: of the export.
     """
     kinds = {kind for each in module.modules() for kind in type(each).__mro__ if kind is not object}
-    told = _Told()
+    told = _Told(module)
     try:
-        files = sorted({file for kind in kinds for file in _files(kind)})
+        code, files = _code(kinds)
         state = {name: told.module(each) for name, each in module.named_modules(remove_duplicate=False)}
+        around = _around()
     except _UnknownError:
         return None
     found = hashlib.sha256()
@@ -67,10 +76,10 @@ def key_of(module: nn.Module, **settings: object) -> str | None:
         *_PACKAGE.rglob("*.py"),
         *_PACKAGE.glob("*/*.py"),
     }  # transforms may be a link, which rglob does not follow
-    for file in (*files, *sorted(own)):
+    for file in (*sorted(files), *sorted(own)):
         found.update(file.read_bytes())
     versions = [platform.python_version(), *(str(installed(package)) for package in _PACKAGES)]
-    found.update(json.dumps([versions, settings, state]).encode())
+    found.update(json.dumps([versions, around, settings, code, state]).encode())
     return found.hexdigest()
 
 
@@ -103,34 +112,66 @@ def _file(key: str) -> Path | None:
     return None if folder is None else folder / f"{key}.safetensors"
 
 
-def _files(kind: type) -> Iterator[Path]:
-    """The source of a class, unless a version names it; refused if it is not what the class does.
+def _around() -> list[str]:
+    """What torch is told for all models, of which a graph has traces."""
+    if torch.nn.modules.module._has_any_global_hook() or torch.overrides._get_current_function_mode_stack():
+        raise _UnknownError
+    kinds = ("cpu", "cuda")
+    casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return [f"{torch.get_default_dtype()}", f"{casts}", f"{torch.are_deterministic_algorithms_enabled()}"]
 
-    Somebody may have put a method of their own in place of one, or a function into a model's module.
+
+def _code(kinds: set[type]) -> tuple[list[Any], set[Path]]:
+    """The functions of classes and of the modules that they call, and the files of those of transformers.
+
+    Somebody may have put a method of their own in place of one, or a function into a module.
     """
-    for method in filter(inspect.isfunction, vars(kind).values()):
-        _root(method)
-    if _root(kind) == "transformers":
-        module = sys.modules[kind.__module__]
-        functions = vars(module).values() if ".models." in kind.__module__ else ()
-        for function in filter(inspect.isfunction, functions):
-            if str(function.__module__).partition(".")[0] not in sys.stdlib_module_names:
-                _root(function)
-        yield Path(str(module.__file__))
+    code = [[f"{kind}", _functions(vars(kind))] for kind in sorted(kinds, key=str)]
+    modules = {
+        kind.__module__ for kind in kinds if _root(kind) == "transformers"
+    } | _CALLED & sys.modules.keys()
+    for name in sorted(modules):
+        if ".models." in name or name in _CALLED:
+            code.append([name, _functions(vars(sys.modules[name]))])
+    return code, {Path(str(sys.modules[name].__file__)) for name in modules}
+
+
+def _functions(space: Mapping[str, Any]) -> list[Any]:
+    """Where the code of each function stands, whatever it says; refused if somebody else wrote it."""
+    found: list[Any] = []
+    for name, value in sorted(space.items()):
+        if isinstance(value, partial):
+            raise _UnknownError
+        if name.startswith("ALL_") and isinstance(value, Mapping):  # of transformers' interfaces
+            found.append([name, _functions(value)])
+        parts = (value.fget, value.fset) if isinstance(value, property) else (value,)
+        for each in parts:
+            while each is not None:
+                each = getattr(each, "__func__", each)
+                if inspect.isfunction(each):
+                    home = str(each.__globals__["__name__"])
+                    if home.partition(".")[0] not in sys.stdlib_module_names:
+                        _root(each)
+                        found.append([name, home, each.__qualname__, each.__code__.co_firstlineno])
+                each = vars(each).get("__wrapped__") if callable(each) and hasattr(each, "__dict__") else None
+    return found
 
 
 def _root(thing: Any) -> str:
-    """The package of a class or function."""
-    root = str(thing.__module__).partition(".")[0]
-    if root not in _CODE:
+    """The package of a class or function, which may bear the name of another that it wraps."""
+    roots = {str(thing.__module__).partition(".")[0]}
+    if inspect.isfunction(thing):
+        roots.add(str(thing.__globals__["__name__"]).partition(".")[0])
+    if not roots <= {*_CODE}:
         raise _UnknownError
-    return root
+    return roots.pop()
 
 
 class _Told:
     """Values as JSON that differs if they do."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: nn.Module) -> None:
+        self._own = {id(part) for part in (*whole.modules(), *whole.parameters())}
         self._objects: dict[int, int] = {}
         self._alive: list[Any] = []
 
@@ -152,7 +193,7 @@ class _Told:
             return [f"{type(value)}", *sorted(map(repr, map(self._value, value)))]
         if isinstance(value, type) or inspect.isfunction(value):
             if _root(value) and "<" not in value.__qualname__:
-                return f"{value.__module__}.{value.__qualname__}"
+                return [f"{value.__module__}.{value.__qualname__}", _functions({"": value})]
             raise _UnknownError
         is_new = id(value) not in self._objects
         self._alive.append(value)  # so that no other gets its number
@@ -161,7 +202,10 @@ class _Told:
             return number
         if isinstance(value, Tensor):
             what = [number, str(value.dtype), list(value.shape), list(value.stride()), str(value.device)]
-            return what if isinstance(value, nn.Parameter) else [*what, _content(value)]
+            is_weight = type(value) is nn.Parameter and id(value) in self._own
+            return what if is_weight else [*what, _content(value)]
+        if isinstance(value, nn.Module) and id(value) not in self._own:
+            raise _UnknownError  # its weights are constants of the graph
         if _root(type(value)) and hasattr(value, "__dict__"):
             return [number, f"{type(value)}", self._held(value)]
         raise _UnknownError

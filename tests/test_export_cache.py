@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 
 from ad_flashinfer_pass import export_cache, saved_graph
 from ad_flashinfer_pass.errors import LoadError
@@ -150,16 +153,95 @@ def test_code_of_somebody_else_is_exported_each_time(change: Callable[[Any], Non
 
 def test_a_function_put_into_the_module_of_a_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As libraries of kernels do it: the graph is that of the function."""
-    from transformers.models.llama import modeling_llama
-
     assert export_cache.key_of(Logits(llama())) is not None
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
     assert export_cache.key_of(Logits(llama())) is None
 
 
-def test_a_method_put_in_place_of_transformers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
-    assert export_cache.key_of(llama()) is None
+def by_other_name(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return q, k
+
+
+def changes_around(patch: pytest.MonkeyPatch) -> dict[str, Callable[[], Any]]:
+    """What changes the graph of a model that is the same."""
+    llama_code, masks = (
+        "transformers.models.llama.modeling_llama",
+        "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS",
+    )
+    rope = wraps(modeling_llama.apply_rotary_pos_emb)(by_other_name)
+    mlp = wraps(modeling_llama.LlamaMLP.forward)(lambda self, x: x)
+    attention = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    return {
+        "method": lambda: patch.setattr(f"{llama_code}.LlamaMLP.forward", lambda self, x: x),
+        "wrapped method": lambda: patch.setattr(f"{llama_code}.LlamaMLP.forward", mlp),
+        "method of transformers": lambda: patch.setattr(
+            f"{llama_code}.LlamaRMSNorm.forward", GemmaRMSNorm.forward
+        ),
+        "property": lambda: patch.setattr(
+            f"{llama_code}.LlamaMLP.up_proj", property(lambda self: self.gate_proj), raising=False
+        ),
+        "wrapped function": lambda: patch.setattr(f"{llama_code}.apply_rotary_pos_emb", rope),
+        "partial": lambda: patch.setattr(f"{llama_code}.apply_rotary_pos_emb", partial(by_other_name)),
+        "function of transformers": lambda: patch.setattr(
+            f"{llama_code}.rotate_half", modeling_llama.repeat_kv
+        ),
+        "attention": lambda: patch.setitem(attention._global_mapping, "sdpa", by_other_name),
+        "attention of one module": lambda: patch.setitem(attention._local_mapping, "sdpa", by_other_name),
+        "masks": lambda: patch.setattr(f"{masks}._global_mapping", {"sdpa": by_other_name}),
+        "mask": lambda: patch.setattr("transformers.masking_utils.causal_mask_function", by_other_name),
+        "sdpa": lambda: patch.setattr(
+            "torch.nn.functional.scaled_dot_product_attention", lambda *args, **kwargs: args[0]
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", changes_around(pytest.MonkeyPatch()))
+def test_code_put_in_place_of_transformers_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it bears the name of what it replaces, or is of transformers itself."""
+    key = export_cache.key_of(model := Logits(llama()))
+    assert key is not None
+    changes_around(monkeypatch)[name]()
+    assert export_cache.key_of(model) != key
+
+
+def test_what_torch_does_for_all_models_is_seen() -> None:
+    key = export_cache.key_of(model := Logits(llama()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert export_cache.key_of(model) != key
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert export_cache.key_of(model) is None
+    hook.remove()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert export_cache.key_of(model) != key
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert export_cache.key_of(model) == key
+
+
+def hidden_module(model: Any) -> None:
+    layer = model.model.layers[0].mlp
+    vars(layer)["down_proj"] = layer._modules.pop("down_proj")
+
+
+def hidden_weight(model: Any) -> None:
+    layer = model.model.layers[0].mlp.down_proj
+    vars(layer)["weight"] = layer._parameters.pop("weight")
+
+
+def weight_of_another_kind(model: Any) -> None:
+    class Weight(torch.Tensor):
+        pass
+
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weight), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [hidden_module, hidden_weight, weight_of_another_kind])
+def test_weights_that_are_not_parameters_of_the_model_are_exported(change: Callable[[Any], None]) -> None:
+    """Their numbers would be constants of the graph, which the next model would get."""
+    change(model := llama())
+    assert export_cache.key_of(Logits(model)) is None
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def attend(  # type: ignore[no-untyped-def]
             # but it does not see one behind a branch.
             if block >= begin:
                 logits = tl.zeros((ROWS, BLOCK), tl.float32)
-                if REST > 0:
+                if REST > 0:  # noqa: SIM102
                     if splits > 0:
                         logits = tl.dot(q_rest, tl.trans(k_rest), logits)
                 logits = tl.dot(q, tl.trans(c), logits) * factor[:, None]

@@ -97,9 +97,9 @@ def append(
     planes, _, page_size, head_dim = kv_cache.shape[1:]
     key, value = _quantized(key, k_scale, kv_cache.dtype), _quantized(value, v_scale, kv_cache.dtype)
     if slot_mapping.shape[0] == 1 and kv_cache.device.type == "cpu":  # in half of the calls of torch
-        page, offset = divmod(slot_mapping.item(), page_size)
-        for place, new in zip(kv_cache[int(page)].unbind(), (key, value), strict=False):
-            place[:, int(offset), : new.shape[-1]] = new[0, 0]
+        number, position = divmod(int(slot_mapping), page_size)
+        for place, new in zip(kv_cache[number].unbind(), (key, value), strict=False):
+            place[:, position, : new.shape[-1]] = new[0, 0]
         return
     page = torch.div(slot_mapping, page_size, rounding_mode="floor")
     offset = slot_mapping - page * page_size

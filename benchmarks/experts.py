@@ -155,6 +155,7 @@ def build_model(
     device: torch.device,
     quantization: dict[str, Any] | None = None,
     kv_dtype: KvDtype = "auto",
+    token_buckets: list[int] | None = None,
 ) -> tuple[LLM, float]:
     """The model, and the seconds that it took to build.
 
@@ -164,6 +165,7 @@ def build_model(
         device: that takes it.
         quantization: what stands in config.json as quantization_config.
         kv_dtype: of the cache.
+        token_buckets: of steps with prompts; None for all that are usual.
     """
     with tempfile.TemporaryDirectory() as directory:
         shape.save_pretrained(directory)
@@ -181,6 +183,7 @@ def build_model(
             max_seq_len=args.context + args.new + 16,
             max_num_tokens=args.max_num_tokens,
             cuda_graph_batch_sizes=args.batches,
+            cuda_graph_token_buckets=token_buckets,
             kv_cache_config=KvCacheConfig(dtype=kv_dtype, enable_block_reuse=False),
         )
         start = time.perf_counter()

@@ -118,7 +118,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     """One of ``MODELS``."""
     config, small = MODELS[name]
     longest = argparse.Namespace(**{**vars(args), "context": max(args.context, args.prompt)})
-    llm, seconds = build_model(config(**({**SMALL, **small} if args.smoke else {})), longest, device)
+    shape = config(**({**SMALL, **small} if args.smoke else {}))
+    # One graph for all steps with prompts: it is full, and to capture the usual ones takes a minute.
+    llm, seconds = build_model(shape, longest, device, token_buckets=[args.max_num_tokens])
     model = llm.model
     assert isinstance(model, CachedModel)
     steps = bench(llm, input_len=args.context, output_len=args.new, concurrencies=args.batches)

@@ -291,7 +291,7 @@ def zero_of_15(tensors: Tensors) -> None:
                 for name in list(tensors)
                 if name.startswith(QUERY)
             ],
-            "is not that of a linear or of experts",
+            "is not that of a linear",
         ),
         (
             "gptq",

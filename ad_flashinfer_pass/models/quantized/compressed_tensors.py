@@ -74,7 +74,7 @@ class Packed(Scheme):
         return None
 
     def operands(self, parts: Parts) -> Operands:
-        """The words are those of ours."""
+        """By rows, in the order of ours."""
         zero_point = None
         if self.has_zero_point:
             numbers = words_to_numbers(parts[".weight_zero_point"].T)  # [groups, rows]

@@ -1,8 +1,7 @@
 """Tokens of each sequence through its state, one after the other, as one Triton kernel for each op.
 
-A state is read and written once. That is as fast as memory for one token of each sequence, and takes about a
-microsecond for each token more: ``prefill`` has what is faster for many. Padding rows, which have slot 0,
-neither read nor write it.
+A state is read and written once, which is all that one token of each sequence needs; ``prefill`` has what is
+faster for many. Padding rows, which have slot 0, neither read nor write it.
 """
 
 from __future__ import annotations

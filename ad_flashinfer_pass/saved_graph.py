@@ -53,6 +53,8 @@ def dumps(gm: fx.GraphModule, owner: nn.Module, key: str) -> bytes:
     for node in gm.graph.nodes:
         target = str(node.target)
         if node.op == "call_function":
+            if g.mutates_input(node):  # values that are read share no memory, by which its views are known
+                raise CannotSaveError(f"{node.name} writes in place")
             target = _name(node.target)
         elif node.op == "get_attr" and (tensor := g.attribute(node)) is not own.get(target):
             if type(tensor) is not Tensor or target in own or tensor.numel() > _LARGEST_CONSTANT:

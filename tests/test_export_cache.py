@@ -23,6 +23,7 @@ from ad_flashinfer_pass import export_cache, saved_graph
 from ad_flashinfer_pass.errors import LoadError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.transforms.export_model import Logits, export_model
+from tests.architectures import random_model, small_config
 from tests.transforms.small_models import context, tokens
 
 SMALL = {
@@ -80,6 +81,13 @@ def gpt2() -> nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+def test_a_graph_that_writes_in_place_is_not_kept(folder: Path) -> None:
+    """Views are told by shared memory, which values from a file do not have: Youtu's keys would be lost."""
+    model = random_model(small_config("youtu", fewest_layers=1))
+    assert any(g.mutates_input(node) for node in exported(model).graph.nodes)
+    assert not list(folder.glob("*"))
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

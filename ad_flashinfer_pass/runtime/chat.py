@@ -50,7 +50,7 @@ def apply_template(messages: Messages, tokenizer: Any) -> list[int]:
     return render([dict(message) for message in messages], tokenizer)
 
 
-def render(chat: Sequence[Mapping[str, Any]], tokenizer: Any, **variables: Any) -> list[int]:
+def render(chat: Sequence[Mapping[str, Any]], tokenizer: Any, /, **variables: Any) -> list[int]:
     """The token ids of a chat whatever is in it, up to where the model's answer begins.
 
     Args:

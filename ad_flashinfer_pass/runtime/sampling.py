@@ -25,6 +25,7 @@ from ad_flashinfer_pass.runtime.values import as_bool, as_float, as_int, as_ints
 
 # Beyond these a number vanishes in float32, or becomes infinite.
 _SMALLEST, _LARGEST = 1e-6, 1e6
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _MAX_SIZE = 2**31 - 1
 _FLOATS = (
     "temperature",
@@ -211,7 +212,9 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...]:
     biases = {as_int("logit_bias", token): as_float("logit_bias", bias) for token, bias in pairs}
     for token, bias in biases.items():
         _require(
-            token >= 0 and abs(bias) < math.inf, "logit_bias must be finite, of token ids", {token: bias}
+            token >= 0 and abs(bias) <= _LARGEST_FLOAT32,
+            "logit_bias must be finite in float32, of token ids",
+            {token: bias},
         )
     return tuple(biases.items())
 

@@ -15,6 +15,12 @@ from ad_flashinfer_pass.serving.worker import Ticket
 
 _Body = TypeVar("_Body", bound=SamplingFields)
 _Object = dict[str, Any]
+_LEAST = -9999.0
+"""What OpenAI gives for a token that cannot be: JSON knows no infinity."""
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _LEAST else _LEAST
 
 
 @dataclass
@@ -164,7 +170,7 @@ class ChatAnswer(Answer[ChatRequest]):
 
     def _entry(self, token_id: int, logprob: float) -> _Object:
         text = self._text_of(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
 class CompletionAnswer(Answer[CompletionRequest]):
@@ -216,7 +222,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
             return None
         texts = [self._text_of(choice.prompt[0] if one is None else one.token_id) for one in found]
         tops = [
-            None if one is None else {self._text_of(token): logprob for token, logprob in one.top}
+            None if one is None else {self._text_of(token): _finite(logprob) for token, logprob in one.top}
             for one in found
         ]
         offsets = []
@@ -225,7 +231,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
             choice.offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [None if one is None else one.logprob for one in found],
+            "token_logprobs": [None if one is None else _finite(one.logprob) for one in found],
             "top_logprobs": tops,
             "text_offset": offsets,
         }

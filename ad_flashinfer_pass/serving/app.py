@@ -105,6 +105,9 @@ class Server:
         Raises:
             ApiError: there are too many.
         """
+        if num_requests > self.max_requests:
+            message = f"{num_requests} continuations at once are more than {self.max_requests}; ask for fewer."
+            raise ApiError(400, message, "invalid_request_error")
         if self.num_open + num_requests > self.max_requests:
             message = (
                 f"{self.num_open} requests run or wait, of at most {self.max_requests}. Try again later."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -17,6 +18,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from ad_flashinfer_pass.serving.app import Limits, create_app  # noqa: E402
 from tests.runtime.toy_model import ToyModel, greedy_alone  # noqa: E402
@@ -45,7 +49,7 @@ def test_too_many_requests_are_told_to_come_again() -> None:
         gate.set()
         assert {each.result().json()["choices"][0]["text"] for each in waiting} == {text_of("abc", 6)}
         assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
-        assert httpx.post(f"{url}/v1/completions", json={**BODY, "n": 4}).status_code == 429
+        assert httpx.post(f"{url}/v1/completions", json={**BODY, "n": 4}).status_code == 400
 
 
 def test_a_request_has_its_time_and_no_more() -> None:
@@ -59,6 +63,37 @@ def test_a_request_has_its_time_and_no_more() -> None:
     assert "not done within 0.05 seconds" in answer.json()["error"]["message"]
     assert "not done within" in streamed.text
     assert "[DONE]" not in streamed.text
+
+
+def test_a_grammar_that_takes_too_long_is_not_waited_for() -> None:
+    llm = toy_llm()
+    llm.engine.grammars.compile = lambda params: Future()  # type: ignore[method-assign]
+    body = {**BODY, "structured_outputs": {"regex": "a"}}
+    with running(create_app(llm, "toy", Limits(timeout=0.05))) as url:
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 504
+        assert "open_requests 0.0" in httpx.get(f"{url}/metrics").text
+
+
+class Barred(ToyModel):
+    """Most tokens have no probability."""
+
+    def forward(self) -> Tensor:
+        """As ``CachedModel.forward``."""
+        logits = super().forward().clone()
+        logits[:, 10:] = -torch.inf
+        return logits
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_logprob_of_a_token_that_cannot_be_is_a_number(is_streamed: bool) -> None:
+    """JSON has no infinity, and clients that are strict refuse it."""
+    body = {"prompt": "axc", "max_tokens": 2, "logprobs": 12, "echo": True, "stream": is_streamed}
+    with running(create_app(toy_llm(Barred(has_states=False)), "toy", Limits())) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    whole = json.loads(answer.text.removeprefix("data: ").partition("\n")[0], parse_constant=pytest.fail)
+    logprobs = whole["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"][1] == min(logprobs["top_logprobs"][-1].values()) == -9999.0
 
 
 def test_the_key_is_asked_for() -> None:

@@ -106,7 +106,8 @@ def goes_through_the_interface(module: nn.Module) -> bool:
     interface = inspect.getclosurevars(forward).nonlocals.get("experts_interface")
     name: Any = getattr(module.config, "_experts_implementation", None)
     function = moe.ALL_EXPERTS_FUNCTIONS.get(name)
-    is_known = getattr(function, "__module__", "").startswith(("transformers.", "ad_flashinfer_pass."))
+    home = getattr(function, "__globals__", {}).get("__name__", "")  # a wrapper's __module__ is another's
+    is_known = home.startswith(("transformers.", "ad_flashinfer_pass."))
     return interface is moe.ALL_EXPERTS_FUNCTIONS and (name in (None, "eager") or is_known)
 
 

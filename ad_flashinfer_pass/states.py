@@ -60,8 +60,7 @@ class _Function(NamedTuple):
 
     def is_code_of(self, function: Any) -> bool:
         """Whether this is the function that was read."""
-        function = inspect.unwrap(function)
-        space = getattr(function, "__globals__", {})
+        space = getattr(inspect.unwrap(function), "__globals__", {})
         return all(part in space for part in self.parts) and (
             digest([function, *(space[part] for part in self.parts)]) in self.digests
         )

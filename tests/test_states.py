@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -74,6 +75,19 @@ def test_other_code_is_another_function(
             assert functions["causal_conv1d_fn"] is causal_conv1d_fn
         with pytest.raises(PackingError, match=r"conv1d .*ad_flashinfer_pass\.states\.as_ops"):
             transform_module(model, AutoDeployConfig(device="cpu", max_seq_len=64))
+
+
+def test_what_somebody_has_wrapped_is_another_function(
+    model: nn.Module, functions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it bears the name, and ``inspect`` shows the code, of what it wraps."""
+    own = functions["mamba2_chunk_scan"]
+    twice = wraps(own)(lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    for other in (twice, partial(own)):
+        with monkeypatch.context() as patch:
+            patch.setitem(functions, "mamba2_chunk_scan", other)
+            with states.as_ops(model):
+                assert functions["mamba2_chunk_scan"] is other
 
 
 def test_functions_refuse_what_the_ops_do_not_have(model: nn.Module) -> None:

@@ -195,6 +195,10 @@ class _Told:
             if _root(value) and "<" not in value.__qualname__:
                 return [f"{value.__module__}.{value.__qualname__}", _functions({"": value})]
             raise _UnknownError
+        if isinstance(value, partial):
+            return ["partial", *map(self._value, (value.func, value.args, value.keywords))]
+        if inspect.isbuiltin(value) and _root(value):  # as torch's gelu
+            return f"{value.__module__}.{value.__qualname__}"
         is_new = id(value) not in self._objects
         self._alive.append(value)  # so that no other gets its number
         number = self._objects.setdefault(id(value), len(self._objects))

@@ -136,6 +136,15 @@ def test_another_model_has_another_key(change: Callable[[Any], None]) -> None:
     assert export_cache.key_of(models[0], max_seq_len=65) not in keys
 
 
+def test_activations_of_torch_are_told_apart() -> None:
+    """They are functions of C, in some models with arguments that they keep."""
+    keys = {
+        export_cache.key_of(llama(hidden_act=name))
+        for name in ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
+    }
+    assert len(keys - {None}) == 4
+
+
 def hooked(model: Any) -> None:
     model.model.layers[0].register_forward_hook(lambda *args: None)
 

@@ -63,7 +63,7 @@ def read(file: Path, number: int) -> list[Entry]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        lines = enumerate(text.splitlines(), 1)
+        lines = enumerate(text.split("\n"), 1)  # splitlines would split texts at U+2028, too
         found = (
             list(enumerate(json.loads(text), 1))
             if text.lstrip()[:1] == "["

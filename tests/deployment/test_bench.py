@@ -129,6 +129,15 @@ def test_dataset_of_lengths(llm: LLM, tmp_path: Path) -> None:
         bench.bench_dataset(llm, made, concurrencies=[4])
 
 
+def test_a_text_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    """JSON wants an escape for newlines alone; line and paragraph separators stand as they are."""
+    talk = {"conversations": [{"value": "a\u2028b\x85c"}, {"value": "d\u2029e"}]}
+    (file := tmp_path / "talks").write_text(json.dumps(talk, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (entry,) = dataset.read(file, 10)
+    assert isinstance(entry, dataset.Conversation)
+    assert entry.conversations[0].value == "a\u2028b\x85c"
+
+
 def test_arrivals_are_a_poisson_process() -> None:
     entries = [dataset.Lengths(prompt_len=1, output_len=1)] * 4000
     times = [each.arrival for each in dataset.requests(entries, None, 2, 10.0, 0)]

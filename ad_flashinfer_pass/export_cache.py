@@ -137,11 +137,13 @@ def _code(kinds: set[type]) -> tuple[list[Any], set[Path]]:
 
 
 def _functions(space: Mapping[str, Any]) -> list[Any]:
-    """Where the code of each function stands, whatever it says; refused if somebody else wrote it."""
+    """Where the code of each function stands, whatever it says, and numbers; refused if not of ours."""
     found: list[Any] = []
     for name, value in sorted(space.items()):
-        if isinstance(value, partial):
+        if isinstance(value, (partial, nn.Module)):
             raise _UnknownError
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("__"):
+            found.append([name, repr(value)])
         if name.startswith("ALL_") and isinstance(value, Mapping):  # of transformers' interfaces
             found.append([name, _functions(value)])
         parts = (value.fget, value.fset) if isinstance(value, property) else (value,)

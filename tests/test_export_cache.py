@@ -197,6 +197,8 @@ def changes_around(patch: pytest.MonkeyPatch) -> dict[str, Callable[[], Any]]:
         "property": lambda: patch.setattr(
             f"{llama_code}.LlamaMLP.up_proj", property(lambda self: self.gate_proj), raising=False
         ),
+        "number": lambda: patch.setattr(f"{llama_code}.LlamaMLP.down_proj", 1, raising=False),
+        "module": lambda: patch.setattr(f"{llama_code}.LlamaMLP.act_fn", nn.ReLU(), raising=False),
         "wrapped function": lambda: patch.setattr(f"{llama_code}.apply_rotary_pos_emb", rope),
         "partial": lambda: patch.setattr(f"{llama_code}.apply_rotary_pos_emb", partial(by_other_name)),
         "function of transformers": lambda: patch.setattr(

@@ -181,10 +181,6 @@ def test_tools_go_to_the_template(url: str) -> None:
             "must be variables of the template, got 'chat_template'",
         ),
         ("chat/completions", {"messages": CHAT, "tool_choice": "required"}, 400, "tool_choice"),
-        *(
-            ("chat/completions", {"messages": CHAT, "chat_template_kwargs": {name: "x"}}, 400, name)
-            for name in ("chat_template", "conversation", "tokenize", "padding")
-        ),
         ("embeddings", {}, 404, "/v1/embeddings"),
     ],
 )

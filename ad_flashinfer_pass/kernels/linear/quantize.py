@@ -15,6 +15,8 @@ from ad_flashinfer_pass.kernels.overlap import await_turn
 _LARGEST = tl.constexpr(float8.LARGEST)
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _WORDS_BLOCK = tl.constexpr(four_bits.BLOCK)
+_NAN = tl.constexpr(tl.PropagateNan.ALL)
+"""What is not a number stays so, as by torch: cut to the largest, it would be one."""
 _ROWS, _COLUMNS = 16, 512
 
 
@@ -115,7 +117,8 @@ def _quantize(  # type: ignore[no-untyped-def]
     else:
         s = tl.div_rn(tl.max(tl.abs(v), axis=0), _LARGEST)
         s = tl.where(s == 0.0, 1.0, s)
-    v = tl.minimum(tl.maximum(tl.div_rn(v, s), -_LARGEST), _LARGEST)
+    v = tl.maximum(tl.div_rn(v, s), -_LARGEST, propagate_nan=_NAN)
+    v = tl.minimum(v, _LARGEST, propagate_nan=_NAN)
     tl.store(values + token * depth + lanes, v.to(values.dtype.element_ty), mask=mask)
     tl.store(scales + token, s)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.state import step
-from ad_flashinfer_pass.kernels.state.step import _plain, _time_step
+from ad_flashinfer_pass.kernels.state.step import _NAN, _plain, _time_step
 
 _SIZE = 64
 """Tokens of a chunk."""
@@ -510,7 +510,8 @@ def _ssd_scan(  # type: ignore[no-untyped-def]
             tokens = (first + at).to(tl.int64)
             step = tl.load(dt + tokens * dt_row + head * dt_head, mask=is_token, other=0.0)
             step = _time_step(step, dt_bias, head, None, SOFTPLUS)
-            step = tl.where(is_token, tl.minimum(tl.maximum(step, least), most), 0.0)
+            step = tl.minimum(tl.maximum(step, least, propagate_nan=_NAN), most, propagate_nan=_NAN)
+            step = tl.where(is_token, step, 0.0)
             total, last = tl.cumsum(step * rate), tl.sum(step * rate)
             s_mask, x_mask = is_token[:, None] & in_state[None, :], is_token[:, None] & in_dim[None, :]
             place = C + tokens[:, None] * c_row + head // GROUP * c_group + states[None, :]

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_NAN = tl.constexpr(tl.PropagateNan.ALL)
+"""A time step that is not a number stays so, as by torch, and is not cut to a limit."""
 _TILE = 4096
 """Elements of a state that one program holds, at most, unless one row of it is larger."""
 
@@ -316,7 +318,7 @@ def _ssd(  # type: ignore[no-untyped-def]
     start, end = _tokens(cu_seqlen, row)
     for token in range(start, end):
         step = _time_step(tl.load(dt + token * dt_row + head * dt_head), dt_bias, head, None, SOFTPLUS)
-        step = tl.minimum(tl.maximum(step, least), most)
+        step = tl.minimum(tl.maximum(step, least, propagate_nan=_NAN), most, propagate_nan=_NAN)
         x = tl.load(hidden_states + token * x_row + head * x_head + dims, mask=dim_mask, other=0.0)
         b = tl.load(B + token * b_row + head // GROUP * b_group + states, mask=state_mask, other=0.0)
         c = tl.load(C + token * c_row + head // GROUP * c_group + states, mask=state_mask, other=0.0)
@@ -398,5 +400,5 @@ def _time_step(step, bias, at, mask, SOFTPLUS: tl.constexpr):  # type: ignore[no
     if bias is not None:
         step += tl.load(bias + at, mask=mask).to(tl.float32)
     if SOFTPLUS:
-        step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))
+        step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0, propagate_nan=_NAN))))
     return step

@@ -55,6 +55,20 @@ def assert_close(
     assert ((found.double() - expected).abs() <= 2 * eps * expected.abs() + (eps / 8) * terms).all()
 
 
+@pytest.mark.parametrize("scale", [None, 0.01])
+def test_what_is_not_a_number_stays_so_in_float8(scale: float | None) -> None:
+    """Else the engine, which looks at logits, would not see it."""
+    x = random(3, 40, seed=0)
+    x[1, 7] = float("nan")
+    given = None if scale is None else torch.tensor([scale], device=DEVICE)
+    values, scales = quantize.quantize(x, given)
+    assert scales.isfinite().all()
+    if DEVICE.type == "cuda":
+        assert values.float().isnan().nonzero().tolist() == [[1, 7]]
+    else:  # the interpreter keeps the first bits of a NaN, which are 384 in this dtype
+        assert abs(float(values[1, 7])) == 384
+
+
 @pytest.mark.parametrize("parts", ["", "bias", "norm", "residual", "gated", "bias norm residual gated"])
 @pytest.mark.parametrize(("tokens", "rows", "depth", "config"), CASES)
 def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str) -> None:

@@ -123,6 +123,17 @@ def test_ssd(head_dim: int, state: int, has_more: bool, softplus: bool, limits: 
     assert_same(found, states, *wanted)
 
 
+@pytest.mark.parametrize("softplus", [False, True])
+def test_a_time_step_that_is_not_a_number_is_seen(softplus: bool) -> None:
+    """Also where it would be cut to a limit, and nothing else of its token is wrong."""
+    x, dt, b, c = random(NUM, 4, 16), random(NUM, 4), random(NUM, 2, 8), random(NUM, 2, 8)
+    dt[0] = float("nan")
+    found, states = torch.empty_like(x), random(5, 4, 16, 8)
+    step.ssd((-random(4).exp(), None, None), softplus, (0.0, 2.0), found, x, dt, b, c, states, *rows())
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+
+
 @pytest.mark.parametrize(("has_more", "softplus", "limits"), CONSTANTS)
 @pytest.mark.parametrize(("channels", "state"), [(16, 8), (70, 16)])
 def test_selective(channels: int, state: int, has_more: bool, softplus: bool, limits: Any) -> None:

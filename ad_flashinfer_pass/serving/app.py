@@ -106,7 +106,9 @@ class Server:
             ApiError: there are too many.
         """
         if num_requests > self.max_requests:
-            message = f"{num_requests} continuations at once are more than {self.max_requests}; ask for fewer."
+            message = (
+                f"{num_requests} continuations at once are more than {self.max_requests}; ask for fewer."
+            )
             raise ApiError(400, message, "invalid_request_error")
         if self.num_open + num_requests > self.max_requests:
             message = (

@@ -192,6 +192,12 @@ def test_what_is_wrong_is_named(url: str, path: str, body: Any, status: int, say
     assert answer.headers["x-request-id"] == "my-1"
 
 
+@pytest.mark.parametrize("name", ["chat", "tokenizer", "of_mine"])
+def test_a_variable_of_a_template_may_have_any_other_name(url: str, name: str) -> None:
+    body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+
+
 LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4)
 VALUES = (
     LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(st.text(max_size=4), LEAVES | st.lists(LEAVES))

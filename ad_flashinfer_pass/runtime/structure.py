@@ -74,6 +74,8 @@ class Grammars:
     ) -> None:
         self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, list(end_tokens)
         self._lock, self._turns = Lock(), Semaphore(_AT_ONCE)
+        self._making = Lock()
+        """Of the compiler, for which a large vocabulary is read: nobody who only asks waits for that."""
         self._compiled: dict[GuidedDecodingParams, Future[Any]] = {}
         self._compiler: Any = None
 
@@ -98,7 +100,7 @@ class Grammars:
                 future.set_exception(err)
 
     def _compile(self, params: GuidedDecodingParams) -> Any:
-        with self._lock:
+        with self._making:
             if self._compiler is None:
                 self._compiler = self._new_compiler()
         with foreign_code("guided_decoding cannot be compiled"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
@@ -94,6 +95,28 @@ def test_a_grammar_is_compiled_while_others_run(monkeypatch: pytest.MonkeyPatch)
     assert ended[other].token_ids == greedy_alone(PROMPTS[0], 5)
     assert (ended[slow].finish_reason, ended[gone].finish_reason) == ("stop", "cancelled")
     assert engine.grammars.compile(GuidedDecodingParams(regex="[a-f]{3}")).done(), "compiled once"
+
+
+def test_who_asks_for_a_grammar_does_not_wait_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read for the first one, which takes seconds; the engine asks between two steps."""
+    grammars = engine_of(0).grammars
+    has_begun, may_end, make = Event(), Event(), grammars._new_compiler
+
+    def slow() -> Any:
+        has_begun.set()
+        may_end.wait()
+        return make()
+
+    monkeypatch.setattr(grammars, "_new_compiler", slow)
+    first = grammars.compile(GuidedDecodingParams(regex="a"))
+    has_begun.wait()
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(grammars.compile, GuidedDecodingParams(regex="b"))
+        try:
+            second = asked.result(timeout=5)
+        finally:
+            may_end.set()
+    assert None not in (first.result(), second.result())
 
 
 def test_ctrl_c_leaves_a_text_where_it_was() -> None:

@@ -197,6 +197,8 @@ class Engine:
         self._tokens_per_page = info.tokens_per_block
         self.no_block_reuse = _why_no_reuse(model) if enable_block_reuse else "enable_block_reuse is false"
         """Why requests that begin alike do not share pages; None if they do."""
+        self._weights = [each for each in model.module.parameters() if not each.is_inference()]
+        self._weights_version = self._version_of_weights()
         self._pool = PagePool(model.num_pages)
         self._scheduler: Scheduler[_Request] = Scheduler(
             self._pool,
@@ -334,10 +336,18 @@ class Engine:
                 "write: end or cancel those first, or give them to one engine."
             )
         is_same = other is self or user is None
-        if not (is_same and num_steps == self._model.num_lone_steps):
+        # Whoever changes weights does it between requests; to look at all of them takes a while.
+        version = self._weights_version if self._requests else self._version_of_weights()
+        is_known = num_steps == self._model.num_lone_steps and version == self._weights_version
+        self._weights_version = version
+        if not (is_same and is_known):
             self._forget_steps()
             self._restart()
         _USERS[self._model] = (ref(self), self._model.num_lone_steps)
+
+    def _version_of_weights(self) -> int:
+        """Goes up with each write to one of them, but through ``.data``."""
+        return sum(weight._version for weight in self._weights)
 
     def room_after(self, num_prompt_tokens: int) -> int:
         """New tokens that a request with so long a prompt can have, at most."""

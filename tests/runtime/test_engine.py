@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, RequestError
 from ad_flashinfer_pass.runtime.detokenize import TextStream
@@ -64,6 +65,22 @@ def test_engines_of_one_model_take_turns() -> None:
     first.add_request([1, 2])
     del first, engine
     assert tokens_of(second, [[3]], SamplingParams(max_new_tokens=9)) == [greedy_alone([3], 9)]
+
+
+def test_pages_of_other_weights_are_forgotten() -> None:
+    """Weights may be written between requests, as in training; K and V in kept pages are of the old ones."""
+    model = ToyModel(has_states=False)
+    weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    model.module.register_parameter("weight", weight)
+    engine = Engine(model)
+
+    def num_cached() -> int:
+        request_id = engine.add_request(list(range(2, 20)))
+        return drain(engine)[request_id].num_cached_tokens
+
+    assert (num_cached(), num_cached()) == (0, 16)
+    weight.copy_(torch.zeros(3))
+    assert (num_cached(), num_cached()) == (0, 16)
 
 
 @pytest.mark.parametrize(

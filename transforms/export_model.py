@@ -11,7 +11,6 @@ graph that was made elsewhere, ``ExportedProgram.module()`` or from ``make_fx``,
 
 from __future__ import annotations
 
-import inspect
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -159,7 +158,7 @@ class Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        parameters = inspect.signature(model.forward).parameters
+        parameters = g.parameters(model)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.takes_positions = "position_ids" in parameters
         by_vector = "inputs_embeds" in parameters and "input_ids" not in parameters

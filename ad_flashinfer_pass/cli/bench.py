@@ -71,7 +71,6 @@ def bench(
         float,
         option(_LOAD, "R", "Of a dataset, a second; the times between are exponential. inf: all at once."),
     ] = float("inf"),
-    seed: Annotated[int, option(_LOAD, "N", "Of those times, and of tokens where lengths are given.")] = 0,
     plot: Annotated[
         Path | None,
         option(OUTPUT, "FILE", "Draw step time by concurrency, with the floor; .png or .svg."),
@@ -115,7 +114,7 @@ def bench(
             reporter.phase(f"measure: {done} of {total} requests, {number} at once")
 
         if entries:
-            requests = datasets.requests(entries, llm.tokenizer, llm.model.vocab_size, request_rate, seed)
+            requests = datasets.requests(entries, llm.tokenizer, llm.model.vocab_size, request_rate)
             result = measure.bench_dataset(
                 llm, requests, concurrencies=places, request_rate=request_rate, on_progress=progress
             )

@@ -101,7 +101,7 @@ def longest(entries: Sequence[Entry]) -> int:
 
 
 def requests(
-    entries: Sequence[Entry], tokenizer: Any, vocab_size: int, request_rate: float, seed: int
+    entries: Sequence[Entry], tokenizer: Any, vocab_size: int, request_rate: float, seed: int = 0
 ) -> list[Request]:
     """The requests with their tokens and times of arrival.
 

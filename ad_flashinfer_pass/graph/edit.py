@@ -7,8 +7,9 @@ docs/invariants.md says what else must hold after every transform.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -102,6 +103,13 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A module of a graph, whose code is made when it is first asked for, and not after each change."""
     return _LazyGraphModule(root, graph)
+
+
+def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a module takes; of a graph whose code is not made yet, what it will take."""
+    if isinstance(module, fx.GraphModule):
+        _ = module.code
+    return inspect.signature(module.forward).parameters
 
 
 def token_input(gm: fx.GraphModule) -> fx.Node | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.runtime.cuda_graph import Steps
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, SequenceStep
@@ -61,7 +61,7 @@ class CachedModel:
         self.generation_config: GenerationConfig | None = None
         """What transformers' ``generate`` would go by, of a model of theirs."""
         self._steps = module if isinstance(module, Steps) else Steps()
-        self._takes_vectors = "inputs_embeds" in inspect.signature(module.forward).parameters
+        self._takes_vectors = "inputs_embeds" in g.parameters(module)
 
     @property
     def is_captured(self) -> bool:

@@ -70,7 +70,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None
     ("capability", "options", "config"),
     [
         ((7, 0), {}, {}),
-        ((9, 0), {"dim": 72}, {}),
+        ((9, 0), {"dim": 70}, {}),
         ((9, 0), {"heads": 512, "dim": 128}, {}),
     ],
     ids=["SM", "head size", "group"],
@@ -323,7 +323,7 @@ def test_models_of_the_hugging_face_path(
     assert handlers == ([0, scenario.WINDOW] if generation.window_pools else [0, 0])
 
 
-def test_the_cap_of_a_transformers_model_reaches_the_op(ad: Any) -> None:
+def test_the_cap_of_a_transformers_model_reaches_the_op(ad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoDeploy hands on what stands in its table; Gemma2 calls its cap softcap."""
     unified: Any = importlib.import_module(f"{standin.PACKAGE}.export.library.unified_attn")
     mapping, passed = unified.HF_ATTN_KWARGS_MAPPING, []
@@ -332,7 +332,7 @@ def test_the_cap_of_a_transformers_model_reaches_the_op(ad: Any) -> None:
         passed.append({mapping[name]: value for name, value in kwargs.items() if name in mapping})
         return query.transpose(1, 2).contiguous(), None
 
-    ALL_ATTENTION_FUNCTIONS.register("recorded", wrapper)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "recorded", wrapper)
     config = Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, attn_logit_softcapping=30.0,

@@ -48,9 +48,9 @@ def test_a_gpu_with_a_compiler_runs_what_compiles_quickly(hopper: None) -> None:
     """FMHA v2 and FA3 are not compiled by a run: the next provider prefills, and the remedy is a command."""
     found = doctor.diagnose()
     assert chosen(found) == {
-        ("bfloat16", "prefill"): "fa2",
+        ("bfloat16", "prefill"): "tile_prefill",
         ("bfloat16", "decode"): "xqa",
-        ("fp8", "prefill"): "fa2",
+        ("fp8", "prefill"): "tile_prefill",
         ("fp8", "decode"): "xqa",
     }
     for slow in (check for check in found.checks if check.name in ("fmha_v2", "fa3")):
@@ -66,7 +66,7 @@ def test_without_compiler_prebuilt_modules_are_what_is_missing(
     """No nvcc: nothing can be compiled, the reference runs, and the way out is prebuild."""
     monkeypatch.setattr(modules, "nvcc", lambda: None)
     found = doctor.diagnose()
-    assert set(chosen(found).values()) == {"reference", "split_decode"}, "what needs no FlashInfer"
+    assert set(chosen(found).values()) == {"tile_prefill", "split_decode"}, "what needs no FlashInfer"
     (nvcc,) = (check for check in found.checks if check.name == "nvcc")
     assert (nvcc.state, "prebuild" in str(nvcc.remedy)) == ("missing", True)
 

@@ -97,9 +97,8 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def make(site: Site, major: int, name: str = name) -> list[Any]:
             return [Spec(f"{name}_{str(site.kv_dtype)[6:]}_{major}", tmp_path)]
 
-        given = {"reference": None, "split_decode": None, "trtllm_gen": lambda site, major: []}.get(
-            name, make
-        )
+        no_modules = dict.fromkeys(("reference", "split_decode", "tile_prefill", "latent"))
+        given = {**no_modules, "trtllm_gen": lambda site, major: []}.get(name, make)
         capability = replace(provider.capability, modules=given)
         monkeypatch.setitem(select.PROVIDERS, name, replace(provider, capability=capability))
     Spec.compiled = []
@@ -110,9 +109,9 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         (CONFIG, 90, (), {"fmha_v2_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
         (CONFIG, 90, ("fmha_v2",), {"fa3_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
-        (CONFIG, 90, ("fmha_v2", "fa3"), {"fa2_bfloat16_9": ["prefill"], "xqa_bfloat16_9": ["decode"]}),
+        (CONFIG, 90, ("fmha_v2", "fa3"), {"xqa_bfloat16_9": ["decode"]}),
         (CONFIG, 89, (), {"fa2_bfloat16_8": ["prefill", "decode"]}),
-        (FP8, 90, (), {"fa2_float8_e4m3fn_9": ["prefill"], "xqa_float8_e4m3fn_9": ["decode"]}),
+        (FP8, 90, (), {"xqa_float8_e4m3fn_9": ["decode"]}),
         (CONFIG, 100, (), {}),
     ],
     ids=["hopper", "without_fmha_v2", "quick_to_compile", "ada", "hopper_fp8", "blackwell"],
@@ -124,7 +123,7 @@ def test_needs_are_those_of_the_target(
     _, found, notes = prebuild.needed_modules(config, sm, skip)
     assert {module.name: module.phases for module in found} == expected
     assert {module.num_sites for module in found} <= {4}
-    assert bool(notes) == (sm == 100)
+    assert bool(notes) == (sm == 100 or skip == ("fmha_v2", "fa3") or config is FP8)
 
 
 def test_needs_are_those_of_the_version_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +133,7 @@ def test_needs_are_those_of_the_version_that_is_here(monkeypatch: pytest.MonkeyP
     assert [module.name for module in found] == ["fmha_v2_bfloat16_9"]
     assert notes == ["decode by split_decode: a Triton kernel, compiled in seconds by the first call"]
     _, found, notes = prebuild.needed_modules(FP8, 90)
-    assert [module.name for module in found] == ["fa2_float8_e4m3fn_9", "xqa_float8_e4m3fn_9"]
+    assert [module.name for module in found] == ["xqa_float8_e4m3fn_9"]
 
 
 def test_flashinfer_compiles_for_the_target_and_then_again_for_what_is_here() -> None:

@@ -37,6 +37,7 @@ CAPABILITY = Capability(
     kv_dtypes={"prefill": _EIGHT_BITS, "decode": _EIGHT_BITS},
     head_dims=frozenset(range(16, 641, 8)),
     alibi=False,
+    run_on=frozenset({90}),
     is_latent=True,
 )
 

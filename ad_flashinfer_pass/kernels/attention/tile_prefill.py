@@ -24,6 +24,7 @@ CAPABILITY = Capability(
     dtypes=frozenset({torch.bfloat16, torch.float16}),
     kv_dtypes={"prefill": frozenset({torch.float8_e4m3fn})},
     head_dims=frozenset(range(16, 257, 8)),
+    run_on=frozenset({90}),
 )
 
 

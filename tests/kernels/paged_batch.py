@@ -49,6 +49,18 @@ class Shape:
     """V is the first part of K, and is not stored."""
 
 
+EACH_FEATURE = [
+    Features(),
+    Features(sliding_window=1),
+    Features(sliding_window=20),
+    Features(logit_cap=2.0),
+    Features(chunk=9),
+    Features(has_sinks=True),
+    Features(has_alibi=True),
+    Features(sliding_window=20, logit_cap=2.0, has_sinks=True, has_alibi=True),
+]
+
+
 class PagedBatch:
     """One step of several sequences, with the past of each already in its pages.
 
@@ -111,6 +123,14 @@ class PagedBatch:
         info.nest_sequences(steps)
         self.args = info.named_args()
         self.max_blocks_per_seq = info.max_blocks_per_seq
+
+    def round_as_cached(self) -> None:
+        """Let K and V be what pages of another dtype hold of them, which is what counts."""
+        if self.shape.kv_dtype is None:
+            return
+        for scale, tensors in ((self.shape.k_scale, self.key), (self.shape.v_scale, self.value)):
+            for x in tensors:
+                x.copy_((x / scale).to(self.shape.kv_dtype).to(x.dtype) * scale)
 
     def slot(self, index: int, position: int) -> tuple[int, int]:
         """(page, offset) of one token."""

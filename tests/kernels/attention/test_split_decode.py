@@ -18,7 +18,7 @@ from ad_flashinfer_pass.kernels import workspaces  # noqa: E402
 from ad_flashinfer_pass.kernels.attention import reference, split_decode  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.split_decode import Config  # noqa: E402
-from tests.kernels.paged_batch import Features, PagedBatch, Shape  # noqa: E402
+from tests.kernels.paged_batch import EACH_FEATURE, Features, PagedBatch, Shape  # noqa: E402
 
 HALF = Shape(dtype=torch.float16, page_size=16)  # the interpreter's bfloat16 dot is wrong
 # Splits of one block and of several, more splits than blocks, blocks of several pages and of a part of one.
@@ -57,10 +57,7 @@ def decode(batch: PagedBatch, features: Features, launch: Launch) -> Tensor:
 
 def check(shape: Shape, features: Features, launch: Launch, lengths: list[int] = LENGTHS) -> None:
     batch = PagedBatch([(n - 1, 1) for n in lengths], shape)
-    if shape.kv_dtype is not None:  # what the pages hold is what counts
-        for scale, tensors in ((shape.k_scale, batch.key), (shape.v_scale, batch.value)):
-            for x in tensors:
-                x.copy_((x / scale).to(shape.kv_dtype).to(x.dtype) * scale)
+    batch.round_as_cached()
     out = decode(batch, features, launch)
     # Softmax weights and result are rounded to half precision: values are of size 1.
     torch.testing.assert_close(
@@ -70,20 +67,7 @@ def check(shape: Shape, features: Features, launch: Launch, lengths: list[int] =
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-@pytest.mark.parametrize(
-    "features",
-    [
-        Features(),
-        Features(sliding_window=1),
-        Features(sliding_window=20),
-        Features(logit_cap=2.0),
-        Features(chunk=9),
-        Features(has_sinks=True),
-        Features(has_alibi=True),
-        Features(sliding_window=20, logit_cap=2.0, has_sinks=True, has_alibi=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("features", EACH_FEATURE, ids=str)
 def test_every_feature_at_every_split(features: Features, launch: Launch) -> None:
     """Windows and chunks that begin inside a block, caps, sinks and slopes, whole and in parts."""
     check(HALF, features, launch)

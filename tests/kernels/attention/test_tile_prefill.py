@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ad_flashinfer_pass.kernels.attention import reference, tile_prefill  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.tile_prefill import Config  # noqa: E402
-from tests.kernels.paged_batch import Features, PagedBatch, Shape  # noqa: E402
+from tests.kernels.paged_batch import EACH_FEATURE, Features, PagedBatch, Shape  # noqa: E402
 
 HALF = Shape(dtype=torch.float16, page_size=16, num_heads=2, num_kv_heads=1)  # bfloat16's dot is wrong
 SMALL = Config(16, 16, 4, 2)
@@ -60,29 +60,13 @@ def prefill(batch: PagedBatch, features: Features, config: Config | None) -> Ten
 
 def check(shape: Shape, features: Features, config: Config | None = SMALL) -> None:
     batch = PagedBatch(LENGTHS, shape)
-    if shape.kv_dtype is not None:  # what the pages hold is what counts
-        for scale, tensors in ((shape.k_scale, batch.key), (shape.v_scale, batch.value)):
-            for x in tensors:
-                x.copy_((x / scale).to(shape.kv_dtype).to(x.dtype) * scale)
+    batch.round_as_cached()
     out = prefill(batch, features, config)
     # Softmax weights and result are rounded to half precision: values are of size 1.
     torch.testing.assert_close(out.double(), torch.cat(batch.expected(features)), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "features",
-    [
-        Features(),
-        Features(sliding_window=1),
-        Features(sliding_window=20),
-        Features(logit_cap=2.0),
-        Features(chunk=9),
-        Features(has_sinks=True),
-        Features(has_alibi=True),
-        Features(sliding_window=20, logit_cap=2.0, has_sinks=True, has_alibi=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("features", EACH_FEATURE, ids=str)
 def test_every_feature(features: Features) -> None:
     """Windows and chunks that begin inside a block, caps, sinks and slopes."""
     check(HALF, features)

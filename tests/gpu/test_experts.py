@@ -10,7 +10,7 @@ from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.config import CompileBackend
 from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, compared, controls
 from tests import architectures
-from tests.gpu.test_end_to_end import transformed
+from tests.gpu.test_end_to_end import check_replays_equal_eager, transformed
 
 assert ops.__name__  # importing it registers the op
 EXPERTS_OP = torch.ops.ad_flashinfer.experts
@@ -98,3 +98,12 @@ def _is_near(family: str, backend: CompileBackend, seed: int) -> bool:
     shown = {key: found[key] for key in ("largest_share", "num_different", "error_ratio")}
     print(family, backend, seed, shown)
     return bool(found["largest_share"] <= 2.0 and found["error_ratio"] <= 1.25)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_models_equal_eager_exactly(family: str) -> None:
+    """Prefill, mixed steps and decode."""
+    config = architectures.small_config(family, vocab_size=512, hidden_size=256, intermediate_size=512)
+    model: nn.Module = architectures.random_model(config, "eager" if family == "gpt_oss" else "sdpa")
+    cached, _ = transformed(model.to(device="cuda", dtype=torch.bfloat16), "torch-cudagraph")
+    check_replays_equal_eager(cached)

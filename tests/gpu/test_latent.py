@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from ad_flashinfer_pass.config import CompileBackend
+from ad_flashinfer_pass.config import CompileBackend, KvDtype
 from ad_flashinfer_pass.kernels.attention import latent
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, compared, controls
 from tests import architectures
-from tests.gpu.test_end_to_end import transformed
+from tests.gpu.test_end_to_end import check_replays_equal_eager, transformed
 from tests.kernels.paged_batch import Features, PagedBatch, Shape
 
 DECODES = [(n - 1, 1) for n in (1, 31, 32, 33, 500)]
@@ -88,3 +88,12 @@ def test_families_are_as_near_to_float32_as_the_uncached_model(family: str, back
     print(family, backend, {key: found[key] for key in ("largest_share", "num_different", "error_ratio")})
     assert found["largest_share"] <= 2.0
     assert found["error_ratio"] <= 1.25
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_captured_equals_eager_exactly(kv_dtype: KvDtype) -> None:
+    """Prefill, mixed steps and decode."""
+    config = architectures.small_config("deepseek_v3", vocab_size=512)
+    model: nn.Module = architectures.random_model(config, "sdpa")
+    cached, _ = transformed(model.to(device="cuda", dtype=torch.bfloat16), "torch-cudagraph", kv_dtype)
+    check_replays_equal_eager(cached)

@@ -110,7 +110,7 @@ def main() -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    for batch in args.sequences:
+    for batch in dict.fromkeys(max(1, batch // scale) for batch in args.sequences):
         lengths: Lengths = [(prompt, 1)] * batch
         runs = _RUNS.get(batch, 2)
         seconds_of(llm, lengths, 0)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers import PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import LoadError
@@ -31,7 +32,7 @@ def is_cache_scale(name: str) -> bool:
 
 
 def with_cache_scales(
-    config: AutoDeployConfig, directory: Path, tensors: Mapping[str, Stored], num_layers: int
+    config: AutoDeployConfig, directory: Path, tensors: Mapping[str, Stored], text: PretrainedConfig
 ) -> AutoDeployConfig:
     """The config with the scales of a checkpoint, if its cache is fp8 and it gives none of its own.
 
@@ -39,7 +40,7 @@ def with_cache_scales(
         config: what was asked for.
         directory: of the checkpoint.
         tensors: those that the model does not have.
-        num_layers: of the model; scales of further layers are not read.
+        text: of the language model; scales of layers after its last are not read.
 
     Raises:
         LoadError: a scale of K or of V is missing, or is not one number above 0.
@@ -48,7 +49,7 @@ def with_cache_scales(
     for name in tensors:
         match = _match(name)
         layer = tuple(int(part) for part in match[1].split(".") if part.isdigit()) if match else ()
-        if match and match[2] in ("k", "v", "kv") and layer and layer[-1] < num_layers:
+        if match and match[2] in ("k", "v", "kv") and layer and layer[-1] < text.num_hidden_layers:
             for kind in match[2]:
                 names[layer][kind] = name
     if not names:
@@ -59,6 +60,9 @@ def with_cache_scales(
         why_not = f"kv_cache_config.dtype is {cache.dtype}; dtype: fp8 uses them"
     elif {"k_scale", "v_scale"} & cache.model_fields_set:
         why_not = "kv_cache_config gives its own"
+    elif getattr(text, "kv_lora_rank", None):
+        # Nothing in a file says whether they are of the latent or of the keys of each head.
+        why_not = "a latent may be cached; `ad-flashinfer-pass calibrate` makes its k_scale"
     if why_not is not None:
         logger.warning(
             "%s: scales of a KV cache (%s, ...) are not used, because %s", directory, first, why_not

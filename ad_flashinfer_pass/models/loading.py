@@ -204,8 +204,8 @@ def _build(
         module, weights = load_weights(
             source.directory, hf_config, reports, quantized, config.dequantize, **settings
         )
-        num_layers = hf_config.get_text_config(decoder=True).num_hidden_layers
-        config = with_cache_scales(config, source.directory, weights.tensors, num_layers)
+        text = hf_config.get_text_config(decoder=True)
+        config = with_cache_scales(config, source.directory, weights.tensors, text)
     return module.eval().requires_grad_(False).to(device), config
 
 

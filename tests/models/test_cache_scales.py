@@ -14,6 +14,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.models.loading import load_model
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from tests.architectures import random_model, small_config
 
 LAYERS = 11  # enough that 10 comes after 9, not after 1
 K = [0.01 * (layer + 1) for layer in range(LAYERS)]
@@ -106,6 +107,17 @@ def test_says_that_they_are_not_used(
     """Scales that no cache takes are named, with what would use them."""
     assert scales(checkpoint(tmp_path, PAIRS["projections"], nothing), cache) == found
     assert "(model.layers.0.self_attn.k_proj.k_scale, ...) are not used, because " + message in caplog.text
+
+
+def test_scales_of_keys_are_not_taken_for_a_latents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is cached is not what they were measured on, or nobody knows."""
+    random_model(small_config("deepseek_v3")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for kind in "kv":
+        tensors[f"model.layers.0.self_attn.{kind}_scale"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert scales(str(tmp_path), {"dtype": "fp8"}) == (1.0, 1.0)
+    assert "a latent may be cached; `ad-flashinfer-pass calibrate` makes its k_scale" in caplog.text
 
 
 def test_fewer_layers_take_fewer(tmp_path: Path) -> None:

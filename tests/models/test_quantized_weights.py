@@ -309,6 +309,12 @@ def test_computes_as_transformers_does(tmp_path: Path, name: str) -> None:
     """Which reads these with the format's own library, if no block is cut."""
     pytest.importorskip("compressed_tensors")
     directory = write(tmp_path, FORMATS[name], config=small_config(256, 128, 4))
+    file = directory / "config.json"
+    settings = json.loads(file.read_text())
+    settings["quantization_config"].pop(
+        "kv_cache_scheme"
+    )  # transformers 5.17 leaves its scales as memory was
+    file.write_text(json.dumps(settings))
     ids = torch.tensor(PROMPTS[2:])
     wanted = transformers.AutoModelForCausalLM.from_pretrained(directory)(ids).logits
     module = load_model(AutoDeployConfig(model=str(directory), device="cpu")).module

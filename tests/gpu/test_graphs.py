@@ -15,7 +15,7 @@ from ad_flashinfer_pass.kernels.attention.capability import Phase
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.workspaces import GraphState
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
-from ad_flashinfer_pass.runtime.sequence_info import Bucket, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.sequence_info import Bucket, Kind, SequenceInfo, SequenceStep
 from tests.gpu.paged import DEVICE, Shape, attend, bound, bound_of_8_bits, site_of
 from tests.runtime.two_layers import Sizes, TwoLayers, changed_slots, random_step
 
@@ -109,10 +109,11 @@ def assert_within_bound(
     """Compare the last token of each sequence with attention in float64 over what the caches hold."""
     assert isinstance(model, TwoLayers)
     spec = AttentionSpec(SIZES.head_dim**-0.5, shape.sliding_window, shape.logit_cap)
-    rounds = shape.kv_dtype is not None and model.decode_kernel == "xqa"
     rows = out.unflatten(1, (SIZES.heads, SIZES.head_dim, 2))
     for row, step in zip(rows, (s for s in steps if s.gather), strict=True):
         past = step.input_pos + len(step.token_ids) - 1
+        by_xqa = model.decode_kernel == "xqa" and step.kind is Kind.DECODE
+        rounds = shape.kv_dtype is not None and by_xqa
         for layer in range(2):
             kv = (
                 caches[f"kv_cache_{layer}"][torch.tensor(step.pages, device=out.device)]

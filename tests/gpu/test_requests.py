@@ -69,14 +69,14 @@ def test_tokens_are_those_of_the_synchronous_loop(model: CachedModel, name: str)
 
 
 def test_logprobs_of_tokens_and_prompts(model: CachedModel) -> None:
-    """Each generated token of a greedy request is its likeliest; of a prompt all have one but the first."""
+    """Each generated token of a greedy request is as likely as any; of a prompt all have one but the first."""
     params = SamplingParams(max_new_tokens=12, logprobs=3, prompt_logprobs=1, ignore_eos=True)
     for completion, prompt in zip(
         run(Engine(model, steps_ahead=1), [(prompt, params) for prompt in PROMPTS]), PROMPTS, strict=True
     ):
         assert completion.logprobs is not None
         assert [one.token_id for one in completion.logprobs] == completion.token_ids
-        assert all(one.top[0] == (one.token_id, one.logprob) for one in completion.logprobs)
+        assert all(one.top[0][1] == one.logprob for one in completion.logprobs)  # logits of 16 bits tie
         assert completion.prompt_logprobs is not None
         assert [one and one.token_id for one in completion.prompt_logprobs] == [None, *prompt[1:]]
         assert all(one.logprob <= 0 for one in completion.prompt_logprobs if one)

@@ -67,11 +67,18 @@ def check(kernel: Any, cached: Any, tokens: list[Tensor], options: list[Any], st
     on_device = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in (states, slots, past, starts)]
     kernel(found[:NUM], *(x.to(DEVICE)[:NUM] for x in tokens), *on_device)
 
-    torch.testing.assert_close(found[:NUM].cpu(), wanted[:NUM], rtol=TOLERANCE, atol=TOLERANCE)
+    assert_near(found[:NUM].cpu(), wanted[:NUM])
     assert (found[NUM:] == 7).all()
     kept = [1, 2, 3, 4, 5]  # what padding leaves in slot 0 means nothing
-    states = on_device[0].cpu()
-    torch.testing.assert_close(states[kept], after[kept], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+    assert_near(on_device[0].cpu()[kept], after[kept])
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    """Within the rounding of sums whose terms are as large as the numbers are where they do not cancel."""
+    size = max(1.0, float(wanted.float().nan_to_num().square().mean().sqrt()))
+    torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE * size, equal_nan=True)
+    error = (found.float() - wanted.float()).nan_to_num().norm()
+    assert error < TOLERANCE / 5 * wanted.float().nan_to_num().norm()
 
 
 @pytest.mark.parametrize(("channels", "width"), [(70, 4), (130, 3), (20, 12)])

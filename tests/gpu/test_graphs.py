@@ -112,7 +112,7 @@ def assert_within_bound(
     rows = out.unflatten(1, (SIZES.heads, SIZES.head_dim, 2))
     for row, step in zip(rows, (s for s in steps if s.gather), strict=True):
         past = step.input_pos + len(step.token_ids) - 1
-        by_xqa = model.decode_kernel == "xqa" and step.kind is Kind.DECODE
+        by_xqa = model.decode_kernel == "xqa" and Kind.of(step.input_pos, len(step.token_ids)) is Kind.DECODE
         rounds = shape.kv_dtype is not None and by_xqa
         for layer in range(2):
             kv = (

@@ -69,7 +69,7 @@ def test_tokens_are_those_of_the_synchronous_loop(model: CachedModel, name: str)
 
 
 def test_logprobs_of_tokens_and_prompts(model: CachedModel) -> None:
-    """Each generated token of a greedy request is as likely as any; of a prompt all have one but the first."""
+    """Each token of a greedy request is as likely as any; of a prompt all have one but the first."""
     params = SamplingParams(max_new_tokens=12, logprobs=3, prompt_logprobs=1, ignore_eos=True)
     for completion, prompt in zip(
         run(Engine(model, steps_ahead=1), [(prompt, params) for prompt in PROMPTS]), PROMPTS, strict=True

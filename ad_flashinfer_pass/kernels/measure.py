@@ -8,7 +8,8 @@ the graph, as the text of a ``KernelPlan``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,9 @@ class Subject(Protocol[K]):
     """The kernel of sizes that were not measured."""
     device: torch.device
 
+    def alike(self, size: int) -> Hashable:
+        """The same for sizes that share a choice; the largest of them is measured."""
+
     def key(self, size: int) -> str:
         """What the times depend on beside the kernels, for steps of that many sequences or tokens."""
 
@@ -63,7 +67,7 @@ def tune(
     Args:
         subject: what is timed.
         sizes: of the steps that will be captured.
-        on_progress: called with (done, all) sizes.
+        on_progress: called with (done, all) measurements.
 
     Returns:
         The ``KernelPlan`` of each kind as text, and lines with the times.
@@ -73,8 +77,12 @@ def tune(
     chosen: dict[K, dict[int, Kernel]] = {kind: {} for kind in subject.kinds}
     packages = ("torch", "triton", "flashinfer-python", "ad-flashinfer-pass")
     versions = " ".join(f"{package} {modules.installed(package)}" for package in packages)
-    by_size = {size: found for size in sizes if (found := subject.candidates(size))}
-    for index, (size, candidates) in enumerate(by_size.items()):
+    groups: dict[Hashable, list[int]] = {}
+    for size in sorted(sizes):
+        if subject.candidates(size):
+            groups.setdefault(subject.alike(size), []).append(size)
+    for index, group in enumerate(groups.values()):
+        size, candidates = group[-1], subject.candidates(group[-1])
         if set(candidates) <= {subject.default}:
             notes.append(f"size {size}: {subject.default}, with no other to compare")
             continue
@@ -87,8 +95,8 @@ def tune(
         notes += measured.notes
         for kind, kernel in zip(subject.kinds, measured.kernels, strict=True):
             if kernel != subject.default:
-                chosen[kind][size] = Kernel.parse(kernel)
-        on_progress(index + 1, len(by_size))
+                chosen[kind].update(dict.fromkeys(group, Kernel.parse(kernel)))
+        on_progress(index + 1, len(groups))
     write_choices(new)
     default = Kernel.parse(subject.default)
     return {kind: str(KernelPlan(default, found)) for kind, found in chosen.items()}, notes
@@ -114,6 +122,20 @@ def fastest(times: Mapping[str, Sequence[float]], default: str, min_gain: float 
     score = {name: sum(t / f for t, f in zip(row, floors, strict=True)) for name, row in times.items()}
     best = min(score, key=lambda name: score[name])
     return default if default in score and score[best] > min_gain * score[default] else best
+
+
+def compile_together(launches: Iterable[Callable[[], object]], device: torch.device) -> None:
+    """Launch each once, in threads: Triton's compiler, which does not need Python's lock, takes the longest.
+
+    Args:
+        launches: of Triton's kernels; cuBLAS would keep memory for each thread.
+        device: on which they run.
+    """
+    if device.type == "cuda":
+        with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as threads:
+            for done in [threads.submit(launch) for launch in launches]:
+                done.result()
+        torch.cuda.synchronize(device)
 
 
 def microseconds(launches: Sequence[Callable[[], object]]) -> float:

@@ -25,7 +25,7 @@ def get(make: Callable[[torch.device], T], device: torch.device) -> T:
     """What ``make(device)`` returned when it was first asked for."""
     key = (make, device)
     if key not in _made:
-        _made[key] = make(device)
+        _made.setdefault(key, make(device))  # another thread may have been faster
     return _made[key]  # type: ignore[return-value]
 
 

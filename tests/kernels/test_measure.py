@@ -23,6 +23,9 @@ class Counted:
     def __init__(self) -> None:
         self.measured: list[int] = []
 
+    def alike(self, size: int) -> int:
+        return size
+
     def key(self, size: int) -> str:
         return f"{size} tokens"
 
@@ -52,6 +55,19 @@ def tuned() -> list[int]:
 
 def test_what_was_found_is_remembered() -> None:
     assert [tuned(), tuned()] == [[1, 8], []]
+
+
+def test_sizes_that_are_alike_share_what_was_measured_for_the_largest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Counted, "alike", lambda self, size: size > 1)
+    subject: Any = Counted()
+    found, done = [], []
+    for _ in range(2):
+        found.append(tune(subject, [8, 1, 4, 2], lambda *progress: done.append(progress)))
+    assert subject.measured == [1, 8], "and nothing the second time"
+    assert found == [({"a": "slow 1=fast/2 2=fast/2 4=fast/2 8=fast/2", "b": "slow"}, PLANS[1])] * 2
+    assert done == [(1, 2), (2, 2)] * 2
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,10 @@ class Decode:
         tokens = max_blocks_per_seq * site.page_size
         self._lengths = sorted({min(_LENGTH, tokens), max(1, tokens // 2)})
 
+    def alike(self, size: int) -> int:
+        """See ``Subject``; each is measured."""
+        return size
+
     def key(self, size: int) -> str:
         """See ``Subject``."""
         items = ", ".join(f"{name} {value}" for name, value in ledger(self._site).items())

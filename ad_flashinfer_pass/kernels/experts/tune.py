@@ -14,7 +14,7 @@ from torch import Tensor
 from ad_flashinfer_pass.kernels.experts import by_torch, select
 from ad_flashinfer_pass.kernels.experts.arguments import DEFAULT, Projection, arguments
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
-from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
+from ad_flashinfer_pass.kernels.measure import Measured, compile_together, fastest, microseconds
 
 Weights = Mapping[str, Any]
 """By argument of ``ops.experts``; a tensor, or None."""
@@ -94,6 +94,10 @@ class ExpertsLayers:
         self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
         self.device = layers[0][2]["down_proj"].device
 
+    def alike(self, size: int) -> int:
+        """See ``Subject``; each is measured."""
+        return size
+
     def key(self, size: int) -> str:
         """See ``Subject``."""
         counts = Counter(kind for kind, _ in self.row)
@@ -110,6 +114,8 @@ class ExpertsLayers:
             layers = [weights for other, weights in self.row if other == kind][:_LAYERS]
             launched = [self._launch(kind, size, weights) for weights in layers]
             tried = [name for name in self._of(kind, size) if name in kernels]
+            compiled = [partial(launched[0], name) for name in tried if name != "torch"]
+            compile_together(compiled, self.device)
             times = {name: [microseconds([partial(run, name) for run in launched])] for name in tried}
             chosen.append(fastest(times, self.default))
             shown = ", ".join(f"{name} {us:.1f}" for name, (us,) in times.items())

@@ -184,7 +184,7 @@ def all_candidates(num_tokens: int, numbers: Numbers = "w16a16") -> list[Config]
     if num_tokens > MAX_TOKENS:
         return []
     by_tokens = _CANDIDATES[numbers]
-    return [Config(*values) for values in by_tokens[1 if num_tokens == 1 else _token_block(num_tokens)]]
+    return [Config(*values) for values in by_tokens[token_block(num_tokens)]]
 
 
 def shared_bytes_of(device: torch.device) -> int:
@@ -206,7 +206,7 @@ def _fits(
     shared_bytes: int = _SHARED_BYTES,
 ) -> bool:
     weight_bits, x_bits = map(int, numbers[1:].split("a"))
-    tile_bits = config.depth * (weight_bits * config.rows * (1 + gated) + x_bits * _token_block(num_tokens))
+    tile_bits = config.depth * (weight_bits * config.rows * (1 + gated) + x_bits * token_block(num_tokens))
     if depth % (config.depth * config.split) or tile_bits // 8 * config.stages > shared_bytes:
         return False
     if by_blocks and max(config.rows, config.depth) > float8.BLOCK:
@@ -216,8 +216,9 @@ def _fits(
     return config.split == 1 or has_space
 
 
-def _token_block(num_tokens: int) -> int:
-    return max(16, triton.next_power_of_2(num_tokens))
+def token_block(num_tokens: int) -> int:
+    """The number of tokens to which a step is padded: a power of two, at least 16; 1 alone is not."""
+    return 1 if num_tokens == 1 else max(16, int(triton.next_power_of_2(num_tokens)))
 
 
 def run(
@@ -296,7 +297,7 @@ def run(
         rows,
         DEPTH=depth,
         ROWS=config.rows,
-        TOKENS=_token_block(num_tokens),
+        TOKENS=token_block(num_tokens),
         BLOCK=config.depth,
         SPLIT=config.split,
         GATED=around.gated,

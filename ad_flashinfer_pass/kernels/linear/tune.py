@@ -1,16 +1,17 @@
-"""Kernels of linears chosen by measurement, for each number of tokens; see ``kernels.measure``.
+"""Kernels of linears chosen by measurement, for each block of token counts; see ``kernels.measure``.
 
 For each kind of linear, torch and the candidates of ``small_gemm`` run over the model's own weights, in a
 captured graph, one weight after the other: what does not fit in the L2 cache in a step does not fit here. How
 a kernel begins and ends beside others shows only among them: so those that are nearly as fast as the fastest
-then take its place, kind by kind, in a graph of all linears of the model in their order.
+then take its place, kind by kind, in a graph of all linears of the model in their order. Numbers of tokens
+that ``small_gemm`` pads to the same block, as 2 to 16, share what was found for the largest.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,12 +23,14 @@ from ad_flashinfer_pass.kernels.linear import small_gemm
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config, Numbers
-from ad_flashinfer_pass.kernels.measure import Measured, fastest, microseconds
+from ad_flashinfer_pass.kernels.measure import Measured, compile_together, fastest, microseconds
 
 _MIN_GAIN = 0.99
 """A kernel of ours must take less than this share of torch's time, or noise would decide."""
 _NEARLY = 1.25
-"""Kernels that take up to so many times the time of the fastest are tried among the others."""
+"""Kernels that take up to so many times the time of the fastest are tried among the others ..."""
+_TRIED = 3
+"""... so many of them."""
 _MIN_GAIN_OF_ALL = 0.997
 """Of the time of all linears, for what replaces the kernel that is the fastest alone."""
 
@@ -108,6 +111,10 @@ class Linears:
         self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
         self.device = linears[0].weight.device
 
+    def alike(self, size: int) -> int:
+        """See ``Subject``."""
+        return small_gemm.token_block(size)
+
     def key(self, size: int) -> str:
         """See ``Subject``."""
         counts = Counter(kind for kind, _ in self.row)
@@ -123,6 +130,10 @@ class Linears:
     def measure(self, size: int, kernels: list[str]) -> Measured:
         """See ``Subject``."""
         launches = {kind: _Launches(kind, size, self.device) for kind in self.kinds}
+        compile_together(
+            chain.from_iterable(launches[kind].compiled(linear) for kind, linear in dict(self.row).items()),
+            self.device,
+        )
         times = {
             kind: launches[kind].times([linear for other, linear in self.row if other == kind])
             for kind in self.kinds
@@ -174,8 +185,9 @@ class _Launches:
         config, is_w8a8 = Config(*options), name == "small_gemm_w8a8"
         return partial(small_gemm.run, self.x, linear.weight, self.around, config, how, is_w8a8)
 
-    def times(self, linears: Sequence[Linear]) -> dict[str, float]:
-        """Microseconds of a launch by torch and by each candidate."""
+    @cached_property
+    def kernels(self) -> list[str]:
+        """torch and each candidate."""
         (num_tokens, depth), kind = self.x.shape, self.kind
         by_blocks = kind.quantization is not None and kind.quantization[0] == "block"
         fitting = partial(
@@ -187,8 +199,15 @@ class _Launches:
             group=kind.group,
             shared_bytes=small_gemm.shared_bytes_of(self.x.device),
         )
-        kernels = _named(fitting, kind, num_tokens)
-        return {k: microseconds([self.launch(linear, k) for linear in linears]) for k in kernels}
+        return _named(fitting, kind, num_tokens)
+
+    def compiled(self, linear: Linear) -> list[Callable[[], Tensor]]:
+        """A launch of each candidate that Triton compiles."""
+        return [self.launch(linear, kernel) for kernel in self.kernels if kernel != "torch"]
+
+    def times(self, linears: Sequence[Linear]) -> dict[str, float]:
+        """Microseconds of a launch by torch and by each candidate."""
+        return {k: microseconds([self.launch(linear, k) for linear in linears]) for k in self.kernels}
 
 
 def _named(candidates: Callable[..., list[Config]], kind: LinearKind, num_tokens: int) -> list[str]:
@@ -209,4 +228,4 @@ def _named(candidates: Callable[..., list[Config]], kind: LinearKind, num_tokens
 def _nearly_as_fast(times: Mapping[str, float], best: str) -> list[str]:
     """The others that are worth trying among all linears, the fastest first."""
     near = [kernel for kernel in times if kernel != best and times[kernel] < _NEARLY * times[best]]
-    return sorted(near, key=lambda kernel: times[kernel])
+    return sorted(near, key=lambda kernel: times[kernel])[:_TRIED]

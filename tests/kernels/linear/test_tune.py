@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
+from ad_flashinfer_pass.kernels.kernel_plan import Kernel, KernelPlan
 from ad_flashinfer_pass.kernels.linear import tune as of_linears
 from ad_flashinfer_pass.kernels.linear.small_gemm import Config, all_candidates
 from ad_flashinfer_pass.kernels.linear.tune import Linear, Linears
@@ -82,6 +82,23 @@ def test_the_fastest_alone_is_kept(tuned: Callable[[Clock], Callable[..., object
     again = Clock({}, {})
     assert tuned(again)(WIDE, True, False, False) == FIRST
     assert again.calls == 0
+
+
+def test_numbers_of_tokens_that_are_padded_alike_are_timed_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    clock = Clock({FIRST: 10.0}, {FIRST: 10.0})
+    monkeypatch.setattr(of_linears, "microseconds", clock)
+    linears = Linears([Linear(WIDE, WIDE.dtype, None, False, False, False)])
+    plans, notes = tune(linears, [1, 2, 4, 8, 16, 32, 64, 128])
+    assert [note.partition(":")[0] for note in notes[::2]] == [f"{n} tokens" for n in (1, 16, 32, 64)]
+    plan = KernelPlan.parse(plans[linears.kinds[0]])
+    assert {plan.at(size) for size in (2, 4, 8, 16)} == {Kernel("small_gemm", FIRST)}
+    calls = clock.calls
+    assert tune(linears, [1, 2, 4, 8, 16, 32, 64, 128]) == (plans, notes)
+    assert clock.calls == calls, "nothing is timed by a second start"
 
 
 def test_torch_is_kept_where_nothing_is_faster(tuned: Callable[[Clock], Callable[..., object]]) -> None:

@@ -33,6 +33,7 @@ from ad_flashinfer_pass.models.generation_file import (
     read_generation_config,
 )
 from ad_flashinfer_pass.models.json_file import Fields, check_types, read_json
+from ad_flashinfer_pass.models.moving import move_weights
 from ad_flashinfer_pass.models.quantization import Quantized, find_quantized
 from ad_flashinfer_pass.models.quantized.on_meta import quantize_like
 from ad_flashinfer_pass.models.quantized.random import draw
@@ -206,7 +207,7 @@ def _build(
         )
         text = hf_config.get_text_config(decoder=True)
         config = with_cache_scales(config, source.directory, weights.tensors, text)
-    return module.eval().requires_grad_(False).to(device), config
+    return move_weights(module.eval().requires_grad_(False), device), config
 
 
 def _random_module(

@@ -214,6 +214,7 @@ def _jetmoe_outputs(module: Any, attended: Tensor, routing: tuple[Tensor, Tensor
 
 def offer_to_transformers() -> None:
     """Make ``model.set_experts_implementation("ad_flashinfer")`` known, for models that others trace."""
+    torch._dynamo.assume_constant_result(_constant_gate)  # Dynamo would look into how the gate is traced
     moe = importlib.import_module("transformers.integrations.moe")
     moe.ALL_EXPERTS_FUNCTIONS.register("ad_flashinfer", _when_called)
 
@@ -222,7 +223,6 @@ def _when_called(module: Any, hidden_states: Tensor, *routing: Tensor, **named: 
     return _of_interface(module, Gate(*_constant_gate(id(module))), hidden_states, *routing, **named)
 
 
-@torch._dynamo.assume_constant_result  # to Dynamo, which would look into how the gate is traced
 def _constant_gate(address: int) -> tuple[Any, ...]:
     # Dynamo of torch 2.11 gives no module to such a function. It does know a module's id, and guards it.
     module = ctypes.cast(address, ctypes.py_object).value

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._export.serde import schema, serialize
 from torch._export.verifier import SpecViolationError
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -173,6 +172,8 @@ class _Archive:
 
 
 def _program(archive: _Archive, device: str | torch.device | None) -> ExportedProgram:
+    from torch._export.serde import schema, serialize  # imports Dynamo, which takes seconds
+
     data = json.loads(archive.read("models/model.json"))
     guards = data.pop("guards_code", None) or []
     module = data["graph_module"]
@@ -193,6 +194,8 @@ def _tensors(
     archive: _Archive, kind: str, prefix: str, device: str | torch.device | None
 ) -> dict[str, Tensor]:
     """The weights, or the constants, by name; those that share memory share it here too."""
+    from torch._export.serde import schema, serialize  # as in _program
+
     listed = json.loads(archive.read(f"data/{kind}/model_{kind}_config.json"))
     config = serialize._dict_to_dataclass(schema.PayloadConfig, _checked(listed, ""))
     flat: dict[tuple[str, torch.dtype], Tensor] = {}

@@ -21,7 +21,6 @@ from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, bucket_sizes
-from ad_flashinfer_pass.runtime.inductor import compile_pieces, eager_pieces, keep_compiled
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 _MANY = 128
@@ -38,6 +37,8 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     if ctx.small_batch_model is not None:
         compiled = _BySize(_compiled(ctx.small_batch_model, ctx, report), compiled)
     if ctx.config.compile_backend == "torch-opt":
+        from ad_flashinfer_pass.runtime.inductor import eager_pieces  # as in _compiled
+
         _warm_up(compiled, ctx)
         report.notes.append(str(eager_pieces(compiled)))
     if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda":
@@ -64,6 +65,8 @@ def _compiled(model: fx.GraphModule, ctx: TransformContext, report: TransformRep
     report.notes.append(f"{ctx.config.compile_backend}: {len(model.graph.nodes)} nodes")
     if ctx.config.compile_backend != "torch-opt":
         return model
+    from ad_flashinfer_pass.runtime.inductor import compile_pieces, keep_compiled  # imports Dynamo: seconds
+
     keep_compiled()
     model, pieces = compile_pieces(model)
     num_calls = sum(piece.num_calls for piece in pieces)

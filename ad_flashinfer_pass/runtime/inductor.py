@@ -25,6 +25,7 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
@@ -79,7 +80,9 @@ class Piece(nn.Module):
         self._source = source
         self._token_dims = token_dims
         self._variants: set[tuple[int, ...]] = set()
-        self._compiled: Callable[..., Any] = torch.compile(source, fullgraph=True, dynamic=False)
+        self._compiled: Callable[..., Any] | None = None
+        if any(map(_is_for_inductor, source.graph.nodes)):
+            self._compiled = torch.compile(source, fullgraph=True, dynamic=False)
 
     @property
     def num_calls(self) -> int:
@@ -93,7 +96,7 @@ class Piece(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """The piece's results, a tuple of tensors."""
-        if self.refusal is not None:
+        if self.refusal is not None or self._compiled is None:
             return self._source(*inputs)
         # 0 and 1 are constants to Dynamo; all other sizes share a variant, once they are marked.
         variant = tuple(min(inputs[i].shape[dim], 2) for i, dim in self._token_dims)
@@ -107,6 +110,13 @@ class Piece(nn.Module):
         except _REFUSALS as err:
             self.refusal = str(err).strip().partition("\n")[0]
         return self._source(*inputs)  # a piece writes to none of its inputs: nothing is done twice
+
+
+def _is_for_inductor(node: fx.Node) -> bool:
+    """Whether a call computes something by a kernel that is not ours."""
+    if node.op != "call_function" or g.is_view(node) or g.is_op(node, aten.sym_size.int):
+        return False
+    return getattr(node.target, "namespace", None) != "ad_flashinfer"
 
 
 @dataclass(frozen=True)
@@ -149,9 +159,10 @@ def _count(pieces: list[Piece]) -> EagerPieces:
 def keep_compiled() -> None:
     """Let Inductor keep what it compiles for other processes, in a folder that is the user's own.
 
-    What it keeps is code. Its default is a folder of a known name in /tmp, which somebody else may have made.
+    What it keeps is code. Its default is a folder of a known name in /tmp, which somebody else may have made;
+    torch puts that into the environment when it is imported.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
         folder = cache_folder("inductor")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder or tempfile.mkdtemp())
 
@@ -194,11 +205,50 @@ def _with_one_row(model: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(row, delete_user_cb=lambda user, row=row: user is not row)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with enable_python_dispatcher():  # torch 2.11 cannot take the shape of a linear without
-        FakeTensorProp(flat, mode).propagate_dont_convert_inputs(*(_fake(node, mode) for node in inputs))
+        _Values(flat, mode).propagate_dont_convert_inputs(*(_fake(node, mode) for node in inputs))
     for node in list(graph.nodes):
         if node.op == "call_function" and isinstance(g.value(node), int):
             g.replace(node, g.value(node))
     return flat
+
+
+class _Values(FakeTensorProp):
+    """Computes the values of each node, those of equal nodes, as in equal layers, once."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm, mode)
+        self._known: dict[str, Any] = {}
+        self._texts: dict[fx.Node, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """See ``fx.Interpreter``."""
+        if n.op == "get_attr":
+            key = _text(g.attribute(n))
+        elif n.op == "call_function":
+            key = f"{n.target} {map_arg((n.args, n.kwargs), lambda source: _Text(self._texts[source]))}"
+        else:
+            key = n.name
+        if key not in self._known:
+            result = super().run_node(n)
+            self._known[key] = n.meta["val"] if n.op == "get_attr" else result
+        elif self._known[key] is not None:
+            n.meta["val"] = self._known[key]
+        self._texts[n] = _text(self._known[key])
+        return self._known[key]
+
+
+class _Text(str):
+    """What stands for a node among arguments."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _text(value: Any) -> str:
+    """All that the shapes of results depend on."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {value.device} {value.shape} {value.stride()} {value.storage_offset()}"
+    return f"({', '.join(map(_text, value))})" if isinstance(value, (tuple, list)) else str(value)
 
 
 def _fake(node: fx.Node, mode: FakeTensorMode) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
-from ad_flashinfer_pass.runtime.inductor import Piece, compile_pieces, eager_pieces
+from ad_flashinfer_pass.runtime.inductor import Piece, compile_pieces, eager_pieces, keep_compiled
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests import architectures
 
@@ -54,6 +56,36 @@ def test_tokens_are_those_of_transformers(source: nn.Module, model: CachedModel)
                 tokens[output.request_id] = output.completion.token_ids
     expected = architectures.generated_by_transformers(source, PROMPTS, NUM_NEW_TOKENS)
     assert [tokens[i] for i in sorted(tokens)] == expected
+
+
+def test_what_only_calls_our_kernels_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing that Inductor could fuse: sizes, views and linears of ours."""
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: pytest.fail("compiled"))
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    size = graph.call_function(torch.ops.aten.sym_size.int, (x, 1))
+    row = graph.call_function(torch.ops.aten.view.default, (x, [1, size, -1]))
+    linear = torch.ops.ad_flashinfer.linear.default
+    graph.output((graph.call_function(linear, (row, weight, None, None, 0.0, None, False)),))
+    piece = Piece(fx.GraphModule(nn.Module(), graph), [(0, 1)], "here")
+    x, weight = torch.randn(1, 3, 2, 4), torch.randn(5, 8)
+    torch.testing.assert_close(piece(x, weight)[0], x.flatten(2) @ weight.T)
+
+
+def test_what_is_compiled_is_kept_in_a_folder_of_the_users(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Though torch has named its own, in /tmp; but not if the user has named one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    cache_dir()
+    keep_compiled()
+    folder = Path(cache_dir())
+    assert folder.is_relative_to(tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    keep_compiled()
+    assert cache_dir() == str(tmp_path / "mine")
 
 
 def test_steps_of_all_sizes_share_the_variants_of_the_warm_up(model: CachedModel) -> None:

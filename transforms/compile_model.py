@@ -115,7 +115,8 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
     many = min(_MANY, info.max_seq_len, info.max_num_tokens, num_pages * info.tokens_per_block)
     pages = list(range(1, 1 + -(-many // info.tokens_per_block)))
     steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), ([many], True))
-    for lengths, gather in steps:
+    for index, (lengths, gather) in enumerate(steps):
+        ctx.on_event(f"compile_model: Inductor, step {index + 1} of {len(steps)}")
         info.nest_sequences(
             [
                 SequenceStep([0] * n, 0, pages if n == many else [1], gather, slot=1 + row)

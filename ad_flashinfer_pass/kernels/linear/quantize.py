@@ -94,7 +94,7 @@ def _expand_4_bits(weight: Tensor, scale: Tensor, dtype: torch.dtype, zero_point
         DEPTH=depth,
         GROUP=depth // scale.shape[1],
         ROWS=_ROWS,
-        WORDS=_COLUMNS // 4,
+        BLOCKS=_COLUMNS // four_bits.BLOCK,
         BY_ASSEMBLY=weight.device.type == "cuda",
     )
     return out
@@ -160,19 +160,23 @@ def _expand_words(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BY_ASSEMBLY: tl.constexpr,
 ):
-    """Of ROWS rows, WORDS words of 16 bits of ``four_bits.pack``."""
+    """Of ROWS rows, BLOCKS blocks of ``four_bits.pack``; words of a block share the reading of a scale."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     IS_FLOAT: tl.constexpr = scale.dtype.element_ty == tl.uint8
+    PLACES: tl.constexpr = 2 if GROUP < _WORDS_BLOCK else 4
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    words = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
-    mask = (rows < num_rows) & (words < DEPTH // 4)
-    w = tl.load(weight + rows * (DEPTH // 4) + words, mask=mask, other=0)
-    for place in tl.static_range(4):
-        columns = words // 16 * _WORDS_BLOCK + words % 16 + 16 * place
-        groups = rows * (DEPTH // GROUP) + columns // GROUP
-        values = numbers_of(w, zeros_of(zero, groups, mask, DTYPE), place, DTYPE, IS_FLOAT, BY_ASSEMBLY)
-        values = values.to(tl.float32) * scales_of(scale, groups, mask)
-        tl.store(out + rows * DEPTH + columns, values.to(DTYPE), mask=mask)
+    blocks = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[None, :]
+    block_mask = (rows < num_rows) & (blocks < DEPTH // _WORDS_BLOCK)
+    lanes, mask = tl.arange(0, 16)[None, None, :], block_mask[:, :, None]
+    starts = (rows * DEPTH + blocks * _WORDS_BLOCK)[:, :, None]
+    w = tl.load(weight + (starts // 4 + lanes), mask=mask, other=0)
+    for first in tl.static_range(0, 4, PLACES):
+        groups = rows * (DEPTH // GROUP) + (blocks * _WORDS_BLOCK + 16 * first) // GROUP
+        factors = scales_of(scale, groups, block_mask)[:, :, None]
+        zeros = tl.broadcast_to(zeros_of(zero, groups, block_mask, DTYPE)[:, :, None], w.shape)
+        for place in tl.static_range(first, first + PLACES):
+            values = numbers_of(w, zeros, place, DTYPE, IS_FLOAT, BY_ASSEMBLY).to(tl.float32) * factors
+            tl.store(out + (starts + 16 * place + lanes), values.to(DTYPE), mask=mask)

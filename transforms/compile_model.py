@@ -23,7 +23,7 @@ from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, bucket_sizes
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
-_MANY = 128
+_MANY = 256
 """Tokens of the largest step of the warm-up."""
 
 
@@ -35,7 +35,8 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     report = TransformReport("compile_model", num_matches=1)
     compiled: nn.Module = _compiled(model, ctx, report)
     if ctx.small_batch_model is not None:
-        compiled = _BySize(_compiled(ctx.small_batch_model, ctx, report), compiled)
+        limit = _most_tokens(ctx.small_batch_model)
+        compiled = _BySize(_compiled(ctx.small_batch_model, ctx, report), compiled, limit)
     if ctx.config.compile_backend == "torch-opt":
         from ad_flashinfer_pass.runtime.inductor import eager_pieces  # as in _compiled
 
@@ -46,14 +47,21 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     return _captured(compiled, ctx, report), report
 
 
+def _most_tokens(small: fx.GraphModule) -> int:
+    """Of a step for which the graph of few tokens is the faster: what its linears have kernels for."""
+    from ad_flashinfer_pass.kernels.linear import small_gemm  # needs triton
+
+    linears = small.graph.find_nodes(op="call_function", target=torch.ops.ad_flashinfer.linear.default)
+    has_4_bits = any(g.attribute(g.op_args(node)["weight"]).dtype == torch.uint8 for node in linears)
+    return small_gemm.max_tokens("w4a16" if has_4_bits else "w16a16")
+
+
 class _BySize(nn.Module):
-    """One graph for steps of up to ``small_gemm.MAX_TOKENS`` tokens, another for larger ones."""
+    """One graph for steps of up to so many tokens, another for larger ones."""
 
-    def __init__(self, small: nn.Module, large: nn.Module) -> None:
+    def __init__(self, small: nn.Module, large: nn.Module, limit: int) -> None:
         super().__init__()
-        from ad_flashinfer_pass.kernels.linear import small_gemm  # needs triton
-
-        self.small, self.large, self.limit = small, large, small_gemm.MAX_TOKENS
+        self.small, self.large, self.limit = small, large, limit
 
     def forward(self, **inputs: Tensor) -> Tensor:
         graph = self.small if inputs["input_ids"].numel() <= self.limit else self.large

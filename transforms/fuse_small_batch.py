@@ -6,7 +6,7 @@ After:  z = ad_flashinfer.linear(x, w, b, norm, eps, residual, gated)       one,
 
 Legal because each part is taken in only where nothing else reads what stood between. The sums are the same,
 in float32; what was rounded between two kernels is not rounded any more. Only where steps are captured, for
-up to ``small_gemm.MAX_TOKENS`` tokens: beyond, a linear is bound by arithmetic, and cuBLAS and Inductor are
+up to ``small_gemm.max_tokens``: beyond, a linear is bound by arithmetic, and cuBLAS and Inductor are
 better. The op's ``plan`` is what was measured to be the fastest, by number of tokens.
 """
 

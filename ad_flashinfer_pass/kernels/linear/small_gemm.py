@@ -7,8 +7,9 @@ outside. Both kernels give each program whole rows of the weight, so that its re
 
 - ``_gemv``: one token. Products are summed in float32 registers, no tensor cores; the norm costs no pass of
   its own, since its scale can be applied to the sums.
-- ``_skinny``: up to 64 tokens. The weight's rows are the M of the tensor cores' product, the tokens its N.
-  The inner dimension can be split among programs; the last to finish adds the parts, always in one order.
+- ``_skinny``: up to 64 tokens, of a weight of 4 bits up to 128. The weight's rows are the M of the tensor
+  cores' product, the tokens its N. The inner dimension can be split among programs; the last to finish adds
+  the parts, always in one order.
 
 A float8 weight is read as it is stored. With activations of 16 bits it becomes 16 bits in registers, which is
 exact (W8A16); ``_skinny`` takes activations in float8, too, as the tensor cores do (W8A8). Scales multiply
@@ -32,7 +33,8 @@ from ad_flashinfer_pass.kernels.linear.quantize import quantize
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization
 from ad_flashinfer_pass.kernels.overlap import await_turn
 
-MAX_TOKENS = 64
+MAX_TOKENS, MAX_TOKENS_OF_4_BITS = 64, 128
+"""Beyond, a copy of a weight of 4 bits in 16 bits costs less than this kernel does."""
 _SCALE_BLOCK = tl.constexpr(float8.BLOCK)
 _PARTIALS, _COUNTERS = 2**24, 2**14
 """Elements of the workspace."""
@@ -143,6 +145,13 @@ _W4A16 = {
         (64, 128, 2, 4, 3),
     ],
     64: [(128, 128, 1, 8, 3), (128, 128, 4, 8, 3), (128, 128, 2, 8, 3), (128, 128, 4, 4, 3)],
+    128: [
+        (128, 128, 1, 8, 3),
+        (128, 128, 4, 8, 3),
+        (128, 128, 2, 8, 3),
+        (64, 128, 1, 4, 3),
+        (64, 128, 4, 4, 3),
+    ],
 }
 _CANDIDATES = {"w16a16": _OF_16_BITS, "w8a16": _W8A16, "w8a8": _W8A8, "w4a16": _W4A16}
 Numbers = Literal["w16a16", "w8a16", "w8a8", "w4a16"]
@@ -159,7 +168,7 @@ def candidates(
     group: int = 0,
     shared_bytes: int = _SHARED_BYTES,
 ) -> list[Config]:
-    """The configurations worth timing; none beyond ``MAX_TOKENS`` tokens.
+    """The configurations worth timing; none beyond ``max_tokens``.
 
     Args:
         num_tokens: of the step.
@@ -181,10 +190,15 @@ def candidates(
 
 def all_candidates(num_tokens: int, numbers: Numbers = "w16a16") -> list[Config]:
     """Those of ``candidates`` for any result."""
-    if num_tokens > MAX_TOKENS:
+    if num_tokens > max_tokens(numbers):
         return []
     by_tokens = _CANDIDATES[numbers]
     return [Config(*values) for values in by_tokens[token_block(num_tokens)]]
+
+
+def max_tokens(numbers: Numbers) -> int:
+    """The most for which there are candidates."""
+    return MAX_TOKENS_OF_4_BITS if numbers == "w4a16" else MAX_TOKENS
 
 
 def shared_bytes_of(device: torch.device) -> int:
@@ -232,7 +246,7 @@ def run(
     """``ops.linear`` in one kernel; of several tokens in two if there is a norm, or float8 activations.
 
     Args:
-        x: [tokens, depth], contiguous, at most ``MAX_TOKENS`` tokens.
+        x: [tokens, depth], contiguous, at most ``max_tokens`` tokens.
         weight: [rows, depth], contiguous; float8_e4m3fn with a scale, 4 bits, else of the dtype of x.
         around: what else is computed.
         config: one of ``candidates``.

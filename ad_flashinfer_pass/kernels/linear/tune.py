@@ -110,6 +110,8 @@ class Linears:
         self.row = [(linear.kind, linear) for linear in linears]
         self.kinds = list(dict.fromkeys(kind for kind, _ in self.row))
         self.device = linears[0].weight.device
+        self.max_tokens = max(small_gemm.max_tokens(kind.numbers) for kind in self.kinds)
+        """Of a step whose linears may run by our kernels."""
 
     def alike(self, size: int) -> int:
         """See ``Subject``."""
@@ -122,7 +124,7 @@ class Linears:
 
     def candidates(self, size: int) -> list[str]:
         """Those of any kind; more tokens are left to torch."""
-        if size > small_gemm.MAX_TOKENS:
+        if size > self.max_tokens:
             return []
         of_kinds = (_named(small_gemm.all_candidates, kind, size) for kind in self.kinds)
         return list(dict.fromkeys(chain.from_iterable(of_kinds)))

@@ -91,7 +91,10 @@ def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str
 @pytest.mark.parametrize("numbers", ["integers", "zero points", "e2m1"])
 @pytest.mark.parametrize(
     ("tokens", "config"),
-    [(1, Config(4, 256, 1, 2, 1)), (5, Config(16, 128, 3, 2, 3)), (33, Config(32, 128, 1, 2, 3))],
+    [
+        *[(1, Config(4, 256, 1, 2, 1)), (5, Config(16, 128, 3, 2, 3)), (33, Config(32, 128, 1, 2, 3))],
+        (100, Config(16, 128, 3, 4, 3)),
+    ],
 )
 def test_weights_of_4_bits(tokens: int, config: Config, numbers: str, group: int, parts: str) -> None:
     """Against float64; 20 rows are no whole number of tiles, 384 elements none of blocks of 256."""
@@ -157,7 +160,13 @@ def test_candidates_fit_the_shape(tokens: int, gated: bool) -> None:
     found = small_gemm.candidates(tokens, 6144, 4096, gated)
     assert found
     assert all(4096 % (config.depth * config.split) == 0 for config in found)
-    assert small_gemm.candidates(small_gemm.MAX_TOKENS + 1, 6144, 4096) == []
+    assert small_gemm.candidates(65, 6144, 4096) == []
+
+
+def test_weights_of_4_bits_have_candidates_for_more_tokens() -> None:
+    few = small_gemm.candidates(65, 6144, 4096, numbers="w4a16", group=128)
+    assert few == small_gemm.candidates(128, 6144, 4096, numbers="w4a16", group=128) != []
+    assert small_gemm.candidates(129, 6144, 4096, numbers="w4a16", group=128) == []
 
 
 def test_candidates_fit_the_shared_memory() -> None:

@@ -95,7 +95,7 @@ def activations(model: CachedModel, batch: int) -> str:
     found = []
     for graph in graph_of(model, batch).modules():  # what Inductor compiled lies in graphs of its own
         for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
-            if g.is_op(node, torch.ops.aten._scaled_mm.default):
+            if g.is_op(node, torch.ops.ad_flashinfer.scaled_mm.default):
                 found.append("float8")
             elif g.is_op(node, _LINEAR, _QUANTIZED):
                 found += _of_linear(g.op_args(node), batch)

@@ -1,11 +1,10 @@
 """Float8 linears of many tokens as ops that Inductor fuses: activations are quantized where they are made.
 
 Before: n = rms_norm(x); y = quantized_linear(n, w, w_scale, activation="token")
-After:  n = rms_norm(x); s = amax(abs(n)) / 448; q = float8(n / s); y = _scaled_mm(q, w^T) * s * w_scale
+After:  n = rms_norm(x); s = amax(abs(n)) / 448; q = float8(n / s); y = scaled_mm(q, w, s, w_scale)
 
-Legal because these are the operations that the op stands for; the sum is rounded to 16 bits once more, before
-the scales of tokens and rows multiply it. For ``torch-opt`` on CUDA, in the graph of many tokens: that of few
-has ``ad_flashinfer.linear`` in place of these ops.
+Legal because these are the operations that the op stands for. For ``torch-opt`` on CUDA, in the graph of many
+tokens: that of few has ``ad_flashinfer.linear`` in place of these ops.
 """
 
 from __future__ import annotations
@@ -61,8 +60,6 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> None:
     """Write out one node; its weight and scales are parameters."""
     args, graph = g.op_args(node), gm.graph
     x, dtype, rows = args["x"], g.value(args["x"]).dtype, int(g.shape(args["weight"])[0])
-    num_scales = g.attribute(args["weight_scale"]).numel()
-    is_plain = args["activation"] == "tensor" and num_scales == 1
 
     def call(target: torch._ops.OpOverload, *operands: object) -> fx.Node:
         return g.call_op(graph, target, *operands)
@@ -78,27 +75,10 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> None:
         clamped = call(aten.clamp.default, call(aten.div.Tensor, wide, scale), -LARGEST, LARGEST)
         values = call(aten.to.dtype, clamped, torch.float8_e4m3fn)
         weight_scale = call(aten.to.dtype, args["weight_scale"], torch.float32)
-        one = scale if is_plain else _one(gm, args["weight"])
-        scales = (scale, call(aten.reshape.default, weight_scale, [1])) if is_plain else (one, one)
-        weight = call(aten.t.default, args["weight"])
-        out = call(aten._scaled_mm.default, values, weight, *scales, None, None, dtype, True)
-        if not is_plain or args["bias"] is not None:
-            out = call(aten.to.dtype, out, torch.float32)
-            if not is_plain:
-                out = call(aten.mul.Tensor, out, scale)
-                out = call(aten.mul.Tensor, out, call(aten.reshape.default, weight_scale, [1, -1]))
-            if args["bias"] is not None:
-                out = call(aten.add.Tensor, out, args["bias"])
-            out = call(aten.to.dtype, out, dtype)
+        weight_scale = call(aten.reshape.default, weight_scale, [-1, 1])
+        scaled_mm = torch.ops.ad_flashinfer.scaled_mm.default
+        out = call(scaled_mm, values, args["weight"], scale, weight_scale, args["bias"], dtype)
         sizes = [call(aten.sym_size.int, x, dim) for dim in range(len(g.shape(x)) - 1)]
         out = call(aten.reshape.default, out, [*sizes, rows])
     g.copy_origin(out, node)
     g.replace(node, out)
-
-
-def _one(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
-    """The number 1 beside a weight, as a parameter: no step has to make it."""
-    one = torch.ones(1, device=g.value(weight).device)
-    with gm.graph.inserting_before(gm.graph.find_nodes(op="placeholder")[0]):
-        name = f"{str(weight.target).replace('.', '_')}_one"
-        return g.add_attribute(gm, name, nn.Parameter(one, requires_grad=False))

@@ -14,6 +14,7 @@ from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.quantized_linear import quantized_linear
 from ad_flashinfer_pass.ops.rope_append import rope_append
+from ad_flashinfer_pass.ops.scaled_mm import scaled_mm
 from ad_flashinfer_pass.ops.selective_scan import cached_selective_scan, selective_scan
 from ad_flashinfer_pass.ops.sequence_length import sequence_length
 from ad_flashinfer_pass.ops.ssd_scan import cached_ssd_scan, ssd_scan
@@ -60,6 +61,7 @@ __all__ = [
     "quantized_experts",
     "quantized_linear",
     "rope_append",
+    "scaled_mm",
     "selective_scan",
     "sequence_length",
     "ssd_scan",

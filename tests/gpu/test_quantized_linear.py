@@ -29,7 +29,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.cpu().double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 64, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 200, 600])
 @pytest.mark.parametrize("scaling", ["tensor", "row", "block"])
 @pytest.mark.parametrize("activation", ["none", "tensor", "token", "block"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,6 +18,9 @@ _WORDS_BLOCK = tl.constexpr(four_bits.BLOCK)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 """What is not a number stays so, as by torch: cut to the largest, it would be one."""
 _ROWS, _COLUMNS = 16, 512
+_LANES = 1024
+_ROWS_OF_WORDS, _BLOCKS = 4, 32
+"""Of 4 bits."""
 
 
 def quantize(
@@ -85,7 +88,8 @@ def _expand_4_bits(weight: Tensor, scale: Tensor, dtype: torch.dtype, zero_point
         return four_bits.dequantized(weight, scale, zero_point, dtype)
     rows, depth = len(weight), 2 * weight.shape[1]
     out = torch.empty((rows, depth), dtype=dtype, device=weight.device)
-    _expand_words[(triton.cdiv(rows, _ROWS), triton.cdiv(depth, _COLUMNS))](
+    tiles = (triton.cdiv(rows, _ROWS_OF_WORDS), triton.cdiv(depth, _BLOCKS * four_bits.BLOCK))
+    _expand_words[tiles](
         weight.view(torch.int16),
         scale,
         None if zero_point is None else zero_point.contiguous(),
@@ -93,11 +97,58 @@ def _expand_4_bits(weight: Tensor, scale: Tensor, dtype: torch.dtype, zero_point
         rows,
         DEPTH=depth,
         GROUP=depth // scale.shape[1],
-        ROWS=_ROWS,
-        BLOCKS=_COLUMNS // four_bits.BLOCK,
+        ROWS=_ROWS_OF_WORDS,
+        BLOCKS=_BLOCKS,
         BY_ASSEMBLY=weight.device.type == "cuda",
     )
     return out
+
+
+def rescale(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """sums * scale * weight_scale + bias, in float32, in place.
+
+    Args:
+        sums: [tokens, rows], contiguous, bfloat16 or float16, on a CUDA device.
+        scale: float32, of each token, or one.
+        weight_scale: float32, of each row, or one.
+        bias: [rows].
+    """
+    num_tokens, rows = sums.shape
+    _rescale[(num_tokens, triton.cdiv(rows, _LANES))](
+        sums,
+        scale,
+        weight_scale,
+        bias,
+        rows,
+        int(scale.numel() > 1),
+        int(weight_scale.numel() > 1),
+        LANES=_LANES,
+        **overlap.options(sums.device, num_tokens),
+    )
+    return sums
+
+
+@triton.jit
+def _rescale(  # type: ignore[no-untyped-def]
+    sums,
+    scale,
+    weight_scale,
+    bias,
+    num_rows,
+    scale_stride,
+    weight_stride,
+    LANES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    await_turn(OVERLAPS)
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    mask, places = rows < num_rows, sums + token * num_rows + rows
+    v = tl.load(places, mask=mask, other=0.0).to(tl.float32) * tl.load(scale + token * scale_stride)
+    v *= tl.load(weight_scale + rows * weight_stride, mask=mask, other=0.0)
+    if bias is not None:
+        v += tl.load(bias + rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(places, v.to(sums.dtype.element_ty), mask=mask)
 
 
 @triton.jit

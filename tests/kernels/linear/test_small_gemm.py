@@ -147,6 +147,17 @@ def test_expanded_weights_of_4_bits(numbers: str) -> None:
     assert torch.equal(found, float8.dequantized(weight, scale.to(DEVICE), DTYPE, zero))
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("tokens", "rows"), [(7, 1), (1, 1100), (7, 1100)])
+def test_sums_are_multiplied_by_scales(tokens: int, rows: int, has_bias: bool) -> None:
+    """Of tokens and rows, or one for all of them; rounded once."""
+    sums, bias = random(7, 1100, seed=0), random(1100, seed=1) if has_bias else None
+    scale, weight_scale = (torch.rand(n, 1, device=DEVICE) for n in (tokens, rows))
+    wanted = sums.float() * scale * weight_scale.T + (0.0 if bias is None else bias.float())
+    found = quantize.rescale(sums.clone(), scale, weight_scale, bias)
+    torch.testing.assert_close(found, wanted.to(DTYPE))
+
+
 def test_candidates_of_4_bits_fit_the_group() -> None:
     """32 words are read at once of groups of 128, else 16."""
     for group, depth, read in ((32, 2880, {64}), (64, 4096, {64, 128}), (128, 4096, {128, 256})):

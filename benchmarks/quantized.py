@@ -5,7 +5,8 @@
 Random weights in the form that a checkpoint's files would say. A decode step and the reading of prompts of
 1,024 tokens, through the engine, as ``bench`` does it. ``floor_ms``: weights, of experts those that so many
 tokens are expected to choose, and K and V of every token, over the bandwidth of a copy of the same run.
-``activations``: what the linears of a step multiply float8 weights by.
+``activations``: what the linears of a step multiply float8 weights by. ``load_tokens_per_s``: new tokens, of
+64 requests of 1,024 tokens in and as many out, all at once, through ``generate``.
 
 ``--smoke`` runs all of it with small shapes on the CPU, to see that it runs.
 """
@@ -33,6 +34,7 @@ from ad_flashinfer_pass.runtime.cached_model import CachedModel
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
 from benchmarks.decode import llama_8b
 from benchmarks.experts import PACKAGES, SMALL, build_model, gpt_oss_20b, graph_of, installed, qwen3_30b_a3b
+from benchmarks.load import lengths_of_loads, seconds_of
 
 _FLOAT8 = {"num_bits": 8, "type": "float"}
 DYNAMIC = {
@@ -113,7 +115,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     """One of ``MODELS``."""
     shape, settings, kv_dtype = MODELS[name]
     shape = _SMALL[list(MODELS).index(name)] if args.smoke else shape
-    llm, seconds = build_model(shape, args, device, settings, kv_dtype)
+    load, _ = lengths_of_loads(args.smoke)["1k in, 1k out"]
+    longest = argparse.Namespace(**{**vars(args), "new": max(args.new, *(new for _, new in load))})
+    llm, seconds = build_model(shape, longest, device, settings, kv_dtype)
     model = llm.model
     assert isinstance(model, CachedModel)
     steps = bench(llm, input_len=args.context, output_len=args.new, concurrencies=args.batches)
@@ -129,7 +133,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         }
         for row, prompt_row in zip(steps.rows, prompts.rows, strict=True)
     ]
-    return {"name": name, "build_seconds": seconds, "rows": rows}
+    seconds_of(llm, load[:4], 0)
+    speed = sum(new for _, new in load) / seconds_of(llm, load, 0)
+    return {"name": name, "build_seconds": seconds, "rows": rows, "load_tokens_per_s": speed}
 
 
 def main() -> int:

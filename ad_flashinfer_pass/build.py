@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ad_flashinfer_pass.collector import rare_collection
 from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.models.loading import load_model
 from ad_flashinfer_pass.pipeline import transform_module
@@ -11,6 +12,7 @@ from ad_flashinfer_pass.runtime.generation_config import default_sampling
 from ad_flashinfer_pass.runtime.llm import LLM
 
 
+@rare_collection()
 def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | None = None) -> LLM:
     """Load, export and transform a model.
 

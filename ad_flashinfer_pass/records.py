@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import fx
@@ -66,7 +67,11 @@ class KvCacheResource:
     def allocate(self, num_pages: int, device: torch.device) -> torch.Tensor:
         """The pool; zeroed, because kernels multiply what they do not need by zero."""
         shape = (num_pages, self.planes, self.num_kv_heads, self.page_size, self.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+        if device.type != "cpu" or not num_pages:
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+        # Zero without being written: of what no sequence uses the machine gives no memory and takes no time.
+        memory = mmap(-1, num_pages * self.bytes_per_page, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ PACKAGE = "ad_flashinfer_pass"
 # line above. What is only imported to check types, or within a function, counts too.
 ROOMS = """
 errors, autodeploy_keys, autodeploy_hook, configs, demo
-config, files, known_code
+collector, config, files, known_code
 graph
 masks, kernels
 ops, matching

@@ -37,6 +37,7 @@ from ad_flashinfer_pass.cli import (
     serve,
 )
 from ad_flashinfer_pass.cli.options import PROG, print_error
+from ad_flashinfer_pass.collector import rare_collection
 
 # UsageError: click's in older versions of typer, typer's own in newer ones, exported by neither.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)
     args = None if argv is None else list(argv)
     _make_streams_safe()
-    with _interrupted_by_signals() as received:
+    with rare_collection(), _interrupted_by_signals() as received:
         try:
             code = command.main(args=args, prog_name=PROG, standalone_mode=False)
             sys.stdout.flush()  # here, and not where Python does it and complains

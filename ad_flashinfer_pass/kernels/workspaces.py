@@ -57,6 +57,11 @@ class GraphState:
     def __init__(self) -> None:
         self._kept: dict[Callable[[], Renewed], Renewed] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no kernel keeps anything for it."""
+        return not self._kept
+
     @contextmanager
     def begin_capture(self) -> Iterator[None]:
         """Within it kernels run as in this graph: once to make what they keep, then to be captured."""

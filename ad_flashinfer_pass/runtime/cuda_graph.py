@@ -152,8 +152,8 @@ class CudaGraphModule(Steps, nn.Module):
     ) -> None:
         """Capture every bucket, the largest first so that the smaller ones fit into its memory.
 
-        All are warmed before the first is captured: kernels are compiled, loaded and chosen by their first
-        runs, none of which can be captured.
+        What kernels need is there before the first is captured: they are compiled, loaded and chosen by their
+        first runs, none of which can be captured. See ``_to_warm``.
 
         Args:
             sequence_info: its tensors are the inputs of the graphs, from now on and at the same addresses.
@@ -166,12 +166,13 @@ class CudaGraphModule(Steps, nn.Module):
         states = [GraphState() for _ in buckets]
         with torch.inference_mode():
             recorder = _recorder(sequence_info.device)
-            for index, bucket in enumerate(buckets):
-                on_progress(f"warm-up {index + 1} of {len(buckets)}: {bucket}")
-                inputs = self._padding_step(bucket, sequence_info, caches)
+            for number, index in enumerate(_to_warm(buckets, states), 1):
+                on_progress(f"warm-up {number}: {buckets[index]}")
+                inputs = self._padding_step(buckets[index], sequence_info, caches)
                 with recorder.warming(), states[index].begin_capture():
+                    logits = self.eager(**inputs)[0]
                     for is_greedy in (True, False):
-                        _sample_and_advance(sequence_info, self.eager(**inputs)[0], is_greedy)
+                        _sample_and_advance(sequence_info, logits, is_greedy)
             recorder.release_warm_up()
             for index, bucket in enumerate(buckets):
                 on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
@@ -273,6 +274,27 @@ class CudaGraphModule(Steps, nn.Module):
         return f"no graph for {info.num_decode} sequences"
 
 
+def _to_warm(buckets: Sequence[Bucket], states: Sequence[GraphState]) -> Iterator[int]:
+    """The places of buckets that must run once before they are captured, in order.
+
+    A kernel depends on the rows of a step, as one of a linear does, or on what rows they are, as one of
+    attention does. So another bucket of both runs the same ones, if nothing is kept for each graph: of the
+    buckets for 8,192 tokens one is enough, where the GPU would compute for half a second.
+
+    Args:
+        buckets: in order.
+        states: of their graphs; after each place those of the run.
+    """
+    rows, kinds = set[int](), set[tuple[int, int]]()
+    for index, bucket in enumerate(buckets):
+        total, kind = bucket.num_tokens + bucket.num_decode, bucket[1:]
+        if total not in rows or kind not in kinds:
+            yield index
+            rows.add(total)
+            if states[index].is_empty:
+                kinds.add(kind)
+
+
 def _sample_and_advance(sequence_info: SequenceInfo, logits: Tensor, is_greedy: bool) -> None:
     if logits.device.type == "cuda":
         sequence_info.sample_and_advance(logits, is_greedy=is_greedy)
@@ -301,7 +323,8 @@ class _CudaRecorder:
 
     def record(self, run: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Relaxed: the first launch of a kernel in a capture may load it.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
             result = run()
         return graph, result
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.workspaces import GraphState
 from ad_flashinfer_pass.runtime.cuda_graph import (
     CudaGraphModule,
+    _to_warm,
     default_batch_sizes,
     default_token_buckets,
     prefill_buckets,
@@ -204,11 +206,44 @@ def test_capture_shows_its_progress_and_goes_from_large_to_small() -> None:
         "batch size 4",
         "batch size 1",
     ]
+    warmed = [name for name in names if not name.startswith("8 tokens")]  # as those of 32, and of 4 beside 4
     assert lines == [
-        *(f"warm-up {i} of 6: {name}" for i, name in enumerate(names, 1)),
+        *(f"warm-up {i}: {name}" for i, name in enumerate(warmed, 1)),
         *(f"capture {i} of 6: {name}" for i, name in enumerate(names, 1)),
     ]
     assert [str(cost.bucket) for cost in module.costs] == names
+
+
+def test_a_bucket_is_warmed_if_its_rows_or_their_kinds_are_new() -> None:
+    """Or if a kernel keeps something for each graph of that kind."""
+    buckets = [*prefill_buckets([64, 128, 256], 16)[::-1], Bucket(0, 16), Bucket(0, 8)]
+    for keeps, expected in (
+        (
+            False,
+            [
+                "256 tokens of 16 prompts, 16 decodes",
+                "256 tokens of 8 prompts, 16 decodes",
+                "256 tokens of 8 prompts, 0 decodes",
+                "112 tokens of 8 prompts, 16 decodes",
+                "48 tokens of 16 prompts, 16 decodes",
+                "batch size 16",
+                "batch size 8",
+            ],
+        ),
+        (True, list(map(str, buckets))),
+    ):
+        states = [GraphState() for _ in buckets]
+        warmed = []
+        for index in _to_warm(buckets, states):
+            warmed.append(str(buckets[index]))
+            with states[index].begin_capture():
+                if keeps:
+                    workspaces.of_graph(Kept)
+        assert warmed == expected
+
+
+class Kept:
+    def before_replay(self, inputs: object) -> None: ...
 
 
 def test_steps_that_no_graph_holds_run_eagerly_and_are_counted() -> None:

@@ -119,6 +119,19 @@ class KvCacheConfig(_Strict):
         return self
 
 
+class SpeculativeConfig(_Strict):
+    """Drafts: tokens that are guessed, and verified several a step. The tokens of a request are the same.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is out of range.
+    """
+
+    drafter: Literal["ngram"]
+    """Who guesses. ngram: what followed the last tokens where they stood before, in the request itself."""
+    num_tokens: int = Field(default=3, ge=1, le=15)
+    """Drafts of a sequence in a step; 1, 3 and 7 fill the kernels' tiles."""
+
+
 class TransformConfig(_Strict):
     """One entry of ``transforms``; further keys are those of that transform's class below.
 
@@ -216,10 +229,13 @@ class AutoDeployConfig(_Strict):
     """Tokens of one sequence, prompt and continuation together; default: the positions of the model, at most
     4,096."""
     max_num_tokens: int | None = Field(default=None, ge=1)
-    """Tokens in one step, the chunked-prefill budget; default: max(512, max_batch_size)."""
+    """Tokens in one step, the chunked-prefill budget; default: max(512, max_batch_size), with drafts
+    max(512, max_batch_size * (1 + num_tokens))."""
     kernel_dir: str | None = None
     """Folder that ``prebuild`` made: on a GPU, FlashInfer's modules are loaded from it, not compiled."""
     kv_cache_config: KvCacheConfig = KvCacheConfig()
+    speculative_config: SpeculativeConfig | None = None
+    """Speculative decoding; default: none."""
     transforms: dict[str, SerializeAsAny[TransformConfig]] = {}
     """Changes to the pipeline of configs/default.yaml, by transform name."""
 
@@ -249,6 +265,28 @@ class AutoDeployConfig(_Strict):
             raise ValueError(
                 f"max_num_tokens must be at least max_batch_size ({self.max_batch_size}), so that every "
                 f"sequence can decode in one step, got {self.max_num_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_drafts(self) -> AutoDeployConfig:
+        if self.speculative_config is None:
+            return self
+        page, verified = self.kv_cache_config.tokens_per_block, self.max_batch_size * (1 + self.num_drafts)
+        if self.num_drafts >= page:
+            raise ValueError(
+                f"speculative_config.num_tokens must be less than kv_cache_config.tokens_per_block={page}, "
+                f"got {self.num_drafts}"
+            )
+        if verified > self.token_budget:
+            raise ValueError(
+                f"max_num_tokens must be at least max_batch_size * (1 + speculative_config.num_tokens) = "
+                f"{verified}, so that the drafts of all sequences fit one step, got {self.max_num_tokens}"
+            )
+        if self.settings(InsertCachedAttention).max_extend_len:
+            raise ValueError(
+                "transforms.insert_cached_attention.max_extend_len is for sessions of torch.compile: leave "
+                "it out with speculative_config, which sets it"
             )
         return self
 
@@ -306,7 +344,12 @@ class AutoDeployConfig(_Strict):
     @property
     def token_budget(self) -> int:
         """Tokens in one step, resolved."""
-        return self.max_num_tokens or max(512, self.max_batch_size)
+        return self.max_num_tokens or max(512, self.max_batch_size * (1 + self.num_drafts))
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a sequence in a step; 0: nothing is drafted."""
+        return 0 if self.speculative_config is None else self.speculative_config.num_tokens
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> AutoDeployConfig:
@@ -411,9 +454,9 @@ def _ours(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _unknown_keys(data: dict[str, Any]) -> list[str]:
     """A sentence for each key that is unknown, with the nearest that is known."""
-    cache_keys = data.get("kv_cache_config")
     levels: list[tuple[str, Any, type[BaseModel]]] = [("", data, AutoDeployConfig)]
-    levels += [("kv_cache_config.", cache_keys, KvCacheConfig)] if isinstance(cache_keys, dict) else []
+    for name, model in (("kv_cache_config", KvCacheConfig), ("speculative_config", SpeculativeConfig)):
+        levels += [(f"{name}.", data[name], model)] if isinstance(data.get(name), dict) else []
     return [
         f"unknown key {f'{prefix}{key}'!r}; {nearest(key, list(model.model_fields))}"
         for prefix, level, model in levels

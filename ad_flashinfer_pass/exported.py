@@ -171,9 +171,15 @@ def restore(
     attention = torch.ops.ad_flashinfer.cached_attention.default
     for node in gm.graph.find_nodes(op="call_function", target=attention):
         ctx.sequence_info.max_extend_len = g.op_args(node)["max_extend_len"]
+    num_drafts = ctx.sequence_info.num_drafts
+    if num_drafts and ctx.sequence_info.max_extend_len != 1 + num_drafts:
+        raise ConfigError(
+            f"speculative_config: the program was transformed without {num_drafts} drafts a sequence; leave "
+            "the key out, or transform the model again."
+        )
     _check_settings(gm, ctx)
     module, _ = pipeline.Pipeline.of(ctx.config).since("initialize_cache").run(gm, ctx)
-    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
+    return CachedModel(module, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights, ctx.drafter)
 
 
 def _check_kernels(gm: fx.GraphModule) -> None:
@@ -186,6 +192,7 @@ def _check_kernels(gm: fx.GraphModule) -> None:
         torch.ops.ad_flashinfer.cached_attention.default: {
             "prefill_kernel": dict.fromkeys(attention, (0,)),
             "decode_kernel": attention,
+            "extend_kernel": dict.fromkeys(["", *attention], (0,)),
         },
         torch.ops.ad_flashinfer.experts.default: {"plan": EXPERTS_KERNELS},
         torch.ops.ad_flashinfer.quantized_experts.default: {"plan": EXPERTS_KERNELS},
@@ -202,6 +209,8 @@ def _check_kernels(gm: fx.GraphModule) -> None:
 
 
 def _is_plan(text: str, num_options: Mapping[str, Sequence[int]]) -> bool:
+    if text in num_options and not text:
+        return True
     try:
         kernels = KernelPlan.parse(text).kernels
     except ValueError:

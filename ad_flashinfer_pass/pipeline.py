@@ -52,7 +52,7 @@ def transform_module(
     config = on_device_of(next(chain(module.parameters(), module.buffers()), None), config)
     ctx = context(config, on_event)
     transformed, reports = Pipeline.of(config).run(module, ctx)
-    model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights)
+    model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights, ctx.drafter)
     model.generation_config = getattr(module, "generation_config", None)
     return model, reports
 
@@ -94,6 +94,7 @@ def context(config: AutoDeployConfig, on_event: Callable[[str], None] | None = N
         max_num_tokens=config.token_budget,
         tokens_per_block=config.kv_cache_config.tokens_per_block,
         device=device,
+        num_drafts=config.num_drafts,
     )
     on_event = on_event or (lambda text: None)
     return TransformContext(config=config, device=device, sequence_info=info, on_event=on_event)

@@ -14,6 +14,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
+from ad_flashinfer_pass.runtime.drafts.drafter import Drafter
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 
@@ -139,6 +140,8 @@ class CachedSite:
     decode: Choice
     cache: str
     """Name of the cache resource."""
+    extend: str = ""
+    """Kernel for drafts; empty: that for prefill, or nothing is drafted."""
 
 
 @dataclass
@@ -160,6 +163,8 @@ class TransformContext:
     """The graph for steps of few tokens, where there is another one."""
     weights: StepWeights = field(default_factory=StepWeights)
     """What steps read of the weights."""
+    drafter: Drafter | None = None
+    """Guesses tokens of the next steps."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
     target: torch.device | None = None

@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig, TransformConfig
+from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.kernels.attention import reference, select
 from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime import cached_model
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests import architectures
+from tests.runtime.guesser import Guesser
 
 NUM_NEW_TOKENS = 48
 PROMPTS = architectures.random_prompts((1, 2, 5, 9, 14, 20, 31, 3), vocab_size=128)
@@ -132,6 +135,50 @@ def test_a_known_prefix_changes_no_token(name: str) -> None:
         expected_tail = wanted[index % 2][20:]
         assert tokens[: len(expected_tail)] == expected_tail
     assert (engine.no_block_reuse is not None) == (engine.metrics.num_cached_tokens == 0)
+
+
+@cache
+def served_with_drafts(name: str) -> CachedModel:
+    """As ``served``; three drafts a step, from a guesser that mostly knows what comes."""
+    config = AutoDeployConfig(
+        max_batch_size=8,
+        max_seq_len=128,
+        max_num_tokens=64,
+        kv_cache_config=KvCacheConfig(tokens_per_block=16, max_tokens=12 * 16),
+        speculative_config=SpeculativeConfig(drafter="ngram"),
+    )
+    return transform_module(model_of(name, "eager"), config)[0]
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_drafts_change_no_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By n-grams in chunks of 7; by guesses that are mostly right, with late arrivals; with preemption."""
+    monkeypatch.setattr(cached_model, "_VERIFY_COST", 0.0)
+    model, known = served_with_drafts(name), dict[tuple[int, ...], int]()
+    for prompt, tokens in zip(PROMPTS, expected(name), strict=True):
+        whole = (*prompt, *tokens)
+        known |= {whole[:end]: whole[end] for end in range(len(prompt), len(whole))}
+    arrivals = {step: PROMPTS[step : step + 3] for step in (0, 3, 6)}
+
+    chunked, engine = run(Engine(model, prefill_chunk_tokens=7), {0: PROMPTS})
+    model.drafter = Guesser(model.sequence_info, 0.8, lambda seen: known.get(tuple(seen)), 128)
+    ahead, engine_ahead = run(Engine(model, steps_ahead=2), arrivals)
+
+    assert in_order(chunked) == in_order(ahead) == expected(name)
+    assert engine.metrics.num_preemptions + engine_ahead.metrics.num_preemptions > 0
+    assert engine.metrics.num_verified > 0
+    assert min(engine_ahead.metrics.num_accepted) > 20
+    assert engine.metrics.pages_in_use == engine_ahead.metrics.pages_in_use == 0
+
+
+def test_a_model_with_states_takes_no_drafts() -> None:
+    """What a rejected draft left in a state cannot be taken back."""
+    config = architectures.small_config("mamba")
+    with pytest.raises(UnsupportedError, match=r"cannot be taken back .*: leave out speculative_config"):
+        transform_module(
+            architectures.random_model(config, "eager"),
+            AutoDeployConfig(speculative_config=SpeculativeConfig(drafter="ngram")),
+        )
 
 
 def test_logprobs_of_a_prompt_are_those_of_transformers() -> None:

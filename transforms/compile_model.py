@@ -21,6 +21,7 @@ from ad_flashinfer_pass.kernels.attention.capability import PHASES, Phase
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, bucket_sizes
+from ad_flashinfer_pass.runtime.drafts.ngram import NgramDrafter
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 
 _MANY = 256
@@ -32,6 +33,8 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     """Make the graph ready to be called."""
     assert isinstance(model, fx.GraphModule)
     ctx.weights = step_weights(model)
+    if ctx.sequence_info.num_drafts:
+        ctx.drafter = NgramDrafter(ctx.sequence_info)
     report = TransformReport("compile_model", num_matches=1)
     compiled: nn.Module = _compiled(model, ctx, report)
     if ctx.small_batch_model is not None:
@@ -83,11 +86,16 @@ def _compiled(model: fx.GraphModule, ctx: TransformContext, report: TransformRep
 
 
 def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) -> CudaGraphModule:
-    captured = CudaGraphModule(model, *bucket_sizes(ctx.config), host_kernels(ctx))
+    captured = CudaGraphModule(
+        model, *bucket_sizes(ctx.config), host_kernels(ctx), ctx.drafter, _host_verifier(ctx)
+    )
     captured.capture(
         ctx.sequence_info, ctx.caches, lambda text: ctx.on_event(f"compile_model: CUDA graphs, {text}")
     )
     report.notes.append(f"decode captured for batch sizes {_listed(captured.batch_sizes)}")
+    if captured.verify_cost:
+        costs = ", ".join(f"{cost:.2f} with {size}" for size, cost in captured.verify_cost.items())
+        report.notes.append(f"verification captured for the same, at the cost of {costs} decode steps")
     report.notes.append(f"prefill captured for token counts {_listed(captured.token_buckets)}")
     for phase, kernel in captured.host_kernels.items():
         report.notes.append(f"not captured: {phase} by {kernel}, which reads lengths on the host")
@@ -104,6 +112,12 @@ def host_kernels(ctx: TransformContext) -> dict[Phase, str]:
         for plan in sorted({getattr(site, phase).kernel for site in ctx.sites})
         for kernel in select.on_host(phase, plan)
     }
+
+
+def _host_verifier(ctx: TransformContext) -> str | None:
+    """The kernel that keeps steps with drafts from being captured, if there is one."""
+    kernels = {site.extend or site.prefill.kernel for site in ctx.sites}
+    return next((kernel for kernel in sorted(kernels) if select.on_host("prefill", kernel)), None)
 
 
 def _listed(sizes: list[int]) -> str:

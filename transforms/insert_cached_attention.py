@@ -65,7 +65,10 @@ def insert_cached_attention(model: nn.Module, ctx: TransformContext) -> tuple[nn
         raise NoAttentionError(
             "no ad_flashinfer.attention in the graph: enable match_attention before this transform."
         )
-    ctx.sequence_info.max_extend_len = ctx.config.settings(InsertCachedAttention).max_extend_len
+    info = ctx.sequence_info
+    info.max_extend_len = ctx.config.settings(InsertCachedAttention).max_extend_len
+    if info.num_drafts:
+        info.max_extend_len = 1 + info.num_drafts
     scales = _scales(ctx, list(dict.fromkeys(cache_pair(node) for node in sites)))
     inputs = _insert_inputs(model, ctx)
     if sites:
@@ -154,6 +157,9 @@ def _insert_site(
     prefill, decode = (
         select.choose(site, phase, target, g.where(node), ctx.sm) for phase in ("prefill", "decode")
     )
+    limit, extend_kernel = ctx.sequence_info.max_extend_len, ""
+    if ctx.sequence_info.num_drafts and (extending := select.extending(site, target, ctx.sm)):
+        extend_kernel = extending[0]
     with gm.graph.inserting_before(node):
         if pair not in caches:
             caches[pair] = _add_cache(gm, ctx, site)
@@ -186,7 +192,8 @@ def _insert_site(
             decode_kernel=decode.kernel,
             **options,
             **quantized,
-            **({"max_extend_len": limit} if (limit := ctx.sequence_info.max_extend_len) else {}),
+            **({"max_extend_len": limit} if limit else {}),
+            **({"extend_kernel": extend_kernel} if extend_kernel else {}),
         )
     g.copy_origin(cached, node)
     g.replace(node, cached)
@@ -199,6 +206,7 @@ def _insert_site(
             prefill=prefill,
             decode=decode,
             cache=caches[pair].name,
+            extend=extend_kernel,
         )
     )
 
@@ -212,7 +220,7 @@ def _choices(sites: list[CachedSite]) -> list[str]:
 def _extends(ctx: TransformContext) -> list[str]:
     """What runs extends that are no longer than the limit, of how many sites."""
     kernels = Counter(
-        site.decode.kernel if select.extender(site.decode.kernel) else site.prefill.kernel
+        site.extend or (site.decode if select.extender(site.decode.kernel) else site.prefill).kernel
         for site in ctx.sites
     )
     limit = ctx.sequence_info.max_extend_len

@@ -64,9 +64,14 @@ def insert_cached_state(model: nn.Module, ctx: TransformContext) -> tuple[nn.Mod
     if not sites:
         return model, report
     if ctx.sequence_info.max_extend_len:
+        way_out = (
+            "leave out speculative_config"
+            if ctx.sequence_info.num_drafts
+            else "leave max_extend_len of transforms.insert_cached_attention at 0"
+        )
         raise UnsupportedError(
             f"{g.where(sites[0])}: {sites[0].target} has a state, which cannot be taken back where a draft "
-            "is rejected: leave max_extend_len of transforms.insert_cached_attention at 0.",
+            f"is rejected: {way_out}.",
             node=sites[0],
         )
     ctx.sequence_info.has_states = True

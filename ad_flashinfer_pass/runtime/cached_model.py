@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.runtime.cuda_graph import Steps
+from ad_flashinfer_pass.runtime.drafts.drafter import Drafter
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, SequenceStep
 
 if TYPE_CHECKING:
     from transformers.generation.configuration_utils import GenerationConfig
 
 
+_VERIFY_COST = 1.2
+"""Of a step that verifies drafts, in decode steps, where it was not measured."""
 POOLS = ("kv_cache_", "conv_state_", "recurrent_state_")
 """How the names of graph inputs begin that are memory of the runtime's: pages, and states of two kinds."""
 
@@ -32,6 +35,7 @@ class CachedModel:
         sequence_info: owner of the metadata tensors.
         vocab_size: width of the logits.
         weights: what a step reads of the weights; None if that is not known.
+        drafter: guesses tokens of the next steps; None: nobody does.
     """
 
     def __init__(
@@ -41,8 +45,10 @@ class CachedModel:
         sequence_info: SequenceInfo,
         vocab_size: int,
         weights: StepWeights | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.module = module
+        self.drafter = drafter
         self.caches = caches
         self.sequence_info = sequence_info
         self.device = sequence_info.device
@@ -74,22 +80,33 @@ class CachedModel:
         return self._steps.num_replays
 
     @property
+    def verify_cost(self) -> Mapping[int, float]:
+        """What a step that verifies drafts takes, in decode steps, by the number of sequences."""
+        return self._steps.verify_cost or {1: _VERIFY_COST}
+
+    @property
     def eager_steps(self) -> dict[str, int]:
         """Steps that ran eagerly although graphs were captured, by reason."""
         return dict(self._steps.fallbacks)
 
-    def nest(self, sequences: Sequence[SequenceStep], row_params: Sequence[RowParams] = ()) -> None:
+    def nest(
+        self,
+        sequences: Sequence[SequenceStep],
+        row_params: Sequence[RowParams] = (),
+        verifies: bool = False,
+    ) -> None:
         """Write the metadata of a step, padded to the shape of a captured graph if there is one.
 
         Args:
             sequences: ordered prefill, extend, decode; see ``sequence_info.SequenceStep``.
             row_params: see ``SequenceInfo.nest_sequences``.
+            verifies: likewise.
 
         Raises:
             ValueError: the step is empty, out of order or too large.
         """
-        bucket = self._steps.bucket(sequences)
-        self.sequence_info.nest_sequences(sequences, pad_to=bucket, row_params=row_params)
+        bucket = self._steps.bucket(sequences, verifies=verifies)
+        self.sequence_info.nest_sequences(sequences, pad_to=bucket, row_params=row_params, verifies=verifies)
 
     def forward(self) -> Tensor:
         """Run the graph on the metadata as they are; K and V of the new tokens are written to their pages.

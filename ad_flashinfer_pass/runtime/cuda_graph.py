@@ -9,6 +9,7 @@ steps run eagerly, each counted by its reason.
 
 The choice of tokens and ``SequenceInfo.advance`` are a second graph of each bucket, because a batch with a
 repetition penalty goes another way between the two. There is one more for steps in which all are greedy.
+Steps that verify drafts have buckets of their own, as many as decode; their second graphs accept and guess.
 
 On a CPU there are no graphs: a replay runs the module again, with the same padding, checks and counts.
 """
@@ -31,6 +32,7 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention.capability import Phase
 from ad_flashinfer_pass.kernels.workspaces import GraphState
+from ad_flashinfer_pass.runtime.drafts.drafter import Drafter
 from ad_flashinfer_pass.runtime.sampling import most_likely
 from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, Bucket, SequenceInfo, SequenceStep
 
@@ -78,8 +80,10 @@ class Steps:
     num_replays = 0
     fallbacks: Mapping[str, int] = {}
     """Steps that ran eagerly although graphs were captured, by reason."""
+    verify_cost: Mapping[int, float] = {}
+    """What a step that verifies drafts takes, in decode steps, by the number of sequences, if known."""
 
-    def bucket(self, sequences: Sequence[SequenceStep]) -> Bucket | None:
+    def bucket(self, sequences: Sequence[SequenceStep], *, verifies: bool = False) -> Bucket | None:
         """The shape to which a step should be padded; None if no graph can run it."""
         return None
 
@@ -103,6 +107,8 @@ class CudaGraphModule(Steps, nn.Module):
         batch_sizes: buckets of decode steps, in sequences.
         token_buckets: numbers of tokens of steps with prefill, see ``prefill_buckets``.
         host_kernels: for a phase that cannot be captured, which kernel it is that reads lengths on the host.
+        drafter: whose drafts are verified, in steps of the same batch sizes; None: there are none.
+        host_verifier: the kernel that verifies them, if it reads lengths on the host.
     """
 
     is_captured = True
@@ -113,9 +119,11 @@ class CudaGraphModule(Steps, nn.Module):
         batch_sizes: Sequence[int],
         token_buckets: Sequence[int] = (),
         host_kernels: Mapping[Phase, str] | None = None,
+        drafter: Drafter | None = None,
+        host_verifier: str | None = None,
     ) -> None:
         super().__init__()
-        self.eager = eager
+        self.eager, self.drafter, self.host_verifier = eager, drafter, host_verifier
         self.host_kernels = dict(host_kernels or {})
         self.batch_sizes = [] if "decode" in self.host_kernels else sorted(set(batch_sizes))
         self.token_buckets = [] if self.host_kernels else sorted(set(token_buckets))
@@ -129,8 +137,13 @@ class CudaGraphModule(Steps, nn.Module):
         self._last: _Captured | None = None
         """What the last call replayed."""
 
-    def bucket(self, sequences: Sequence[SequenceStep]) -> Bucket | None:
+    def bucket(self, sequences: Sequence[SequenceStep], *, verifies: bool = False) -> Bucket | None:
         """See ``Steps``."""
+        if verifies:
+            fitting = (
+                each for each in self._buckets if each.num_drafts and each.num_decode >= len(sequences)
+            )
+            return next(fitting, None)
         num_tokens = sum(len(seq.token_ids) for seq in sequences if len(seq.token_ids) > 1)
         num_decode = sum(len(seq.token_ids) == 1 for seq in sequences)
         num_prompts = len(sequences) - num_decode
@@ -139,7 +152,7 @@ class CudaGraphModule(Steps, nn.Module):
         if any(seq.num_scored for seq in sequences):
             return None
         for bucket in self._buckets:
-            same_kind = (bucket.num_tokens > 0) == (num_tokens > 0)
+            same_kind = (bucket.num_tokens > 0) == (num_tokens > 0) and not bucket.num_drafts
             if same_kind and all(map(operator.ge, bucket, (num_tokens, num_decode, num_prompts))):
                 return bucket
         return None
@@ -161,6 +174,10 @@ class CudaGraphModule(Steps, nn.Module):
             on_progress: called with a line of text before each bucket.
         """
         buckets = [Bucket(0, size) for size in self.batch_sizes]
+        num_drafts, most = sequence_info.num_drafts, sequence_info.max_num_tokens
+        if self.drafter is not None and self.host_verifier is None:
+            sizes = [size for size in self.batch_sizes if size * (1 + num_drafts) <= most]
+            buckets += [Bucket(0, size, num_drafts=num_drafts) for size in sizes]
         buckets += prefill_buckets(self.token_buckets, sequence_info.max_batch_size)
         buckets.reverse()
         states = [GraphState() for _ in buckets]
@@ -172,12 +189,13 @@ class CudaGraphModule(Steps, nn.Module):
                 with recorder.warming(), states[index].begin_capture():
                     logits = self.eager(**inputs)[0]
                     for is_greedy in (True, False):
-                        _sample_and_advance(sequence_info, logits, is_greedy)
+                        self._end_step(sequence_info, logits, is_greedy)
             recorder.release_warm_up()
             for index, bucket in enumerate(buckets):
                 on_progress(f"capture {index + 1} of {len(buckets)}: {bucket}")
                 self._capture_one(bucket, recorder, sequence_info, caches, states[index])
-        self._buckets = buckets[::-1]
+            self._buckets = buckets[::-1]
+            self.verify_cost = self._costs_of_verifying(recorder, sequence_info, caches)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits [1, n, vocab]; a replay if there is a graph for exactly these inputs.
@@ -208,8 +226,37 @@ class CudaGraphModule(Steps, nn.Module):
     def _padding_step(
         bucket: Bucket, sequence_info: SequenceInfo, caches: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        sequence_info.nest_sequences([], pad_to=bucket)
+        sequence_info.nest_sequences([], pad_to=bucket, verifies=bucket.num_drafts > 0)
         return {**sequence_info.named_args(), **caches}
+
+    def _end_step(self, sequence_info: SequenceInfo, logits: Tensor, is_greedy: bool) -> Tensor:
+        """Choose tokens, and write the metadata of the next step."""
+        on_cuda, num_verified = logits.device.type == "cuda", sequence_info.num_verified
+        if num_verified and self.drafter is not None:
+            if on_cuda:
+                sequence_info.sample_and_accept(logits, is_greedy=is_greedy)
+            else:
+                sequence_info.accept(most_likely(logits))
+            self.drafter.propose(sequence_info.tokens[: len(logits)].view(num_verified, -1))
+        elif on_cuda:
+            sequence_info.sample_and_advance(logits, is_greedy=is_greedy)
+        else:
+            sequence_info.advance(most_likely(logits))
+        return sequence_info.tokens
+
+    def _costs_of_verifying(
+        self, recorder: _CudaRecorder | _Rerunner, sequence_info: SequenceInfo, caches: Mapping[str, Tensor]
+    ) -> dict[int, float]:
+        """Of the steps that were captured, on padding, so that attention has little part in it."""
+
+        def seconds(bucket: Bucket) -> float:
+            inputs = self._padding_step(bucket, sequence_info, caches)
+            captured = self._captured[tuple(inputs["batch_info_host"].tolist())]
+            captured.state.before_replay(inputs)
+            return recorder.seconds([captured.graph, captured.tails[True]])
+
+        sizes = [bucket for bucket in self._buckets if bucket.num_drafts and recorder.has_clock]
+        return {each.num_decode: seconds(each) / seconds(Bucket(0, each.num_decode)) for each in sizes}
 
     def _capture_one(
         self,
@@ -224,11 +271,10 @@ class CudaGraphModule(Steps, nn.Module):
         with state.begin_capture():
             graph, logits = recorder.record(lambda: self.eager(**inputs))
 
-        def choose(is_greedy: bool) -> Tensor:
-            _sample_and_advance(sequence_info, logits[0], is_greedy)
-            return sequence_info.tokens
-
-        tails = {kind: recorder.record(partial(choose, kind))[0] for kind in (True, False)}
+        tails = {
+            kind: recorder.record(partial(self._end_step, sequence_info, logits[0], kind))[0]
+            for kind in (True, False)
+        }
         self.costs.append(CaptureCost(bucket, time.perf_counter() - start, free - recorder.free_bytes()))
         self._captured[tuple(inputs["batch_info_host"].tolist())] = _Captured(
             bucket,
@@ -264,6 +310,9 @@ class CudaGraphModule(Steps, nn.Module):
         for phase in phases:
             if phase in self.host_kernels:
                 return f"{phase} by {self.host_kernels[phase]}, which reads lengths on the host"
+        if info.num_extend:
+            by = f" by {self.host_verifier}, which reads lengths on the host" if self.host_verifier else ""
+            return f"drafts of {info.num_extend} sequences{by}"
         if info.num_tokens_to_gather > info.max_batch_size:
             return "logits of the tokens of a prompt"
         if num_tokens:
@@ -285,9 +334,9 @@ def _to_warm(buckets: Sequence[Bucket], states: Sequence[GraphState]) -> Iterato
         buckets: in order.
         states: of their graphs; after each place those of the run.
     """
-    rows, kinds = set[int](), set[tuple[int, int]]()
+    rows, kinds = set[int](), set[tuple[int, ...]]()
     for index, bucket in enumerate(buckets):
-        total, kind = bucket.num_tokens + bucket.num_decode, bucket[1:]
+        total, kind = bucket.num_tokens + bucket.num_decode * (1 + bucket.num_drafts), bucket[1:]
         if total not in rows or kind not in kinds:
             yield index
             rows.add(total)
@@ -295,15 +344,10 @@ def _to_warm(buckets: Sequence[Bucket], states: Sequence[GraphState]) -> Iterato
                 kinds.add(kind)
 
 
-def _sample_and_advance(sequence_info: SequenceInfo, logits: Tensor, is_greedy: bool) -> None:
-    if logits.device.type == "cuda":
-        sequence_info.sample_and_advance(logits, is_greedy=is_greedy)
-    else:
-        sequence_info.advance(most_likely(logits))
-
-
 class _CudaRecorder:
     """Records CUDA graphs, all in one memory pool and from one stream."""
+
+    has_clock = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -331,9 +375,24 @@ class _CudaRecorder:
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0]
 
+    def seconds(self, graphs: Sequence[_Graph]) -> float:
+        """Of these, replayed one after the other: the least of five times."""
+        times = []
+        for _ in range(5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for graph in graphs:
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return min(times)
+
 
 class _Rerunner:
     """Stands for ``_CudaRecorder`` on a CPU: a graph is the function, and runs again."""
+
+    has_clock = False
 
     class _Function(NamedTuple):
         run: Callable[[], Tensor]
@@ -355,6 +414,9 @@ class _Rerunner:
 
     def free_bytes(self) -> int:
         return 0
+
+    def seconds(self, graphs: Sequence[_Graph]) -> float:
+        raise NotImplementedError
 
 
 def _recorder(device: torch.device) -> _CudaRecorder | _Rerunner:

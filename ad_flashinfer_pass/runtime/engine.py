@@ -7,6 +7,10 @@ Steps may be enqueued before the tokens of those before them are known: the sche
 A request that turns out to have ended is left out of the next step that is scheduled; what the steps
 already enqueued computed for it is dropped. Its pages can be given away at once, because whatever their next
 owner writes is enqueued later. With ``steps_ahead=0`` each step is read before the next one is made.
+
+A model with a drafter verifies drafts in steps in which all sequences decode, as long as that pays
+(``drafts.payoff``). How many tokens such a step gives the device alone knows: as long as the same sequences
+go on in their pages, the next one is enqueued all the same; else those that are ahead are read first.
 """
 
 from __future__ import annotations
@@ -14,12 +18,11 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -28,10 +31,11 @@ from torch import Tensor
 from ad_flashinfer_pass.errors import AdFlashinferError, ConfigError, RequestError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.detokenize import TextDecoder, TextStream
+from ad_flashinfer_pass.runtime.drafts.payoff import Payoff
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.runtime.sampling import SamplingParams, TokenLogprobs
 from ad_flashinfer_pass.runtime.scheduler import Scheduler, SequenceState
-from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from ad_flashinfer_pass.runtime.sequence_info import IDLE, SequenceStep
 from ad_flashinfer_pass.runtime.step_runner import FindBits, PendingTokens, StepRunner, Wanted
 from ad_flashinfer_pass.runtime.structure import Grammars, Matcher, new_bits
 from ad_flashinfer_pass.runtime.turns import Turns
@@ -104,6 +108,17 @@ class Metrics:
     """Pages that requests can use: those of the cache without page 0."""
     eager_steps: dict[str, int]
     """Steps that no captured graph could run, by reason; empty if none was captured."""
+    num_verify_steps: int = 0
+    """Steps that verified drafts."""
+    num_verified: int = 0
+    """Sequences of those steps, each counted as often as it was in one."""
+    num_accepted: tuple[int, ...] = ()
+    """How many of those took the first draft, the second one, and so on; empty without a drafter."""
+
+    @property
+    def tokens_a_verification(self) -> float | None:
+        """Tokens that a sequence got in a step that verified drafts, in the mean; None: there was none."""
+        return 1 + sum(self.num_accepted) / self.num_verified if self.num_verified else None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -137,6 +152,8 @@ class _InFlight(NamedTuple):
     """Which log-probabilities are read with them."""
     scored: list[tuple[_Request, int]]
     """Whose prompts' tokens are among those, by position."""
+    width: int = 1
+    """Tokens that each of ``rows`` may get."""
 
 
 class Engine:
@@ -193,6 +210,11 @@ class Engine:
         self._steps_ahead = steps_ahead
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(token for token in eos if token < model.vocab_size)
+        self._width = 1 if model.drafter is None else 1 + info.num_drafts
+        """Tokens of a sequence in a step that verifies drafts."""
+        self._payoff = Payoff(model.verify_cost)
+        self._num_verify_steps = self._num_verified = 0
+        self._num_accepted = [0] * (self._width - 1)
         self._max_seq_len = info.max_seq_len
         self._tokens_per_page = info.tokens_per_block
         self.no_block_reuse = _why_no_reuse(model) if enable_block_reuse else "enable_block_reuse is false"
@@ -208,13 +230,16 @@ class Engine:
             clear_pages=model.clear_pages,
             prefill_chunk_tokens=prefill_chunk_tokens,
             recompute_at=info.recompute_at,
-            tokens_ahead=_PAGES_AHEAD * info.tokens_per_block if steps_ahead else 0,
+            tokens_ahead=_PAGES_AHEAD * info.tokens_per_block * self._width if steps_ahead else 0,
             shares_pages=self.no_block_reuse is None,
+            num_drafts=self._width - 1,
         )
         self._runner = StepRunner(model, runs_ahead=steps_ahead > 0)
         self._in_flight: deque[_InFlight] = deque()
         self._last_rows: list[_Request] = []
         """Those of the step enqueued last."""
+        self._last_width = 1
+        """Tokens that each of them may get."""
         self._wanted: Wanted | None = None
         """Log-probabilities that are read with it."""
         self._continuable_epoch: int | None = None
@@ -255,6 +280,9 @@ class Engine:
             pages_kept=self._pool.num_kept,
             num_pages=self._pool.capacity,
             eager_steps=self._model.eager_steps,
+            num_verify_steps=self._num_verify_steps,
+            num_verified=self._num_verified,
+            num_accepted=tuple(self._num_accepted),
         )
 
     def add_request(
@@ -379,8 +407,8 @@ class Engine:
         as after a preemption: they can be cancelled or stepped on.
 
         Returns:
-            One output for each request that got a token or ended; empty if there is nothing to do, and after
-            a step in which prompts were only begun.
+            An output for each token that a request got, or if it ended without one; empty if there is nothing
+            to do, and after a step in which prompts were only begun.
         """
         with self.turns:
             try:
@@ -427,8 +455,13 @@ class Engine:
             self._take_in_compiled()
         while self._in_flight and not self._is_awaited(self._in_flight[0]):
             self._in_flight.popleft()
+        has_settled = False
         while len(self._in_flight) <= self._steps_ahead and not self._has_read:
-            plan = self._scheduler.schedule()
+            if self._in_flight and self._must_settle():
+                has_settled = True
+                while self._in_flight:
+                    self._read_oldest()
+            plan = self._next_verification() or self._scheduler.schedule()
             if not plan:
                 break
             error = self._enqueue(plan)
@@ -438,18 +471,56 @@ class Engine:
                 self._fail_all([request for request, _ in plan], error)
                 self._forget_steps()
                 break
-        if self._in_flight and not self._has_read:
+        if self._in_flight and not (self._has_read or has_settled):
             self._read_oldest()
         self._scheduler.clear_released_pages()
+
+    def _must_settle(self) -> bool:
+        """Whether the next step is to be made of tokens that are known, and some are not."""
+        if self._in_flight[-1].width > 1:
+            return not self._next_verification()
+        return self._may_verify(self._requests.values()) and self._scheduler.has_decodes_alone
+
+    def _next_verification(self) -> list[tuple[_Request, int]]:
+        """The next step, if it is of the sequences of the last one, which verified drafts, in their pages."""
+        rows, scheduler = self._last_rows, self._scheduler
+        if not (self._in_flight and self._in_flight[-1].width > 1 and self._may_verify(rows)):
+            return []
+        goes_on = (
+            self._continuable_epoch == scheduler.epoch
+            and len(rows) == scheduler.num_running
+            and scheduler.is_settled
+            and not any(request.is_complete for request in rows)
+        )
+        return [(request, 1) for request in rows] if goes_on else []
+
+    def _may_verify(self, requests: Iterable[_Request]) -> bool:
+        return (
+            self._width > 1
+            and self._payoff.is_on
+            and not any(request.params.is_penalised for request in requests)
+        )
 
     def _enqueue(self, plan: list[tuple[_Request, int]]) -> Exception | None:
         """Start a step. Returns the model's error, if it failed."""
         requests = [request for request, _ in plan]
         rows = [request for request, num_new in plan if request.num_cached + num_new == request.num_tokens]
         scored: list[tuple[_Request, int]] = []
+        all_decode = len(rows) == len(plan) and all(num_new == 1 for _, num_new in plan)
+        # Of what is in flight only steps that go on by themselves can be followed by one that verifies.
+        verifies = all_decode and self._may_verify(rows) and self._fits(rows)
+        verifies = verifies and (not self._in_flight or self._in_flight[-1].width > 1)
+        width = self._width if verifies else 1
+        is_same = self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows
         try:
-            if self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows:
+            if is_same and width == self._last_width:
                 tokens = self._runner.run_again(rows, self._find_bits(rows))
+            elif verifies:
+                places = [index * width + i for index in _asking(rows) for i in range(width)]
+                num_top = max((row.params.logprobs or 0 for row in rows), default=0)
+                self._wanted = Wanted(places, num_top) if places else None
+                self._is_guided = False
+                tokens = self._runner.verify([self._verification(row) for row in rows], rows, self._wanted)
             else:
                 steps = self._sequence_steps(plan)
                 for (request, _), step in zip(plan, steps, strict=True):
@@ -462,19 +533,38 @@ class Engine:
             logger.debug("a step of %d sequences failed", len(plan), exc_info=True)
             return err
         self._num_steps += 1
-        all_decode = len(rows) == len(plan) and all(num_new == 1 for _, num_new in plan)
+        self._num_verify_steps += verifies
+        if all_decode and not verifies:
+            self._payoff.note_plain()
         self._continuable_epoch = self._scheduler.epoch if all_decode and self._steps_ahead else None
-        self._last_rows = rows
+        self._last_rows, self._last_width = rows, width
         for request, num_new in plan:
-            request.num_cached += num_new
+            request.num_cached += num_new if width == 1 else width
         if not all_decode:
             for request, num_new in plan:
                 if num_new > 1 and request.pages:
                     self._scheduler.name_pages(request)
         for request in rows:
-            request.num_pending += 1
-        self._in_flight.append(_InFlight(rows, tokens, self._wanted, scored))
+            request.num_pending += width
+        self._in_flight.append(_InFlight(rows, tokens, self._wanted, scored, width))
         return None
+
+    def _fits(self, rows: Sequence[_Request]) -> bool:
+        """Whether drafts of so many sequences are not more tokens than a step holds."""
+        return len(rows) * self._width <= self._model.sequence_info.max_num_tokens
+
+    def _verification(self, request: _Request) -> SequenceStep:
+        """The newest token, which is known, and room for drafts."""
+        newest, max_cached = request.token_ids[-1], self._scheduler.max_cached(request)
+        tokens = [newest] + [0] * (self._width - 1)
+        return SequenceStep(
+            tokens,
+            request.num_cached,
+            request.pages,
+            first_len=request.first_len,
+            slot=request.slot,
+            max_cached=max_cached,
+        )
 
     def _find_bits(self, rows: Sequence[_Request]) -> FindBits | None:
         return partial(self._bits, rows) if self._is_guided else None
@@ -528,21 +618,36 @@ class Engine:
         except _STEP_ERRORS as err:
             self._fail_all([*rows, *{request for request, _ in step.scored}], err)
             return
-        logprobs = repeat(None) if step.wanted is None else self._logprobs(step, step.wanted)
-        for request, token, own in zip(rows, tokens, logprobs, strict=False):
-            if request.request_id in self._requests:
+        logprobs = [None] * len(tokens) if step.wanted is None else self._logprobs(step, step.wanted)
+        width, num_given, num_live = step.width, 0, 0
+        for index, request in enumerate(rows):
+            if request.request_id not in self._requests:
+                continue
+            places = range(index * width, (index + 1) * width)
+            given = [place for place in places if tokens[place] != IDLE] if width > 1 else places
+            if width > 1:
+                num_given, num_live = num_given + len(given), num_live + 1
+                self._scheduler.settle(request, width, len(given))
+                for place in range(len(given) - 1):
+                    self._num_accepted[place] += 1
+            else:
                 request.num_pending -= 1
-                self._outputs.append(self._take(request, token, own))
+            for place in given:
+                if request.request_id in self._requests:
+                    self._outputs.append(self._take(request, tokens[place], logprobs[place]))
+        if num_live:
+            self._num_verified += num_live
+            self._payoff.note(num_given, num_live)
 
     @staticmethod
     def _logprobs(step: _InFlight, wanted: Wanted) -> list[TokenLogprobs | None]:
-        """Those of the new tokens, for each row; those of prompts are kept."""
+        """Those of the new tokens, for each row of logits; those of prompts are kept."""
         found = step.tokens.logprobs()
         for (request, position), one in zip(step.scored, found[len(wanted.rows) :], strict=True):
             request.prompt_logprobs[position] = one.cut(request.params.prompt_logprobs)
-        of_rows: list[TokenLogprobs | None] = [None] * len(step.rows)
+        of_rows: list[TokenLogprobs | None] = [None] * (len(step.rows) * step.width)
         for row, one in zip(wanted.rows, found, strict=False):
-            of_rows[row] = one.cut(step.rows[row].params.logprobs)
+            of_rows[row] = one.cut(step.rows[row // step.width].params.logprobs)
         return of_rows
 
     def _is_awaited(self, step: _InFlight) -> bool:
@@ -688,12 +793,17 @@ class Engine:
 
 def _wanted(rows: Sequence[_Request], scored: Sequence[tuple[_Request, int]]) -> Wanted | None:
     """What to read of a step with these rows, and tokens of prompts by position."""
-    asking = [index for index, request in enumerate(rows) if request.params.logprobs is not None]
+    asking = _asking(rows)
     if not asking and not scored:
         return None
     tops = [rows[index].params.logprobs or 0 for index in asking]
     tops += [request.params.prompt_logprobs or 0 for request, _ in scored]
     return Wanted(asking, max(tops), [request.token_ids[at] for request, at in scored])
+
+
+def _asking(rows: Sequence[_Request]) -> list[int]:
+    """Who wants the log-probabilities of its tokens."""
+    return [index for index, request in enumerate(rows) if request.params.logprobs is not None]
 
 
 def _why_no_reuse(model: CachedModel) -> str | None:

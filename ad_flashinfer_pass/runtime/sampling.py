@@ -383,7 +383,13 @@ class Sampler:
         self._rows: Sequence[SampledSequence] = []
         self._batch = BatchParams()
 
-    def sample(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        rows: Sequence[SampledSequence],
+        bits: Tensor | None = None,
+        num_generated: Tensor | None = None,
+    ) -> Tensor:
         """Choose the next token of each row.
 
         Each call is for one token more of its rows; whether the last ones are known by then does not matter.
@@ -392,6 +398,7 @@ class Sampler:
             logits: floating [n, vocab_size]; not written.
             rows: the n sequences, as a list that the caller does not change afterwards.
             bits: which tokens may be chosen, as ``structure.new_bits`` makes them; None: all.
+            num_generated: int64 [n], how many tokens each row has, if calls are for other numbers of them.
 
         Returns:
             int64 [n] on the device: token ids; -1 for a row that holds NaN or +inf, or only -inf.
@@ -400,7 +407,7 @@ class Sampler:
         batch = self._batch
         tokens = most_likely(scores)
         if batch.is_drawn is not None and batch.seeds is not None and batch.num_generated is not None:
-            numbers = uniforms(batch.seeds, batch.num_generated)
+            numbers = uniforms(batch.seeds, batch.num_generated if num_generated is None else num_generated)
             batch.num_generated += 1
             drawn = _draw(batch.filter(scores), numbers.unsqueeze(1))
             tokens = torch.where(batch.is_drawn & (tokens >= 0), drawn, tokens)

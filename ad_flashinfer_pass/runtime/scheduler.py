@@ -8,6 +8,9 @@ oldest always moves on, and in the end every sequence is the oldest.
 Steps can be scheduled before the tokens of earlier ones are known: how many there are is enough, until a
 sequence that has lost its pages is computed anew.
 
+Steps that verify drafts give a sequence one token or several. While they are ahead, ``num_pending`` and
+``num_cached`` are the most that there can be; ``settle`` makes them what there are.
+
 Full pages get names, which say what stands in them and before them. A sequence takes over the pages of its
 longest known prefix, and starts after it; nobody writes a page that has a name.
 """
@@ -98,6 +101,8 @@ class Scheduler(Generic[S]):
         tokens_ahead: when a sequence needs a page, give all that run pages for so many tokens more, if
             there are plenty: as long as ``epoch`` stands still a step needs no new pages.
         shares_pages: whether sequences that begin alike share pages, and pages are kept for those to come.
+        num_drafts: tokens that a step may write beyond the newest one of a sequence, where it has pages for
+            them: spare ones, for which no other sequence gives way.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Scheduler(Generic[S]):
         recompute_at: int | None = None,
         tokens_ahead: int = 0,
         shares_pages: bool = False,
+        num_drafts: int = 0,
     ) -> None:
         self._pool = pool
         self._tokens_per_page = tokens_per_page
@@ -122,7 +128,11 @@ class Scheduler(Generic[S]):
         self._clear_pages = clear_pages
         self._max_chunk = prefill_chunk_tokens or max_num_tokens
         self._recompute_at = recompute_at
-        self._tokens_ahead = tokens_ahead
+        self._tokens_ahead = max(tokens_ahead, num_drafts)
+        self._num_drafts = num_drafts
+        self._refused: S | None = None
+        """The first that waited when the last step was chosen, and found no room."""
+        self._settled_epoch = -1
         self._shares_pages = shares_pages
         self._to_clear: list[int] = []
         self._running: list[S] = []
@@ -198,6 +208,48 @@ class Scheduler(Generic[S]):
         if len(decodes) == len(active):
             return decodes
         return self._chunks(self._max_num_tokens - len(decodes), decodes)
+
+    @property
+    def has_no_room_for_more(self) -> bool:
+        """Whether none of those that wait can run in the next step, as far as is known."""
+        if not self._waiting or len(self._running) >= self._max_running:
+            return True
+        return self._waiting[0] is self._refused and self._settled_epoch == self.epoch
+
+    @property
+    def has_decodes_alone(self) -> bool:
+        """Whether the next step is of one token of each running sequence, as far as is known."""
+        is_decode = all(s.num_tokens - s.num_cached == 1 for s in self._running)
+        return is_decode and bool(self._running) and self.has_no_room_for_more
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next step is of the running sequences, which need nothing that they can get."""
+        return self.has_no_room_for_more and not any(map(self._needs_something, self._running))
+
+    def _needs_something(self, sequence: S) -> bool:
+        """Whether it is to be computed anew, or lacks a page for its newest token, or a spare one."""
+        limit, num_tokens = self._recompute_at, sequence.num_tokens
+        if limit is not None and sequence.first_len <= limit < num_tokens:
+            return True
+        if self._num_missing(sequence, num_tokens + self._num_drafts) <= 0:
+            return False
+        is_spare = self._num_missing(sequence, num_tokens + self._tokens_ahead) <= self._num_spare
+        return is_spare or self._num_missing(sequence, num_tokens) > 0
+
+    def max_cached(self, sequence: S) -> int:
+        """Tokens of a running sequence that drafts may fill, at most, by its pages and by what ends it."""
+        limit, most = (
+            self._recompute_at,
+            min(len(sequence.pages) * self._tokens_per_page, sequence.max_len - 1),
+        )
+        return most if limit is None or sequence.num_tokens > limit else min(most, limit)
+
+    @staticmethod
+    def settle(sequence: S, num_most: int, num_found: int) -> None:
+        """A step that could give a running sequence ``num_most`` tokens gave it ``num_found``, now known."""
+        sequence.num_pending -= num_most
+        sequence.num_cached -= num_most - num_found
 
     def clear_released_pages(self) -> None:
         """Zero what was given up since the last call, all at once; ``schedule`` does it too."""
@@ -317,8 +369,12 @@ class Scheduler(Generic[S]):
                 self._give(sequence, 1)
                 has_grown = True
             index += 1
-        if has_grown and self._tokens_ahead:
+        if self._tokens_ahead and (has_grown or self._lack_pages_for_drafts()):
             self._give_spare_pages()
+
+    def _lack_pages_for_drafts(self) -> bool:
+        drafts = self._num_drafts
+        return drafts > 0 and any(self._num_missing(s, s.num_tokens + drafts) > 0 for s in self._running)
 
     def _num_missing(self, sequence: S, num_tokens: int) -> int:
         """Pages that the sequence lacks for this many tokens; the last one it may have is never cached."""
@@ -335,26 +391,33 @@ class Scheduler(Generic[S]):
         self.epoch += 1
 
     def _give_spare_pages(self) -> None:
-        """Pages for ``tokens_ahead`` more tokens, while some stay free for growth and for who waits first."""
+        """Pages for ``tokens_ahead`` more tokens of each, while there are spare ones."""
+        for sequence in self._running:
+            num_pages = self._num_missing(sequence, sequence.num_tokens + self._tokens_ahead)
+            if 0 < num_pages <= self._num_spare:
+                self._give(sequence, num_pages)
+
+    @property
+    def _num_spare(self) -> int:
+        """Pages beyond those that stay for growth and for who waits first."""
         kept = len(self._running)
         if self._waiting:
             kept += self.num_pages_for(self._waiting[0].num_tokens)
-        for sequence in self._running:
-            num_pages = self._num_missing(sequence, sequence.num_tokens + self._tokens_ahead)
-            if 0 < num_pages <= self._num_available - kept:
-                self._give(sequence, num_pages)
+        return self._num_available - kept
 
     def _take_back_spare_pages(self) -> bool:
-        """Free the pages that no step so far has used, which are clean; false if there are none."""
+        """Free the pages that hold no token, which are clean but for drafts; false if there are none."""
         num_before = self._pool.num_free
         for sequence in self._running:
             num_used = self.num_pages_for(sequence.num_tokens)
-            self._pool.free(sequence.pages[num_used:])
+            freed = self._pool.free(sequence.pages[num_used:])
+            self._to_clear += freed if self._num_drafts else []
             del sequence.pages[num_used:]
         self.epoch += 1
         return self._pool.num_free > num_before
 
     def _admit(self) -> None:
+        self._refused = None
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
             if sequence.num_pending:
@@ -366,6 +429,7 @@ class Scheduler(Generic[S]):
             if needed > self._num_available and self._tokens_ahead:
                 self._take_back_spare_pages()
             if needed > self._num_available:
+                self._refused, self._settled_epoch = sequence, self.epoch
                 return
             for page in known:
                 self._pool.share(page)

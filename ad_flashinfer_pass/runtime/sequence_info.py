@@ -27,6 +27,12 @@ Source: TensorRT-LLM ``_torch/auto_deploy/custom_ops/attention_interface.py`` (t
 
 Decode steps can follow one another without the host: ``advance`` takes the tokens that were sampled and
 writes the metadata of the next step on the device.
+
+A step that verifies drafts has 1 + ``num_drafts`` tokens of each sequence: its newest one, and guesses at
+those after it. They are counted as extends, and each has its row of logits. ``accept`` keeps the guesses
+that are what was chosen in their places, and writes the metadata of the next such step. K and V of the
+others lie beyond the length of the sequence, where nobody reads, until tokens of later steps are written
+there.
 """
 
 from __future__ import annotations
@@ -97,6 +103,9 @@ class SequenceStep(NamedTuple):
     num_scored: int = 0
     """New tokens, the first ones, whose logits are wanted, too; they follow those of all sequences with
     gather. No captured graph runs such a step."""
+    max_cached: int = 0
+    """In a step that verifies drafts: tokens of the sequence that may be cached, at most; no draft beyond is
+    accepted. token_ids are the newest token and as many of any as there are drafts."""
 
 
 class RowParams(NamedTuple):
@@ -128,8 +137,12 @@ class Bucket(NamedTuple):
     """Decode sequences, of one token each."""
     num_prompts: int = 0
     """Prefill and extend sequences, at most."""
+    num_drafts: int = 0
+    """Of each of ``num_decode`` sequences; 0: nothing is verified."""
 
     def __str__(self) -> str:
+        if self.num_drafts:
+            return f"batch size {self.num_decode}, {self.num_drafts} drafts each"
         if self.num_tokens == 0:
             return f"batch size {self.num_decode}"
         return f"{self.num_tokens} tokens of {self.num_prompts} prompts, {self.num_decode} decodes"
@@ -173,6 +186,8 @@ class SequenceInfo:
         max_num_tokens: new tokens of one step, at most.
         tokens_per_block: tokens of one page.
         device: where the graph runs.
+        num_drafts: tokens that a step may verify beside the newest one of each sequence; fewer than a page
+            has.
     """
 
     def __init__(
@@ -182,13 +197,16 @@ class SequenceInfo:
         max_num_tokens: int,
         tokens_per_block: int,
         device: torch.device,
+        num_drafts: int = 0,
     ) -> None:
+        assert num_drafts < max(tokens_per_block, 1), "a sequence that rests has its tokens on one page"
         self.max_seq_len = max_seq_len
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         self.tokens_per_block = tokens_per_block
         self.max_extend_len = 0
-        """If not 0, extends of more tokens are counted as prefill; see ``ops.cached_attention``."""
+        """If not 0, extends of more tokens are counted as prefill, and all but drafts if there are some; see
+        ``ops.cached_attention``."""
         self.has_lengths = False
         """Whether the graph takes ``sequence_lengths``."""
         self.has_states = False
@@ -196,13 +214,16 @@ class SequenceInfo:
         self.recompute_at: int | None = None
         """If not None, a sequence that grows beyond so many tokens is to be computed anew, as one that began
         with one token more."""
-        self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
+        self.num_drafts = num_drafts
+        self.max_blocks_per_seq = -(-(max_seq_len + num_drafts) // tokens_per_block)
         self.num_slots = max_batch_size + 1
         """States that a pool holds, of which slot 0 is scratch."""
         self.device = device
         self._padding_prompts = -(-max_num_tokens // max_seq_len)
         """Rows for what pads the tokens of a bucket."""
         self.max_rows = 2 * max_batch_size + self._padding_prompts
+        max_logits = max_batch_size * (1 + num_drafts)
+        """Rows of them from which tokens are chosen."""
         self._batch_info_host = torch.zeros(len(BatchInfo._fields), dtype=torch.int32)
         self._buffer = StagedBuffer(
             {
@@ -210,14 +231,15 @@ class SequenceInfo:
                 "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "sequence_lengths": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "token_gather_indices": (torch.int64, (max_batch_size + max_num_tokens,)),
-                "stop_token_ids": (torch.int64, (max_batch_size, _MAX_STOP_TOKENS)),
-                "seed": (torch.int64, (max_batch_size,)),
-                "num_generated": (torch.int64, (max_batch_size,)),
-                "temperature": (torch.float32, (max_batch_size,)),
-                "tail_mass": (torch.float32, (max_batch_size,)),
-                "min_p": (torch.float32, (max_batch_size,)),
-                "top_k": (torch.int32, (max_batch_size,)),
-                "is_stopped": (torch.int32, (max_batch_size,)),
+                "stop_token_ids": (torch.int64, (max_logits, _MAX_STOP_TOKENS)),
+                "seed": (torch.int64, (max_logits,)),
+                "num_generated": (torch.int64, (max_logits,)),
+                "temperature": (torch.float32, (max_logits,)),
+                "tail_mass": (torch.float32, (max_logits,)),
+                "min_p": (torch.float32, (max_logits,)),
+                "top_k": (torch.int32, (max_logits,)),
+                "is_stopped": (torch.int32, (max_logits,)),
+                "max_cached": (torch.int32, (max_batch_size,)),
                 "slot_idx": (torch.int64, (self.max_rows,)),
                 "cu_seqlen": (torch.int32, (self.max_rows + 1,)),
                 "input_pos": (torch.int32, (self.max_rows,)),
@@ -229,10 +251,24 @@ class SequenceInfo:
             },
             device,
         )
-        self.tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
-        """Tokens sampled in the last step for which ``advance`` was called, in the order of its logits."""
+        self.tokens = torch.zeros(max_logits, dtype=torch.int64, device=device)
+        """Tokens sampled in the last step for which ``advance`` or ``accept`` was called, in the order of its
+        logits."""
+        self.num_verified = 0
+        """Rows of the step that verify drafts, padding included; 0: it is no such step."""
         self._shape = (1, 0)
         self._num_gather = 0
+
+    @property
+    def drafts(self) -> Tensor:
+        """int64 [num_verified, 1 + num_drafts], the tokens of the step: the newest of a sequence, and drafts,
+        which whoever guesses writes here. With ``views``, slots and lengths are at hand."""
+        return self._buffer.views["input_ids"][: prod(self._shape)].view(self.num_verified, -1)
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """All metadata on the device, at full capacity."""
+        return self._buffer.views
 
     def nest_sequences(
         self,
@@ -240,19 +276,21 @@ class SequenceInfo:
         *,
         pad_to: Bucket | None = None,
         row_params: Sequence[RowParams] = (),
+        verifies: bool = False,
     ) -> None:
         """Write the metadata of one step. Never waits for the device.
 
         Args:
             sequences: in the order of ``Kind``.
             pad_to: add padding rows up to this shape. There may be no sequences then.
-            row_params: for each row of logits what ``advance`` and ``sample_and_advance`` go by; else that of
-                the step before stands.
+            row_params: for each row of logits what ``advance`` and ``sample_and_advance`` go by, or, of a
+                step that verifies, for each sequence; else that of the step before stands.
+            verifies: each sequence has its newest token and drafts.
 
         Raises:
             ValueError: the step is empty, out of order, too large, or its pages do not cover it.
         """
-        step = self._layout(sequences, pad_to)
+        step = self._verification(sequences, pad_to) if verifies else self._layout(sequences, pad_to)
         sequences, lens = step.sequences, [len(seq.token_ids) for seq in step.sequences]
         ends = list(accumulate(lens))
         total, self._num_gather = ends[-1], len(step.gather)
@@ -264,7 +302,7 @@ class SequenceInfo:
         starts = [seq.input_pos for seq in sequences]
         # The n-th token of a sequence stands n places behind its first one.
         shifts = [at + n - end for at, n, end in zip(starts, lens, ends, strict=True)]
-        positions = np.arange(total) + np.repeat(shifts, lens)
+        positions = np.minimum(np.arange(total) + np.repeat(shifts, lens), self.max_seq_len - 1)
         pages = [page for seq in sequences for page in seq.pages]
         write = self._buffer.next_stage()
         write("input_ids", ids)
@@ -275,13 +313,19 @@ class SequenceInfo:
         write("token_gather_indices", step.gather)
         num_padding = 0 if pad_to is None else self._num_gather - step.num_real
         write("is_stopped", [0] * step.num_real + [1] * num_padding)
+        if verifies:
+            write("max_cached", [seq.max_cached for seq in sequences])
+            places = range(1 + self.num_drafts)
+            row_params = [
+                row._replace(num_generated=row.num_generated + i) for row in row_params for i in places
+            ]
         if row_params:
             stops, *columns = map(list, zip(*row_params, strict=True))
             unused = [-1] * _MAX_STOP_TOKENS
             write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stops])
             for name, column in zip(RowParams._fields[1:], columns, strict=True):
                 write(name, column)
-        if self.has_states:
+        if self.has_states or verifies:
             write("slot_idx", [seq.slot for seq in sequences])
         write("cu_seqlen", [0, *ends])
         write("input_pos", starts)
@@ -291,6 +335,7 @@ class SequenceInfo:
         self._buffer.copy_to_device(len(pages))
         if ids.min(initial=0) < 0:
             self._fill_in_tokens(total)
+        self.num_verified = len(sequences) if verifies else 0
         self._shape = (total, 1) if info.num_decode == total else (1, total)
 
     def named_args(self) -> dict[str, Tensor]:
@@ -337,6 +382,64 @@ class SequenceInfo:
         first_page = views["cu_num_pages"][:n].long()
         cache_loc = views["cache_loc"]
         cache_loc[first_page] = cache_loc[first_page] * goes_on
+
+    def accept(self, sampled: Tensor) -> None:
+        """Keep the drafts that were sampled in their places, and make the metadata that of the next step.
+
+        Runs on the device alone, as ``advance``. A token that was sampled after a wrong draft is none: the
+        sequence goes on after the first token that is not its draft. ``tokens`` are what it gets, and then
+        ``IDLE``. What follows a token that stops it is for the reader to drop.
+
+        Args:
+            sampled: int64 [n * (1 + num_drafts)], of the first n sequences, in the order of the logits.
+        """
+        width, views = 1 + self.num_drafts, self._buffer.views
+        n = sampled.shape[0] // width
+        drafts, places = self.drafts[:n], torch.arange(width, device=sampled.device)
+        is_stopped = views["is_stopped"][: n * width].view(n, width)
+        input_pos = views["input_pos"][:n]
+        tokens = torch.where(is_stopped > 0, IDLE, sampled.view(n, width))
+        is_right = (tokens[:, :-1] == drafts[:, 1:]) & (
+            input_pos[:, None] + places[1:] < views["max_cached"][:n, None]
+        )
+        num_right = is_right.cumprod(1).sum(1, keepdim=True)
+        newest = tokens.gather(1, num_right)
+        tokens = torch.where(places <= num_right, tokens, IDLE)
+        self.tokens[: n * width] = tokens.flatten()
+        stops = views["stop_token_ids"][: n * width : width]
+        is_stop = (tokens[:, :, None] == stops[:, None]).flatten(1).any(1) | (newest[:, 0] < 0)
+        goes_on = ~is_stop
+        is_stopped.copy_(is_stop[:, None].expand(n, width))
+        drafts[:, :1] = newest * goes_on[:, None]
+        views["num_generated"][: n * width] += num_right.add(1).expand(n, width).flatten()
+        input_pos = (input_pos + num_right[:, 0] + 1).int() * goes_on
+        views["input_pos"][:n] = input_pos
+        positions = (input_pos[:, None] + places).clamp(max=self.max_seq_len - 1).flatten()
+        views["position_ids"][: n * width] = positions
+        views["sequence_lengths"][: n * width] = positions + 1
+        torch.add(input_pos, width, out=views["seq_len_with_cache"][:n])
+        first_page, cache_loc = views["cu_num_pages"][:n].long(), views["cache_loc"]
+        cache_loc[first_page] = cache_loc[first_page] * goes_on
+
+    def sample_and_accept(self, scores: Tensor, *, is_greedy: bool = False) -> None:
+        """Choose tokens as ``row_params`` say, and ``accept``, by Triton kernels.
+
+        Args:
+            scores: floating [n * (1 + num_drafts), vocab_size], the first rows of logits.
+            is_greedy: as for ``sample_and_advance``.
+        """
+        from ad_flashinfer_pass.kernels import drafts  # needs triton
+
+        self.sample_and_advance(scores, is_greedy=is_greedy)
+        with torch.cuda.device_of(scores):
+            drafts.accept(
+                scores.shape[0],
+                self.num_drafts,
+                self.tokens,
+                self._buffer.views,
+                max_seq_len=self.max_seq_len,
+                idle=IDLE,
+            )
 
     def sample_and_advance(self, scores: Tensor, *, is_greedy: bool = False) -> None:
         """Choose tokens as ``row_params`` say, and ``advance``, by Triton kernels.
@@ -389,8 +492,24 @@ class SequenceInfo:
         counts = [len(rows), bucket.num_tokens, 0, 0, bucket.num_decode, bucket.num_decode]
         return _Layout(padded, counts, moved, len(gather))
 
+    def _verification(self, sequences: Sequence[SequenceStep], bucket: Bucket | None) -> _Layout:
+        """The step as it is written, if each sequence has its newest token and drafts."""
+        width, count = 1 + self.num_drafts, len(sequences) if bucket is None else bucket.num_decode
+        if not len(sequences) <= count <= self.max_batch_size or count * width > self.max_num_tokens:
+            raise ValueError(f"{len(sequences)} sequences of {width} tokens cannot be padded to {count}")
+        for index, seq in enumerate(sequences):
+            if len(seq.token_ids) != width or not seq.gather or seq.num_scored:
+                raise ValueError(f"sequence {index}: must have {width} tokens, whose logits are wanted")
+        firsts = [seq._replace(token_ids=seq.token_ids[:1]) for seq in sequences]
+        self._check(firsts, [1] * len(firsts), [Kind.DECODE] * len(firsts), may_be_empty=bucket is not None)
+        padded = [*sequences, *[SequenceStep((0,) * width, 0, ())] * (count - len(sequences))]
+        counts = [0, 0, count, count * width, 0, 0]
+        return _Layout(padded, counts, list(range(count * width)), len(sequences) * width)
+
     def _short_extends(self, kinds: list[Kind], lens: list[int]) -> list[Kind]:
         """The kinds, with prefill for extends up to the last one that is too long to be one."""
+        if self.num_drafts:
+            return [Kind.PREFILL if kind is Kind.EXTEND else kind for kind in kinds]
         is_long = [
             kind is Kind.EXTEND and n > self.max_extend_len > 0 for kind, n in zip(kinds, lens, strict=True)
         ]

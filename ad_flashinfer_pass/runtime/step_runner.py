@@ -2,18 +2,20 @@
 
 A step is the graph, the choice of tokens, and, when steps run ahead of the host, ``SequenceInfo.advance``:
 where all sequences decode, the next step of the same sequences then needs nothing from the host. Nothing
-waits for the device but ``PendingTokens.read``.
+waits for the device but ``PendingTokens.read``. Steps that verify drafts are the same with ``accept``, and
+guesses for the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.drafts.drafter import DraftedSequence
 from ad_flashinfer_pass.runtime.sampling import (
     Logprobs,
     SampledSequence,
@@ -30,6 +32,10 @@ _MAX_TOP_K = 2**31 - 1
 FindBits = Callable[[], Tensor | None]
 
 
+class _Row(SampledSequence, DraftedSequence, Protocol):
+    """A sequence whose drafts are verified."""
+
+
 class Wanted(NamedTuple):
     """Which log-probabilities of a step are read."""
 
@@ -39,6 +45,15 @@ class Wanted(NamedTuple):
     """How many of the most likely tokens beside it."""
     prompt: Sequence[int] = ()
     """Tokens of prompts whose logits follow those of all rows."""
+
+
+class _At:
+    """A sequence as it is once some more tokens of it are known, of which none has to be read."""
+
+    def __init__(self, row: SampledSequence, shift: int) -> None:
+        self.params, self.seed, self.token_ids = row.params, row.seed, row.token_ids
+        self.num_prompt_tokens, self.stop_token_ids = row.num_prompt_tokens, row.stop_token_ids
+        self.num_generated, self.num_tokens = row.num_generated + shift, row.num_tokens + shift
 
 
 class PendingTokens:
@@ -94,6 +109,8 @@ class StepRunner:
         self._wanted: Wanted | None = None
         self._is_greedy = self._is_penalised = False
         """Of the rows of the last ``run``: whether all are, and whether any is."""
+        self._verified: list[_At] = []
+        """Of the last ``run``, if it verifies: each row once for each of its tokens."""
 
     def run(
         self,
@@ -111,6 +128,7 @@ class StepRunner:
             find_bits: called when the model has been enqueued, gives the tokens that may be chosen; see
                 ``Sampler.sample``.
         """
+        self._verified = []
         reads_params = self._runs_ahead or self._on_cuda
         self._model.nest(steps, [_row_params(row) for row in rows] if reads_params else ())
         self._wanted = wanted
@@ -118,15 +136,56 @@ class StepRunner:
         self._is_penalised = any(row.params.is_penalised for row in rows)
         return self.run_again(rows, find_bits)
 
+    def verify(
+        self, steps: Sequence[SequenceStep], rows: Sequence[_Row], wanted: Wanted | None = None
+    ) -> PendingTokens:
+        """Enqueue a step that verifies drafts; its tokens are 1 + ``num_drafts`` a row, see ``accept``.
+
+        Args:
+            steps: see ``SequenceInfo.nest_sequences``; the tokens of all sequences are known.
+            rows: as for ``run``, none of them penalised.
+            wanted: as for ``run``, of rows as many for each sequence.
+        """
+        drafter = self._model.drafter
+        assert drafter is not None
+        self._model.nest(steps, [_row_params(row) for row in rows], verifies=True)
+        self._wanted, self._is_penalised = wanted, False
+        self._is_greedy = all(row.params.is_greedy for row in rows)
+        width = 1 + self._model.sequence_info.num_drafts
+        self._verified = [_At(row, shift) for row in rows for shift in range(width)]
+        with torch.inference_mode():
+            drafter.begin(rows)
+            drafter.propose()
+        return self.run_again(rows)
+
     def run_again(self, rows: Sequence[SampledSequence], find_bits: FindBits | None = None) -> PendingTokens:
         """Enqueue the step for which the metadata stand, which is the next one if all of ``rows`` decode."""
         with torch.inference_mode():
             all_logits = self._model.forward()
+            if self._verified:
+                return self._accepted(all_logits)
             bits = None if find_bits is None else find_bits()
             tokens = self._choose(all_logits[: len(rows)], rows, bits)
             if self._wanted is None:
                 return PendingTokens(tokens)
             return PendingTokens(tokens, self._logprobs(all_logits, tokens, self._wanted))
+
+    def _accepted(self, all_logits: Tensor) -> PendingTokens:
+        """What ``verify`` gives."""
+        info, num_rows = self._model.sequence_info, len(self._verified)
+        logits = all_logits[:num_rows]
+        by_replay = self._model.sample_and_advance(is_greedy=self._is_greedy)
+        if not by_replay and self._on_cuda:
+            info.sample_and_accept(logits, is_greedy=self._is_greedy)
+        elif not by_replay:
+            num_generated = info.views["num_generated"][:num_rows]
+            info.accept(self._sampler.sample(logits, self._verified, num_generated=num_generated))
+        tokens = info.tokens[:num_rows]
+        wanted = self._wanted
+        pending = PendingTokens(tokens, None if wanted is None else self._logprobs(logits, tokens, wanted))
+        if not by_replay and self._runs_ahead and self._model.drafter is not None:
+            self._model.drafter.propose(tokens.view(-1, 1 + info.num_drafts))
+        return pending
 
     def _choose(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> Tensor:
         if not rows:

@@ -90,7 +90,7 @@ def test_buckets_of_prefill_hold_every_step_and_few_rows_that_are_not_there() ->
     assert max(rows) == 2048 + 32
 
     def smallest(num_tokens: int, num_decode: int, num_prompts: int) -> Bucket:
-        needed = (num_tokens, num_decode, num_prompts)
+        needed = (num_tokens, num_decode, num_prompts, 0)
         return next(b for b in buckets if all(has >= n for has, n in zip(b, needed, strict=True)))
 
     assert smallest(1024, 0, 1) == Bucket(1024, 0, 8)

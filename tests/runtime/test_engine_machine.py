@@ -13,9 +13,11 @@ from hypothesis.stateful import (
 )
 
 from ad_flashinfer_pass.errors import RequestError
+from ad_flashinfer_pass.runtime.drafts.ngram import NgramDrafter
 from ad_flashinfer_pass.runtime.engine import Completion, Engine, StepOutput
 from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from tests.runtime.guesser import Guesser
 from tests.runtime.toy_model import NAN_TOKEN, VOCAB_SIZE, ToyModel, toy_logits
 
 MAX_SEQ_LEN = 40
@@ -96,6 +98,8 @@ class EngineMachine(RuleBasedStateMachine):
         steps_ahead=st.integers(0, 3),
         with_graphs=st.booleans(),
         has_states=st.sampled_from([False, False, True]),
+        num_drafts=st.integers(0, 4),
+        share_right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     )
     def make(
         self,
@@ -107,6 +111,8 @@ class EngineMachine(RuleBasedStateMachine):
         steps_ahead: int,
         with_graphs: bool,
         has_states: bool,
+        num_drafts: int,
+        share_right: float,
     ) -> None:
         """An engine of any shape."""
         self.model = ToyModel(
@@ -117,6 +123,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_seq_len=MAX_SEQ_LEN,
             with_graphs=with_graphs,
             has_states=has_states,
+            num_drafts=0 if has_states else min(num_drafts, tokens_per_page - 1),
+            drafter=lambda info: Guesser(info, share_right) if share_right else NgramDrafter(info),
         )
         self.engine = Engine(
             self.model, eos_token_ids=EOS, prefill_chunk_tokens=chunk, steps_ahead=steps_ahead

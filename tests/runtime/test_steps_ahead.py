@@ -30,10 +30,10 @@ class CountingModel(ToyModel):
 
     num_nested = 0
 
-    def nest(self, sequences: Any, row_params: Any = ()) -> None:
+    def nest(self, sequences: Any, row_params: Any = (), verifies: bool = False) -> None:
         """As ``CachedModel.nest``."""
         self.num_nested += 1
-        super().nest(sequences, row_params)
+        super().nest(sequences, row_params, verifies)
 
 
 def drain(engine: Engine) -> dict[int, Completion]:

@@ -8,7 +8,7 @@ is not that of the pages, the logits are wrong, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule, default_batch_sizes, default_token_buckets
+from ad_flashinfer_pass.runtime.drafts.drafter import Drafter
+from ad_flashinfer_pass.runtime.drafts.ngram import NgramDrafter
 from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, SequenceInfo, SequenceStep
 
 VOCAB_SIZE = 48
@@ -53,8 +55,9 @@ def _hashed(state: int, token_ids: Sequence[int]) -> int:
 class ToyGraph(nn.Module):
     """Stands for a transformed graph: writes tokens into pages, and hashes all tokens read back from them."""
 
-    def __init__(self, tokens_per_page: int, has_states: bool) -> None:
+    def __init__(self, tokens_per_page: int, has_states: bool, max_seq_len: int) -> None:
         super().__init__()
+        self.max_seq_len = max_seq_len
         self.tokens_per_page = tokens_per_page
         self.has_states = has_states
         self.fail_next: BaseException | None = None
@@ -101,6 +104,7 @@ class ToyGraph(nn.Module):
         ends, starts = inputs["cu_seqlen"].tolist(), inputs["input_pos"].tolist()
         page_ends, pages = inputs["cu_num_pages"].tolist(), inputs["cache_loc"].tolist()
         positions = inputs["position_ids"].flatten().tolist()
+        last = self.max_seq_len - 1
         gathered = set(inputs["token_gather_indices"].tolist())
         found: list[tuple[int, SequenceStep]] = []
         for row in range(info.num_prefill + info.num_extend + info.num_decode):
@@ -108,8 +112,8 @@ class ToyGraph(nn.Module):
             length = start + end - first
             own = pages[page_ends[row] : page_ends[row + 1]][: -(-length // self.tokens_per_page)]
             assert inputs["seq_len_with_cache"][row] == length
-            assert positions[first:end] == list(range(start, length)) or not own
-            if own and own != [0]:
+            assert positions[first:end] == [min(at, last) for at in range(start, length)] or not own
+            if own and own[0] != 0:
                 slot = int(inputs["slot_idx"][row]) if self.has_states else len(found) + 1
                 step = SequenceStep(tokens[first:end], start, own, end - 1 in gathered, slot=slot)
                 found.append((end - 1, step))
@@ -117,7 +121,7 @@ class ToyGraph(nn.Module):
 
     def _slot(self, s: SequenceStep, position: int) -> tuple[int, int]:
         page, offset = divmod(position, self.tokens_per_page)
-        return s.pages[page], offset
+        return (s.pages[page] if page < len(s.pages) else 0), offset  # drafts may stand beyond
 
 
 class ToyModel(CachedModel):
@@ -126,7 +130,12 @@ class ToyModel(CachedModel):
     Args:
         with_graphs: pad and replay as with CUDA graphs.
         has_states: the state counts, so that requests cannot share pages.
+        num_drafts: tokens that a step may verify; has_states must be False.
+        drafter: who guesses them; default: ``NgramDrafter``.
     """
+
+    verify_cost: Mapping[int, float] = {1: 0.0}
+    """So that drafts always pay."""
 
     def __init__(
         self,
@@ -138,9 +147,13 @@ class ToyModel(CachedModel):
         max_seq_len: int = 200,
         with_graphs: bool = False,
         has_states: bool = True,
+        num_drafts: int = 0,
+        drafter: Callable[[SequenceInfo], Drafter] = NgramDrafter,
     ) -> None:
-        self.graph = ToyGraph(tokens_per_page, has_states)
-        info = SequenceInfo(max_seq_len, max_batch_size, max_num_tokens, tokens_per_page, torch.device("cpu"))
+        self.graph = ToyGraph(tokens_per_page, has_states, max_seq_len)
+        sizes = (max_seq_len, max_batch_size, max_num_tokens, tokens_per_page)
+        info = SequenceInfo(*sizes, torch.device("cpu"), num_drafts)
+        guesses = drafter(info) if num_drafts else None
         info.has_states = has_states
         caches = {
             "kv_cache_0": torch.zeros(num_pages, tokens_per_page, dtype=torch.int64),
@@ -149,10 +162,11 @@ class ToyModel(CachedModel):
         module: nn.Module = self.graph
         if with_graphs:
             buckets = default_token_buckets(max_num_tokens)
-            module = CudaGraphModule(self.graph, default_batch_sizes(max_batch_size), buckets)
+            sizes_of_graphs = default_batch_sizes(max_batch_size)
+            module = CudaGraphModule(self.graph, sizes_of_graphs, buckets, drafter=guesses)
             module.capture(info, caches)
             self.graph.steps.clear()
-        super().__init__(module, caches, info, VOCAB_SIZE)
+        super().__init__(module, caches, info, VOCAB_SIZE, drafter=guesses)
 
     @property
     def steps(self) -> list[list[SequenceStep]]:

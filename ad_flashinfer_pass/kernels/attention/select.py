@@ -68,11 +68,30 @@ def torch_device(name: str) -> torch.device:
     return found
 
 
-def extender(plan: str) -> Callable[..., Tensor] | None:
-    """``Provider.extend`` of a plan's default, for any number of sequences; None if it has none here."""
-    provider = PROVIDERS[KernelPlan.parse(plan).default.name]
+def extender(decode_plan: str, extend_plan: str = "", size: int = 0) -> Callable[..., Tensor] | None:
+    """``Provider.extend`` of a plan for so many sequences, else of that of decode; None: there is none.
+
+    The plan of decode knows other sizes: of it the default counts.
+    """
+    if extend_plan:
+        return PROVIDERS[KernelPlan.parse(extend_plan).at(size).name].extend
+    provider = PROVIDERS[KernelPlan.parse(decode_plan).default.name]
+    return provider.extend if can_extend(provider) else None
+
+
+def can_extend(provider: Provider) -> bool:
+    """Whether it has ``extend`` here."""
     since = provider.extend_since
-    return None if since is not None and since.lacking() else provider.extend
+    return provider.extend is not None and (since is None or not since.lacking())
+
+
+def extending(site: Site, device: torch.device, sm: int | None = None) -> list[str]:
+    """The providers, in their order, that take the drafts of a site, the same number of each sequence."""
+    return [
+        name
+        for name, provider in PROVIDERS.items()
+        if can_extend(provider) and not provider.capability.refusals(site, "decode", device, sm)
+    ]
 
 
 def on_host(phase: Phase, plan: str) -> list[str]:

@@ -1,0 +1,191 @@
+"""The end of a step that verifies drafts, on the device: which are kept, and guesses for the next step.
+
+The tokens of all places have been chosen (``kernels.sampling``). One program a sequence, in each of two launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+"""Places of a text that a program looks at at once."""
+
+
+def accept(
+    num_rows: int,
+    num_drafts: int,
+    tokens: Tensor,
+    views: Mapping[str, Tensor],
+    *,
+    max_seq_len: int,
+    idle: int,
+) -> None:
+    """See ``SequenceInfo.accept``.
+
+    Args:
+        num_rows: of logits, 1 + num_drafts a sequence.
+        num_drafts: of each sequence.
+        tokens: int64 [num_rows or more], what was chosen; ``idle`` is written where it is not kept.
+        views: the metadata by name; ``num_generated`` counts one token a row already.
+        max_seq_len: positions lie below it.
+        idle: negative.
+    """
+    _accept[(num_rows // (1 + num_drafts),)](
+        tokens,
+        views["input_ids"],
+        views["position_ids"],
+        views["sequence_lengths"],
+        views["input_pos"],
+        views["seq_len_with_cache"],
+        views["max_cached"],
+        views["is_stopped"],
+        views["num_generated"],
+        views["stop_token_ids"],
+        views["cu_num_pages"],
+        views["cache_loc"],
+        max_seq_len,
+        IDLE=idle,
+        WIDTH=1 + num_drafts,
+        LANES=triton.next_power_of_2(1 + num_drafts),
+        NUM_STOPS=views["stop_token_ids"].shape[1],
+        num_warps=1,
+    )
+
+
+def match(
+    texts: Tensor,
+    drafts: Tensor,
+    accepted: Tensor | None,
+    slots: Tensor,
+    input_pos: Tensor,
+    *,
+    most: int,
+    least: int,
+) -> None:
+    """Write what ``ngram.guess`` guesses.
+
+    Args:
+        texts: int32 [num_slots, max_seq_len], the tokens of each sequence; what is accepted is written.
+        drafts: int64 [rows, 1 + num_drafts], with the newest tokens; the others are written.
+        accepted: see ``Drafter.propose``.
+        slots: int64 [rows or more].
+        input_pos: int32 [rows or more], the places of the newest tokens.
+        most: tokens whose agreement counts.
+        least: of them, for a guess.
+    """
+    num_rows, width = drafts.shape if accepted is None else accepted.shape
+    with torch.cuda.device_of(texts):
+        _match[(num_rows,)](
+            texts,
+            texts.stride(0),
+            drafts,
+            accepted,
+            slots,
+            input_pos,
+            WIDTH=width,
+            LANES=triton.next_power_of_2(width),
+            BLOCK=min(_BLOCK, max(64, triton.next_power_of_2(texts.shape[1]))),
+            MOST=most,
+            LEAST=least,
+            num_warps=8,
+        )
+
+
+@triton.jit(do_not_specialize=["max_seq_len"])
+def _accept(  # type: ignore[no-untyped-def]
+    tokens,
+    input_ids,
+    position_ids,
+    sequence_lengths,
+    input_pos,
+    seq_len_with_cache,
+    max_cached,
+    is_stopped,
+    num_generated,
+    stop_token_ids,
+    cu_num_pages,
+    cache_loc,
+    max_seq_len,
+    IDLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    NUM_STOPS: tl.constexpr,
+):
+    """The tokens that one sequence gets, and its metadata."""
+    row = tl.program_id(0)
+    places, first = tl.arange(0, LANES), row * WIDTH
+    is_place = places < WIDTH
+    chosen = tl.load(tokens + first + places, mask=is_place, other=IDLE)
+    drafts = tl.load(input_ids + first + places + 1, mask=places < WIDTH - 1, other=-1)
+    position = tl.load(input_pos + row)
+    is_right = (chosen == drafts) & (position + places + 1 < tl.load(max_cached + row)) & (places < WIDTH - 1)
+    num_right = tl.min(tl.where(is_right, WIDTH, places), 0)
+    is_given = places <= num_right
+    newest = tl.sum(tl.where(places == num_right, chosen, 0), 0)
+    tl.store(tokens + first + places, tl.where(is_given, chosen, IDLE), mask=is_place)
+
+    stops = tl.load(stop_token_ids + first * NUM_STOPS + tl.arange(0, NUM_STOPS))
+    is_stop = (stops[None, :] == chosen[:, None]) & is_given[:, None]
+    stopped = (tl.max(tl.max(is_stop.to(tl.int32), 1), 0) > 0) | (newest < 0)
+    goes_on = tl.where(stopped, 0, 1)
+    tl.store(is_stopped + first + places, tl.where(stopped, 1, 0) + places * 0, mask=is_place)
+    generated = tl.load(num_generated + first + places, mask=is_place, other=0)
+    tl.store(num_generated + first + places, generated + num_right, mask=is_place)
+    tl.store(input_ids + first, newest * goes_on)
+    position = (position + num_right + 1) * goes_on
+    tl.store(input_pos + row, position)
+    tl.store(seq_len_with_cache + row, position + WIDTH)
+    positions = tl.minimum(position + places, max_seq_len - 1).to(tl.int64)
+    tl.store(position_ids + first + places, positions, mask=is_place)
+    tl.store(sequence_lengths + first + places, positions + 1, mask=is_place)
+    first_page = cache_loc + tl.load(cu_num_pages + row)
+    tl.store(first_page, tl.load(first_page) * goes_on, mask=stopped)
+
+
+@triton.jit(do_not_specialize=["text_stride"])
+def _match(  # type: ignore[no-untyped-def]
+    texts,
+    text_stride,
+    drafts,
+    accepted,
+    slots,
+    input_pos,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MOST: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """The place of one text whose last tokens agree with its end, and what stands after it."""
+    row = tl.program_id(0)
+    text = texts + tl.load(slots + row) * text_stride
+    last = tl.load(input_pos + row)
+    lanes = tl.arange(0, LANES)
+    if accepted is not None:
+        got = tl.load(accepted + row * WIDTH + lanes, mask=lanes < WIDTH, other=-1)
+        count = tl.sum((got >= 0).to(tl.int32), 0)
+        place = last - count + 1 + lanes
+        tl.store(text + place, got.to(tl.int32), mask=(got >= 0) & (place > 0))
+        tl.debug_barrier()
+    best = tl.zeros((), tl.int64)
+    for start in range(0, last, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        agrees = places < last
+        length = tl.zeros((BLOCK,), tl.int32)
+        for back in tl.static_range(MOST):
+            token = tl.load(text + last - back, mask=last >= back, other=-1)
+            there = tl.load(text + places - back, mask=agrees & (places >= back), other=-2)
+            agrees = agrees & (there == token)
+            length += agrees.to(tl.int32)
+        best = tl.maximum(best, tl.max((length.to(tl.int64) << 32) | places.to(tl.int64), 0))
+    found = (best & 0xFFFFFFFF).to(tl.int32)
+    is_found = (best >> 32) >= LEAST
+    after = found + 1 + (lanes - 1) % tl.maximum(last - found, 1)
+    is_draft = (lanes > 0) & (lanes < WIDTH)
+    guess = tl.load(text + after, mask=is_draft & is_found, other=0)
+    tl.store(drafts + row * WIDTH + lanes, guess.to(tl.int64), mask=is_draft)

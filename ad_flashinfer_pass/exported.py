@@ -192,7 +192,7 @@ def _check_kernels(gm: fx.GraphModule) -> None:
         torch.ops.ad_flashinfer.cached_attention.default: {
             "prefill_kernel": dict.fromkeys(attention, (0,)),
             "decode_kernel": attention,
-            "extend_kernel": dict.fromkeys(["", *attention], (0,)),
+            "verify_kernel": dict.fromkeys(["", *attention], (0,)),
         },
         torch.ops.ad_flashinfer.experts.default: {"plan": EXPERTS_KERNELS},
         torch.ops.ad_flashinfer.quantized_experts.default: {"plan": EXPERTS_KERNELS},

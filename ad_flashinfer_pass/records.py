@@ -140,7 +140,7 @@ class CachedSite:
     decode: Choice
     cache: str
     """Name of the cache resource."""
-    extend: str = ""
+    verify: str = ""
     """Kernel for drafts; empty: that for prefill, or nothing is drafted."""
 
 

@@ -209,8 +209,9 @@ def test_every_config_for_autodeploy_is_taken() -> None:
             "delete the key. max_beam_width: got 2, but there is no beam search here; delete the key.",
         ),
         (
-            {"speculative_config": {"decoding_type": "MTP"}},
-            "speculative_config: got {'decoding_type': 'MTP'}, but nothing is drafted here; delete the key.",
+            {"speculative_model_kwargs": {"num_hidden_layers": 1}},
+            "speculative_model_kwargs: got {'num_hidden_layers': 1}, but drafts come from the request's own "
+            "tokens; delete the key.",
         ),
         (
             {"attn_page_size": 64, "kv_cache_config": {"tokens_per_block": 32}},

@@ -116,7 +116,7 @@ def host_kernels(ctx: TransformContext) -> dict[Phase, str]:
 
 def _host_verifier(ctx: TransformContext) -> str | None:
     """The kernel that keeps steps with drafts from being captured, if there is one."""
-    kernels = {site.extend or site.prefill.kernel for site in ctx.sites}
+    kernels = {site.verify or site.prefill.kernel for site in ctx.sites}
     return next((kernel for kernel in sorted(kernels) if select.on_host("prefill", kernel)), None)
 
 

@@ -25,7 +25,7 @@ from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.matching.rms_norm import rms_norm
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
-from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes, verified_batches
 
 aten = torch.ops.aten
 _LINEAR = torch.ops.ad_flashinfer.linear.default
@@ -70,7 +70,7 @@ def _tune(small: fx.GraphModule, ctx: TransformContext, report: TransformReport)
     )
     plans, notes = tune(
         linears,
-        sorted({*sizes, *buckets}),
+        sorted({*sizes, *buckets, *(n * (1 + ctx.config.num_drafts) for n in verified_batches(ctx.config))}),
         lambda done, total: ctx.on_event(f"fuse_small_batch: {done} of {total} numbers of tokens"),
     )
     report.notes += notes

@@ -157,9 +157,10 @@ def _insert_site(
     prefill, decode = (
         select.choose(site, phase, target, g.where(node), ctx.sm) for phase in ("prefill", "decode")
     )
-    limit, extend_kernel = ctx.sequence_info.max_extend_len, ""
-    if ctx.sequence_info.num_drafts and (extending := select.extending(site, target, ctx.sm)):
-        extend_kernel = extending[0]
+    limit, verify = ctx.sequence_info.max_extend_len, ""
+    num_drafts = ctx.sequence_info.num_drafts
+    if num_drafts and (verifiers := select.verifiers(site, num_drafts, target, ctx.sm)):
+        verify = verifiers[0]
     with gm.graph.inserting_before(node):
         if pair not in caches:
             caches[pair] = _add_cache(gm, ctx, site)
@@ -193,7 +194,7 @@ def _insert_site(
             **options,
             **quantized,
             **({"max_extend_len": limit} if limit else {}),
-            **({"extend_kernel": extend_kernel} if extend_kernel else {}),
+            **({"verify_kernel": verify} if verify else {}),
         )
     g.copy_origin(cached, node)
     g.replace(node, cached)
@@ -206,7 +207,7 @@ def _insert_site(
             prefill=prefill,
             decode=decode,
             cache=caches[pair].name,
-            extend=extend_kernel,
+            verify=verify,
         )
     )
 
@@ -220,7 +221,7 @@ def _choices(sites: list[CachedSite]) -> list[str]:
 def _extends(ctx: TransformContext) -> list[str]:
     """What runs extends that are no longer than the limit, of how many sites."""
     kernels = Counter(
-        site.extend or (site.decode if select.extender(site.decode.kernel) else site.prefill).kernel
+        site.verify or (site.decode if select.extender(site.decode.kernel) else site.prefill).kernel
         for site in ctx.sites
     )
     limit = ctx.sequence_info.max_extend_len

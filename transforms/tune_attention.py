@@ -22,7 +22,7 @@ from ad_flashinfer_pass.kernels.attention.tune import Decode, kind_of
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import CachedSite, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
-from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes, verified_batches
 
 _Place = tuple[fx.Node, CachedSite]
 
@@ -86,3 +86,11 @@ def _tune(kind: Site, places: list[_Place], ctx: TransformContext, report: Trans
     for node, _ in places:
         node.kwargs = {**node.kwargs, "decode_kernel": plans[kind]}
         report.num_matches += 1
+    if not all(site.verify for _, site in places):
+        return
+    drafts = Decode(kind, pools, ctx.sequence_info.max_blocks_per_seq, ctx.sequence_info.num_drafts)
+    plans, notes = tune(drafts, verified_batches(ctx.config))
+    report.notes += [f"{len(places)} sites, {note}" for note in notes]
+    for node, site in places:
+        site.verify = plans[kind]
+        node.kwargs = {**node.kwargs, "verify_kernel": plans[kind]}

@@ -31,7 +31,7 @@ from ad_flashinfer_pass.kernels.linear import float8
 from ad_flashinfer_pass.kernels.measure import tune
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
-from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes, verified_batches
 
 _EXPERTS = torch.ops.ad_flashinfer.experts.default
 _QUANTIZED = torch.ops.ad_flashinfer.quantized_experts.default
@@ -128,7 +128,8 @@ def _tune(nodes: list[fx.Node], ctx: TransformContext, report: TransformReport) 
         row.append((int(g.shape(args["top_k_index"])[1]), x_dtype, weights, options))
     layers = ExpertsLayers(row)
     sizes, buckets = bucket_sizes(ctx.config)
-    measured = sorted({*sizes, *buckets[::-_EACH]})
+    drafted = [size * (1 + ctx.config.num_drafts) for size in verified_batches(ctx.config)]
+    measured = sorted({*sizes, *drafted, *buckets[::-_EACH]})
     plans, notes = tune(
         layers,
         measured,

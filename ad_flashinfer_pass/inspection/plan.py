@@ -28,7 +28,7 @@ from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.inspection.target import check_target, site_choices
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.tune import timed_providers
-from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes, prefill_buckets
+from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes, prefill_buckets, verified_batches
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -372,7 +372,7 @@ def _activations(graph: GraphData, config: AutoDeployConfig) -> list[PlanRow]:
 def _graphs(config: AutoDeployConfig) -> list[PlanRow]:
     """What captured graphs take beside the intermediate results of the largest, which all share."""
     sizes, totals = bucket_sizes(config)
-    count = len(sizes) + len(prefill_buckets(totals, config.max_batch_size))
+    count = len(sizes) + len(verified_batches(config)) + len(prefill_buckets(totals, config.max_batch_size))
     how = f"{count} graphs x {_GRAPH_BYTES:,}, as measured on an H200; their memory is one pool"
     return [PlanRow(name="CUDA graphs", bytes=count * _GRAPH_BYTES, arithmetic=how)]
 

@@ -1,6 +1,7 @@
 """The end of a step that verifies drafts, on the device: which are kept, and guesses for the next step.
 
-The tokens of all places have been chosen (``kernels.sampling``). One program a sequence, in each of two launches.
+The tokens of all places have been chosen (``kernels.sampling``). One program a sequence, in each of two
+launches.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def _match(  # type: ignore[no-untyped-def]
         agrees = places < last
         length = tl.zeros((BLOCK,), tl.int32)
         for back in tl.static_range(MOST):
-            token = tl.load(text + last - back, mask=last >= back, other=-1)
+            token = tl.where(last >= back, tl.load(text + tl.maximum(last - back, 0)), -1)
             there = tl.load(text + places - back, mask=agrees & (places >= back), other=-2)
             agrees = agrees & (there == token)
             length += agrees.to(tl.int32)
@@ -187,5 +188,5 @@ def _match(  # type: ignore[no-untyped-def]
     is_found = (best >> 32) >= LEAST
     after = found + 1 + (lanes - 1) % tl.maximum(last - found, 1)
     is_draft = (lanes > 0) & (lanes < WIDTH)
-    guess = tl.load(text + after, mask=is_draft & is_found, other=0)
+    guess = tl.where(is_found, tl.load(text + after, mask=is_draft, other=0), 0)
     tl.store(drafts + row * WIDTH + lanes, guess.to(tl.int64), mask=is_draft)

@@ -36,7 +36,7 @@ def cached_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     max_extend_len: int = 0,
-    extend_kernel: str = "",
+    verify_kernel: str = "",
 ) -> Tensor:
     """Causal attention of the new tokens over their sequence's pages, which already hold them.
 
@@ -62,10 +62,9 @@ def cached_attention(
         k_scale: what an element of K in the cache is multiplied by; see ``ops.append_kv``.
         v_scale: likewise for V.
         max_extend_len: if not 0, no extend sequence has more tokens than that, as drafts to be verified, and
-            they are for ``extend_kernel``, or else for ``extend`` of decode_kernel if it has that, as `xqa`
-            does; else they are prefilled.
-        extend_kernel: name of the provider for extends, and others by their number: a ``KernelPlan``. Each
-            sequence then has max_extend_len tokens.
+            they are for ``extend`` of decode_kernel if it has that, as `xqa` does; else they are prefilled.
+        verify_kernel: if given, all extend sequences have max_extend_len tokens, which are for ``verify`` of
+            the provider of that name, or of others by the number of sequences: a ``KernelPlan``.
 
     Returns:
         [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
@@ -81,9 +80,9 @@ def cached_attention(
     num_long, long_tokens = num_prefill + num_extend, prefill_tokens + extend_tokens
     tokens = query.flatten(0, 1)
     parts = []
-    extend = (
-        select.extender(decode_kernel, extend_kernel, num_extend) if num_extend and max_extend_len else None
-    )
+    extend = None
+    if num_extend and max_extend_len:
+        extend = select.extender(decode_kernel, verify_kernel, num_extend)
     if extend is None:
         num_prefill, prefill_tokens = num_long, long_tokens
     with device:

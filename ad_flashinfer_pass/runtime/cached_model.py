@@ -67,6 +67,8 @@ class CachedModel:
         self.generation_config: GenerationConfig | None = None
         """What transformers' ``generate`` would go by, of a model of theirs."""
         self._steps = module if isinstance(module, Steps) else Steps()
+        self.verify_cost: Mapping[int, float] = self._steps.verify_cost or {1: _VERIFY_COST}
+        """What a step that verifies drafts takes, in decode steps, by the number of sequences."""
         self._takes_vectors = "inputs_embeds" in g.parameters(module)
 
     @property
@@ -78,11 +80,6 @@ class CachedModel:
     def num_replays(self) -> int:
         """Steps that were replays of captured graphs."""
         return self._steps.num_replays
-
-    @property
-    def verify_cost(self) -> Mapping[int, float]:
-        """What a step that verifies drafts takes, in decode steps, by the number of sequences."""
-        return self._steps.verify_cost or {1: _VERIFY_COST}
 
     @property
     def eager_steps(self) -> dict[str, int]:

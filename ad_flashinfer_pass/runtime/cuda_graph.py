@@ -432,6 +432,12 @@ def bucket_sizes(config: AutoDeployConfig) -> tuple[list[int], list[int]]:
     )
 
 
+def verified_batches(config: AutoDeployConfig) -> list[int]:
+    """Batch sizes for which steps that verify drafts are captured, which a step's tokens may hold."""
+    sizes, width = bucket_sizes(config)[0], 1 + config.num_drafts
+    return [size for size in sizes if width > 1 and size * width <= config.token_budget]
+
+
 def default_batch_sizes(max_batch_size: int) -> list[int]:
     """Powers of two up to the largest batch, and that one."""
     powers = [2**i for i in range(max_batch_size.bit_length()) if 2**i < max_batch_size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="triton is not installed")
 
+from ad_flashinfer_pass.kernels import drafts as drafts_kernel  # noqa: E402
 from ad_flashinfer_pass.kernels import sampling  # noqa: E402
 from ad_flashinfer_pass.kernels.attention import reference  # noqa: E402
 from ad_flashinfer_pass.kernels.cache import append, prepare_metadata  # noqa: E402
+from ad_flashinfer_pass.runtime.drafts.ngram import LEAST, MOST, guess  # noqa: E402
 from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams, most_likely  # noqa: E402
 from ad_flashinfer_pass.runtime.sequence_info import Bucket, RowParams, SequenceInfo, SequenceStep  # noqa: E402
 
@@ -290,3 +293,56 @@ def test_draws_in_one_row_of_many_steps_do_not_need_the_host() -> None:
         drawn.append(int(info.tokens[0]))
         assert drawn[-1] == int(Sampler().sample(scores, [Drawing(params, 5, step)])[0])
     assert len(set(drawn)) > 2
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 5, 7])
+def test_accepts_as_the_metadata_do(num_drafts: int) -> None:
+    """Over steps with right and wrong drafts, ends of pages, NaN, stop tokens, rows that rest, padding."""
+    width = 1 + num_drafts
+    infos = [SequenceInfo(64, 8, 64, 16, DEVICE, num_drafts=num_drafts) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for info in infos:
+        steps = [
+            SequenceStep([7] * width, past, [1 + 3 * row, 2 + 3 * row], slot=1 + row, max_cached=32)
+            for row, past in enumerate((1, 14, 15, 30, 3, 4))
+        ]
+        rows = [RowParams(stop_token_ids=[9 - row], seed=row, num_generated=2) for row in range(6)]
+        info.nest_sequences(steps, pad_to=Bucket(0, 8, num_drafts=num_drafts), row_params=rows, verifies=True)
+    for step in range(6):
+        drafts = torch.randint(5, 10, (8, width - 1), generator=generator).to(DEVICE)
+        logits = torch.randn(8 * width, 40, generator=generator).to(DEVICE)
+        for row in range(8):
+            for place in range(width - 1 if row % 2 else step):
+                if place < width - 1:
+                    logits[row * width + place, drafts[row, place]] = 9.0
+        if step == 2:
+            logits[2 * width] = torch.nan
+        for info in infos:
+            info.drafts[:, 1:] = drafts
+        infos[0].accept(most_likely(logits))
+        infos[1].sample_and_accept(logits, is_greedy=step % 2 == 0)
+        assert torch.equal(infos[1].tokens, infos[0].tokens), step
+        names = ("input_ids", "position_ids", "input_pos", "seq_len_with_cache", "cache_loc", "is_stopped")
+        for name in (*names, "num_generated"):
+            assert torch.equal(*(info.views[name] for info in infos)), (step, name)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 5])
+def test_matches_what_the_reference_guesses(num_drafts: int) -> None:
+    """Texts of few tokens, longer than what a program looks at at once, and tokens of the step before."""
+    rng = random.Random(0)
+    texts = torch.zeros(9, 200, dtype=torch.int32, device=DEVICE)
+    whole = [[rng.randrange(3) for _ in range(length)] for length in (1, 2, 3, 9, 64, 65, 130, 180)]
+    got = [rng.randint(1, min(1 + num_drafts, len(text))) for text in whole]
+    accepted = torch.full((8, 1 + num_drafts), -2, device=DEVICE)
+    for row, text in enumerate(whole):
+        texts[8 - row, : len(text) - got[row]] = torch.tensor(text[: len(text) - got[row]], dtype=torch.int32)
+        accepted[row, : got[row]] = torch.tensor(text[len(text) - got[row] :])
+    drafts = torch.full((8, 1 + num_drafts), 7, device=DEVICE)
+    slots = torch.tensor([8 - row for row in range(8)], device=DEVICE)
+    places = torch.tensor([len(text) - 1 for text in whole], dtype=torch.int32, device=DEVICE)
+    texts[8, 0] = whole[0][0]
+    drafts_kernel.match(texts, drafts, accepted, slots, places, most=MOST, least=LEAST)
+    for row, text in enumerate(whole):
+        assert texts[8 - row, : len(text)].tolist() == text
+        assert drafts[row].tolist() == [7, *guess(torch.tensor(text), num_drafts).tolist()]

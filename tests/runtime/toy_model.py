@@ -8,7 +8,7 @@ is not that of the pages, the logits are wrong, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -134,9 +134,6 @@ class ToyModel(CachedModel):
         drafter: who guesses them; default: ``NgramDrafter``.
     """
 
-    verify_cost: Mapping[int, float] = {1: 0.0}
-    """So that drafts always pay."""
-
     def __init__(
         self,
         *,
@@ -167,6 +164,7 @@ class ToyModel(CachedModel):
             module.capture(info, caches)
             self.graph.steps.clear()
         super().__init__(module, caches, info, VOCAB_SIZE, drafter=guesses)
+        self.verify_cost = {1: 0.0}  # so that drafts always pay
 
     @property
     def steps(self) -> list[list[SequenceStep]]:

@@ -43,11 +43,14 @@ class TwoLayers(nn.Module):
         scales: tuple[float, float] = (1.0, 1.0),
         prefill_kernel: str = "reference",
         decode_kernel: str = "reference",
+        num_drafts: int = 0,
+        verify_kernel: str = "reference",
     ) -> None:
         super().__init__()
         self.sizes, self.window, self.logit_cap = sizes, window, logit_cap
         self.kv_dtype, self.scales = kv_dtype or dtype, scales
         self.prefill_kernel, self.decode_kernel = prefill_kernel, decode_kernel
+        self.num_drafts, self.verify_kernel = num_drafts, verify_kernel
         width = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
         self.table = nn.Buffer(torch.randn(2, NUM_TOKEN_IDS, width, device=device).to(dtype))
 
@@ -58,7 +61,7 @@ class TwoLayers(nn.Module):
         s = self.sizes
         metadata = [inputs[name] for name in METADATA_ARGS]
         info, cu_seqlen, input_pos, seq_len, cache_loc, cu_num_pages = metadata
-        width = -(-s.max_seq_len // s.page_size)
+        width = -(-(s.max_seq_len + self.num_drafts) // s.page_size)
         table, slots = ops.prepare_metadata(
             position_ids, info, cu_seqlen, input_pos, cache_loc, cu_num_pages, width, s.page_size
         )
@@ -84,6 +87,8 @@ class TwoLayers(nn.Module):
                     decode_kernel=self.decode_kernel,
                     k_scale=self.scales[0],
                     v_scale=self.scales[1],
+                    max_extend_len=1 + self.num_drafts if self.num_drafts else 0,
+                    verify_kernel=self.verify_kernel if self.num_drafts else "",
                 )
             )
         return torch.stack(outs, -1).flatten(0, 1).flatten(1)[token_gather_indices][None]
@@ -100,7 +105,8 @@ class TwoLayers(nn.Module):
     def info(self) -> SequenceInfo:
         """Metadata for these sizes."""
         s = self.sizes
-        return SequenceInfo(s.max_seq_len, s.max_batch_size, s.max_num_tokens, s.page_size, self.table.device)
+        sizes = (s.max_seq_len, s.max_batch_size, s.max_num_tokens, s.page_size)
+        return SequenceInfo(*sizes, self.table.device, self.num_drafts)
 
 
 def random_step(rng: random.Random, sizes: Sizes, *, with_prefill: bool) -> list[SequenceStep]:

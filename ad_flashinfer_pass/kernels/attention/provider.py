@@ -35,6 +35,10 @@ class Provider:
     """``prefill(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec)``"""
     extend: Callable[..., Tensor] | None = None
     """``prefill`` of sequences of at most ``max_len`` tokens, which is one argument more."""
+    verify: Callable[..., Tensor] | None = None
+    """``extend`` of sequences that have ``max_len`` tokens each, of every site that it decodes."""
+    verifies_sinks: bool = True
+    """Whether those with sinks, too."""
 
     options: Callable[[Site, int, torch.device], Sequence[int]] = lambda site, batch, device: ()
     """Integers that ``decode`` may take, to be launched in another way, and that are worth timing."""
@@ -43,7 +47,7 @@ class Provider:
     extend_modules: Callable[[Site, int], Sequence[JitSpec]] = lambda site, max_len: ()
     """FlashInfer's modules of ``extend``, by site and ``max_len``."""
     extend_since: Since | None = None
-    """What ``extend`` needs of FlashInfer that the oldest one does not have."""
+    """What ``extend`` and ``verify`` need of FlashInfer that the oldest one does not have."""
     without_modules: str = "no module"
     """Why ``prebuild`` finds nothing to compile, if it does not."""
 

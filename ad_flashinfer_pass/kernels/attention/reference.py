@@ -343,6 +343,7 @@ PROVIDER = Provider(
     prefill=prefill,
     decode=decode,
     extend=extend,
+    verify=extend,
     is_timed=False,
     without_modules="plain torch, nothing to compile, and slow on a GPU",
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
+from ad_flashinfer_pass.kernels import modules
 from ad_flashinfer_pass.kernels.attention import (
     fa2,
     fa3,
@@ -68,30 +69,40 @@ def torch_device(name: str) -> torch.device:
     return found
 
 
-def extender(decode_plan: str, extend_plan: str = "", size: int = 0) -> Callable[..., Tensor] | None:
-    """``Provider.extend`` of a plan for so many sequences, else of that of decode; None: there is none.
+def extender(decode_plan: str, verify_plan: str = "", size: int = 0) -> Callable[..., Tensor] | None:
+    """What extends of so many sequences are for; None: there is nothing here.
 
-    The plan of decode knows other sizes: of it the default counts.
+    ``Provider.verify`` of a plan, if there is one, else ``Provider.extend`` of decode's, of which the default
+    counts, because its sizes are others.
     """
-    if extend_plan:
-        return PROVIDERS[KernelPlan.parse(extend_plan).at(size).name].extend
+    if verify_plan:
+        return PROVIDERS[KernelPlan.parse(verify_plan).at(size).name].verify
     provider = PROVIDERS[KernelPlan.parse(decode_plan).default.name]
-    return provider.extend if can_extend(provider) else None
+    return None if _is_too_old(provider) else provider.extend
 
 
-def can_extend(provider: Provider) -> bool:
-    """Whether it has ``extend`` here."""
-    since = provider.extend_since
-    return provider.extend is not None and (since is None or not since.lacking())
+def verifiers(site: Site, num_drafts: int, device: torch.device, sm: int | None = None) -> list[str]:
+    """The providers that take so many drafts of each sequence, in their order; ``sm`` as in ``choose``."""
 
+    def is_built(provider: Provider) -> bool:
+        if sm is not None:
+            return True
+        needed = provider.extend_modules(site, 1 + num_drafts)
+        return not _is_too_old(provider) and all(modules.lacking(spec) is None for spec in needed)
 
-def extending(site: Site, device: torch.device, sm: int | None = None) -> list[str]:
-    """The providers, in their order, that take the drafts of a site, the same number of each sequence."""
     return [
         name
         for name, provider in PROVIDERS.items()
-        if can_extend(provider) and not provider.capability.refusals(site, "decode", device, sm)
+        if provider.verify is not None
+        and (provider.verifies_sinks or not site.has_sinks)
+        and not provider.capability.refusals(site, "decode", device, sm)
+        and is_built(provider)
     ]
+
+
+def _is_too_old(provider: Provider) -> bool:
+    since = provider.extend_since
+    return since is not None and since.lacking() is not None
 
 
 def on_host(phase: Phase, plan: str) -> list[str]:

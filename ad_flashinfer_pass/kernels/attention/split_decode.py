@@ -1,4 +1,4 @@
-"""Decode by a Triton kernel of this package, on compute capability 8.9 and above.
+"""Decode, and verification of drafts, by a Triton kernel of this package, on capability 8.9 and above.
 
 It needs no plan and no FlashInfer: lengths and pages are read on the device, so that a captured call stays
 valid when they change. Where ``xqa`` gives a sequence's KV head to few thread blocks, this kernel splits the
@@ -69,14 +69,15 @@ def _workspace(device: torch.device) -> _Workspace:
     )
 
 
-def default_config(width: int) -> Config:
-    """The launch for a cache whose larger head size is ``width``.
+def default_config(width: int, rows: int = 16) -> Config:
+    """The launch for a cache whose larger head size is ``width``, and so many query heads a program.
 
     Of 22 that were timed on an H200 for head size 128, pages of 32 tokens, batches of 1 to 128 and contexts
     of 1,055 and 8,192, never more than 4 % behind the best for bfloat16, and 12 % for fp8.
     """
     tokens = 32 * 128 // (1 << (width - 1).bit_length())
-    return Config(max(16, min(64, tokens)), 2, 8)
+    warps = 2 if rows <= 16 else 4 if rows * width <= 64 * 128 else 8
+    return Config(max(16, min(64, tokens)), warps, 8 if rows <= 64 else 4)
 
 
 def default_splits(pairs: int, num_processors: int) -> int:
@@ -107,25 +108,57 @@ def decode(
         splits: programs that share the keys of a sequence and KV head, at most; default: ``default_splits``.
         config: default: ``default_config``.
     """
+    return _attend(query, kv_cache, seq_len_with_cache, block_table, spec, 1, splits, config)
+
+
+def verify(
+    query: Tensor,
+    kv_cache: Tensor,
+    cu_seqlen: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    *,
+    max_len: int,
+    splits: int | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``max_len`` new tokens of each sequence; see ``attention.provider``, and ``decode``."""
+    return _attend(query, kv_cache, seq_len_with_cache, block_table, spec, max_len, splits, config)
+
+
+def _attend(
+    query: Tensor,
+    kv_cache: Tensor,
+    seq_len_with_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    queries: int,
+    splits: int | None,
+    config: Config | None,
+) -> Tensor:
     import triton
 
     from ad_flashinfer_pass.kernels import overlap
     from ad_flashinfer_pass.kernels.attention.split_decode_kernel import split_decode
 
-    batch, num_heads, head_dim = query.shape
+    num_tokens, num_heads, head_dim = query.shape
+    batch = seq_len_with_cache.shape[0]
+    assert num_tokens == batch * queries, f"{num_tokens} tokens are not {queries} of {batch} sequences each"
     num_kv_heads, page_size = kv_cache.shape[2:4]
     v_head_dim = spec.v_head_dim or head_dim
     group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     space = workspaces.get(_workspace, query.device)
+    rows = max(16, triton.next_power_of_2(queries * group))
     if config is None:
-        config = default_config(max(head_dim, v_head_dim))
+        config = default_config(max(head_dim, v_head_dim), rows)
     if splits is None:
         splits = default_splits(pairs, space.num_processors)
-    while splits > 1 and (pairs > _PAIRS or pairs * splits * group * max(v_head_dim, 16) > _SUMS):
+    while splits > 1 and (pairs > _PAIRS or pairs * splits * queries * group * max(v_head_dim, 16) > _SUMS):
         splits //= 2  # what the workspace holds
     query = query if query.stride(2) == 1 else query.contiguous()
     assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
-    out = torch.empty((batch, num_heads, v_head_dim), dtype=query.dtype, device=query.device)
+    out = torch.empty((num_tokens, num_heads, v_head_dim), dtype=query.dtype, device=query.device)
     split_decode[(num_kv_heads, splits, batch)](
         query,
         kv_cache,
@@ -143,8 +176,9 @@ def decode(
         *kv_cache.stride()[:4],
         block_table.stride(0),
         splits,
+        QUERIES=queries,
         GROUP=group,
-        GROUP_ROWS=max(16, triton.next_power_of_2(group)),
+        GROUP_ROWS=rows,
         HEAD_DIM=head_dim,
         HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         V_DIM=v_head_dim,
@@ -158,7 +192,7 @@ def decode(
         num_warps=config.warps,
         num_stages=config.stages,
         # Set up while SMs are still taken, its programs would crowd on those that are not.
-        **overlap.options(query.device, batch, is_early=False),
+        **overlap.options(query.device, num_tokens, is_early=False),
     )
     return out
 
@@ -166,6 +200,7 @@ def decode(
 PROVIDER = Provider(
     capability=CAPABILITY,
     decode=decode,
+    verify=verify,
     options=_options,
     without_modules="a Triton kernel, compiled in seconds by the first call",
 )

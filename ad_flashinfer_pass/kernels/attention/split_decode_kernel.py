@@ -1,8 +1,9 @@
 """The Triton kernel of ``split_decode``: decode over pages, the keys split among programs, in one launch.
 
-One program takes the query heads of one KV head and a part of the keys of one sequence, and walks over them
-with an online softmax in float32. With more than one part, each program leaves its sums in a workspace and
-the last to arrive adds them, always in the order of the keys: the result does not depend on who was last.
+One program takes the query heads of one KV head, of each new token of a sequence, and a part of the
+sequence's keys, and walks over them with an online softmax in float32. With more than one part, each
+program leaves its sums in a workspace and the last to arrive adds them, always in the order of the keys:
+the result does not depend on who was last.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def split_decode(  # type: ignore[no-untyped-def]
     cache_slot,
     table_row,
     splits,
+    QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -52,16 +54,22 @@ def split_decode(  # type: ignore[no-untyped-def]
     ONE_BYTE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Attention of one new token a sequence; the arguments are those of ``attention.split_decode.decode``."""
+    """Attention of ``QUERIES`` new tokens a sequence; the arguments are those of ``split_decode.decode``."""
     LOG2E: tl.constexpr = 1.4426950408889634
     await_turn(OVERLAPS)
     head, part, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + seq)
-    first_key = 0
+    rows = tl.arange(0, GROUP_ROWS)
+    row_mask = rows < QUERIES * GROUP
+    heads, tokens = head * GROUP + rows % GROUP, seq * QUERIES + rows // GROUP
+    end_keys = length - (QUERIES - 1) + rows // GROUP
+    first_keys, first_key = end_keys * 0, 0
     if WINDOW is not None:
-        first_key = tl.maximum(first_key, length - WINDOW)
+        first_keys = tl.maximum(first_keys, end_keys - WINDOW)
+        first_key = tl.maximum(first_key, length - (QUERIES - 1) - WINDOW)
     if CHUNK is not None:
-        first_key = tl.maximum(first_key, (length - 1) // CHUNK * CHUNK)
+        first_keys = tl.maximum(first_keys, (end_keys - 1) // CHUNK * CHUNK)
+        first_key = tl.maximum(first_key, (length - QUERIES) // CHUNK * CHUNK)
     # Whole blocks, shared out as evenly as they come; no part is empty, short sequences have fewer parts.
     first_block = first_key // BLOCK
     num_blocks = (length + BLOCK - 1) // BLOCK - first_block
@@ -71,12 +79,9 @@ def split_decode(  # type: ignore[no-untyped-def]
     begin = first_block + part * num_blocks // parts
     end = first_block + (part + 1) * num_blocks // parts
 
-    rows = tl.arange(0, GROUP_ROWS)
-    row_mask = rows < GROUP
     dims, v_dims = tl.arange(0, HEAD_BLOCK), tl.arange(0, V_BLOCK)
-    heads = head * GROUP + rows
     q = tl.load(
-        query + seq.to(tl.int64) * query_token + heads[:, None] * query_head + dims[None, :],
+        query + tokens.to(tl.int64)[:, None] * query_token + heads[:, None] * query_head + dims[None, :],
         mask=row_mask[:, None] & (dims[None, :] < HEAD_DIM),
         other=0.0,
     )
@@ -97,7 +102,9 @@ def split_decode(  # type: ignore[no-untyped-def]
     values = keys + cache_kind
     table = block_table + seq.to(tl.int64) * table_row
     offsets = tl.arange(0, BLOCK)
-    top = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+    top = tl.full(
+        (GROUP_ROWS,), -1e30, tl.float32
+    )  # below any logit, and finite for rows that see no key here
     total = tl.zeros((GROUP_ROWS,), tl.float32)
     sums = tl.zeros((GROUP_ROWS, V_BLOCK), tl.float32)
     for block in range(begin, end):
@@ -125,11 +132,11 @@ def split_decode(  # type: ignore[no-untyped-def]
         if CAP is not None:
             logits = CAP * LOG2E * (1.0 - 2.0 / (tl.exp(logits * (2.0 / CAP)) + 1.0))  # tanh
         if slopes is not None:
-            logits += slope[:, None] * (positions - length + 1).to(tl.float32)[None, :]
-        visible = in_cache
+            logits += slope[:, None] * (positions[None, :] - end_keys[:, None] + 1).to(tl.float32)
+        visible = positions[None, :] < end_keys[:, None]
         if WINDOW is not None or CHUNK is not None:
-            visible = visible & (positions >= first_key)
-        logits = tl.where(visible[None, :], logits, float("-inf"))
+            visible = visible & (positions[None, :] >= first_keys[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp2(logits - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -137,12 +144,12 @@ def split_decode(  # type: ignore[no-untyped-def]
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
         top = new_top
 
-    row_out = (seq * tl.num_programs(0) + head).to(tl.int64) * GROUP
     if parts == 1:
-        _finish(out, sinks, heads, row_out, rows, sums, top, total, v_scale, GROUP, V_DIM, v_dims)
+        rows_out = tokens.to(tl.int64) * tl.num_programs(0) * GROUP + heads
+        _finish(out, sinks, heads, rows_out, row_mask, sums, top, total, v_scale, V_DIM, v_dims)
     else:
         pair = seq * tl.num_programs(0) + head
-        row = (pair * splits + part) * GROUP + rows
+        row = (pair * splits + part) * QUERIES * GROUP + rows
         mask = row_mask[:, None] & (v_dims[None, :] < V_DIM)
         tl.store(sums_of_parts + row[:, None] * V_DIM + v_dims[None, :], sums, mask=mask)
         tl.store(stats_of_parts + 2 * row, top, mask=row_mask)
@@ -153,12 +160,13 @@ def split_decode(  # type: ignore[no-untyped-def]
             _add_parts(
                 out,
                 sinks,
-                sums_of_parts + pair * splits * GROUP * V_DIM,
-                stats_of_parts + 2 * pair * splits * GROUP,
+                sums_of_parts + pair * splits * QUERIES * GROUP * V_DIM,
+                stats_of_parts + 2 * pair * splits * QUERIES * GROUP,
                 head,
-                row_out,
+                seq,
                 parts,
                 v_scale,
+                QUERIES,
                 GROUP,
                 V_DIM,
                 V_BLOCK,
@@ -172,23 +180,24 @@ def _add_parts(  # type: ignore[no-untyped-def]
     sums_of_parts,
     stats_of_parts,
     head,
-    row_out,
+    seq,
     parts,
     v_scale,
+    QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     V_DIM: tl.constexpr,
     V_BLOCK: tl.constexpr,
 ):
     """What the parts of one sequence and KV head left, added in their order and stored."""
-    ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
+    ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     rows, v_dims = tl.arange(0, ROWS), tl.arange(0, V_BLOCK)
     top = tl.full((ROWS,), -1e30, tl.float32)  # below any logit, and finite for rows that do not exist
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, V_BLOCK), tl.float32)
     for first in range(0, parts, 8):
         for i in tl.static_range(8):  # unrolled, so that eight parts are read at once
-            live = rows < tl.where(first + i < parts, GROUP, 0)
-            row = (first + i) * GROUP + rows
+            live = rows < tl.where(first + i < parts, QUERIES * GROUP, 0)
+            row = (first + i) * QUERIES * GROUP + rows
             part_top = tl.load(stats_of_parts + 2 * row, mask=live, other=-1e30, cache_modifier=".cg")
             part_total = tl.load(stats_of_parts + 2 * row + 1, mask=live, other=0.0, cache_modifier=".cg")
             part = tl.load(
@@ -202,7 +211,10 @@ def _add_parts(  # type: ignore[no-untyped-def]
             total = total * shrink + part_total * share
             sums = sums * shrink[:, None] + part * share[:, None]
             top = new_top
-    _finish(out, sinks, head * GROUP + rows, row_out, rows, sums, top, total, v_scale, GROUP, V_DIM, v_dims)
+    heads = head * GROUP + rows % GROUP
+    rows_out = (seq * QUERIES + rows // GROUP).to(tl.int64) * tl.num_programs(0) * GROUP + heads
+    row_mask = rows < QUERIES * GROUP
+    _finish(out, sinks, heads, rows_out, row_mask, sums, top, total, v_scale, V_DIM, v_dims)
 
 
 @triton.jit
@@ -210,18 +222,16 @@ def _finish(  # type: ignore[no-untyped-def]
     out,
     sinks,
     heads,
-    row_out,
-    rows,
+    rows_out,
+    row_mask,
     sums,
     top,
     total,
     v_scale,
-    GROUP: tl.constexpr,
     V_DIM: tl.constexpr,
     v_dims,
 ):
     """Divide by the softmax's sum and store; a row that saw nothing is zero."""
-    row_mask = rows < GROUP
     if sinks is not None:
         sink = tl.load(sinks + heads, mask=row_mask, other=0.0).to(tl.float32) * 1.4426950408889634
         # Relative to the larger of both, so that neither overflows.
@@ -231,7 +241,7 @@ def _finish(  # type: ignore[no-untyped-def]
         sums = sums * shrink[:, None]
     result = sums * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
     tl.store(
-        out + (row_out + rows)[:, None] * V_DIM + v_dims[None, :],
+        out + rows_out[:, None] * V_DIM + v_dims[None, :],
         result.to(out.dtype.element_ty),
         mask=row_mask[:, None] & (v_dims[None, :] < V_DIM),
     )

@@ -48,11 +48,17 @@ class Decode:
         site: what the kernels must do; see ``kind_of``.
         pools: the caches of the model's sites of this kind, on one CUDA device; read only.
         max_blocks_per_seq: width of the block table.
+        num_drafts: not 0 for the steps that verify so many of each sequence.
     """
 
-    def __init__(self, site: Site, pools: Sequence[Tensor], max_blocks_per_seq: int) -> None:
-        self.kinds, self.device = [site], pools[0].device
+    def __init__(
+        self, site: Site, pools: Sequence[Tensor], max_blocks_per_seq: int, num_drafts: int = 0
+    ) -> None:
+        self.kinds, self.device, self._num_drafts = [site], pools[0].device, num_drafts
+        self._what = f"{num_drafts} drafts" if num_drafts else "decode"
         self.default = select.choose(site, "decode", self.device, "tune_attention").kernel
+        if num_drafts:
+            self.default = select.verifiers(site, num_drafts, self.device)[0]
         self._site, self._pools, self._width = site, pools, max_blocks_per_seq
         tokens = max_blocks_per_seq * site.page_size
         self._lengths = sorted({min(_LENGTH, tokens), max(1, tokens // 2)})
@@ -64,10 +70,15 @@ class Decode:
     def key(self, size: int) -> str:
         """See ``Subject``."""
         items = ", ".join(f"{name} {value}" for name, value in ledger(self._site).items())
-        return f"decode of {size} sequences of {self._lengths} tokens, {len(self._pools)} caches, {items}"
+        return (
+            f"{self._what} of {size} sequences of {self._lengths} tokens, {len(self._pools)} caches, {items}"
+        )
 
     def candidates(self, size: int) -> list[str]:
         """The providers in their order, each with its options after it."""
+        if self._num_drafts:
+            names = select.verifiers(self._site, self._num_drafts, self.device)
+            return [name for name in names if select.PROVIDERS[name].is_timed] or [self.default]
         found = []
         for name in timed_providers(self._site, self.device):
             options = select.PROVIDERS[name].options(self._site, size, self.device)
@@ -76,13 +87,13 @@ class Decode:
 
     def measure(self, size: int, kernels: list[str]) -> measure.Measured:
         """Over sequences of equal length, their pages scattered over the pools."""
-        site, device, width = self._site, self.device, self._width
+        site, device, blocks, new = self._site, self.device, self._width, 1 + self._num_drafts
         generator = torch.Generator(device).manual_seed(0)
-        shape = (size, site.num_heads, site.head_dim)
+        shape = (size * new, site.num_heads, site.head_dim)
         query = torch.randn(shape, generator=generator, device=device).to(site.dtype)
         # Page 0 belongs to nobody. If the pools have fewer pages than this needs, some are read twice.
         pages = torch.randperm(self._pools[0].shape[0] - 1, generator=generator, device=device) + 1
-        pages = pages.repeat(-(-size * width // len(pages))).to(torch.int32)
+        pages = pages.repeat(-(-size * blocks // len(pages))).to(torch.int32)
         spec = AttentionSpec(
             site.head_dim**-0.5,
             site.sliding_window,
@@ -92,20 +103,25 @@ class Decode:
             sinks=torch.zeros(site.num_heads, device=device) if site.has_sinks else None,
             alibi_slopes=torch.zeros(site.num_heads, device=device) if site.has_alibi else None,
         )
+        bounds = torch.arange(0, size * new + 1, new, dtype=torch.int32, device=device)
         times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
         for length in self._lengths:
             used = -(-length // site.page_size)
-            table = pages.new_zeros((size, width))
+            table = pages.new_zeros((size, blocks))
             table[:, :used] = pages[: size * used].view(size, used)
             rest = (torch.full((size,), length, dtype=torch.int32, device=device), table, spec)
             for kernel, row in times.items():
                 name, options = Kernel.parse(kernel)
-                decode = select.PROVIDERS[name].decode
-                launches = [partial(decode, query, pool, *rest, *options) for pool in self._pools]
+                provider = select.PROVIDERS[name]
+                launches = [partial(provider.decode, query, pool, *rest, *options) for pool in self._pools]
+                if self._num_drafts:
+                    assert provider.verify is not None
+                    verify = partial(provider.verify, max_len=new)
+                    launches = [partial(verify, query, pool, bounds, *rest) for pool in self._pools]
                 row.append(measure.microseconds(launches))
         best = measure.fastest(times, self.default)
         shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"
-        return measure.Measured([best], [f"decode of {size}: {best} ({shown})"])
+        return measure.Measured([best], [f"{self._what} of {size}: {best} ({shown})"])
 
 
 def _listed(times: Mapping[str, list[float]]) -> str:

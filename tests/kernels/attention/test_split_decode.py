@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ Launch = tuple[int | None, Config | None]
 LENGTHS = [1, 15, 16, 17, 70]
 
 
-def decode(batch: PagedBatch, features: Features, launch: Launch) -> Tensor:
-    """One new token of each sequence, appended by the reference and attended by the kernel."""
-    shape, n = batch.shape, len(batch.lengths)
+def attend(batch: PagedBatch, features: Features, launch: Launch) -> Tensor:
+    """The new tokens of each sequence, appended by the reference and attended by the kernel."""
+    shape, n, new = batch.shape, len(batch.lengths), batch.lengths[0][1]
     table, slots = batch.prepare(batch.args["position_ids"])
-    new_key, new_value = (torch.stack([x[-1:] for x in tensors]) for tensors in (batch.key, batch.value))
+    new_key, new_value = (torch.stack([x[-new:] for x in tensors]) for tensors in (batch.key, batch.value))
     reference.append(new_key, new_value, slots, batch.kv_cache, shape.k_scale, shape.v_scale)
     spec = AttentionSpec(
         features.scale,
@@ -44,26 +45,49 @@ def decode(batch: PagedBatch, features: Features, launch: Launch) -> Tensor:
         batch.sinks.to(DEVICE) if features.has_sinks else None,
         batch.alibi_slopes.to(DEVICE) if features.has_alibi else None,
     )
-    return split_decode.decode(
-        torch.cat(batch.query).to(DEVICE),
-        batch.memory.to(DEVICE)[:, shape.layers_between_pages // 2],
-        batch.args["seq_len_with_cache"][:n].to(DEVICE),
-        table[:n].to(DEVICE),
-        spec,
-        splits=launch[0],
-        config=launch[1],
-    ).cpu()
+    where = (batch.args["seq_len_with_cache"][:n].to(DEVICE), table[:n].to(DEVICE), spec)
+    query = torch.cat(batch.query).to(DEVICE)
+    pool = batch.memory.to(DEVICE)[:, shape.layers_between_pages // 2]
+    how: Any = {"splits": launch[0], "config": launch[1]}
+    if new == 1:
+        return split_decode.decode(query, pool, *where, **how).cpu()
+    bounds = batch.args["cu_seqlen"][: n + 1].to(DEVICE)
+    return split_decode.verify(query, pool, bounds, *where, max_len=new, **how).cpu()
 
 
-def check(shape: Shape, features: Features, launch: Launch, lengths: list[int] = LENGTHS) -> None:
-    batch = PagedBatch([(n - 1, 1) for n in lengths], shape)
+def check(
+    shape: Shape, features: Features, launch: Launch, lengths: list[int] = LENGTHS, new: int = 1
+) -> None:
+    batch = PagedBatch([(n - 1, new) for n in lengths], shape)
     batch.round_as_cached()
-    out = decode(batch, features, launch)
+    out = attend(batch, features, launch)
     # Softmax weights and result are rounded to half precision: values are of size 1.
     torch.testing.assert_close(
         out.double(), torch.cat(batch.expected(features)), atol=2e-3, rtol=0, msg=lambda text: text
     )
     assert not workspaces.get(split_decode._workspace, torch.empty(0, device=DEVICE).device).arrivals.any()
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+@pytest.mark.parametrize("features", EACH_FEATURE, ids=str)
+def test_drafts_with_every_feature_at_every_split(features: Features, launch: Launch) -> None:
+    """Four new tokens, of which each sees those before it: some see no key of a part, nor of a block."""
+    check(HALF, features, launch, [2, 13, 15, 17, 70], new=4)
+
+
+@pytest.mark.parametrize("new", [2, 8])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(HALF, num_heads=10),
+        replace(HALF, head_dim=24, v_head_dim=40, page_size=5),
+        replace(HALF, kv_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=2.0),
+    ],
+    ids=str,
+)
+def test_drafts_of_other_shapes(shape: Shape, new: int) -> None:
+    """Groups that are no power of two, sizes that differ, and a cache of 8 bits."""
+    check(shape, Features(sliding_window=20), (None, None), new=new)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
@@ -112,18 +136,18 @@ def test_large_queries_over_eight_bits() -> None:
 def test_parts_are_added_in_the_order_of_the_keys() -> None:
     """The bits do not depend on what the workspace held, nor on earlier calls."""
     batch = PagedBatch([(69, 1), (4, 1)], HALF)
-    first = decode(batch, Features(), LAUNCHES[1])
+    first = attend(batch, Features(), LAUNCHES[1])
     space = workspaces.get(split_decode._workspace, torch.empty(0, device=DEVICE).device)
     space.sums.fill_(float("nan"))
     space.stats.fill_(float("nan"))
-    assert torch.equal(decode(batch, Features(), LAUNCHES[1]), first)
+    assert torch.equal(attend(batch, Features(), LAUNCHES[1]), first)
 
 
 def test_a_row_of_no_keys_is_zero() -> None:
     """A padding row of length 0 gives no NaN."""
     batch = PagedBatch([(9, 1), (0, 1)], HALF)
     batch.args["seq_len_with_cache"][1] = 0
-    out = decode(batch, Features(), LAUNCHES[1])
+    out = attend(batch, Features(), LAUNCHES[1])
     assert not out[1].any()
     assert torch.isfinite(out).all()
 

@@ -182,6 +182,16 @@ def test_the_host_writes_few_steps() -> None:
     assert model.num_nested < engine.metrics.num_steps / 2
 
 
+def test_another_engine_on_the_same_model() -> None:
+    """Its first request has the number and the slot of another's, of whose tokens nothing is left."""
+    model = toy(1.0)
+    for prompt in (PROMPTS[0], *PROMPTS[2:]):
+        engine = Engine(model)
+        engine.add_request(prompt, SamplingParams(max_new_tokens=21))
+        assert drain(engine)[0].token_ids == greedy_alone(prompt, 21)
+        assert engine.metrics.tokens_a_verification == 4
+
+
 def test_a_failing_step_ends_its_requests_and_no_others() -> None:
     """They have the tokens of the steps before it; the next ones run."""
     model = toy(1.0)

@@ -19,9 +19,8 @@ from torch import Tensor
 class DraftedSequence(Protocol):
     """What a drafter reads of a sequence."""
 
-    request_id: int
     token_ids: list[int]
-    """Prompt and generated tokens, all of them."""
+    """Prompt and generated tokens, all of them; more are appended."""
     slot: int
     """A number from 1 on that no other running sequence has."""
 

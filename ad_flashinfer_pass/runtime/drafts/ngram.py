@@ -32,21 +32,21 @@ class NgramDrafter(Drafter):
         self._info = info
         self._tokens = torch.zeros(info.num_slots, info.max_seq_len, dtype=torch.int32, device=info.device)
         """By slot and position; slot 0 is scratch."""
-        self._held: dict[int, tuple[int, int]] = {}
-        """By slot: the request, and how many of its tokens came from the host."""
+        self._held: dict[int, tuple[DraftedSequence, int]] = {}
+        """By slot: the sequence, and how many of its tokens came from the host."""
 
     def begin(self, sequences: Sequence[DraftedSequence]) -> None:
         """Copy what the host knows and has not copied yet; see ``Drafter.begin``."""
         places: list[range] = []
         tokens: list[list[int]] = []
         for sequence in sequences:
-            request_id, first = self._held.get(sequence.slot, (-1, 0))
-            first = first if request_id == sequence.request_id else 0
+            holder, first = self._held.get(sequence.slot, (None, 0))
+            first = first if holder is sequence else 0
             length = len(sequence.token_ids)
             start = sequence.slot * self._info.max_seq_len
             places.append(range(start + first, start + length))
             tokens.append(sequence.token_ids[first:])
-            self._held[sequence.slot] = (sequence.request_id, length)
+            self._held[sequence.slot] = (sequence, length)
         index, values = (
             on_device(torch.tensor(list(chain.from_iterable(each)), dtype=dtype), self._tokens.device)
             for each, dtype in ((places, torch.int64), (tokens, torch.int32))

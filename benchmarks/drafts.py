@@ -75,7 +75,7 @@ class Forced:
             self._change(info.drafts[: len(chosen)], chosen)
             accept(info, sampled)
 
-        SequenceInfo.accept = accept_changed  # type: ignore[method-assign]
+        SequenceInfo.accept = accept_changed  # type: ignore[method-assign, assignment]
         if self._number.is_cuda:
             from ad_flashinfer_pass.kernels import drafts
 
@@ -280,7 +280,7 @@ def main() -> int:
                 continue
             forced.set(tokens)
             fast, metrics = speed(model, random, args.new, drafts=True, always=True)
-            got = metrics.tokens_a_verification
+            got = metrics.drafts.tokens_a_step
             note(
                 "forced",
                 batch=number,
@@ -301,7 +301,7 @@ def main() -> int:
                 tokens_per_s=fast,
                 plain=plain,
                 times=fast / plain,
-                got=metrics.tokens_a_verification,
+                got=metrics.drafts.tokens_a_step,
                 num_steps=metrics.num_steps,
                 num_verify_steps=metrics.num_verify_steps,
             )

@@ -145,6 +145,8 @@ def _results(
 def _report_end(llm: LLM, reporter: Reporter) -> None:
     metrics = llm.engine.metrics
     reporter.done(metrics.num_generated_tokens, metrics.num_pages, metrics.num_preemptions)
+    if (drafts := metrics.drafts) is not None:
+        reporter.line(f"drafts: {drafts}")
     for reason, count in metrics.eager_steps.items():
         reporter.line(f"{count} steps ran without a CUDA graph: {reason}")
 

@@ -28,7 +28,7 @@ from ad_flashinfer_pass.deployment.dataset import Request
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.files import write_file
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.engine import Engine
+from ad_flashinfer_pass.runtime.engine import Drafts, Engine
 from ad_flashinfer_pass.runtime.inductor import EagerPieces, eager_pieces
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
@@ -65,14 +65,20 @@ class Row:
     prompt_tokens_per_s: float
     """Prompt tokens over the time to the last first token; of use where output_len is 1."""
     step_ms: float | None
-    """Median time between two tokens of a request: a decode step of ``concurrency`` sequences. None where
-    ``output_len`` is 1."""
+    """Median time between two steps that give a request tokens: of ``concurrency`` sequences, whose tokens
+    are decoded or whose drafts are verified. None where ``output_len`` is 1."""
     floor_ms: float
     """Weights, and K and V at the middle of the output, over the bandwidth of a copy; of experts those that
     so many tokens are expected to choose."""
     first_token: Percentiles
     between_tokens: Percentiles | None
     request: Percentiles
+    plain_tokens_per_s: float | None = None
+    """``output_tokens_per_s`` of the same requests without drafts; None without a drafter."""
+    tokens_a_step: float | None = None
+    """Tokens that a sequence got in a step that verified drafts, in the mean; None without a drafter."""
+    acceptance: Sequence[float] = ()
+    """How often the first draft was taken, the second one, and so on."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +198,16 @@ def _measured(
         output_len = round(statistics.mean(request.output_len for request in requests))
         warm = _random(number, model.vocab_size, min(input_len, 16), min(output_len, 4))
         _run(llm.engine, warm, number, None)
-        start = time.perf_counter()
+        before, start = llm.engine.metrics.drafts, time.perf_counter()
         timelines = _run(llm.engine, requests, number, on_progress)
         floor = step_bytes(model, number, input_len + output_len // 2) / bandwidth
-        rows.append(_row(number, sum(len(r.prompt) for r in requests), start, timelines, floor))
+        row = _row(number, sum(len(r.prompt) for r in requests), start, timelines, floor)
+        after = llm.engine.metrics.drafts
+        if before is not None and after is not None:
+            row = _with_drafts(
+                row, after.since(before), _plain_speed(llm.engine, requests, number, on_progress)
+            )
+        rows.append(row)
     return Result(
         machine=machine(model.device),
         versions={"ad-flashinfer-pass": __version__, **{n: version(n) for n in ("torch", "transformers")}},
@@ -251,8 +263,32 @@ def _run(
     return list(timelines.values())
 
 
+def _plain_speed(
+    engine: Engine,
+    requests: Sequence[Request],
+    concurrency: int,
+    on_progress: Callable[[int, int, int], None] | None,
+) -> float:
+    """Generated tokens a second without drafts."""
+    engine.may_draft, start = False, time.perf_counter()
+    timelines = _run(engine, requests, concurrency, on_progress)
+    engine.may_draft = True
+    end = max(line.tokens[-1] for line in timelines)
+    return sum(len(line.tokens) for line in timelines) / (end - start)
+
+
+def _with_drafts(row: Row, drafts: Drafts, plain: float) -> Row:
+    return replace(
+        row,
+        plain_tokens_per_s=plain,
+        tokens_a_step=drafts.tokens_a_step,
+        acceptance=[round(share, 4) for share in drafts.acceptance],
+    )
+
+
 def _row(concurrency: int, prompt_tokens: int, start: float, timelines: list[_Timeline], floor: float) -> Row:
     gaps = [b - a for line in timelines for a, b in zip(line.tokens, line.tokens[1:], strict=False)]
+    steps = [gap for gap in gaps if gap]  # tokens of one step are known at the same time
     end = max(line.tokens[-1] for line in timelines)
     last_first = max(line.tokens[0] for line in timelines)
     return Row(
@@ -260,7 +296,7 @@ def _row(concurrency: int, prompt_tokens: int, start: float, timelines: list[_Ti
         num_requests=len(timelines),
         output_tokens_per_s=sum(len(line.tokens) for line in timelines) / (end - start),
         prompt_tokens_per_s=prompt_tokens / (last_first - start),
-        step_ms=1e3 * statistics.median(gaps) if gaps else None,
+        step_ms=1e3 * statistics.median(steps) if steps else None,
         floor_ms=1e3 * floor,
         first_token=Percentiles.of([line.tokens[0] - line.start for line in timelines]),
         between_tokens=Percentiles.of(gaps) if gaps else None,
@@ -323,8 +359,19 @@ def as_tables(result: Result) -> list[RenderableType]:
             f"{row.prompt_tokens_per_s:,.0f}",
             *("-" if p is None else f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" for p in times),
         )
+    drafts = [_told(row) for row in result.rows if row.tokens_a_step is not None]
     pieces = [] if result.eager_pieces is None else [str(result.eager_pieces)]
-    return [table, f"A copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s.", *pieces]
+    return [table, f"A copy moves {result.copy_bytes_per_s / 1e12:.3g} TB/s.", *drafts, *pieces]
+
+
+def _told(row: Row) -> str:
+    """What the drafts of a row were worth."""
+    shares = ", ".join(f"{share:.0%}" for share in row.acceptance)
+    return (
+        f"{row.concurrency} at once: {row.output_tokens_per_s:,.0f} tokens/s, without drafts "
+        f"{row.plain_tokens_per_s:,.0f}; {row.tokens_a_step:.2f} tokens a sequence in a step that verifies, "
+        f"drafts taken by position: {shares}."
+    )
 
 
 def draw(result: Result, file: Path) -> None:

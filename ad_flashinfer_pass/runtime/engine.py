@@ -116,9 +116,49 @@ class Metrics:
     """How many of those took the first draft, the second one, and so on; empty without a drafter."""
 
     @property
-    def tokens_a_verification(self) -> float | None:
-        """Tokens that a sequence got in a step that verified drafts, in the mean; None: there was none."""
-        return 1 + sum(self.num_accepted) / self.num_verified if self.num_verified else None
+    def drafts(self) -> Drafts | None:
+        """What the drafts were worth; None without a drafter."""
+        if not self.num_accepted:
+            return None
+        return Drafts(self.num_verify_steps, self.num_steps, self.num_verified, self.num_accepted)
+
+
+class Drafts(NamedTuple):
+    """What drafts were worth."""
+
+    num_verify_steps: int
+    num_steps: int
+    """Those that verified nothing included."""
+    num_verified: int
+    """See ``Metrics``, as for the next one."""
+    num_accepted: tuple[int, ...]
+
+    def since(self, before: Drafts) -> Drafts:
+        """What came after an earlier reading."""
+        accepted = tuple(now - then for now, then in zip(self.num_accepted, before.num_accepted, strict=True))
+        return Drafts(
+            self.num_verify_steps - before.num_verify_steps,
+            self.num_steps - before.num_steps,
+            self.num_verified - before.num_verified,
+            accepted,
+        )
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Tokens that a sequence got in a step that verified drafts, in the mean; 1 if there was none."""
+        return 1 + sum(self.num_accepted) / max(self.num_verified, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """How often the first draft was taken, and the second one with it, and so on."""
+        return [number / max(self.num_verified, 1) for number in self.num_accepted]
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{share:.0%}" for share in self.acceptance)
+        return (
+            f"{self.tokens_a_step:.2f} tokens a sequence in the {self.num_verify_steps} of {self.num_steps} "
+            f"steps that verified some; taken by position: {shares}"
+        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -212,6 +252,8 @@ class Engine:
         self._eos_token_ids = frozenset(token for token in eos if token < model.vocab_size)
         self._width = 1 if model.drafter is None else 1 + info.num_drafts
         """Tokens of a sequence in a step that verifies drafts."""
+        self.may_draft = True
+        """Whether steps may verify drafts, if there is a drafter; it can be set between requests."""
         self._payoff = Payoff(model.verify_cost)
         self._num_verify_steps = self._num_verified = 0
         self._num_accepted = [0] * (self._width - 1)
@@ -497,6 +539,7 @@ class Engine:
     def _may_verify(self, requests: Iterable[_Request]) -> bool:
         return (
             self._width > 1
+            and self.may_draft
             and self._payoff.is_on
             and not any(request.params.is_penalised for request in requests)
         )

@@ -31,6 +31,9 @@ class Session(Protocol):
     def release(self, pages: list[int]) -> None:
         """Give pages back, zeroed."""
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the last tokens of a sequence."""
+
 
 class Batch:
     """One step of a session: a context in which its compiled models may be called.
@@ -60,6 +63,8 @@ class Batch:
         """Ids of the sequences, in the order given."""
         self.packed: dict[int, SequenceStep] = {}
         """What each does, in the order in which their tokens lie in the inputs."""
+        self._lengths: dict[int, int] = {}
+        """Of sequences some of whose tokens are forgotten in the end."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -104,6 +109,32 @@ class Batch:
         if rows == list(range(self.num_tokens)):
             return logits[0, : len(rows)]
         return logits[0].index_select(0, torch.tensor(rows, device=logits.device))
+
+    def accept(self, logits: Tensor, chosen: Tensor | None = None) -> list[list[int]]:
+        """Keep the guesses that are what is chosen in their places, up to the first that is not.
+
+        The others are forgotten when the context ends. Who samples each place from its own logits gets tokens
+        of the same distribution as one by one. Waits for the device.
+
+        Args:
+            logits: [1, total_tokens, vocab], from a compiled model.
+            chosen: int64 [total_tokens], the token that follows each; default: the most likely ones.
+
+        Returns:
+            For each of ``sequences``, the tokens that it gets: guesses that are kept, and one more, which
+            is not in the cache yet: it begins the next step.
+        """
+        tokens = logits[0, : self.num_tokens].argmax(-1) if chosen is None else chosen
+        following, accepted = tokens.flatten().tolist(), []
+        for sequence, (first, end) in zip(self.sequences, self.spans, strict=True):
+            step, own = self.packed[sequence], following[first:end]
+            guesses = zip(step.token_ids[1:], own, strict=False)
+            num_kept = next(
+                (i for i, (guess, token) in enumerate(guesses) if guess != token), end - first - 1
+            )
+            accepted.append(own[: num_kept + 1])
+            self._lengths[sequence] = step.input_pos + num_kept + 1
+        return accepted
 
     def nest_by(self, nest: Callable[[Sequence[SequenceStep]], None]) -> None:
         """Write the metadata of the step by a function that does, unless it did."""
@@ -176,6 +207,8 @@ class Batch:
             length = self._session.sequences.commit(sequence, self.packed[sequence])
             for group in self.ran:
                 group.lengths[sequence] = length
+        for sequence, length in self._lengths.items():
+            self._session.truncate(sequence, length)
 
 
 class CacheGroup:

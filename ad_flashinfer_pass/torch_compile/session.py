@@ -187,6 +187,29 @@ class CacheSession:
         tokens = token_ids.flatten().tolist() if isinstance(token_ids, Tensor) else token_ids
         return self.step([(sequence, [token]) for sequence, token in zip(chosen, tokens, strict=True)])
 
+    def verify(
+        self, drafts: Tensor | Sequence[Sequence[int]], sequences: Sequence[int] | None = None
+    ) -> Batch:
+        """Add a token to each sequence, and guesses at those after it, of which ``Batch.accept`` keeps some.
+
+        Args:
+            drafts: of each sequence the newest token, as sampled from the step before, and then guesses;
+            int64
+                [b, n], or lists of any lengths.
+            sequences: the sequence of each; default: all, in the order in which they began.
+
+        Raises:
+            SessionError: as for ``step``, or there are more or fewer lists than sequences.
+            CapacityError: the session is too small.
+        """
+        rows = _prompts(drafts)
+        chosen = list(self.lengths) if sequences is None else list(sequences)
+        if len(rows) != len(chosen):
+            raise SessionError(
+                f"verify takes a list of tokens a sequence, got {len(rows)} for {len(chosen)}."
+            )
+        return self.step(list(zip(chosen, rows, strict=True)), sort=True)
+
     def step(self, schedule: Schedule, *, sort: bool = False) -> Batch:
         """A step with any mixture of prompts, chunks and single tokens.
 

@@ -1,6 +1,7 @@
 """The command with real models: the package's own, and what it must refuse."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -255,3 +256,15 @@ def test_refuses_models(
     assert cause in err
     assert way_out in err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_says_what_drafts_were_worth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same text, and in the last line how many drafts were taken, by position."""
+    config = tmp_path / "config.yaml"
+    config.write_text("speculative_config: {drafter: ngram, num_tokens: 2}\nmax_seq_len: 64\n")
+    assert run("Once upon a time", "-n", "40") == 0
+    plain = capsys.readouterr().out
+    assert run("--config", config, "Once upon a time", "-n", "40") == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert re.search(r"^drafts: \d\.\d\d tokens a sequence in the \d+ of \d+ steps .* \d+%, \d+%$", err, re.M)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ad_flashinfer_pass import build
 from ad_flashinfer_pass.cli import main
-from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.config import AutoDeployConfig, SpeculativeConfig
 from ad_flashinfer_pass.deployment import bench, dataset
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -200,3 +200,19 @@ def test_command_refuses_a_bad_list(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "--concurrency", "1,x"])
     assert end.value.code == 2
     assert "--concurrency" in capsys.readouterr().err
+
+
+def test_drafts_are_shown_beside_plain_decoding() -> None:
+    """The same requests with drafts and without, what a step gave, and how often each draft was taken."""
+    keys = SpeculativeConfig(drafter="ngram", num_tokens=2)
+    llm = build.build_model(AutoDeployConfig(max_batch_size=2, max_seq_len=64, speculative_config=keys))
+    result = bench.bench(llm, input_len=12, output_len=40, concurrencies=[1, 2])
+    for row in result.rows:
+        assert row.plain_tokens_per_s is not None
+        assert row.tokens_a_step == pytest.approx(1 + sum(row.acceptance), abs=1e-3)
+        assert len(row.acceptance) == 2
+        assert row.acceptance[0] >= row.acceptance[1]
+    metrics = llm.engine.metrics
+    assert 0 < metrics.num_verify_steps < metrics.num_steps / 2
+    lines = [line for line in bench.as_tables(result) if isinstance(line, str)]
+    assert [line.split(" at once")[0] for line in lines if "taken by position" in line] == ["1", "2"]

@@ -59,7 +59,12 @@ def test_right_drafts_are_all_taken(num_drafts: int, steps_ahead: int) -> None:
     assert tokens == [greedy_alone(prompt, 1 + 5 * (1 + num_drafts)) for prompt in PROMPTS]
     metrics = engine.metrics
     assert metrics.num_accepted == (25,) * num_drafts
-    assert metrics.tokens_a_verification == 1 + num_drafts
+    assert metrics.drafts is not None
+    assert metrics.drafts.tokens_a_step == 1 + num_drafts
+    assert str(metrics.drafts) == (
+        f"{1 + num_drafts}.00 tokens a sequence in the 5 of 6 steps that verified some; taken by position: "
+        + ", ".join(["100%"] * num_drafts)
+    )
     assert (metrics.num_steps, metrics.num_verify_steps, metrics.num_verified) == (6, 5, 25)
 
 
@@ -189,7 +194,7 @@ def test_another_engine_on_the_same_model() -> None:
         engine = Engine(model)
         engine.add_request(prompt, SamplingParams(max_new_tokens=21))
         assert drain(engine)[0].token_ids == greedy_alone(prompt, 21)
-        assert engine.metrics.tokens_a_verification == 4
+        assert engine.metrics.num_accepted == (5, 5, 5)
 
 
 def test_a_failing_step_ends_its_requests_and_no_others() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import random
 from collections.abc import Callable
 
 import pytest
@@ -275,3 +276,47 @@ def test_settings_are_those_of_the_config() -> None:
     assert CacheSession(max_batch_size=2, max_seq_len=100).sequence_info.max_num_tokens == 200
     assert CacheSession(max_batch_size=8, max_seq_len=5000).sequence_info.max_num_tokens == 8192
     assert CacheSession(max_batch_size=8, max_seq_len=9000).sequence_info.max_num_tokens == 9000
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_verifies_drafts(loop: Loop, as_tensor: bool) -> None:
+    """Guesses that are right, wrong, or right at first: the tokens are those of one token a step."""
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    texts = [list(prompt) for prompt in prompts]
+    for text in texts:
+        for _ in range(24):
+            with torch.no_grad():
+                logits = loop.net(torch.tensor([text]), torch.arange(len(text))[None])
+            text.append(int(logits[0, -1].argmax()))
+    with loop.session.prefill(prompts) as batch:
+        newest = batch.last_logits(loop._model(*batch.inputs.values())).argmax(-1).tolist()
+    found = [[token] for token in newest]
+    rng = random.Random(0)
+    for _ in range(6):
+        drafts = []
+        for text, prompt, got in zip(texts, prompts, found, strict=True):
+            place = len(prompt) + len(got)
+            right = rng.randint(0, 3)
+            drafts.append([got[-1], *text[place : place + right], *[60] * (3 - right)])
+            assert drafts[-1][1 : 1 + right] == text[place : place + right]
+        given = torch.tensor(drafts) if as_tensor else [d[: rng.randint(1, 4)] for d in drafts]
+        with loop.session.verify(given) as batch:
+            accepted = batch.accept(loop._model(*batch.inputs.values()))
+        for got, new in zip(found, accepted, strict=True):
+            got += new
+        lengths = list(loop.session.lengths.values())
+        assert lengths == [len(p) + len(got) - 1 for p, got in zip(prompts, found, strict=True)]
+    assert [p + got for p, got in zip(prompts, found, strict=True)] == [
+        text[: len(p) + len(got)] for text, p, got in zip(texts, prompts, found, strict=True)
+    ]
+    assert max(map(len, found)) > 7, "some guesses were kept"
+
+
+def test_verify_refuses_another_number_of_lists(loop: Loop) -> None:
+    """Each sequence has a list; nothing changes."""
+    loop.run([(None, [1, 2, 3]), (None, [4, 5])])
+    with pytest.raises(SessionError, match="verify takes a list of tokens a sequence, got 1 for 2"):
+        loop.session.verify([[1, 2]])
+    with pytest.raises(SessionError, match="token ids must be 0 or more"):
+        loop.session.verify([[1, -1], [2]])
+    assert list(loop.session.lengths.values()) == [3, 2]

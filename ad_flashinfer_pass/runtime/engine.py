@@ -530,7 +530,6 @@ class Engine:
             return []
         goes_on = (
             self._continuable_epoch == scheduler.epoch
-            and len(rows) == scheduler.num_running
             and scheduler.is_settled
             and not any(request.is_complete for request in rows)
         )

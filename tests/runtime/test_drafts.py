@@ -104,6 +104,7 @@ def test_tokens_are_those_of_plain_decoding(name: str, share_right: float) -> No
                     found.update({o.request_id: o.completion for o in engine.step() if o.completion})
             completions.append({**found, **drain(engine)})
             assert engine.metrics.pages_in_use == 0
+            assert model.num_dirty_pages <= engine.metrics.pages_kept
         assert completions[0] == completions[1]
         preempted += engine.metrics.num_preemptions
         assert (engine.metrics.num_verified > 0) == (name != "penalty")
@@ -153,6 +154,23 @@ def test_what_is_cancelled_between_steps_gives_its_pages_back(steps_ahead: int) 
     cancelled = completions[ids[1]].token_ids
     assert cancelled == greedy_alone(PROMPTS[1], len(cancelled))
     assert (engine.metrics.pages_in_use, model.num_dirty_pages - engine.metrics.pages_kept) == (0, 0)
+
+
+def test_a_stopped_sequence_rests_in_the_steps_already_enqueued() -> None:
+    """Its stop token is noticed on the device, among drafts too: the steps ahead touch none of its pages."""
+    tokens = greedy_alone(PROMPTS[0], 10)
+    assert tokens[-1] not in tokens[:-1]
+    model = toy(1.0)
+    engine = Engine(model, steps_ahead=3)
+    engine.add_request(PROMPTS[0], SamplingParams(max_new_tokens=80, stop_token_ids=tokens[-1:]))
+    engine.add_request(PROMPTS[1], SamplingParams(max_new_tokens=60))
+    completions = drain(engine)
+    assert completions[0].token_ids == tokens
+    assert completions[1].token_ids == greedy_alone(PROMPTS[1], 60)
+    pages = {page for step in model.steps[:1] for s in step[:1] for page in s.pages}
+    in_steps = [any(pages & set(s.pages) for s in step) for step in model.steps]
+    assert in_steps.index(False) == 4, "the prompt, and three times four tokens"
+    assert not any(in_steps[4:])
 
 
 def test_bad_logits_end_one_request_only() -> None:

@@ -16,6 +16,7 @@ class Harness:
         max_num_tokens: int = 16,
         chunk: int | None = None,
         shares_pages: bool = False,
+        num_drafts: int = 0,
     ) -> None:
         self.pool = PagePool(capacity + 1)
         self.cleared: list[int] = []
@@ -27,6 +28,7 @@ class Harness:
             clear_pages=self.cleared.extend,
             prefill_chunk_tokens=chunk,
             shares_pages=shares_pages,
+            num_drafts=num_drafts,
         )
         self.sequences: list[SequenceState] = []
 
@@ -274,3 +276,44 @@ def test_a_preempted_sequence_goes_on_after_what_is_left_of_it() -> None:
     h.step()
     assert h.sequences[1].num_cached > 12
     assert h.sequences[1].num_reused == 0
+
+
+def test_drafts_get_spare_pages_which_are_cleared_when_they_are_taken_back() -> None:
+    """Nobody gives way for them, and who waits comes first; what a rejected draft left in one is zeroed."""
+    h = Harness(capacity=4, num_drafts=3)
+    first = h.add(2)
+    h.step()
+    assert h.step() == [(0, 1)]
+    _, spare = first.pages
+    assert h.scheduler.max_cached(first) == 8
+    assert h.scheduler.is_settled
+    second = h.add(9)
+    assert not h.scheduler.is_settled
+    assert h.step() == [(0, 1)]
+    assert (second.pages, spare in first.pages, spare in h.cleared) == ([], False, True)
+    assert h.scheduler.max_cached(first) == 4
+    assert h.scheduler.num_preemptions == 0
+
+
+def test_drafts_end_with_the_sequence_and_where_it_is_computed_anew() -> None:
+    """By its pages, by the token that ends it, and by the length from which its ropes are others."""
+    h = Harness(num_drafts=3)
+    first = h.add(3)
+    h.step()
+    assert h.scheduler.max_cached(first) == 4
+    h.step()
+    assert h.scheduler.max_cached(first) == 8
+    first.max_len = 8
+    assert h.scheduler.max_cached(first) == 7
+    h.scheduler._recompute_at = 6
+    assert h.scheduler.max_cached(first) == 6
+    h.scheduler._recompute_at = 4
+    assert h.scheduler.max_cached(first) == 7, "it is longer already"
+
+
+def test_what_may_have_come_is_settled_by_what_came() -> None:
+    """Three of four tokens that a step could give."""
+    sequence = SequenceState(request_id=0, token_ids=[1, 2, 3], num_cached=6, num_pending=4)
+    Scheduler.settle(sequence, 4, 3)
+    sequence.token_ids += [4, 5, 6]
+    assert (sequence.num_tokens, sequence.num_cached) == (6, 5)

@@ -27,7 +27,12 @@ from ad_flashinfer_pass.errors import (
 
 if TYPE_CHECKING:
     from ad_flashinfer_pass.build import build_model
-    from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
+    from ad_flashinfer_pass.config import (
+        AutoDeployConfig,
+        KvCacheConfig,
+        SpeculativeConfig,
+        TransformConfig,
+    )
     from ad_flashinfer_pass.exported import restore, to_program, transform
     from ad_flashinfer_pass.pipeline import transform_module
     from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -58,6 +63,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "SessionError",
+    "SpeculativeConfig",
     "TransformConfig",
     "TransformError",
     "UnsupportedError",
@@ -78,6 +84,7 @@ _HOME = {
     "KvCacheConfig": "config",
     "Progress": "runtime.llm",
     "SamplingParams": "runtime.sampling",
+    "SpeculativeConfig": "config",
     "TransformConfig": "config",
     "build_model": "build",
     "restore": "exported",

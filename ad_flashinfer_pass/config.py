@@ -235,7 +235,8 @@ class AutoDeployConfig(_Strict):
     """Folder that ``prebuild`` made: on a GPU, FlashInfer's modules are loaded from it, not compiled."""
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     speculative_config: SpeculativeConfig | None = None
-    """Speculative decoding; default: none."""
+    """Speculative decoding, with the keys [below](#speculative_config); null: every step gives a sequence one
+    token."""
     transforms: dict[str, SerializeAsAny[TransformConfig]] = {}
     """Changes to the pipeline of configs/default.yaml, by transform name."""
 

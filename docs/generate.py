@@ -44,7 +44,8 @@ def api() -> str:
         "",
         "`python docs/generate.py` writes this page from the docstrings. Every name is imported from "
         "`ad_flashinfer_pass`.",
-        "`AutoDeployConfig`, `KvCacheConfig` and `TransformConfig` have the keys of [this page](config.md).",
+        "`AutoDeployConfig`, `KvCacheConfig`, `SpeculativeConfig` and `TransformConfig` have the keys of "
+        "[this page](config.md).",
     ]
     for title, names in PARTS.items():
         lines += ["", f"## {title}"]
@@ -118,6 +119,7 @@ def updated() -> str:
     lists = {
         "top level": _keys(config.AutoDeployConfig),
         "kv_cache_config": _keys(config.KvCacheConfig),
+        "speculative_config": _keys(config.SpeculativeConfig),
         "transforms": _transforms(),
         "change the answer": [f"- `{k}` ({_values((None, *ok))}): {why}." for k, (ok, why) in neutral],
         "mean nothing": [f"- `{key}`" for key in sorted(unused)],
@@ -142,7 +144,7 @@ def _keys(model: type[BaseModel]) -> list[str]:
         limits = [f", {signs[k]} {getattr(m, k):,}" for m in field.metadata for k in signs if hasattr(m, k)]
         default = (
             f"; default {_values([field.default])}"
-            if name in docstrings and not field.default_factory
+            if name in docstrings and not field.default_factory and not field.is_required()
             else ""
         )
         lines.append(f"- **`{name}`** ({_type(field.annotation)}{''.join(limits)}{default}): ")
@@ -164,7 +166,8 @@ def _transforms() -> list[str]:
 def _type(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return _values(get_args(kind))
-    names = {list: "list of numbers", dict: "mapping", config.KvCacheConfig: "mapping", type(None): "null"}
+    names = {list: "list of numbers", dict: "mapping", type(None): "null"}
+    names |= {config.KvCacheConfig: "mapping", config.SpeculativeConfig: "mapping"}
     return names.get(get_origin(kind) or kind) or " or ".join(map(_type, get_args(kind))) or kind.__name__
 
 

@@ -265,6 +265,23 @@ def state(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{speed} {_source(data)}"]
 
 
+def serve(data: dict[str, Any]) -> list[str]:
+    """Of ``serve.json``: what serving adds to the engine, and what a known beginning saves."""
+    cost, prefix, grammar = data["overhead"], data["prefix"], data["grammar"]
+    lines = _heading("what", "without", "with", "share")
+    streams, tokens, batch = cost["streams"], prefix["tokens"], grammar["batch"]
+    lines += [
+        f"| {streams} streams, tokens/s: the engine alone, and through HTTP | {cost['tokens_per_s']:,.0f} | "
+        f"{cost['served_tokens_per_s']:,.0f} | {-cost['less']:+.1%} |",
+        f"| first token of a prompt of {tokens:,} tokens, nine tenths of them known, ms | "
+        f"{prefix['first_token_ms']:.0f} | {prefix['known_first_token_ms']:.0f} | "
+        f"1 / {prefix['times']:.1f} |",
+        f"| a step of {batch} drawn requests whose text is JSON of a schema, ms | {grammar['step_ms']:.2f} | "
+        f"{grammar['guided_step_ms']:.2f} | {grammar['more']:+.1%} |",
+    ]
+    return [*lines, "", _source(data)]
+
+
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
     """A number, in bold if it is worse than it should be; a dash for what was not measured."""
     if value is None:
@@ -287,6 +304,7 @@ PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
     "performance.md": (load, experts, quantized, state),
+    "serving.md": (serve,),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 

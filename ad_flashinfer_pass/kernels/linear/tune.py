@@ -29,7 +29,7 @@ _MIN_GAIN = 0.99
 """A kernel of ours must take less than this share of torch's time, or noise would decide."""
 _NEARLY = 1.25
 """Kernels that take up to so many times the time of the fastest are tried among the others ..."""
-_TRIED = 3
+_TRIED = 6
 """... so many of them."""
 _MIN_GAIN_OF_ALL = 0.997
 """Of the time of all linears, for what replaces the kernel that is the fastest alone."""

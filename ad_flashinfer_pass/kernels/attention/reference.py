@@ -1,13 +1,15 @@
 """The reference provider: paged attention in plain torch, on any device.
 
 The default on a CPU and the oracle of every test. Logits and softmax are float32. The decode path is
-vectorised over the batch; prefill and extend sequences are taken one after the other, each without
-padding.
+vectorised over the batch; prefill and extend sequences are taken one after the other, neighbours of equal
+lengths together, without padding.
 """
 
 from __future__ import annotations
 
+import operator
 from functools import cache
+from itertools import count, groupby, repeat
 from typing import Any
 
 import torch
@@ -154,15 +156,19 @@ def prefill(
     block_table: Tensor,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See ``attention.provider``; one sequence after the other, with lengths read on the host."""
+    """See ``attention.provider``; lengths are read on the host."""
     bounds, totals = cu_seqlen.tolist(), seq_len_with_cache.tolist()
-    outputs = []
-    for row, total in enumerate(totals):
-        if total == 0:  # a row of a captured step that no sequence uses
+    outputs, end = [], 0
+    news = map(operator.sub, bounds[1:], bounds)
+    # The explicit attention would hold the logits of all of them at once.
+    apart = repeat(0) if _is_plain(spec) else count()
+    for (new, total, _), alike in groupby(zip(news, totals, apart, strict=False)):
+        start, end = end, end + len(list(alike))
+        if total == 0:  # rows of a captured step that no sequence uses
             continue
-        q = query[bounds[row] : bounds[row + 1]][None]
-        k, v = _gather_pages(kv_cache, block_table[row : row + 1], total, q, spec)
-        outputs.append(_attend_one(q, k, v, total, spec)[0])
+        q = query[bounds[start] : bounds[end]].unflatten(0, (end - start, new))
+        k, v = _gather_pages(kv_cache, block_table[start:end], total, q, spec)
+        outputs.append(_attend(q, k, v, total, spec).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -284,8 +290,8 @@ def _is_plain(spec: AttentionSpec) -> bool:
     return spec.logit_cap is None and spec.sinks is None and spec.alibi_slopes is None
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, total: int, spec: AttentionSpec) -> Tensor:
-    """The last q.shape[1] tokens of one sequence of ``total`` tokens."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, total: int, spec: AttentionSpec) -> Tensor:
+    """The last q.shape[1] tokens of sequences of ``total`` tokens."""
     n = q.shape[1]
     if _is_plain(spec) and n == total and spec.sliding_window is None and spec.chunk is None:
         return _sdpa(q, k, v, None, spec.scale, is_causal=True)

@@ -71,6 +71,13 @@ def test_features_equal_the_formula(features: str) -> None:
     check(PagedBatch(mixed_lengths(5), Shape()), FEATURES[features])
 
 
+@pytest.mark.parametrize("features", ["plain", "window_over_pages", "all"])
+def test_neighbours_of_equal_lengths(features: str) -> None:
+    """Each is attended by itself, whether or not they are computed together."""
+    lengths = [(0, 6), (0, 6), (0, 6), (0, 5), (0, 6), (9, 4), (9, 4), (10, 3), (10, 3)]
+    check(PagedBatch(lengths, Shape()), FEATURES[features])
+
+
 @pytest.mark.parametrize(
     "lengths",
     [[(0, 6)], [(0, 5), (0, 12)], [(9, 11)], [(3, 2), (10, 7)], [(9, 1)], [(0, 1), (4, 1), (5, 1), (30, 1)]],

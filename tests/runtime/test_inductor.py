@@ -68,8 +68,8 @@ def test_what_only_calls_our_kernels_is_not_compiled(monkeypatch: pytest.MonkeyP
     linear = torch.ops.ad_flashinfer.linear.default
     graph.output((graph.call_function(linear, (row, weight, None, None, 0.0, None, False)),))
     piece = Piece(fx.GraphModule(nn.Module(), graph), [(0, 1)], "here")
-    x, weight = torch.randn(1, 3, 2, 4), torch.randn(5, 8)
-    torch.testing.assert_close(piece(x, weight)[0], x.flatten(2) @ weight.T)
+    given = torch.randn(1, 3, 2, 4), torch.randn(5, 8)
+    torch.testing.assert_close(piece(*given)[0], given[0].flatten(2) @ given[1].T)
 
 
 def test_what_is_compiled_is_kept_in_a_folder_of_the_users(

@@ -136,12 +136,14 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
     num_pages = min((len(cache) for cache in paged), default=ctx.num_pages) - 1
     many = min(_MANY, info.max_seq_len, info.max_num_tokens, num_pages * info.tokens_per_block)
     pages = list(range(1, 1 + -(-many // info.tokens_per_block)))
-    steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), ([many], True))
+    # Captured steps of many tokens have many rows of logits, so that one row of theirs is not needed.
+    longest = [many - 1, 1] if short and many > 1 else [many]
+    steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), (longest, True))
     for index, (lengths, gather) in enumerate(steps):
         ctx.on_event(f"compile_model: Inductor, step {index + 1} of {len(steps)}")
         info.nest_sequences(
             [
-                SequenceStep([0] * n, 0, pages if n == many else [1], gather, slot=1 + row)
+                SequenceStep([0] * n, 0, pages[: -(-n // info.tokens_per_block)], gather, slot=1 + row)
                 for row, n in enumerate(lengths)
             ]
         )

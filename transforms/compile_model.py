@@ -136,8 +136,9 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
     num_pages = min((len(cache) for cache in paged), default=ctx.num_pages) - 1
     many = min(_MANY, info.max_seq_len, info.max_num_tokens, num_pages * info.tokens_per_block)
     pages = list(range(1, 1 + -(-many // info.tokens_per_block)))
-    # Captured steps of many tokens have many rows of logits, so that one row of theirs is not needed.
-    longest = [many - 1, 1] if short and many > 1 else [many]
+    # Captured steps of many tokens have many rows of logits; others, as of one prompt, often one.
+    is_captured = ctx.device.type == "cuda" and not host_kernels(ctx)
+    longest = [many - 1, 1] if is_captured and short and many > 1 else [many]
     steps = (([1], True), ([few], True), ([few], False), ([few] * (1 + short), True), (longest, True))
     for index, (lengths, gather) in enumerate(steps):
         ctx.on_event(f"compile_model: Inductor, step {index + 1} of {len(steps)}")

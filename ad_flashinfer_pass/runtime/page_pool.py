@@ -116,8 +116,12 @@ class PagePool:
         """Whether nobody uses this page, which has a name."""
         return page in self._kept
 
+    def is_shared(self, page: int) -> bool:
+        """Whether several use this page, which is in use."""
+        return self._num_users[page] > 1
+
     def share(self, page: int) -> None:
-        """Hand out a page that has a name, to one user more."""
+        """Hand out a page that is in use, or has a name, to one user more, who does not write it either."""
         self._kept.pop(page, None)
         self._num_users[page] = self._num_users.get(page, 0) + 1
 

@@ -14,6 +14,8 @@ Schedule = Sequence[tuple[int | None, Sequence[int]]]
 """(sequence, its new tokens); None begins one."""
 Entries = list[tuple[int | None, list[int]]]
 """A schedule that was checked."""
+Copies = list[tuple[int, int]]
+"""Pages that are to be copied, and where to."""
 
 
 @dataclass
@@ -106,6 +108,40 @@ class Sequences:
         length = step.input_pos + len(step.token_ids)
         self._states[sequence] = _State(length, list(step.pages))
         return length
+
+    def fork(self, sequence: int) -> tuple[int, Copies]:
+        """Begin a sequence with the tokens of another one: its number, and what is to be copied.
+
+        Full pages are those of both, since nobody writes them any more.
+
+        Raises:
+            SessionError: the sequence is unknown.
+            CapacityError: no page is free.
+        """
+        state = self.known(sequence)
+        num_full = state.length // self._info.tokens_per_block
+        shared, rest = state.pages[:num_full], state.pages[num_full:]
+        own = self._pool.allocate(len(rest))
+        for page in shared:
+            self._pool.share(page)
+        number, self._next_id = self._next_id, self._next_id + 1
+        self._states[number] = _State(state.length, shared + own)
+        return number, list(zip(rest, own, strict=True))
+
+    def own(self, sequence: int, length: int) -> Copies:
+        """Let a sequence write after its first ``length`` tokens: what is to be copied.
+
+        Raises:
+            SessionError: the sequence is unknown.
+            CapacityError: no page is free.
+        """
+        pages = self.known(sequence).pages
+        index, is_full = length // self._info.tokens_per_block, length % self._info.tokens_per_block == 0
+        if is_full or not self._pool.is_shared(page := pages[index]):
+            return []
+        (pages[index],) = self._pool.allocate(1)
+        self._pool.free([page])
+        return [(page, pages[index])]
 
     def cut(self, sequence: int, length: int) -> list[int]:
         """Forget all tokens but the first ``length``, and the sequence if that is 0; gives their pages.

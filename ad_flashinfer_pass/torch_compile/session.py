@@ -24,7 +24,7 @@ from ad_flashinfer_pass.records import KvCacheResource
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.page_pool import PagePool
 from ad_flashinfer_pass.torch_compile.batch import Batch, CacheGroup
-from ad_flashinfer_pass.torch_compile.sequences import Schedule, Sequences
+from ad_flashinfer_pass.torch_compile.sequences import Copies, Schedule, Sequences
 from ad_flashinfer_pass.transforms.initialize_cache import free_bytes, pages_wanted
 
 offer_to_transformers()
@@ -193,9 +193,8 @@ class CacheSession:
         """Add a token to each sequence, and guesses at those after it, of which ``Batch.accept`` keeps some.
 
         Args:
-            drafts: of each sequence the newest token, as sampled from the step before, and then guesses;
-            int64
-                [b, n], or lists of any lengths.
+            drafts: of each sequence the newest token, as sampled from the step before, and then guesses:
+                int64 [b, n], or lists of any lengths.
             sequences: the sequence of each; default: all, in the order in which they began.
 
         Raises:
@@ -243,6 +242,29 @@ class CacheSession:
             for group in self._groups.values():
                 group.lengths.pop(sequence, None)
 
+    def fork(self, sequence: int) -> int:
+        """Begin a sequence that has the tokens of another one so far, which goes on as it was.
+
+        Full pages are shared, the last one is copied.
+
+        Args:
+            sequence: the other one.
+
+        Returns:
+            Its own number.
+
+        Raises:
+            SessionError: the sequence is unknown, or a batch is open.
+            CapacityError: no page is free.
+        """
+        self.refuse_if_open()
+        number, copies = self.sequences.fork(sequence)
+        self._copy(copies)
+        for group in self._groups.values():
+            if sequence in group.lengths:
+                group.lengths[number] = group.lengths[sequence]
+        return number
+
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the last tokens of a sequence, for example drafts that were refused.
 
@@ -252,11 +274,13 @@ class CacheSession:
 
         Raises:
             SessionError: the sequence is unknown, has not that many tokens, or a batch is open.
+            CapacityError: its last page is then one of a fork's, too, and no page is free for a copy.
         """
         self.refuse_if_open()
         longest = self.sequences.known(sequence).length
         if not 1 <= length <= longest:
             raise SessionError(f"sequence {sequence} can be cut to 1..{longest} tokens, got {length}.")
+        self._copy(self.sequences.own(sequence, length))
         self.release(self.sequences.cut(sequence, length))
         for group in self._groups.values():
             group.lengths[sequence] = min(group.lengths.get(sequence, 0), length)
@@ -327,14 +351,21 @@ class CacheSession:
             raise SessionError("a batch is open: leave its context first.")
 
     def release(self, pages: list[int]) -> None:
-        """Give pages back, zeroed: NaN left behind in one would reach the sequence that owns it next."""
-        if not pages:
+        """Give pages back; those that nobody else uses are zeroed, because NaN left behind in one would reach
+        the sequence that owns it next.
+        """
+        if not (freed := self._pages.free(pages)):
             return
-        index = torch.tensor(pages, device=self.device)
+        index = torch.tensor(freed, device=self.device)
         with torch.no_grad():
             for cache in self._caches.values():
                 cache.index_fill_(0, index, 0)
-        self._pages.free(pages)
+
+    def _copy(self, pages: Copies) -> None:
+        with torch.no_grad():
+            for cache in self._caches.values():
+                for page, copy in pages:
+                    cache[copy].copy_(cache[page])
 
     def _batch(self, schedule: Schedule, *, sort: bool = False, sampled: Tensor | None = None) -> Batch:
         self.refuse_if_open()

@@ -320,3 +320,41 @@ def test_verify_refuses_another_number_of_lists(loop: Loop) -> None:
     with pytest.raises(SessionError, match="token ids must be 0 or more"):
         loop.session.verify([[1, -1], [2]])
     assert list(loop.session.lengths.values()) == [3, 2]
+
+
+@pytest.mark.parametrize("length", [3, 15, 16, 17, 48])
+def test_a_fork_goes_on_by_itself(loop: Loop, length: int) -> None:
+    """Both sequences, and a fork of the fork; what is freed or cut of one stays for the others."""
+    text = [1 + token % 50 for token in range(length)]
+    loop.run([(None, text)])
+    (first,) = loop.session.lengths
+    second = loop.session.fork(first)
+    num_pages = -(-length // 16)
+    assert loop.session.num_free_pages == 16 - num_pages - bool(length % 16)
+    loop.assert_last(loop.run([(first, [7]), (second, [8])]), [*text, 7], [*text, 8])
+    third = loop.session.fork(second)
+    loop.session.free([first])
+    loop.session.truncate(third, length)
+    loop.assert_last(loop.run([(second, [9]), (third, [5])]), [*text, 8, 9], [*text, 5])
+    loop.session.truncate(second, 2)
+    loop.assert_last(loop.run([(second, [6]), (third, [4])]), [*text[:2], 6], [*text, 5, 4])
+    loop.session.free()
+    assert loop.session.num_free_pages == 16
+
+
+def test_a_fork_needs_a_page(loop: Loop) -> None:
+    """And a cut into a page of both; else nothing changes."""
+    loop.run([(None, [3] * 17)])
+    (first,) = loop.session.lengths
+    second = loop.session.fork(first)
+    while loop.session.num_free_pages:
+        loop.run([(None, [5])])
+    with pytest.raises(CapacityError, match="1 pages were asked for, but 0 of 16 are free"):
+        loop.session.fork(first)
+    loop.session.truncate(first, 16)  # gives one back
+    loop.run([(None, [5])])
+    with pytest.raises(CapacityError, match="1 pages were asked for"):
+        loop.session.truncate(first, 15)
+    assert (loop.session.lengths[first], loop.session.lengths[second]) == (16, 17)
+    with pytest.raises(SessionError, match="there is no sequence 99"):
+        loop.session.fork(99)

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,7 @@ class Modules:
         """Whether it is a linear, and not one by whose weight another multiplies, as Mamba's mixers do."""
         parent, _, name = path.rpartition(".")
         is_linear = type(self._modules[path]) is nn.Linear
-        return is_linear and f"self.{name}.weight @" not in inspect.getsource(type(self._modules[parent]))
+        return is_linear and f"self.{name}.weight @" not in _source(type(self._modules[parent]))
 
     def experts(self, name: str) -> str | None:
         """The experts of which this weight is one, or of one of them: of its layer, if that has no others."""
@@ -121,6 +122,11 @@ def experts_of(model: nn.Module, layout: Layout) -> dict[str, tuple[Any, Scheme]
         for path, module in model.named_modules()
         if goes_through_the_interface(module) and (scheme := modules.scheme(layout, path)) is not None
     }
+
+
+@cache  # all of its file is parsed for it
+def _source(kind: type) -> str:
+    return inspect.getsource(kind)
 
 
 def _numbers(path: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ad_flashinfer_pass import saved_graph
 from ad_flashinfer_pass.errors import ConfigError, LoadError
@@ -208,7 +209,7 @@ class _Told:
             return number
         if isinstance(value, Tensor):
             what = [number, str(value.dtype), list(value.shape), list(value.stride()), str(value.device)]
-            is_weight = type(value) is nn.Parameter and id(value) in self._own
+            is_weight = type(value) in (nn.Parameter, FakeTensor) and id(value) in self._own
             return what if is_weight else [*what, _content(value)]
         if isinstance(value, nn.Module) and id(value) not in self._own:
             raise _UnknownError  # its weights are constants of the graph

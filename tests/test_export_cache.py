@@ -20,8 +20,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
 from ad_flashinfer_pass import export_cache, saved_graph
-from ad_flashinfer_pass.errors import LoadError
+from ad_flashinfer_pass.errors import ExportError, LoadError
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.models.weightless import _with_fake_weights
 from ad_flashinfer_pass.transforms.export_model import Logits, export_model
 from tests.architectures import random_model, small_config
 from tests.transforms.small_models import context, tokens
@@ -51,6 +52,13 @@ def exported(model: nn.Module) -> fx.GraphModule:
     gm = export_model(model, context())[0]
     assert isinstance(gm, fx.GraphModule)
     return gm
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    return _with_fake_weights(model)
 
 
 def no_export(*args: object, **kwargs: object) -> None:
@@ -102,6 +110,26 @@ def test_the_second_start_exports_nothing(
     assert torch.equal(second(ids, positions), first(ids, positions))
     own = {id(tensor) for tensor in model.parameters()}
     assert all(id(tensor) in own for tensor in second.parameters())
+
+
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_a_model_without_weights_has_the_graph_of_one_with(
+    of_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As commands that only look have it; a graph that was compared with no model is not for one that runs."""
+    first = exported(llama() if of_weights else weightless(llama()))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.export, "export", no_export)
+        second = exported(model := weightless(llama()))
+        own = {id(tensor) for tensor in model.parameters()}
+        assert described(second) == described(first)
+        assert all(id(tensor) in own for tensor in second.parameters())
+    monkeypatch.setattr(torch.export, "export", no_export)
+    if of_weights:
+        exported(llama())
+    else:
+        with pytest.raises(ExportError):
+            exported(llama())
 
 
 def test_other_weights_are_those_of_the_other_model(monkeypatch: pytest.MonkeyPatch) -> None:

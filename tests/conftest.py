@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from functools import wraps
+from pathlib import Path
 
 # The tensors of the tests are so small that a second thread only costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +20,7 @@ os.environ["XDG_CACHE_HOME"] = os.devnull
 import pytest
 import torch
 
-from ad_flashinfer_pass import config
+from ad_flashinfer_pass import config, export_cache
 
 # Read when Triton is imported, for its own functions, and when one of our kernels is defined.
 if not torch.cuda.is_available():
@@ -34,11 +36,37 @@ gc.set_threshold(200_000)
 _LONG = "end_to_end architectures quantized_weights backend generate exported debugging_stories".split()
 
 
+# Of these the export is the subject, or they change what it reads.
+_EXPORTING = "architectures export_model experts states mutations export_cache".split()
+
+
+def _name(path: Path) -> str:
+    return path.stem.removeprefix("test_")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the modules of few and long tests."""
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+    items.sort(key=lambda item: _name(item.path) not in _LONG)
 
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look at it again."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the graph of a model is kept for every test of this run, of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exported_once(request: pytest.FixtureRequest, graphs: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if _name(request.path) not in _EXPORTING:
+            patch.setattr(export_cache, "cache_folder", lambda name: graphs)
+            patch.setattr(export_cache, "_MOST", 10_000)
+        yield

@@ -21,6 +21,7 @@ from transformers.models.llama import modeling_llama
 
 from ad_flashinfer_pass import export_cache, saved_graph
 from ad_flashinfer_pass.errors import ExportError, LoadError
+from ad_flashinfer_pass.files import cache_folder
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.models.weightless import _with_fake_weights
 from ad_flashinfer_pass.transforms.export_model import Logits, export_model
@@ -31,7 +32,7 @@ SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
@@ -41,6 +42,24 @@ SMALL = {
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "ad-flashinfer-pass" / "graphs"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """The key of a graph, and what its file holds."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        exported(llama())
+    (file,) = (home / "ad-flashinfer-pass" / "graphs").iterdir()
+    return file.stem, file.read_bytes()
+
+
+def keep(kept: tuple[str, bytes]) -> Path:
+    file = export_cache._file(kept[0])
+    assert file is not None
+    file.write_bytes(kept[1])
+    return file
 
 
 def llama(seed: int = 0, **changes: Any) -> nn.Module:
@@ -116,7 +135,7 @@ def test_the_second_start_exports_nothing(
 def test_a_model_without_weights_has_the_graph_of_one_with(
     of_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As commands that only look have it; a graph that was compared with no model is not for one that runs."""
+    """As commands that only look have it; what was compared with no model is not for one that runs."""
     first = exported(llama() if of_weights else weightless(llama()))
     with monkeypatch.context() as patch:
         patch.setattr(torch.export, "export", no_export)
@@ -141,7 +160,7 @@ def test_other_weights_are_those_of_the_other_model(monkeypatch: pytest.MonkeyPa
 
 
 def rescaled(model: Any) -> None:
-    model.model.layers[1].self_attn.scaling = 0.5
+    model.model.layers[0].self_attn.scaling = 0.5
 
 
 def other_frequencies(model: Any) -> None:
@@ -301,13 +320,12 @@ def test_weights_that_are_not_parameters_of_the_model_are_exported(change: Calla
     ],
 )
 def test_a_damaged_file_is_made_again(
-    damage: Callable[[bytes], bytes], folder: Path, caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes], bytes], kept: tuple[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    wanted = described(exported(llama()))
-    (file,) = folder.iterdir()
-    content = file.read_bytes()
-    assert damage(content) != content
-    file.write_bytes(damage(content))
+    file = keep(kept)
+    wanted = described(saved_graph.load(file, Logits(llama()), file.stem))
+    assert damage(kept[1]) != kept[1]
+    file.write_bytes(damage(kept[1]))
     assert described(exported(llama())) == wanted
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert line.startswith(str(file))
@@ -317,7 +335,7 @@ def test_a_damaged_file_is_made_again(
 
 @pytest.mark.parametrize("mode", [0o755, 0o770])
 def test_a_folder_that_others_can_enter_is_not_used(mode: int, folder: Path) -> None:
-    folder.mkdir(parents=True, mode=0o700)
+    assert cache_folder(folder.name) == folder
     folder.chmod(mode)
     exported(llama())
     assert not list(folder.iterdir())
@@ -327,7 +345,7 @@ def test_the_oldest_are_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(export_cache, "_MOST", 1)
     exported(llama())
     (first,) = folder.iterdir()
-    exported(llama(num_hidden_layers=1))
+    exported(llama(num_hidden_layers=2))
     (second,) = folder.iterdir()
     assert first != second
 
@@ -342,10 +360,9 @@ def test_the_oldest_are_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         ('"@torch": "strided"', '"@torch": "load"'),
     ],
 )
-def test_nothing_that_a_file_holds_is_run(old: str, new: str, folder: Path) -> None:
+def test_nothing_that_a_file_holds_is_run(old: str, new: str, kept: tuple[str, bytes], folder: Path) -> None:
     """Also if its digest is right."""
-    exported(model := llama())
-    (file,) = folder.iterdir()
+    file, model = keep(kept), llama()
     with safe_open(file, framework="pt") as opened:
         key, text = (opened.metadata()[name] for name in ("key", "graph"))
     changed = text.replace(old, new)

@@ -20,11 +20,11 @@ os.environ["XDG_CACHE_HOME"] = os.devnull
 import pytest
 import torch
 
-from ad_flashinfer_pass import config, export_cache
-
 # Read when Triton is imported, for its own functions, and when one of our kernels is defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from ad_flashinfer_pass import config, export_cache
 
 # Where there is a GPU, the tests of it say so.
 config._default_device = wraps(config._default_device)(lambda: "cpu")

@@ -6,7 +6,9 @@ import gc
 import os
 from collections.abc import Iterator
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # The tensors of the tests are so small that a second thread only costs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +27,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from ad_flashinfer_pass import config, export_cache
+
+if find_spec("triton") and "TRITON_INTERPRET" in os.environ:
+    from triton.runtime import interpreter
+
+    _remapped: set[int] = set()
+    _remap = interpreter._patch_lang
+
+    def _remap_once(kernel: Any) -> Any:
+        """Else all of Triton's language is looked through at each call of a function within a kernel."""
+        if id(kernel.__globals__) in _remapped:
+            return None  # restored by the launch, which came first
+        scope = _remap(kernel)
+        _remapped.add(id(kernel.__globals__))
+        if scope is not None:
+            restore = scope.restore
+            scope.restore = lambda: (restore(), _remapped.clear())
+        return scope
+
+    interpreter._patch_lang = _remap_once
 
 # Where there is a GPU, the tests of it say so.
 config._default_device = wraps(config._default_device)(lambda: "cpu")

@@ -85,7 +85,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _exported_once(request: pytest.FixtureRequest, graphs: Path) -> Iterator[None]:
+def _graphs_kept(request: pytest.FixtureRequest, graphs: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if _name(request.path) not in _EXPORTING:
             patch.setattr(export_cache, "cache_folder", lambda name: graphs)

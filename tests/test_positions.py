@@ -20,13 +20,13 @@ PAGES = ([1, 2], [3], [4, 5])
 
 @cache
 def model_of(name: str) -> nn.Module:
-    return architectures.random_model(architectures.CONFIGS[name]())
+    return architectures.random_model(architectures.CONFIGS[name](num_layers=2))
 
 
 def cached_model(name: str) -> CachedModel:
     config = AutoDeployConfig(
         max_batch_size=4,
-        max_seq_len=64,
+        max_seq_len=128,
         max_num_tokens=64,
         kv_cache_config=KvCacheConfig(tokens_per_block=16),
     )

@@ -54,8 +54,10 @@ config._default_device = wraps(config._default_device)(lambda: "cpu")
 gc.set_threshold(200_000)
 
 # Longest first: a worker that takes one of these last leaves the other with nothing to do.
-_LONG = "end_to_end architectures quantized_weights backend generate exported debugging_stories".split()
-
+_LONG = (
+    "end_to_end architectures hand_written triton_experts quantized_weights backend cache_latent "
+    "generate experts prefill prove ropes mutations tune_experts debugging_stories"
+).split()
 
 # Of these the export is the subject, or they change what it reads.
 _EXPORTING = "architectures export_model experts states mutations export_cache".split()

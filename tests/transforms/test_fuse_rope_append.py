@@ -25,7 +25,7 @@ aten = torch.ops.aten
 @cache
 def transformed(name: str) -> tuple[fx.GraphModule, TransformContext]:
     model = architectures.random_model(architectures.CONFIGS[name](num_layers=2), "eager")
-    ctx = context(AutoDeployConfig(max_batch_size=3, max_seq_len=64))
+    ctx = context(AutoDeployConfig(max_batch_size=3, max_seq_len=128))
     gm, _ = Pipeline.of(ctx.config).without("compile_model").run(model, ctx)
     assert isinstance(gm, fx.GraphModule)
     return gm, ctx

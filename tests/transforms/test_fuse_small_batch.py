@@ -209,7 +209,7 @@ def test_logits_of_real_models(name: str) -> None:
 
 def test_steps_go_to_the_graph_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """With both graphs, steps of few and of many tokens give what one graph gives."""
-    model: nn.Module = architectures.random_model(architectures.CONFIGS["llama_gqa4"](), "sdpa")
+    model: nn.Module = architectures.random_model(architectures.CONFIGS["llama_gqa4"](num_layers=2), "sdpa")
     model = model.to(torch.bfloat16)
     config = AutoDeployConfig(max_batch_size=4, max_seq_len=128)
     one = transform_module(model, config)[0]

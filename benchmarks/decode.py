@@ -216,7 +216,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
         print(f"B{batch}: " + ", ".join(f"{name} {us:.0f} us" for name, us in parts.items()), flush=True)
     notes = [note for report in llm.reports for note in report.notes]
     return {
-        **steps.as_dict(),
+        **asdict(steps),
         "prefill": asdict(prefill),
         "prefill_steps": prompts,
         "where_us": where,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -130,7 +131,7 @@ def bench(
         if plot is not None:
             measure.draw(result, plot)
     if as_json:
-        print(json.dumps(result.as_dict(), indent=2, allow_nan=False))
+        print(json.dumps(asdict(result), indent=2, allow_nan=False))
     else:
         show(measure.as_tables(result))
 

@@ -7,12 +7,12 @@ an example of the batch and sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ad_flashinfer_pass.graph import edit as g
 
@@ -27,17 +27,16 @@ def views(gm: fx.GraphModule) -> set[fx.Node]:
     found = set()
     for node in gm.graph.nodes:
         value = g.value(node)
-        values[node] = _map(lambda item: _like(item, sizes), value)
+        values[node] = tree_map(lambda item: _like(item, sizes), value)
         if not g.is_view(node):
             continue
-        sources = {_storage(tensor) for source in node.all_input_nodes for tensor in _tensors(values[source])}
+        sources = _storages([values[source] for source in node.all_input_nodes])
         try:
             args = map_arg(node.args, values.__getitem__)
             values[node] = node.target(*args, **map_arg(node.kwargs, values.__getitem__))
         except (RuntimeError, TypeError, IndexError, ValueError):
             continue  # for the example's sizes the op is not defined: counted as new memory
-        results = list(_tensors(values[node]))
-        if results and all(_storage(tensor) in sources for tensor in results):
+        if (results := _storages(values[node])) and results <= sources:
             found.add(node)
     return found
 
@@ -70,15 +69,6 @@ def _like(value: Any, sizes: _Sizes) -> Any:
     return sizes(value) if isinstance(value, SymInt) else value
 
 
-def _map(function: Any, value: Any) -> Any:
-    return type(value)(map(function, value)) if isinstance(value, (list, tuple)) else function(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    for item in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(item, Tensor):
-            yield item
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storages(values: Any) -> set[int]:
+    """Of the tensors in nested values."""
+    return {t.untyped_storage()._cdata for t in tree_leaves(values) if isinstance(t, Tensor)}

@@ -7,13 +7,13 @@ a CPU has no second device, so the rules about copies between host and device fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor, fx
+from torch import SymBool, SymFloat, SymInt, fx
 
 from ad_flashinfer_pass import ops
 from ad_flashinfer_pass.config import AutoDeployConfig, nearest
@@ -82,19 +82,19 @@ class _Graph:
 
     def __init__(self, gm: fx.GraphModule, static_inputs: Collection[str]) -> None:
         self.static_inputs = static_inputs
-        devices = [tensor.device for node in gm.graph.nodes for tensor in _tensors(node)]
+        devices = [tensor.device for node in gm.graph.nodes for tensor in g.tensors(node)]
         # The device that is captured: any but the host.
         captured = (device for device in devices if device.type not in ("cpu", "meta"))
         self.device = next(captured, torch.device("cpu"))
 
     def on_host(self, node: Any) -> bool:
         """Whether this is a tensor of the host beside those of another device."""
-        tensors = list(_tensors(node)) if isinstance(node, fx.Node) else []
+        tensors = g.tensors(node) if isinstance(node, fx.Node) else []
         return self.device.type != "cpu" and any(tensor.device.type == "cpu" for tensor in tensors)
 
     def on_device(self, node: Any) -> bool:
         """Whether this is a tensor of the device that is captured."""
-        return isinstance(node, fx.Node) and any(t.device.type == self.device.type for t in _tensors(node))
+        return isinstance(node, fx.Node) and any(t.device.type == self.device.type for t in g.tensors(node))
 
 
 def lint_graph(
@@ -188,13 +188,6 @@ def _finding(rule: str, node: fx.Node, message: str) -> Finding:
     )
 
 
-def _tensors(node: fx.Node) -> Iterator[Tensor]:
-    value = g.value(node)
-    for item in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(item, Tensor):
-            yield item
-
-
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "overloadpacket", node.target))
 
@@ -269,8 +262,8 @@ def _unbacked(value: Any) -> bool:
 def _data_allocation(node: fx.Node, graph: _Graph) -> str | None:
     if node.op != "call_function" or _dynamic_shape(node, graph) is not None:
         return None
-    made = any(_unbacked(size) for tensor in _tensors(node) for size in tensor.shape)
-    known = any(_unbacked(size) for n in node.all_input_nodes for t in _tensors(n) for size in t.shape)
+    made = any(_unbacked(size) for tensor in g.tensors(node) for size in tensor.shape)
+    known = any(_unbacked(size) for n in node.all_input_nodes for t in g.tensors(n) for size in t.shape)
     if not made or known:
         return None
     return f"{_name(node)} makes a tensor whose size is a value of another"
@@ -376,7 +369,7 @@ def _python_scalar(node: fx.Node, graph: _Graph) -> str | None:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     scalars = [n for n in node.all_input_nodes if _unbacked(g.value(n))]
-    if not scalars or not list(_tensors(node)):
+    if not scalars or not g.tensors(node):
         return None
     return f"{_name(node)} takes {scalars[0].name}, a Python number that was read from a tensor"
 

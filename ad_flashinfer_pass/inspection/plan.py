@@ -195,7 +195,10 @@ def _weights(gm: fx.GraphModule) -> list[PlanRow]:
         if isinstance(tensor, Tensor):
             tensors.setdefault(id(tensor), (str(node.target), tensor))
     by_layer: dict[int | None, list[Tensor]] = {}
-    readers = {str(n.target): _layers_of_readers(n) for n in gm.graph.find_nodes(op="get_attr")}
+    readers = {
+        str(node.target): {layer_of(g.module_path(user)) for user in node.users}
+        for node in gm.graph.find_nodes(op="get_attr")
+    }
     for name, tensor in tensors.values():
         layer = layer_of(name)
         if layer is None and len(readers[name]) == 1:
@@ -220,10 +223,6 @@ def _weights(gm: fx.GraphModule) -> list[PlanRow]:
             )
         )
     return rows
-
-
-def _layers_of_readers(node: fx.Node) -> set[int | None]:
-    return {layer_of(g.module_path(user)) for user in node.users}
 
 
 def _shape_text(tensor: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_one_new_token_has_no_step(llm: LLM) -> None:
     """What was not measured is null in JSON and a dash in the table."""
     found = bench.bench(llm, input_len=4, output_len=1, concurrencies=[1])
     assert (found.rows[0].step_ms, found.rows[0].between_tokens) == (None, None)
-    json.dumps(found.as_dict(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
     table, _ = bench.as_tables(found)
     assert isinstance(table, Table)
     assert list(table.columns[3].cells) == ["-"]

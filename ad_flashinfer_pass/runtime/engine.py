@@ -499,11 +499,12 @@ class Engine:
             self._in_flight.popleft()
         has_settled = False
         while len(self._in_flight) <= self._steps_ahead and not self._has_read:
-            if self._in_flight and self._must_settle():
+            plan = self._next_verification()
+            if not plan and self._in_flight and self._must_settle():
                 has_settled = True
                 while self._in_flight:
                     self._read_oldest()
-            plan = self._next_verification() or self._scheduler.schedule()
+            plan = plan or self._scheduler.schedule()
             if not plan:
                 break
             error = self._enqueue(plan)
@@ -518,9 +519,9 @@ class Engine:
         self._scheduler.clear_released_pages()
 
     def _must_settle(self) -> bool:
-        """Whether the next step is to be made of tokens that are known, and some are not."""
+        """Whether the next step, which the host has to write, needs tokens that are not known yet."""
         if self._in_flight[-1].width > 1:
-            return not self._next_verification()
+            return True
         return self._may_verify(self._requests.values()) and self._scheduler.has_decodes_alone
 
     def _next_verification(self) -> list[tuple[_Request, int]]:
@@ -540,6 +541,7 @@ class Engine:
             self._width > 1
             and self.may_draft
             and self._payoff.is_on
+            and self._scheduler.num_running * self._width <= self._model.sequence_info.max_num_tokens
             and not any(request.params.is_penalised for request in requests)
         )
 
@@ -550,7 +552,7 @@ class Engine:
         scored: list[tuple[_Request, int]] = []
         all_decode = len(rows) == len(plan) and all(num_new == 1 for _, num_new in plan)
         # Of what is in flight only steps that go on by themselves can be followed by one that verifies.
-        verifies = all_decode and self._may_verify(rows) and self._fits(rows)
+        verifies = all_decode and self._may_verify(rows)
         verifies = verifies and (not self._in_flight or self._in_flight[-1].width > 1)
         width = self._width if verifies else 1
         is_same = self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows
@@ -590,10 +592,6 @@ class Engine:
             request.num_pending += width
         self._in_flight.append(_InFlight(rows, tokens, self._wanted, scored, width))
         return None
-
-    def _fits(self, rows: Sequence[_Request]) -> bool:
-        """Whether drafts of so many sequences are not more tokens than a step holds."""
-        return len(rows) * self._width <= self._model.sequence_info.max_num_tokens
 
     def _verification(self, request: _Request) -> SequenceStep:
         """The newest token, which is known, and room for drafts."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from ad_flashinfer_pass.collector import rare_collection
 from ad_flashinfer_pass.config import AutoDeployConfig, check_type
-from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.models.loading import LoadedModel, load_model
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.generation_config import default_sampling
 from ad_flashinfer_pass.runtime.llm import LLM
@@ -33,7 +36,8 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
     loaded = load_model(config)
     said, file = loaded.generation
     sampling = default_sampling(said if config.generation_config == "auto" else None, f"{file}")
-    model, reports = transform_module(loaded.module, loaded.resolved, on_event=on_event)
+    draft = _draft_of(loaded)
+    model, reports = transform_module(loaded.module, loaded.resolved, draft=draft, on_event=on_event)
     return LLM(
         model,
         loaded.tokenizer,
@@ -43,3 +47,19 @@ def build_model(config: AutoDeployConfig, *, on_event: Callable[[str], None] | N
         steps_ahead=config.steps_ahead,
         enable_block_reuse=config.kv_cache_config.enable_block_reuse,
     )
+
+
+def _draft_of(loaded: LoadedModel) -> nn.Module | None:
+    """The model that guesses, if the config names one."""
+    config = loaded.resolved
+    if config.speculative_config is None or config.speculative_config.model is None:
+        return None
+    keys = {name: getattr(config, name) for name in config.model_fields_set - {"model_kwargs", "tokenizer"}}
+    draft = load_model(AutoDeployConfig(**{**keys, "model": config.speculative_config.model}))
+    ours, theirs = (each.tokenizer and each.tokenizer.get_vocab() for each in (loaded, draft))
+    if ours and theirs and ours != theirs:
+        raise ConfigError(
+            f"speculative_config.model: {draft.name} has another vocabulary than {loaded.name}: its tokens "
+            "stand for other texts. Give a model with the same tokenizer."
+        )
+    return draft.module

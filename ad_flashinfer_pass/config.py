@@ -126,10 +126,19 @@ class SpeculativeConfig(_Strict):
         ConfigError: a key is unknown, or a value is out of range.
     """
 
-    drafter: Literal["ngram"]
-    """Who guesses. ngram: what followed the last tokens where they stood before, in the request itself."""
+    drafter: Literal["ngram", "model"]
+    """Who guesses. ngram: what followed the last tokens where they stood before, in the request itself;
+    model: a smaller model."""
+    model: str | None = None
+    """The smaller model, as for ``model`` above: a directory or hub id, with the same vocabulary."""
     num_tokens: int = Field(default=3, ge=1, le=15)
     """Drafts of a sequence in a step; 1, 3 and 7 fill the kernels' tiles."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> SpeculativeConfig:
+        if (self.model is None) != (self.drafter != "model"):
+            raise ValueError(f"model must be given with drafter: model, and only then, got {self.model!r}")
+        return self
 
 
 class TransformConfig(_Strict):

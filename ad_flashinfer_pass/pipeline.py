@@ -20,6 +20,7 @@ from ad_flashinfer_pass.kernels import prebuilt
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.drafts.model import ModelDrafter
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
 assert transforms.__name__ == "ad_flashinfer_pass.transforms"  # importing it registers them
@@ -29,6 +30,7 @@ def transform_module(
     module: nn.Module,
     config: AutoDeployConfig,
     *,
+    draft: nn.Module | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> tuple[CachedModel, list[TransformReport]]:
     """Run the pass on a module.
@@ -37,6 +39,8 @@ def transform_module(
         module: in eval mode, on ``config.device`` if that is given; takes input_ids and position_ids, int64
             [b, s], and returns logits [b, s, vocab] or an object that has them.
         config: its keys about the model are not read. If it names no device, the module's is used.
+        draft: the model that guesses, with ``speculative_config.drafter: model``; likewise, and of the same
+            vocabulary.
         on_event: called with the name of each transform as it begins.
 
     Returns:
@@ -49,12 +53,49 @@ def transform_module(
     """
     check_type("module", module, nn.Module)
     check_type("config", config, AutoDeployConfig)
+    check_type("draft", draft, nn.Module, type(None))
+    _check_drafter(config, draft)
     config = on_device_of(next(chain(module.parameters(), module.buffers()), None), config)
     ctx = context(config, on_event)
-    transformed, reports = Pipeline.of(config).run(module, ctx)
+    pipeline = Pipeline.of(config)
+    if draft is None:
+        transformed, reports = pipeline.run(module, ctx)
+    else:
+        transformed, reports = _with_draft(pipeline, module, draft, ctx)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights, ctx.drafter)
     model.generation_config = getattr(module, "generation_config", None)
     return model, reports
+
+
+def _check_drafter(config: AutoDeployConfig, draft: nn.Module | None) -> None:
+    asks = config.speculative_config is not None and config.speculative_config.drafter == "model"
+    if asks != (draft is not None):
+        raise ConfigError(
+            "speculative_config: drafter: model needs the model that guesses; transform_module takes it as "
+            "draft, and build_model loads it."
+            if asks
+            else "draft: is for speculative_config with drafter: model; leave it out."
+        )
+
+
+def _with_draft(
+    pipeline: Pipeline, module: nn.Module, draft: nn.Module, ctx: TransformContext
+) -> tuple[nn.Module, list[TransformReport]]:
+    """Both models; their pools are planned together, and the one that guesses is ready before the capture."""
+    ctx.draft = context(ctx.config, ctx.on_event)
+    ctx.draft.is_draft = True
+    guessing, _ = pipeline.before("initialize_cache").run(draft, ctx.draft)
+    transformed, reports = pipeline.before("compile").run(module, ctx)
+    if ctx.draft.vocab_size != ctx.vocab_size:
+        raise ConfigError(
+            f"speculative_config.model: its vocabulary has {ctx.draft.vocab_size} tokens, that of the model "
+            f"{ctx.vocab_size}; they must be the same."
+        )
+    guessing, _ = pipeline.since("compile").run(guessing, ctx.draft)
+    infos = (ctx.sequence_info, ctx.draft.sequence_info)
+    ctx.drafter = ModelDrafter(*infos, guessing, ctx.draft.caches)
+    transformed, more = pipeline.since("compile").run(transformed, ctx)
+    return transformed, [*reports, *more]
 
 
 def on_device_of(tensor: Tensor | None, config: AutoDeployConfig) -> AutoDeployConfig:

@@ -165,6 +165,10 @@ class TransformContext:
     """What steps read of the weights."""
     drafter: Drafter | None = None
     """Guesses tokens of the next steps."""
+    draft: TransformContext | None = None
+    """Of the model that guesses, if one does; its pools have as many pages."""
+    is_draft: bool = False
+    """Whether the model only guesses: its steps are captured with those of another."""
     num_pages: int = 0
     """Pages of each pool, the scratch page included."""
     target: torch.device | None = None

@@ -210,8 +210,8 @@ def test_every_config_for_autodeploy_is_taken() -> None:
         ),
         (
             {"speculative_model_kwargs": {"num_hidden_layers": 1}},
-            "speculative_model_kwargs: got {'num_hidden_layers': 1}, but drafts come from the request's own "
-            "tokens; delete the key.",
+            "speculative_model_kwargs: got {'num_hidden_layers': 1}, but speculative_config.model is taken "
+            "as its files say; delete the key.",
         ),
         (
             {"attn_page_size": 64, "kv_cache_config": {"tokens_per_block": 32}},

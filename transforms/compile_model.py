@@ -33,7 +33,8 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     """Make the graph ready to be called."""
     assert isinstance(model, fx.GraphModule)
     ctx.weights = step_weights(model)
-    if ctx.sequence_info.num_drafts:
+    drafting = ctx.config.speculative_config
+    if drafting is not None and drafting.drafter == "ngram":
         ctx.drafter = NgramDrafter(ctx.sequence_info)
     report = TransformReport("compile_model", num_matches=1)
     compiled: nn.Module = _compiled(model, ctx, report)
@@ -45,7 +46,7 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
 
         _warm_up(compiled, ctx)
         report.notes.append(str(eager_pieces(compiled)))
-    if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda":
+    if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda" or ctx.is_draft:
         return compiled, report
     return _captured(compiled, ctx, report), report
 
@@ -117,7 +118,11 @@ def host_kernels(ctx: TransformContext) -> dict[Phase, str]:
 def _host_verifier(ctx: TransformContext) -> str | None:
     """The kernel that keeps steps with drafts from being captured, if there is one."""
     kernels = {site.verify or site.prefill.kernel for site in ctx.sites}
-    return next((kernel for kernel in sorted(kernels) if select.on_host("prefill", kernel)), None)
+    if ctx.draft is not None:
+        kernels |= {kernel for phase, kernel in host_kernels(ctx.draft).items() if phase == "decode"}
+    return next(
+        (k for k in sorted(kernels) if select.on_host("prefill", k) or select.on_host("decode", k)), None
+    )
 
 
 def _listed(sizes: list[int]) -> str:

@@ -57,8 +57,10 @@ def initialize_cache(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     ctx.num_pages = pages.allocated + 1
     if not ctx.resources:
         return model, report
-    for resource in ctx.resources:
-        ctx.caches[resource.name] = resource.allocate(ctx.num_pages, ctx.device)
+    for each in (ctx, ctx.draft) if ctx.draft is not None else (ctx,):
+        each.num_pages = ctx.num_pages
+        for resource in each.resources:
+            each.caches[resource.name] = resource.allocate(ctx.num_pages, ctx.device)
     report.notes.append(
         f"{pages.allocated} pages of {info.tokens_per_block} tokens: "
         f"{pages.allocated * info.tokens_per_block} tokens, "
@@ -77,7 +79,8 @@ def count_pages(ctx: TransformContext, free: int) -> Pages:
         CapacityError: not even one page a layer fits.
     """
     config, info = ctx.config.kv_cache_config, ctx.sequence_info
-    bytes_per_page = sum(resource.bytes_per_page for resource in ctx.resources)
+    resources = ctx.resources if ctx.draft is None else [*ctx.resources, *ctx.draft.resources]
+    bytes_per_page = sum(resource.bytes_per_page for resource in resources)
     wanted = pages_wanted(ctx.config, info)
     share = int(free * config.free_gpu_memory_fraction)
     states = state_bytes(ctx)

@@ -383,6 +383,33 @@ class SequenceInfo:
         cache_loc = views["cache_loc"]
         cache_loc[first_page] = cache_loc[first_page] * goes_on
 
+    def follow(self, other: SequenceInfo) -> None:
+        """Make the metadata that of a decode step of the newest tokens of another's step, which verifies.
+
+        Of the same sizes. Runs on the device alone but for the numbers of rows, so that it can be captured. A
+        sequence that is near max_seq_len rests, as one that has stopped does.
+        """
+        rows, width, theirs, ours = other.num_verified, 1 + other.num_drafts, other.views, self._buffer.views
+        limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
+        self._batch_info_host.numpy()[:] = BatchInfo._make((0, 0, 0, 0, rows, rows, *limits, rows, 1))
+        self._shape, self._num_gather, self.num_verified = (rows, 1), rows, 0
+        for name in ("cache_loc", "cu_num_pages"):
+            ours[name].copy_(theirs[name])
+        input_pos = theirs["input_pos"][:rows]
+        rests = (theirs["is_stopped"][: rows * width : width] > 0) | (input_pos + width >= self.max_seq_len)
+        ours["is_stopped"][:rows] = rests
+        ours["stop_token_ids"][:rows] = -1
+        ours["temperature"][:rows] = 0
+        ours["input_ids"][:rows] = other.drafts[:, 0]
+        ours["input_pos"][:rows] = input_pos * ~rests
+        for name, shift in (("position_ids", 0), ("sequence_lengths", 1), ("seq_len_with_cache", 1)):
+            ours[name][:rows] = ours["input_pos"][:rows] + shift
+        places = torch.arange(rows + 1, device=self.device)
+        ours["cu_seqlen"][: rows + 1] = places
+        ours["token_gather_indices"][:rows] = places[:-1]
+        first_page = ours["cu_num_pages"][:rows].long()
+        ours["cache_loc"][first_page] = ours["cache_loc"][first_page] * ~rests
+
     def accept(self, sampled: Tensor) -> None:
         """Keep the drafts that were sampled in their places, and make the metadata that of the next step.
 

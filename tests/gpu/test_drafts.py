@@ -267,3 +267,25 @@ def test_sampled_requests_give_the_same_tokens_again() -> None:
     assert engine.metrics.num_verified > 20
     again, _ = generate(model, params, 1)
     assert again == first
+
+
+def test_a_model_that_guesses_its_own_tokens() -> None:
+    """Captured, the draft's steps within the end of each step: nearly all are taken, and tokens are right."""
+    config = AutoDeployConfig(
+        device="cuda",
+        dtype="bfloat16",
+        compile_backend="torch-cudagraph",
+        max_batch_size=8,
+        max_seq_len=192,
+        max_num_tokens=128,
+        cuda_graph_batch_sizes=[1, 3, 8],
+        speculative_config=SpeculativeConfig(drafter="model", model="given"),
+    )
+    with skipped_if_not_built():
+        model, _ = transform_module(model_of("LlamaConfig"), config, draft=model_of("LlamaConfig"))
+    model.verify_cost = {1: 0.0}
+    for steps_ahead in (0, 2):
+        tokens, engine = generate(model, SamplingParams(), steps_ahead)
+        assert_same_tokens(model_of("LlamaConfig"), tokens)
+        assert engine.metrics.drafts is not None
+        assert engine.metrics.drafts.acceptance[0] > 0.8

@@ -23,6 +23,10 @@ class DraftedSequence(Protocol):
     """Prompt and generated tokens, all of them; more are appended."""
     slot: int
     """A number from 1 on that no other running sequence has."""
+    pages: list[int]
+    """Of all tokens but, perhaps, the newest."""
+    first_len: int
+    """See ``SequenceStep``."""
 
 
 class Drafter(ABC):

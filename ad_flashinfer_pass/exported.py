@@ -171,7 +171,12 @@ def restore(
     attention = torch.ops.ad_flashinfer.cached_attention.default
     for node in gm.graph.find_nodes(op="call_function", target=attention):
         ctx.sequence_info.max_extend_len = g.op_args(node)["max_extend_len"]
-    num_drafts = ctx.sequence_info.num_drafts
+    drafting, num_drafts = ctx.config.speculative_config, ctx.sequence_info.num_drafts
+    if drafting is not None and drafting.model is not None:
+        raise ConfigError(
+            f"speculative_config.model: got {drafting.model!r}, but a program that was saved has one model; "
+            "use drafter: ngram, or transform both models."
+        )
     if num_drafts and ctx.sequence_info.max_extend_len != 1 + num_drafts:
         raise ConfigError(
             f"speculative_config: the program was transformed without {num_drafts} drafts a sequence; leave "

@@ -102,7 +102,8 @@ def state_bytes(ctx: TransformContext) -> int:
 
 def pages_wanted(config: AutoDeployConfig, info: SequenceInfo) -> int:
     """Pages for max_batch_size sequences of max_seq_len tokens, or for max_tokens if that is less."""
-    wanted, max_tokens = info.max_batch_size * info.max_blocks_per_seq, config.kv_cache_config.max_tokens
+    wanted = info.max_batch_size * -(-info.max_seq_len // info.tokens_per_block)
+    max_tokens = config.kv_cache_config.max_tokens
     return wanted if max_tokens is None else min(wanted, -(-max_tokens // info.tokens_per_block))
 
 

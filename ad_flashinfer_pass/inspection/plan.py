@@ -266,9 +266,10 @@ def _pages_arithmetic(ctx: TransformContext, pages: Pages, memory: int | None, t
         if ctx.states:
             return "no attention: a sequence has states and no pages"
         return "no pools before insert_cached_attention"
+    each = -(-info.max_seq_len // info.tokens_per_block)
     wanted = (
         f"wanted: {info.max_batch_size} sequences x ceil({info.max_seq_len} / {info.tokens_per_block}) = "
-        f"{info.max_batch_size * info.max_blocks_per_seq} pages"
+        f"{info.max_batch_size * each} pages"
     )
     if config.max_tokens is not None:
         wanted += f", at most ceil(max_tokens {config.max_tokens} / {info.tokens_per_block})"

@@ -42,7 +42,12 @@ if find_spec("triton") and "TRITON_INTERPRET" in os.environ:
         _remapped.add(id(kernel.__globals__))
         if scope is not None:
             restore = scope.restore
-            scope.restore = lambda: (restore(), _remapped.clear())
+
+            def forget() -> None:
+                restore()
+                _remapped.clear()
+
+            scope.restore = forget
         return scope
 
     interpreter._patch_lang = _remap_once

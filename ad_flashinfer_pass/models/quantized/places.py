@@ -6,7 +6,6 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -38,6 +37,7 @@ class Modules:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
         self._reversed = [each.reverse_transform() for each in self._renamings[::-1]]
+        self._sources: dict[type, str] = {}
         self._experts: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for path, module in self._modules.items():
             if goes_through_the_interface(module):
@@ -51,8 +51,10 @@ class Modules:
     def is_called_linear(self, path: str) -> bool:
         """Whether it is a linear, and not one by whose weight another multiplies, as Mamba's mixers do."""
         parent, _, name = path.rpartition(".")
-        is_linear = type(self._modules[path]) is nn.Linear
-        return is_linear and f"self.{name}.weight @" not in _source(type(self._modules[parent]))
+        kind = type(self._modules[parent])
+        if kind not in self._sources:  # all of its file is parsed for it
+            self._sources[kind] = inspect.getsource(kind)
+        return type(self._modules[path]) is nn.Linear and f"self.{name}.weight @" not in self._sources[kind]
 
     def experts(self, name: str) -> str | None:
         """The experts of which this weight is one, or of one of them: of its layer, if that has no others."""
@@ -122,11 +124,6 @@ def experts_of(model: nn.Module, layout: Layout) -> dict[str, tuple[Any, Scheme]
         for path, module in model.named_modules()
         if goes_through_the_interface(module) and (scheme := modules.scheme(layout, path)) is not None
     }
-
-
-@cache  # all of its file is parsed for it
-def _source(kind: type) -> str:
-    return inspect.getsource(kind)
 
 
 def _numbers(path: str) -> tuple[str, ...]:

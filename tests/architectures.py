@@ -236,7 +236,7 @@ def small_vision_config(model_type: str) -> transformers.PretrainedConfig:
     """The config of a vision-language family with a small text stack and the least vision tower."""
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
-    fields = _small_fields(default)
+    fields = _small_fields(default, fewest_layers=2)
     fields["vision_config"] = {k: _VISION.get(k, v) for k, v in fields["vision_config"].items()}
     if model_type.startswith("qwen"):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -270,7 +270,7 @@ def _small_fields(default: transformers.PretrainedConfig, fewest_layers: int = 3
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if isinstance(part, transformers.PretrainedConfig):
-            small[name] = {**part.to_dict(), **_small_fields(part)}
+            small[name] = {**part.to_dict(), **_small_fields(part, fewest_layers)}
             small[name].update({"head_dim": 16} if "head_dim" in small[name] else {})
     return small
 

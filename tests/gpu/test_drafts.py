@@ -17,7 +17,7 @@ from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.drafts.ngram import NgramDrafter
 from ad_flashinfer_pass.runtime.engine import Engine
-from ad_flashinfer_pass.runtime.sampling import SamplingParams
+from ad_flashinfer_pass.runtime.sampling import SamplingParams, most_likely
 from ad_flashinfer_pass.runtime.sequence_info import Bucket, RowParams, SequenceStep
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 from tests.gpu.test_conformance import FP8, PLAIN, assert_within_bound, skipped_if_not_built
@@ -163,7 +163,7 @@ def test_a_step_goes_from_the_metadata_of_one_to_those_of_the_next_as_on_a_cpu()
         each.nest_sequences(steps, pad_to=Bucket(0, 4, num_drafts=3), row_params=params, verifies=True)
     with torch.inference_mode():
         logits = module(**info.named_args(), **caches)[0]
-        on_cpu.accept(logits.argmax(-1).cpu())
+        on_cpu.accept(most_likely(logits.float().cpu()))
         assert module.sample_and_advance(is_greedy=True)
     assert torch.equal(info.tokens[:16].cpu(), on_cpu.tokens[:16])
     for name in ("position_ids", "input_pos", "seq_len_with_cache", "cache_loc", "is_stopped"):
@@ -217,7 +217,8 @@ def test_generates_the_tokens_of_the_uncached_model(name: str, backend: str, num
         tokens, engine = generate(model, SamplingParams(), steps_ahead)
         assert_same_tokens(model_of(name), tokens)
         assert engine.metrics.num_verified > 20
-        assert engine.metrics.num_accepted[0] > 0, "random weights go in circles, which n-grams find"
+        if name == "Gemma2Config":  # of these random weights, those that go in circles
+            assert engine.metrics.num_accepted[-1] > 20
         reasons = engine.metrics.eager_steps
         assert (
             not reasons or backend == "torch-simple" or all("reads lengths" in reason for reason in reasons)

@@ -109,8 +109,10 @@ class StepRunner:
         self._wanted: Wanted | None = None
         self._is_greedy = self._is_penalised = False
         """Of the rows of the last ``run``: whether all are, and whether any is."""
+        self._width = 1
+        """Tokens that a row of the last ``run`` may get."""
         self._verified: list[_At] = []
-        """Of the last ``run``, if it verifies: each row once for each of its tokens."""
+        """If they are more than one, and not chosen by kernels: each row as often."""
 
     def run(
         self,
@@ -128,7 +130,7 @@ class StepRunner:
             find_bits: called when the model has been enqueued, gives the tokens that may be chosen; see
                 ``Sampler.sample``.
         """
-        self._verified = []
+        self._width = 1
         reads_params = self._runs_ahead or self._on_cuda
         self._model.nest(steps, [_row_params(row) for row in rows] if reads_params else ())
         self._wanted = wanted
@@ -151,8 +153,9 @@ class StepRunner:
         self._model.nest(steps, [_row_params(row) for row in rows], verifies=True)
         self._wanted, self._is_penalised = wanted, False
         self._is_greedy = all(row.params.is_greedy for row in rows)
-        width = 1 + self._model.sequence_info.num_drafts
-        self._verified = [_At(row, shift) for row in rows for shift in range(width)]
+        self._width = 1 + self._model.sequence_info.num_drafts
+        if not self._on_cuda:
+            self._verified = [_At(row, shift) for row in rows for shift in range(self._width)]
         with torch.inference_mode():
             drafter.begin(rows)
             drafter.propose()
@@ -162,17 +165,17 @@ class StepRunner:
         """Enqueue the step for which the metadata stand, which is the next one if all of ``rows`` decode."""
         with torch.inference_mode():
             all_logits = self._model.forward()
-            if self._verified:
-                return self._accepted(all_logits)
+            if self._width > 1:
+                return self._accepted(all_logits, len(rows) * self._width)
             bits = None if find_bits is None else find_bits()
             tokens = self._choose(all_logits[: len(rows)], rows, bits)
             if self._wanted is None:
                 return PendingTokens(tokens)
             return PendingTokens(tokens, self._logprobs(all_logits, tokens, self._wanted))
 
-    def _accepted(self, all_logits: Tensor) -> PendingTokens:
-        """What ``verify`` gives."""
-        info, num_rows = self._model.sequence_info, len(self._verified)
+    def _accepted(self, all_logits: Tensor, num_rows: int) -> PendingTokens:
+        """What ``verify`` gives; of that many rows of logits."""
+        info = self._model.sequence_info
         logits = all_logits[:num_rows]
         by_replay = self._model.sample_and_advance(is_greedy=self._is_greedy)
         if not by_replay and self._on_cuda:
@@ -184,7 +187,7 @@ class StepRunner:
         wanted = self._wanted
         pending = PendingTokens(tokens, None if wanted is None else self._logprobs(logits, tokens, wanted))
         if not by_replay and self._runs_ahead and self._model.drafter is not None:
-            self._model.drafter.propose(tokens.view(-1, 1 + info.num_drafts))
+            self._model.drafter.propose(tokens.view(-1, self._width))
         return pending
 
     def _choose(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> Tensor:

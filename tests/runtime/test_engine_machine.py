@@ -100,6 +100,7 @@ class EngineMachine(RuleBasedStateMachine):
         has_states=st.sampled_from([False, False, True]),
         num_drafts=st.integers(0, 4),
         share_right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        cost=st.sampled_from([0.0, 0.0, 1.5]),
     )
     def make(
         self,
@@ -113,6 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
         has_states: bool,
         num_drafts: int,
         share_right: float,
+        cost: float,
     ) -> None:
         """An engine of any shape."""
         self.model = ToyModel(
@@ -126,6 +128,7 @@ class EngineMachine(RuleBasedStateMachine):
             num_drafts=0 if has_states else min(num_drafts, tokens_per_page - 1),
             drafter=lambda info: Guesser(info, share_right) if share_right else NgramDrafter(info),
         )
+        self.model.verify_cost = {1: cost}
         self.engine = Engine(
             self.model, eos_token_ids=EOS, prefill_chunk_tokens=chunk, steps_ahead=steps_ahead
         )

@@ -8,8 +8,8 @@ circles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,19 +37,18 @@ class NgramDrafter(Drafter):
 
     def begin(self, sequences: Sequence[DraftedSequence]) -> None:
         """Copy what the host knows and has not copied yet; see ``Drafter.begin``."""
-        places: list[range] = []
-        tokens: list[list[int]] = []
+        places, tokens = [], []
         for sequence in sequences:
             holder, first = self._held.get(sequence.slot, (None, 0))
             first = first if holder is sequence else 0
             length = len(sequence.token_ids)
             start = sequence.slot * self._info.max_seq_len
-            places.append(range(start + first, start + length))
-            tokens.append(sequence.token_ids[first:])
+            places.append(np.arange(start + first, start + length))
+            tokens.append(np.array(sequence.token_ids[first:], dtype=np.int32))
             self._held[sequence.slot] = (sequence, length)
         index, values = (
-            on_device(torch.tensor(list(chain.from_iterable(each)), dtype=dtype), self._tokens.device)
-            for each, dtype in ((places, torch.int64), (tokens, torch.int32))
+            on_device(torch.from_numpy(np.concatenate(each)), self._tokens.device)
+            for each in (places, tokens)
         )
         self._tokens.view(-1)[index] = values
 

@@ -123,9 +123,29 @@ class Batch:
         Returns:
             For each of ``sequences``, the tokens that it gets: guesses that are kept, and one more, which
             is not in the cache yet: it begins the next step.
+
+        Raises:
+            SessionError: the batch is not open, a sequence begins with it, or a token has no other that
+                follows it.
         """
+        if self._session.open_batch is not self:
+            raise SessionError(
+                "a batch accepts tokens within its context only, which then forgets the others."
+            )
+        for sequence, step in self.packed.items():
+            if not step.input_pos:
+                raise SessionError(
+                    f"sequence {sequence} begins with this batch: its tokens are a prompt, and no guesses. "
+                    "Take its next token from last_logits."
+                )
         tokens = logits[0, : self.num_tokens].argmax(-1) if chosen is None else chosen
-        following, accepted = tokens.flatten().tolist(), []
+        following, accepted = tokens.flatten().tolist(), list[list[int]]()
+        if len(following) != self.num_tokens:
+            name, given = ("logits", logits) if chosen is None else ("chosen", chosen)
+            raise SessionError(
+                f"accept takes what follows each of the batch's {self.num_tokens} tokens, got "
+                f"{len(following)} from {name} of shape {tuple(given.shape)}."
+            )
         for sequence, (first, end) in zip(self.sequences, self.spans, strict=True):
             step, own = self.packed[sequence], following[first:end]
             guesses = zip(step.token_ids[1:], own, strict=False)

@@ -358,3 +358,25 @@ def test_a_fork_needs_a_page(loop: Loop) -> None:
     assert (loop.session.lengths[first], loop.session.lengths[second]) == (16, 17)
     with pytest.raises(SessionError, match="there is no sequence 99"):
         loop.session.fork(99)
+
+
+def test_accept_refuses_what_are_no_guesses(loop: Loop) -> None:
+    """Prompts, logits or tokens of other shapes, and a batch that has ended: nothing is cut silently."""
+    with loop.session.prefill([[1, 2, 3], [4, 5]]) as batch:
+        logits = loop._model(*batch.inputs.values())
+        with pytest.raises(SessionError, match="begins with this batch: its tokens are a prompt"):
+            batch.accept(logits)
+    with loop.session.verify([[6, 7, 8], [9, 10, 11]]) as batch:
+        logits = loop._model(*batch.inputs.values())
+        for wrong in (logits[:, -1:], logits[0], logits.view(2, 3, -1)):
+            with pytest.raises(
+                SessionError, match=r"each of the batch's 6 tokens, got \d from logits of shape"
+            ):
+                batch.accept(wrong)
+        for count in (2, 7):
+            with pytest.raises(SessionError, match=f"got {count} from chosen of shape \\({count},\\)"):
+                batch.accept(logits, torch.zeros(count, dtype=torch.int64))
+        assert batch.accept(logits, torch.tensor([[7, 1, 5], [10, 11, 3]])) == [[7, 1], [10, 11, 3]]
+    assert list(loop.session.lengths.values()) == [5, 5]
+    with pytest.raises(SessionError, match="within its context only"):
+        batch.accept(logits)

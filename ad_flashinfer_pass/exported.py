@@ -169,9 +169,12 @@ def restore(
     _check_kernels(gm)
     ctx.sites = _sites(gm)
     attention = torch.ops.ad_flashinfer.cached_attention.default
-    for node in gm.graph.find_nodes(op="call_function", target=attention):
-        ctx.sequence_info.max_extend_len = g.op_args(node)["max_extend_len"]
     drafting, num_drafts = ctx.config.speculative_config, ctx.sequence_info.num_drafts
+    for node in gm.graph.find_nodes(op="call_function", target=attention):
+        args = g.op_args(node)
+        # verify_kernel takes drafts alone, all of one length: without drafts, extends are prefilled.
+        is_unused = args["verify_kernel"] and not num_drafts
+        ctx.sequence_info.max_extend_len = 1 if is_unused else args["max_extend_len"]
     if drafting is not None and drafting.model is not None:
         raise ConfigError(
             f"speculative_config.model: got {drafting.model!r}, but a program that was saved has one model; "
@@ -266,11 +269,15 @@ def _check_settings(gm: fx.GraphModule, ctx: TransformContext) -> None:
 def _check_versions(sites: list[CachedSite], compute_major: int) -> None:
     """Refuse kernels that the FlashInfer which is installed does not have yet; a newer one chose them."""
     for site in sites:
-        for choice in (site.prefill, site.decode):
-            for kernel in KernelPlan.parse(choice.kernel).names:
-                if reasons := select.PROVIDERS[kernel].capability.too_old(site.site, compute_major):
+        plans = {"prefill": site.prefill.kernel, "decode": site.decode.kernel, "verify": site.verify}
+        for phase, plan in plans.items():
+            for kernel in KernelPlan.parse(plan).names if plan else []:
+                provider = select.PROVIDERS[kernel]
+                since = provider.extend_since if phase == "verify" else None
+                lacking = [*provider.capability.too_old(site.site, compute_major), since and since.lacking()]
+                for reason in filter(None, lacking):
                     raise ConfigError(
-                        f"the program runs {kernel} at {site.where}, but {reasons[0]}: transform it here."
+                        f"the program runs {kernel} at {site.where}, but {reason}: transform it here."
                     )
 
 
@@ -305,7 +312,8 @@ def _sites(gm: fx.GraphModule) -> list[CachedSite]:
         prefill, decode = (Choice(args[f"{phase}_kernel"], "as saved") for phase in ("prefill", "decode"))
         notes = SiteNotes("ad_flashinfer.cached_attention, as saved")
         where, cache = g.where(node), args["kv_cache"].name
-        sites.append(CachedSite(where, g.module_path(node), notes, site, prefill, decode, cache))
+        verify = args["verify_kernel"]
+        sites.append(CachedSite(where, g.module_path(node), notes, site, prefill, decode, cache, verify))
     return sites
 
 

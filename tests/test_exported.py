@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ad_flashinfer_pass.kernels.attention.select import Choice
 from ad_flashinfer_pass.kernels.kernel_plan import Kernel
 from ad_flashinfer_pass.records import CachedSite, SiteNotes
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from ad_flashinfer_pass.runtime.sequence_info import BatchInfo, SequenceStep
 from tests import architectures
 from tests.torch_compile.capture_on_cpu import capturing
 
@@ -141,6 +142,33 @@ def test_a_saved_program_is_loaded_in_another_process(tmp_path: Path) -> None:
     assert [int(token) for token in result.stdout.split()] == expected()[0]
 
 
+@cache
+def program_with_drafts() -> ExportedProgram:
+    return to_program(
+        transform(export(model(), use_cache=False), **SETTINGS, speculative_config={"drafter": "ngram"})
+    )
+
+
+def test_a_program_made_for_drafts_verifies_them() -> None:
+    """By the kernels that it names, which can be tuned and captured again."""
+    again = restore(program_with_drafts(), **SETTINGS, speculative_config={"drafter": "ngram"})
+    assert isinstance(again.module, fx.GraphModule)
+    assert [site.verify for site in exported._sites(again.module)] == ["reference"]
+    assert architectures.generated_by_engine(again, PROMPTS, 12) == expected()
+    with pytest.raises(ConfigError, match="the program was transformed without 2 drafts a sequence"):
+        restore(program_with_drafts(), **SETTINGS, speculative_config={"drafter": "ngram", "num_tokens": 2})
+
+
+def test_a_program_made_for_drafts_reads_chunks_without_them() -> None:
+    """A short chunk of a prompt is no draft: kernels of drafts take those of one length."""
+    again = restore(program_with_drafts(), **SETTINGS)
+    again.step([SequenceStep([1, 2, 3, 4], 0, [1])])
+    again.nest([SequenceStep([5, 6, 7], 4, [1])])
+    counts = BatchInfo._make(again.sequence_info.named_args()["batch_info_host"].tolist())
+    assert (counts.num_prefill, counts.num_extend) == (1, 0)
+    assert architectures.generated_by_engine(again, PROMPTS, 12) == expected()
+
+
 def test_a_saved_program_keeps_to_its_sizes() -> None:
     program = to_program(cached())
     with pytest.raises(
@@ -211,6 +239,10 @@ def test_kernels_that_the_flashinfer_here_does_not_have_are_refused(monkeypatch:
     with pytest.raises(
         ConfigError, match=r"runs xqa at node a, but flashinfer-python 0.6.16 lacks .*; 0.6.17"
     ):
+        exported._check_versions(sites, 9)
+    sites[0].decode, sites[0].verify = Choice("split_decode", ""), "split_decode 8=xqa"
+    sites[0].site = replace(site, kv_dtype=torch.float8_e4m3fn)  # which the older one decodes
+    with pytest.raises(ConfigError, match=r"xqa at node a, but .* 0.6.16 lacks extends whose"):
         exported._check_versions(sites, 9)
 
 

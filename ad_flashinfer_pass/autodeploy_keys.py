@@ -71,10 +71,10 @@ _TRANSFORMS = frozenset(
 _STAGES = {"gather_logits_before_lm_head": "post_load_fusion"}
 # Values that leave all as it is; any other is refused, because it would change what is computed.
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "world_size": ((0, 1), "tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin"),
+    "tensor_parallel_size": ((1,), "world_size says here how many GPUs compute the model"),
     **dict.fromkeys(
-        ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"),
-        ((1,), "one process serves one GPU here"),
+        ("pipeline_parallel_size", "context_parallel_size"),
+        ((1,), "several GPUs share heads and columns here, not layers or tokens"),
     ),
     "max_beam_width": ((1,), "there is no beam search here"),
     "enable_attention_dp": ((False,), "one process serves one GPU here"),

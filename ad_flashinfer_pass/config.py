@@ -232,6 +232,8 @@ class AutoDeployConfig(_Strict):
     disable_overlap_scheduler: bool | None = None
     """Read the tokens of each step before the next one is enqueued; they are the same either way. Default:
     true on a CPU, where nothing runs beside the host."""
+    world_size: int = Field(default=1, ge=1, le=64)
+    """Ranks that compute the model together, each a part of it, on a GPU of its own."""
     max_batch_size: int = Field(default=8, ge=1, le=8192)
     """Sequences in one step."""
     max_seq_len: int | None = Field(default=None, ge=1, le=2**24)
@@ -256,6 +258,12 @@ class AutoDeployConfig(_Strict):
             super().__init__(**data)
             for note in notes:
                 _tell(note)
+
+    @field_validator("world_size", mode="before")
+    @classmethod
+    def _check_ranks(cls, value: object) -> object:
+        # AutoDeploy's 0 and null: the process that there is.
+        return 1 if value is None or (value == 0 and type(value) is int) else value
 
     @model_validator(mode="after")
     def _check_sizes(self) -> AutoDeployConfig:
@@ -282,6 +290,11 @@ class AutoDeployConfig(_Strict):
     def _check_drafts(self) -> AutoDeployConfig:
         if self.speculative_config is None:
             return self
+        if self.world_size > 1:
+            raise ValueError(
+                f"speculative_config: one rank alone verifies drafts, got world_size {self.world_size}; "
+                "leave one of them out"
+            )
         page, verified = self.kv_cache_config.tokens_per_block, self.max_batch_size * (1 + self.num_drafts)
         if self.num_drafts >= page:
             raise ValueError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from ad_flashinfer_pass import registry, transforms
@@ -32,6 +33,8 @@ def transform_module(
     *,
     draft: nn.Module | None = None,
     on_event: Callable[[str], None] | None = None,
+    rank: int | None = None,
+    stored: Mapping[Tensor, Tensor] | None = None,
 ) -> tuple[CachedModel, list[TransformReport]]:
     """Run the pass on a module.
 
@@ -42,6 +45,10 @@ def transform_module(
         draft: the model that guesses, with ``speculative_config.drafter: model``; likewise, and of the same
             vocabulary.
         on_event: called with the name of each transform as it begins.
+        rank: whose part of the model is made, of ``config.world_size`` ranks. Default: this process's, in
+            torch.distributed's default group.
+        stored: the weights of a module whose parameters are fake, by these; of each only the rank's part is
+            taken to the device.
 
     Returns:
         The cached model and the report of each transform.
@@ -57,12 +64,15 @@ def transform_module(
     _check_drafter(config, draft)
     config = on_device_of(next(chain(module.parameters(), module.buffers()), None), config)
     ctx = context(config, on_event)
+    ctx.rank = rank_in_group(config.world_size) if rank is None else rank
+    ctx.stored = stored
     pipeline = Pipeline.of(config)
     if draft is None:
         transformed, reports = pipeline.run(module, ctx)
     else:
         transformed, reports = _with_draft(pipeline, module, draft, ctx)
     model = CachedModel(transformed, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights, ctx.drafter)
+    model.are_logits_alike = ctx.are_logits_alike
     model.generation_config = getattr(module, "generation_config", None)
     return model, reports
 
@@ -96,6 +106,24 @@ def _with_draft(
     ctx.drafter = ModelDrafter(*infos, guessing, ctx.draft.caches)
     transformed, more = pipeline.since("compile").run(transformed, ctx)
     return transformed, [*reports, *more]
+
+
+def rank_in_group(world_size: int) -> int:
+    """The rank of this process among those that compute a model; 0 if it does so alone.
+
+    Raises:
+        ConfigError: torch.distributed has no group of so many.
+    """
+    if world_size == 1:
+        return 0
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+    if size != world_size:
+        there = f"a group of {size}" if size else "no group"
+        raise ConfigError(
+            f"world_size: got {world_size}, but torch.distributed has {there} here; build_model and the "
+            "commands start the ranks, else call init_process_group first."
+        )
+    return dist.get_rank()
 
 
 def on_device_of(tensor: Tensor | None, config: AutoDeployConfig) -> AutoDeployConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
@@ -151,6 +151,12 @@ class TransformContext:
     config: AutoDeployConfig
     device: torch.device
     sequence_info: SequenceInfo
+    rank: int = 0
+    """Which of ``config.world_size`` this process is."""
+    stored: Mapping[torch.Tensor, torch.Tensor] | None = None
+    """What the fake weights of a module stand for, where they are read once it is known which are needed."""
+    are_logits_alike: bool = False
+    """Whether all ranks get the logits bit by bit alike: each part of them is computed by one rank."""
     resources: list[KvCacheResource] = field(default_factory=list)
     sites: list[CachedSite] = field(default_factory=list)
     states: list[StateResource] = field(default_factory=list)

@@ -124,7 +124,7 @@ REGISTRY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "experts": (
         {
-            "world_size": 1,
+            "world_size": 2,
             "max_batch_size": 16,
             "enable_chunked_prefill": True,
             "cuda_graph_config": {"batch_sizes": [1, 2, 4, 32]},
@@ -135,6 +135,7 @@ REGISTRY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             },
         },
         {
+            "world_size": 2,
             "max_batch_size": 16,
             "cuda_graph_batch_sizes": [1, 2, 4],
             "kv_cache_config": {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.8},
@@ -204,9 +205,10 @@ def test_every_config_for_autodeploy_is_taken() -> None:
     ("keys", "message"),
     [
         (
-            {"world_size": 4, "max_beam_width": 2},
-            "world_size: got 4, but tensor parallelism is TensorRT-LLM's, through its AutoDeploy plugin; "
-            "delete the key. max_beam_width: got 2, but there is no beam search here; delete the key.",
+            {"pipeline_parallel_size": 4, "max_beam_width": 2},
+            "pipeline_parallel_size: got 4, but several GPUs share heads and columns here, not layers or "
+            "tokens; delete the key. max_beam_width: got 2, but there is no beam search here; delete the "
+            "key.",
         ),
         (
             {"speculative_model_kwargs": {"num_hidden_layers": 1}},
@@ -549,3 +551,17 @@ def test_nested_settings_are_checked_where_they_are_made(make: Any, message: str
         make()
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_world_size_0_and_null_are_the_process_that_there_is() -> None:
+    """As AutoDeploy's; false is no number."""
+    assert [AutoDeployConfig(world_size=value).world_size for value in (0, None, 1, 2)] == [1, 1, 1, 2]  # type: ignore[arg-type]
+    assert "world_size: must be a number, got False." in message_of(world_size=False)
+
+
+def test_drafts_are_verified_by_one_rank() -> None:
+    """Which is refused by name."""
+    found = message_of(world_size=2, speculative_config={"drafter": "ngram", "num_tokens": 3})
+    assert found == (
+        "speculative_config: one rank alone verifies drafts, got world_size 2; leave one of them out"
+    )

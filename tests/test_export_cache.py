@@ -23,7 +23,7 @@ from ad_flashinfer_pass import export_cache, saved_graph
 from ad_flashinfer_pass.errors import ExportError, LoadError
 from ad_flashinfer_pass.files import cache_folder
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.models.weightless import _with_fake_weights
+from ad_flashinfer_pass.models.fake_weights import with_fake_weights
 from ad_flashinfer_pass.transforms.export_model import Logits, export_model
 from tests.architectures import random_model, small_config
 from tests.transforms.small_models import context, tokens
@@ -77,7 +77,8 @@ def weightless(model: nn.Module) -> nn.Module:
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-    return _with_fake_weights(model)
+    with_fake_weights(model, torch.device("cpu"))
+    return model
 
 
 def no_export(*args: object, **kwargs: object) -> None:

@@ -24,6 +24,8 @@ from ad_flashinfer_pass.transforms import (
     match_attention,
     match_repeat_kv,
     number_by_positions,
+    shard,
+    tune_all_reduce,
     tune_attention,
     tune_experts,
 )
@@ -49,6 +51,8 @@ __all__ = [
     "match_attention",
     "match_repeat_kv",
     "number_by_positions",
+    "shard",
+    "tune_all_reduce",
     "tune_attention",
     "tune_experts",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import CapacityError
+from ad_flashinfer_pass.kernels.collectives import least
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
@@ -47,6 +48,8 @@ def initialize_cache(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module
     report = TransformReport("initialize_cache", num_matches=len(ctx.resources) + len(ctx.states))
     info = ctx.sequence_info
     pages = count_pages(ctx, free_bytes(ctx.device))
+    if ctx.config.world_size > 1:  # a page is in use on all ranks or on none
+        pages = pages._replace(fitting=least(pages.fitting))
     for state in ctx.states:
         ctx.caches[state.name] = state.allocate(info.num_slots, ctx.device)
     if ctx.states:

@@ -21,7 +21,7 @@ from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.saved_program import load_module
 
 # They allocate pools, time kernels and capture graphs, for which a graph without weights has no use.
-_NOT_RUN = ("initialize_cache", "tune_attention", "compile_model")
+_NOT_RUN = ("initialize_cache", "tune_attention", "tune_all_reduce", "compile_model")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.files import cache_folder, write_file
@@ -147,7 +148,9 @@ def microseconds(launches: Sequence[Callable[[], object]]) -> float:
         turn[0]()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # With ranks, NCCL's watchdog asks for events from a thread of its own, which must not end the capture.
+    mode = "thread_local" if dist.is_initialized() else "global"
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
         for launch in turn:
             launch()
     best = float("inf")

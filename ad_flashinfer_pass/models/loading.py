@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig
@@ -27,6 +27,7 @@ from ad_flashinfer_pass.errors import (
 )
 from ad_flashinfer_pass.models.cache_scales import with_cache_scales
 from ad_flashinfer_pass.models.checkpoint import load_weights, refuse_quantized
+from ad_flashinfer_pass.models.fake_weights import DrawnWeights, built_on_meta, with_fake_weights
 from ad_flashinfer_pass.models.generation_file import (
     Found,
     named_eos_token_ids,
@@ -101,13 +102,16 @@ class LoadedModel:
     resolved: AutoDeployConfig
     """The configuration, where it says nothing as the files of the model decide: max_seq_len, and the scales
     of an fp8 cache."""
+    stored: Mapping[Tensor, Tensor] | None = None
+    """Of a model of several ranks, what the fake weights of the module stand for, on the CPU; those of a
+    checkpoint stay in its file until they are read."""
 
 
 def load_model(config: AutoDeployConfig) -> LoadedModel:
     """Load what ``config.model`` names, checked tensor by tensor.
 
     With ``skip_loading_weights`` the weights are drawn on ``config.device``: the same for the same
-    config.json, dtype and kind of device.
+    config.json, dtype and kind of device, and for any number of ranks above one.
 
     Raises:
         ConfigError: the model cannot be found, or a key does not fit it.
@@ -130,6 +134,7 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         eos_token_ids = _eos_token_ids(source, raw, hf_config, generation, tokenizer)
         with model_building(source, hf_config, f"{device}"):
             module, resolved = _build(source, hf_config, resolved, device, reports, quantized)
+            stored = None if config.world_size == 1 else _stored(module, hf_config, device)
     if quantized is not None and config.skip_loading_weights and isinstance(quantized.layout, str):
         logger.warning(
             "%s: the weights are %s; random weights of the unquantized model are drawn in their place",
@@ -144,6 +149,7 @@ def load_model(config: AutoDeployConfig) -> LoadedModel:
         generation=generation,
         name=config.model,
         resolved=resolved,
+        stored=stored,
     )
 
 
@@ -194,7 +200,11 @@ def _build(
 ) -> tuple[nn.Module, AutoDeployConfig]:
     """The module, and the config with the scales that its checkpoint has."""
     settings = build_settings(hf_config, config)
-    if config.skip_loading_weights:
+    if config.skip_loading_weights and config.world_size > 1:
+        module = built_on_meta(hf_config, settings)
+        if quantized is not None and not isinstance(quantized.layout, str) and not config.dequantize:
+            quantize_like(module, quantized.layout)
+    elif config.skip_loading_weights:
         redrawn = "initializer_range" not in config.model_kwargs
         module = _random_module(hf_config, device, redrawn, settings)
         if quantized is not None and not isinstance(quantized.layout, str) and not config.dequantize:
@@ -207,7 +217,22 @@ def _build(
         )
         text = hf_config.get_text_config(decoder=True)
         config = with_cache_scales(config, source.directory, weights.tensors, text)
-    return move_weights(module.eval().requires_grad_(False), device), config
+    module = module.eval().requires_grad_(False)
+    # Of several ranks each takes a part alone to its device, once it is known which.
+    return module if config.world_size > 1 else move_weights(module, device), config
+
+
+def _stored(module: nn.Module, hf_config: PretrainedConfig, device: torch.device) -> Mapping[Tensor, Tensor]:
+    """Put fake weights into a module, and its buffers on a device. Returns what the weights stand for."""
+    is_drawn = any(parameter.is_meta for parameter in module.parameters())
+    stored: Mapping[Tensor, Tensor] = with_fake_weights(module, device)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
+    if is_drawn:
+        deviation = hf_config.get_text_config(decoder=True).hidden_size ** -0.5
+        stored = DrawnWeights(module, deviation, device)
+    return stored
 
 
 def _random_module(

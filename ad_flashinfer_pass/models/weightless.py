@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.models.fake_weights import built_on_meta, with_fake_weights
 from ad_flashinfer_pass.models.loading import model_building
 from ad_flashinfer_pass.models.quantization import find_quantized
 from ad_flashinfer_pass.models.quantized.layout import Layout
@@ -49,13 +47,8 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
         config = with_max_seq_len(hf_config, config)
         quantized = find_quantized(source, raw_config(source, config))
         settings = build_settings(hf_config, config)
-        # On meta as soon as they are registered, so that no more than one is ever in memory, none is drawn.
-        hook = register_module_parameter_registration_hook(_on_meta)
-        try:
-            with model_building(source, hf_config, "memory"):
-                module = AutoModelForCausalLM.from_config(hf_config, **settings)
-        finally:
-            hook.remove()
+        with model_building(source, hf_config, "memory"):
+            module: Any = built_on_meta(hf_config, settings)
     layout = None if quantized is None else quantized.layout
     if isinstance(layout, Layout):
         if not config.dequantize:
@@ -68,23 +61,5 @@ def load_weightless(config: AutoDeployConfig) -> tuple[nn.Module, AutoDeployConf
             quantized,
             dtype,
         )
-    return _with_fake_weights(module.eval()), config
-
-
-def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    if parameter is None or parameter.is_meta:  # the same weight, registered a second time, stays the same
-        return None
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-
-def _with_fake_weights(module: nn.Module) -> nn.Module:
-    """Weights on meta as fake tensors of the CPU: to torch.export they are like any others."""
-    mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
-    fakes: dict[nn.Parameter, nn.Parameter] = {}  # a weight that two modules share stays one
-    for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter not in fakes:
-                fake = FakeTensor(mode, parameter.detach(), cpu)
-                fakes[parameter] = nn.Parameter(fake, requires_grad=False)
-            setattr(owner, name, fakes[parameter])
-    return module
+    with_fake_weights(module.eval(), torch.device("cpu"))
+    return module, config

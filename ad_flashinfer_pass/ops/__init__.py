@@ -2,6 +2,7 @@
 
 import torch
 
+from ad_flashinfer_pass.ops.all_reduce import all_gather, all_reduce
 from ad_flashinfer_pass.ops.append_kv import append_kv
 from ad_flashinfer_pass.ops.attention import attention
 from ad_flashinfer_pass.ops.cached_attention import cached_attention
@@ -21,6 +22,8 @@ from ad_flashinfer_pass.ops.ssd_scan import cached_ssd_scan, ssd_scan
 from ad_flashinfer_pass.ops.top_k import top_k
 
 TOKEN_BY_TOKEN: set[torch._ops.OpOverloadPacket] = {
+    torch.ops.ad_flashinfer.all_gather,
+    torch.ops.ad_flashinfer.all_reduce,
     torch.ops.ad_flashinfer.experts,
     torch.ops.ad_flashinfer.quantized_experts,
     torch.ops.ad_flashinfer.quantized_linear,
@@ -43,6 +46,8 @@ a slot. Their tensors of tokens are [batch, tokens, ...]."""
 __all__ = [
     "STATES",
     "TOKEN_BY_TOKEN",
+    "all_gather",
+    "all_reduce",
     "append_kv",
     "attention",
     "cached_attention",

@@ -29,13 +29,19 @@ def draw(model: nn.Module, device: torch.device, deviation: float) -> None:
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         if isinstance(module, QuantizedLinear | QuantizedExperts):
-            parameters = dict(module.named_parameters(recurse=False))
-            has_4_bits = any(p.dtype == torch.uint8 for name, p in parameters.items() if _is_weight(name))
-            scale = deviation / (_OF_4_BITS if has_4_bits else 1.0)
-            for name, parameter in parameters.items():
+            for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:
-                    drawn = _drawn(name, parameter, device, scale, generator)
+                    drawn = drawn_of(module, name, device, deviation, generator)
                     setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+
+
+def drawn_of(
+    module: nn.Module, name: str, device: torch.device, deviation: float, generator: torch.Generator
+) -> Tensor:
+    """Numbers for a parameter of a quantized module; see ``draw``."""
+    parameters = dict(module.named_parameters(recurse=False))
+    has_4_bits = any(p.dtype == torch.uint8 for each, p in parameters.items() if _is_weight(each))
+    return _drawn(name, parameters[name], device, deviation / (_OF_4_BITS if has_4_bits else 1.0), generator)
 
 
 def _is_weight(name: str) -> bool:

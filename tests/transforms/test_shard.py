@@ -1,0 +1,239 @@
+"""The parts of a model, computed together, are the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
+from ad_flashinfer_pass.models.loading import load_model
+from ad_flashinfer_pass.models.quantized.modules import QuantizedLinear
+from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from tests import architectures
+from tests.models import float8_checkpoints, four_bit_checkpoints
+from tests.transforms.serving import assert_serves_like
+from tests.transforms.sharding import Together
+from tests.transforms.small_models import count
+
+_ours = torch.ops.ad_flashinfer
+# Linears that no rank can have a part of, by family: those that a norm over all heads reads.
+_WHOLE = {"olmo2": 2, "llama_gqa4": 2, "mixtral": 1}
+"""A layer's: OLMo 2's query and key, the only KV head's key and value, and a router."""
+
+
+class Logits(nn.Module):
+    """A model of transformers as a function of tokens and positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+
+def check(module: nn.Module, size: int, tolerance: float = 5e-4, **config: Any) -> Together:
+    together = Together(module, size, **config)
+    assert_serves_like(together, Logits(module), tolerance)  # type: ignore[arg-type]
+    return together
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_two_ranks_compute_the_model(name: str) -> None:
+    """Every kind of step, against transformers' logits of whole sequences; half of all that is large."""
+    module = architectures.random_model(architectures.CONFIGS[name](2))
+    together = check(module, 2)
+    (report, _) = together.reports
+    assert together.are_logits_alike
+    assert len(report.skipped) == 2 * _WHOLE.get(name, 0)
+    reads = [rank.weights for rank in together.ranks]
+    whole = sum(p.numel() for p in module.parameters())
+    if not report.skipped:
+        # Embeddings and norms are whole.
+        assert all(4 * read.bytes < 4 * 0.52 * 4 * whole for read in reads)
+    num_heads = module.config.num_key_value_heads if name != "gpt_neox" else 4
+    assert {cache.shape[2] for cache in together.ranks[0].paged} == {max(1, num_heads // 2)}
+
+
+@pytest.mark.parametrize("name", ["llama_gqa4", "qwen3", "gpt_neox", "mixtral"])
+def test_four_ranks_compute_the_model(name: str) -> None:
+    """Where there are fewer KV heads than ranks, each has the one that its heads read."""
+    together = check(architectures.random_model(architectures.CONFIGS[name](2)), 4)
+    assert {cache.shape[2] for cache in together.ranks[0].paged} == {1}
+
+
+@pytest.mark.parametrize(
+    ("family", "splits"),
+    [
+        ("deepseek_v3", {"kv_b_proj": (80, 16), "q_b_proj": (48, 24)}),
+        ("gpt_oss", {"sinks": (2,), "gate_up_proj_part": (4, 64, 128)}),
+        ("qwen3_next", {"experts_gate_up_proj": (4, 32, 64)}),
+        ("falcon", {"query_key_value": (32, 64)}),
+        ("gpt2", {"c_fc": (64, 64)}),
+        ("opt", {}),
+    ],
+)
+def test_other_families(family: str, splits: dict[str, tuple[int, ...]]) -> None:
+    """A latent and the projections of heads from it, sinks, states that stay whole, fused projections of
+    one KV head, transposed weights, tables of positions."""
+    together = check(architectures.random_model(architectures.small_config(family)), 2)
+    for name, shape in splits.items():
+        assert shape in together.sizes(name)
+
+
+def test_sums_of_parallel_branches_are_one() -> None:
+    """GPT-NeoX adds attention and MLP; so does a mixture with a shared expert."""
+    neox = Together(architectures.random_model(architectures.CONFIGS["gpt_neox"](2)), 2)
+    assert count(neox.graph, _ours.all_reduce) == 2
+    shared = Together(architectures.random_model(architectures.small_config("deepseek_v3")), 2)
+    assert count(shared.graph, _ours.all_reduce) == 6
+
+
+def test_the_vocabulary_need_not_be_a_multiple() -> None:
+    """131 rows: 66 and 65; tied to the embeddings, which are in memory once."""
+    config = architectures.CONFIGS["qwen2"](1)
+    config.vocab_size, config.tie_word_embeddings = 131, True
+    together = check(architectures.random_model(config), 2)
+    heads = [dict(rank.module.named_parameters())["model_lm_head_weight_part"] for rank in together.ranks]
+    assert [tuple(head.shape) for head in heads] == [(66, 64), (65, 64)]
+    # In memory once: the embeddings, of which the head is a view.
+    memory = {p.untyped_storage().data_ptr() for p in together.graph.parameters() if p.shape[-1] == 64}
+    large = [p for p in together.graph.parameters() if p.shape[0] in (66, 131)]
+    assert len(large) == 2
+    assert len({p.untyped_storage().data_ptr() for p in large} & memory) == 1
+
+
+@pytest.mark.parametrize("form", ["modelopt", "compressed_dynamic", "compressed_weights", "block"])
+def test_float8_checkpoints(form: str, tmp_path: Path) -> None:
+    """Scales are cut with their weights. Where activations are rounded, too, the last bit of a sum decides in
+    which direction: that makes less of a difference than the rounding does."""
+    config = float8_checkpoints.small_config(256, 512, 2)
+    float8_checkpoints.write(tmp_path, float8_checkpoints.FORMATS[form], config=config)
+    module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module
+    tolerance, ids, positions = 5e-4, torch.arange(12)[None], torch.arange(12)[None]
+    rounded = Logits(module)(ids, positions)
+    together = Together(module, 2)
+    for linear in module.modules():
+        if isinstance(linear, QuantizedLinear):
+            linear.activation = "none"
+            linear.hold(input_scale=None)
+    if form != "compressed_weights":
+        tolerance = float((Logits(module)(ids, positions) - rounded).abs().max())
+    found = together.step([SequenceStep(ids[0].tolist(), 0, [1, 2, 3])])
+    assert float((found - rounded[:, -1]).abs().max()) < tolerance
+    scales = {"block": (2, 2), "compressed_dynamic": (256, 1), "compressed_weights": (256, 1), "modelopt": ()}
+    assert set(together.sizes("down_proj_weight_scale")) == {scales[form]}
+    told = [note for note in together.reports[0].notes if "largest magnitude" in note]
+    assert bool(told) == (form == "compressed_dynamic")
+
+
+def test_a_block_of_one_scale_is_not_cut(tmp_path: Path) -> None:
+    """192 columns are one block and a half: those linears stay whole, and it says why."""
+    config = float8_checkpoints.small_config(256, 192, 2)
+    float8_checkpoints.write(tmp_path, float8_checkpoints.FORMATS["block"], config=config)
+    module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module
+    together = check(module, 2)
+    whole = [skip.reason for skip in together.reports[0].skipped]
+    assert sum("128 elements that belong together" in reason for reason in whole) == 2
+
+
+def test_mxfp4_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up by turns, biases that one rank adds, a scale for 32 columns, which are not cut."""
+    for width, num_whole in ((128, 0), (96, 2)):
+        config = four_bit_checkpoints.gpt_oss()
+        config.intermediate_size = width
+        monkeypatch.setattr(four_bit_checkpoints, "gpt_oss", lambda config=config: config)
+        folder = tmp_path / str(width)
+        four_bit_checkpoints.write_mxfp4(folder)
+        module = load_model(AutoDeployConfig(model=str(folder), device="cpu")).module
+        skipped = check(module, 2).reports[0].skipped
+        assert sum("32 elements that belong together" in skip.reason for skip in skipped) == num_whole
+
+
+def test_linears_of_integers(tmp_path: Path) -> None:
+    """With scales and zero points of groups."""
+    config = four_bit_checkpoints.llama()
+    config.intermediate_size = 128
+    four_bit_checkpoints.write_integers(tmp_path, four_bit_checkpoints.INTEGERS["awq"], config=config)
+    module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module
+    assert not check(module, 2).reports[0].skipped
+
+
+def test_each_rank_reads_its_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """Of float8 experts and plain weights: what is in its memory is the parts, as a whole model's are cut."""
+    config = architectures.small_config(
+        "qwen3_moe", hidden_size=128, moe_intermediate_size=256, num_hidden_layers=2
+    )
+    form = float8_checkpoints.FORMATS["block"]
+    form = form._replace(settings={**form.settings, "modules_to_not_convert": ["lm_head", "mlp.gate"]})
+    float8_checkpoints.write(tmp_path, form, config=config)
+    keys: dict[str, Any] = {"model": str(tmp_path), "device": "cpu", "max_seq_len": 64}
+    together = Together(load_model(AutoDeployConfig(**keys)).module, 2)
+    for rank in range(2):
+        loaded = load_model(AutoDeployConfig(**keys, world_size=2))
+        assert all(isinstance(parameter, FakeTensor) for parameter in loaded.module.parameters())
+        model, _ = transform_module(loaded.module, loaded.resolved, rank=rank, stored=loaded.stored)
+        wanted = dict(together.ranks[rank].module.named_parameters())
+        found = dict(model.module.named_parameters())
+        assert found.keys() == wanted.keys()
+        for name, parameter in found.items():
+            assert torch.equal(parameter.view(torch.uint8), wanted[name].view(torch.uint8)), name
+            if name.endswith("_part"):
+                assert parameter.is_contiguous()
+                assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def test_random_weights_are_the_same_for_any_number_of_ranks() -> None:
+    """Each is drawn by its name, and then cut."""
+    keys: dict[str, Any] = {"device": "cpu", "max_seq_len": 64, "skip_loading_weights": True}
+    parts = []
+    for size in (2, 2, 4):
+        loaded = load_model(
+            AutoDeployConfig(**keys, world_size=size, model_kwargs={"num_key_value_heads": 4})
+        )
+        model, _ = transform_module(loaded.module, loaded.resolved, rank=1, stored=loaded.stored)
+        weights = dict(model.module.named_parameters())
+        parts.append(weights["model_model_layers_0_mlp_down_proj_weight_part"])
+    assert torch.equal(parts[0], parts[1])
+    assert parts[2].shape[1] * 2 == parts[0].shape[1]
+    assert 0.5 < float(parts[0].std() * parts[0].shape[0] ** 0.5) < 2
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaConfig", "Qwen3Config", "Gemma3TextConfig", "SmolLM3Config", "Phi3Config"]
+)
+def test_what_transformers_splits_is_split(name: str) -> None:
+    """Each linear of base_model_tp_plan, which the transform does not read; Phi's, which it gathers, too."""
+    family = {"Gemma3TextConfig": "gemma3_text"}.get(name, name.removesuffix("Config").lower())
+    config = architectures.CONFIGS.get(family, architectures.CONFIGS["llama_mha"])(1)
+    together = Together(architectures.random_model(config), 2)
+    names = [name for name, _ in together.graph.named_parameters()]
+    for pattern in config.base_model_tp_plan or ():
+        if pattern.endswith("_proj"):
+            place = pattern.replace("*", "0").replace(".", "_")
+            assert any(place in each and each.rstrip("_").endswith("_part") for each in names), pattern
+
+
+def test_heads_that_cannot_be_shared_are_refused() -> None:
+    """By name, with the numbers and the way out."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6
+    )
+    module = architectures.random_model(config)
+    with pytest.raises(UnsupportedError, match="4 ranks cannot have equal parts of this attention's 6 heads"):
+        Together(module, 4)
+
+
+def test_a_rank_needs_a_group() -> None:
+    module = architectures.random_model(architectures.CONFIGS["qwen2"](1))
+    with pytest.raises(ConfigError, match=r"world_size: got 2, but torch\.distributed has no group"):
+        transform_module(module, AutoDeployConfig(device="cpu", world_size=2, max_seq_len=64))

@@ -14,7 +14,8 @@
     |-- KernelError          a kernel's library cannot be loaded, or fails
     |-- CapacityError        pages or memory cannot hold what was asked for
     |-- RequestError         one request is refused; the others go on
-    `-- SessionError         a compiled model or its session is used out of order
+    |-- SessionError         a compiled model or its session is used out of order
+    `-- RankError            the ranks of a model have lost each other
 
 A message says what must hold, what was found, and what to do, on one line.
 """
@@ -87,6 +88,10 @@ class RequestError(AdFlashinferError, ValueError):
 
 class SessionError(AdFlashinferError, RuntimeError):
     """A compiled model or its session is used out of order; nothing ran and nothing changed."""
+
+
+class RankError(AdFlashinferError, RuntimeError):
+    """The ranks of a model have lost each other; it must be built again."""
 
 
 def is_out_of_memory(err: BaseException) -> bool:

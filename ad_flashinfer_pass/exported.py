@@ -52,6 +52,7 @@ assert ops.__name__  # a loaded program calls the ops of torch.ops.ad_flashinfer
 _TOKENS = ("input_ids", "position_ids")
 _TOKENWISE = (*_TOKENS, "sequence_lengths")
 _SIZES = ("max_batch_size", "max_seq_len", "max_num_tokens", "tokens_per_block")
+_OF_RANKS = (torch.ops.ad_flashinfer.all_reduce, torch.ops.ad_flashinfer.all_gather)
 _MADE_FOR = "made_for"
 """Buffer of a saved program: its sizes, int64 [4]. The graph alone does not tell them all."""
 
@@ -96,8 +97,8 @@ def to_program(model: CachedModel) -> ExportedProgram:
     need: call ``program.module(check_guards=False)``, or ``restore`` the program.
 
     Raises:
-        ConfigError: the model was compiled or captured, or it computes sequences anew when they grow beyond
-            some length (longrope).
+        ConfigError: the model was compiled or captured, is one rank's part, or computes sequences anew when
+            they grow beyond some length (longrope).
     """
     check_type("model", model, CachedModel)
     module = model.module
@@ -105,6 +106,11 @@ def to_program(model: CachedModel) -> ExportedProgram:
         raise ConfigError(
             f"only a model of compile_backend 'torch-simple' can be saved, got a {type(module).__name__}; "
             "choose the backend when it is restored."
+        )
+    if any(g.is_op(node, *_OF_RANKS) for node in module.graph.nodes):
+        raise ConfigError(
+            "a model of several ranks cannot be saved, of which this is one's part: save the program before "
+            "transform, and transform it in each rank."
         )
     if (limit := model.sequence_info.recompute_at) is not None:
         raise ConfigError(

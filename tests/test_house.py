@@ -29,7 +29,7 @@ registry
 transforms
 pipeline
 exported, build, torch_compile, autodeploy
-inspection
+inspection, follow
 deployment, serving
 cli
 __init__

@@ -38,7 +38,7 @@ Into a config that exists:
 """
 
 
-@taking(*BUILDING, without=["kv_cache_dtype"])
+@taking(*BUILDING, without=["kv_cache_dtype", "world_size"])
 def calibrate(
     *,
     prompts: Annotated[

@@ -166,6 +166,16 @@ _MODEL_OPTIONS: dict[str, Any] = {
         str | None,
         option(MODEL, "cpu|cuda|cuda:N", "Where the model runs. Default: cuda if there is a GPU, else cpu."),
     ],
+    "world_size": Annotated[
+        int | None,
+        option(
+            MODEL,
+            "N",
+            "Ranks that compute the model together, each on a GPU of its own; they are started here. "
+            "Default: 1.",
+            "--tp",
+        ),
+    ],
     "trust_remote_code": Annotated[
         bool,
         option(
@@ -222,8 +232,8 @@ _NO_KEYS = ("graph", "stage", "sm", "memory")
 _CACHE_KEYS = {"kv_cache_dtype": "dtype", "tokens_per_block": "tokens_per_block"}
 # Of every command that builds or shows a graph.
 BUILDING = (
-    "model config dequantize dtype device trust_remote_code compile_backend kv_cache_dtype kernel_dir "
-    "max_seq_len tokens_per_block"
+    "model config dequantize dtype device world_size trust_remote_code compile_backend kv_cache_dtype "
+    "kernel_dir max_seq_len tokens_per_block"
 ).split()
 
 

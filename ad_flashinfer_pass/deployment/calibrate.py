@@ -43,7 +43,8 @@ def calibrate(
     """Run prompts through a model whose cache is not quantized, and measure the cache.
 
     Args:
-        config: the model and its settings; kv_cache_config.dtype and compile_backend are not read.
+        config: the model and its settings; kv_cache_config.dtype, compile_backend and
+            world_size are not read.
         prompts: texts or token ids; of each, at most max_seq_len tokens are taken.
         on_event: called with the name of each phase as it begins.
 
@@ -59,6 +60,7 @@ def calibrate(
         "compile_backend": "torch-simple",
         "cuda_graph_batch_sizes": None,
         "generation_config": "none",
+        "world_size": 1,  # which sees K and V of all heads
     }
     llm = build_model(AutoDeployConfig(**{**keys, **plain}), on_event=on_event)
     token_ids = [_token_ids(llm, prompt)[: llm.model.sequence_info.max_seq_len] for prompt in prompts]

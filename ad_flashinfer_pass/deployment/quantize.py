@@ -83,6 +83,7 @@ def quantize(
         RequestError: a prompt has no tokens.
     """
     tell = on_event or (lambda phase: None)
+    config = config.model_copy(update={"world_size": 1})  # one process writes all
     if output.exists():
         raise ConfigError(f"--output {output}: is there already; give a folder that is not.")
     if not output.absolute().parent.is_dir():

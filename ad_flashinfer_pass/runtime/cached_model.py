@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.runtime.cuda_graph import Steps
 from ad_flashinfer_pass.runtime.drafts.drafter import Drafter
+from ad_flashinfer_pass.runtime.ranks import Ranks
 from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, SequenceStep
 
 if TYPE_CHECKING:
@@ -64,6 +66,10 @@ class CachedModel:
         self.weights = weights or StepWeights()
         self.num_lone_steps = 0
         """Calls of ``step`` and ``step_with``, which write pages that an engine does not know of."""
+        self.ranks: Ranks | None = None
+        """The other ranks that compute the model and follow this one."""
+        self.are_logits_alike = False
+        """Whether they get the same logits, bit by bit, and so choose the same tokens."""
         self.generation_config: GenerationConfig | None = None
         """What transformers' ``generate`` would go by, of a model of theirs."""
         self._steps = module if isinstance(module, Steps) else Steps()
@@ -103,7 +109,34 @@ class CachedModel:
             ValueError: the step is empty, out of order or too large.
         """
         bucket = self._steps.bucket(sequences, verifies=verifies)
+        if self.ranks is not None:
+            self.ranks.add("nest", list(sequences), list(row_params))
         self.sequence_info.nest_sequences(sequences, pad_to=bucket, row_params=row_params, verifies=verifies)
+
+    @contextmanager
+    def leading(self, num_tokens: int = 0, is_greedy: bool | None = None) -> Iterator[None]:
+        """Let the other ranks, if there are any, do a step with this one, which is within.
+
+        Args:
+            num_tokens: rows by whose tokens they advance.
+            is_greedy: let them choose the tokens on the device as this one does, by ``row_params``; None:
+                they get them from this one.
+
+        Raises:
+            RankError: they are lost.
+        """
+        if self.ranks is None:
+            yield
+            return
+        is_greedy = is_greedy if self.are_logits_alike else None
+        try:
+            self.ranks.tell("step", num_tokens, is_greedy)
+            yield
+            if num_tokens and is_greedy is None:
+                self.ranks.share_tokens(self.sequence_info.tokens[:num_tokens])
+        except BaseException:
+            self.ranks.lose()
+            raise
 
     def forward(self) -> Tensor:
         """Run the graph on the metadata as they are; K and V of the new tokens are written to their pages.
@@ -141,6 +174,8 @@ class CachedModel:
         Raises:
             ValueError: as ``step``; the graph is captured, or an input has another number of tokens.
         """
+        if self.ranks is not None:
+            raise ValueError("several ranks compute this model, and only the first has these inputs.")
         if self.is_captured:
             raise ValueError(
                 "a captured graph reads the metadata alone; set compile_backend to torch-simple."
@@ -175,11 +210,14 @@ class CachedModel:
         """
         self.num_lone_steps += 1
         self.nest(sequences)
-        logits = self.forward()[: sum(seq.gather for seq in sequences)]
+        with self.leading():
+            logits = self.forward()[: sum(seq.gather for seq in sequences)]
         return logits.clone() if self.is_captured else logits
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Zero some pages: NaN left behind in one would reach the sequence that owns it next."""
+        if self.ranks is not None:
+            self.ranks.add("clear_pages", list(pages))
         index = torch.tensor(pages)
         if self.device.type == "cuda":
             index = index.pin_memory().to(self.device, non_blocking=True)

@@ -367,7 +367,8 @@ class _CudaRecorder:
 
     def record(self, run: Callable[[], Tensor]) -> tuple[_Graph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Relaxed: the first launch of a kernel in a capture may load it.
+        # Relaxed: the first launch of a kernel in a capture may load it, and a thread of NCCL's asks for
+        # events.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
             result = run()
         return graph, result

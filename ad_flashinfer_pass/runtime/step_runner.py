@@ -163,7 +163,12 @@ class StepRunner:
 
     def run_again(self, rows: Sequence[SampledSequence], find_bits: FindBits | None = None) -> PendingTokens:
         """Enqueue the step for which the metadata stand, which is the next one if all of ``rows`` decode."""
-        with torch.inference_mode():
+        # What the host has a say in is known to this rank alone.
+        is_alone = self._is_penalised or find_bits is not None or not self._on_cuda
+        followed = self._model.leading(
+            len(rows) if self._runs_ahead else 0, None if is_alone else self._is_greedy
+        )
+        with torch.inference_mode(), followed:
             all_logits = self._model.forward()
             if self._width > 1:
                 return self._accepted(all_logits, len(rows) * self._width)

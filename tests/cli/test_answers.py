@@ -33,7 +33,7 @@ OF_ALL = [
         2,
         "transforms.fuse_gemms.stage: factory comes before the stage of export_model",
     ),
-    (["-c", "parallel.yaml"], 2, "world_size: got 4, but tensor parallelism is TensorRT-LLM's"),
+    (["-c", "parallel.yaml"], 2, "world_size: input should be greater than or equal to 1, got -4."),
     (["--max-seq-len", "1000000000000"], 2, "max_seq_len"),
     (["--max-seq-len", "9" * 400], 2, "max_seq_len"),
     (["--max-seq-len", "0"], 2, "max_seq_len: input should be greater than or equal to 1, got 0."),
@@ -70,7 +70,13 @@ OF_ONE = [
     (["calibrate", NO_TEXT], 2, "must be UTF-8 text."),
     (["calibrate", "a", "-c", "list.yaml"], 2, "config list.yaml: must be a mapping of keys, got list."),
     (["bench", "--input-len", "10000000000000"], 2, "max_seq_len"),
-    (["generate", "a", "-c", "parallel.yaml"], 2, "world_size: got 4, but tensor parallelism"),
+    (["generate", "a", "--tp", "99"], 2, "world_size: input should be less than or equal to 64, got 99."),
+    (["generate", "a", "--tp", "3"], 1, "3 ranks cannot have equal parts of this attention's 4 heads"),
+    (
+        ["check", "--tp", "2", "--reproducer", "x"],
+        2,
+        "check of 2 ranks (--tp) runs them as threads on the CPU",
+    ),
     ([NO_TEXT], 2, "No such command"),
 ]
 
@@ -84,7 +90,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("folder").mkdir()
     Path("keys.yaml").write_text("self: 1\n7: 8\n")
     Path("factory.yaml").write_text("transforms: {fuse_gemms: {stage: factory}}\n")
-    Path("parallel.yaml").write_text("world_size: 4\n")
+    Path("parallel.yaml").write_text("world_size: -4\n")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_the_help_has_bounds(
 def test_notes_of_a_yaml_of_autodeploy_are_told(caplog: pytest.LogCaptureFixture) -> None:
     """Without an error, and not with --quiet."""
     Path("registry.yaml").write_text(
-        json.dumps({"runtime": "trtllm", "world_size": 1, "max_seq_len": 64, "attn_backend": "trtllm"})
+        json.dumps({"runtime": "trtllm", "mode": "x", "max_seq_len": 64, "attn_backend": "trtllm"})
     )
     from ad_flashinfer_pass import config
 
@@ -168,6 +174,6 @@ def test_notes_of_a_yaml_of_autodeploy_are_told(caplog: pytest.LogCaptureFixture
         with pytest.raises(SystemExit) as stop:
             main(["lint", "--rules", "-c", "registry.yaml", *quiet])
         assert not stop.value.code
-        said = "note: keys of AutoDeploy that mean nothing here: runtime, world_size"
+        said = "note: keys of AutoDeploy that mean nothing here: runtime, mode"
         assert (said in caplog.messages) == (not quiet)
         caplog.clear()

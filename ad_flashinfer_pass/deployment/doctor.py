@@ -106,6 +106,7 @@ def diagnose(kernel_dir: Path | None = None) -> Diagnosis:
         *_models_check(),
         *_flashinfer_checks(has_gpu=bool(gpus)),
         *(_module_checks() if gpus else []),
+        *(_peer_checks(len(gpus)) if len(gpus) > 1 else []),
         _cache_check(),
     ]
     return Diagnosis(
@@ -131,6 +132,23 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _peer_checks(count: int) -> list[Check]:
+    """Whether the GPUs map each other's memory, over which models of several ranks sum."""
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    without = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    if not without:
+        return [Check(name="peer access", state="ok", found=f"between all {count} GPUs")]
+    shown = ", ".join(f"cuda:{one} to cuda:{other}" for one, other in without[:4])
+    return [
+        Check(
+            name="peer access",
+            state="note",
+            found=f"not from {shown}{' and more' if len(without) > 4 else ''}: NCCL makes the sums of ranks",
+            remedy="nvidia-smi topo -p2p r shows why; take GPUs that NVLink joins",
+        )
+    ]
 
 
 def _torch_check() -> Check:

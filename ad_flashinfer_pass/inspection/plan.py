@@ -26,6 +26,7 @@ from ad_flashinfer_pass.inspection.sizes import allocated_bytes
 from ad_flashinfer_pass.inspection.stages import Stages, run_stages
 from ad_flashinfer_pass.inspection.tables import table
 from ad_flashinfer_pass.inspection.target import check_target, site_choices
+from ad_flashinfer_pass.kernels import symmetric_memory
 from ad_flashinfer_pass.kernels.attention import select
 from ad_flashinfer_pass.kernels.attention.tune import timed_providers
 from ad_flashinfer_pass.runtime.cuda_graph import bucket_sizes, prefill_buckets, verified_batches
@@ -171,8 +172,9 @@ def plan_run(run: Stages, config: AutoDeployConfig, memory: int | None, sm: int 
     ]
     info, read = run.ctx.sequence_info, step_weights(run.module)
     batches = (1, info.max_batch_size) if read.experts else ()
+    model = final.title.removesuffix(f" after {list(run.graphs)[-1]}")
     return MemoryPlan(
-        model=final.title.removesuffix(f" after {list(run.graphs)[-1]}"),
+        model=model if config.world_size == 1 else f"{model}, on each of {config.world_size} GPUs",
         memory=memory,
         rows=tuple(rows),
         pools=tuple(_pools(run.ctx.resources)),
@@ -343,6 +345,9 @@ def _workspaces(
         for kernel in kernels
         if (size := select.PROVIDERS[kernel].capability.workspace_bytes)
     ]
+    if is_captured and config.world_size > 1:
+        how = "what sums go through that are captured, of all layers"
+        rows.append(PlanRow(name="symmetric memory", bytes=symmetric_memory.MAX_BYTES, arithmetic=how))
     if is_captured:
         how = "cuBLAS: 3 streams x 32 MiB; small_gemm: 64 MiB"
         rows.append(PlanRow(name="workspaces of linears", bytes=_LINEAR_BYTES, arithmetic=how))

@@ -168,3 +168,20 @@ def test_the_command_plans_from_a_config_alone(tmp_path: Path, capsys: pytest.Ca
         main([*args, "--memory", "lots"])
     assert stop.value.code == 2
     assert "as in 80GB, got 'lots'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_plan_of_several_gpus_is_that_of_one_of_them(size: int) -> None:
+    """Heads, columns and the vocabulary are shared, embeddings and norms are not; no GPU is needed."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "head_dim": 128}
+    keys: dict[str, Any] = {
+        "model_kwargs": {**shape, "num_key_value_heads": 8, "num_hidden_layers": 2, "vocab_size": 1024},
+        "device": "cuda",
+        "max_seq_len": 256,
+    }
+    one, some = (inspection.plan(AutoDeployConfig(**keys, world_size=n), sm=90) for n in (1, size))
+    assert some.model.endswith(f", on each of {size} GPUs")
+    assert (one.bytes_per_token, one.pages) == (size * some.bytes_per_token, some.pages)
+    whole, part = ({row.name: row.bytes for row in each.rows} for each in (one, some))
+    norms = 2 * 2 * 1024 * 4
+    assert part["weights of 2 layers"] == (whole["weights of 2 layers"] - norms) // size + norms

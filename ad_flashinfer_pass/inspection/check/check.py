@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from ad_flashinfer_pass.inspection.check.reproducer import write_reproducer
 from ad_flashinfer_pass.inspection.check.steps import Phase, Step
 from ad_flashinfer_pass.inspection.stages import graph_transforms, resolve
 from ad_flashinfer_pass.inspection.tables import table
+from ad_flashinfer_pass.kernels.collectives import in_threads
 from ad_flashinfer_pass.models.layers import Layers
 from ad_flashinfer_pass.pipeline import Pipeline, context
 from ad_flashinfer_pass.records import TransformContext, TransformReport
@@ -186,7 +188,8 @@ def check(
         on_event: called with a line of text as each phase begins.
 
     Raises:
-        ConfigError: max_seq_len is too short, no such stage, or no such number of layers.
+        ConfigError: max_seq_len is too short, no such stage, or no such number of layers; or of several
+            ranks, the device is not the CPU, or a graph or a reproducer is given.
         LoadError: the model cannot be read.
         TransformError: the pass refuses the model.
     """
@@ -195,6 +198,10 @@ def check(
 
     tell = on_event or (lambda text: None)
     resolve(stage, config)
+    size = config.world_size
+    if size > 1:
+        _check_ranks(config, graph, reproducer_dir)
+        config = config.model_copy(update={"world_size": 1})  # the source is whole
     tell("load_model")
     taken = None
     if graph is not None:
@@ -213,13 +220,28 @@ def check(
         raise ConfigError(
             f"max_seq_len must be at least {check_steps.SHORTEST} for a check, got {config.sequence_limit}."
         )
-    prepared = prepare(module, config, stage=stage, on_event=tell)
+    config = config.model_copy(update={"world_size": size})
+    prepared = [prepare(module, config, stage=stage, on_event=tell, rank=rank) for rank in range(size)]
     if graph is not None:
         # The pass edits the graph that it is given: the source is the copy that was taken first.
-        prepared.module = prepared.exported
-    return check_prepared(
-        prepared, str(graph or config.model), layers=taken, reproducer_dir=reproducer_dir, on_event=tell
-    )
+        prepared[0].module = prepared[0].exported
+    settings: dict[str, Any] = {"layers": taken, "reproducer_dir": reproducer_dir}
+    runs = [partial(check_prepared, each, str(graph or config.model), **settings) for each in prepared]
+    runs[0] = partial(runs[0], on_event=tell)
+    if size == 1:
+        return runs[0]()
+    reports = in_threads(runs)
+    return next((report for report in reports if not report.is_ok), reports[0])
+
+
+def _check_ranks(config: AutoDeployConfig, graph: Path | None, reproducer_dir: Path | None) -> None:
+    """Refuse what cannot be checked of several ranks, which are threads of this process."""
+    if config.device != "cpu" or graph is not None or reproducer_dir is not None:
+        what = "a saved graph" if graph else "--reproducer" if reproducer_dir else f"device: {config.device}"
+        raise ConfigError(
+            f"check of {config.world_size} ranks (--tp) runs them as threads on the CPU, got {what}: set "
+            "device: cpu, and give the model alone."
+        )
 
 
 def prepare(
@@ -228,8 +250,9 @@ def prepare(
     *,
     stage: str | None = None,
     on_event: Callable[[str], None] | None = None,
+    rank: int = 0,
 ) -> Prepared:
-    """Transform a module and keep the graphs that it is on the way."""
+    """Transform a module, for a rank of those that compute it, and keep the graphs that it is on the way."""
     last = resolve(stage, config)
     before = list(graph_transforms(config).before("insert_cached_attention"))
     is_dense = last in before
@@ -249,6 +272,7 @@ def prepare(
             kept[report.name] = g.copied(model)
 
     ctx = context(_small(config), on_event)
+    ctx.rank = rank
     gm, _ = wanted.before("compile").run(module, ctx, after=keep)
     assert isinstance(gm, fx.GraphModule)
     lengths = check_steps.lengths([site.site for site in ctx.sites], config.sequence_limit)

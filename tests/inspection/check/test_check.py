@@ -382,3 +382,16 @@ def test_routing_is_compared_by_layer() -> None:
     assert not found.is_ok
     assert [layer.agreement for layer in found.routing] == [1.0, 1.0, 0.0]
     assert "layers.2.mlp.experts" in found.routing[-1].module
+
+
+def test_the_ranks_of_a_model_are_checked_together() -> None:
+    """As threads: the parts of the demo, summed, are the demo; and it is told what cannot be checked so."""
+    config = AutoDeployConfig(device="cpu", world_size=2, model_kwargs={"num_hidden_layers": 2})
+    report = check(config, layers=None)
+    assert report.is_ok
+    assert len(report.sites) == 2
+    assert {each.phase for each in report.logits} >= {"prefill", "mixed", "decode"}
+    with pytest.raises(
+        ConfigError, match=r"2 ranks \(--tp\) runs them as threads on the CPU, got device: cuda"
+    ):
+        check(config.model_copy(update={"device": "cuda"}))

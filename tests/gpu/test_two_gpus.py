@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import tempfile
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig
+from ad_flashinfer_pass.kernels import symmetric_memory
+from ad_flashinfer_pass.kernels.collectives import Ranks
 from ad_flashinfer_pass.pipeline import transform_module
+from ad_flashinfer_pass.runtime.ranks import _init
+from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
 from tests.gpu.test_end_to_end import generate, model_of
 from tests.gpu.test_graphs import PLAIN, check_replays, graphs
@@ -73,3 +82,74 @@ def _generated(device: str) -> list[list[int]]:
     assert {cache.device for cache in cached.caches.values()} == {torch.device(device)}
     torch.cuda.set_device(0)  # as another model's pass in the same process does
     return generate(cached)
+
+
+def test_sums_are_the_same_on_both_gpus() -> None:
+    """By NCCL and over symmetric memory, eager and in graphs: the bits of one rounding of the exact sum."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_check_sums, (f"file://{folder}/ranks",), nprocs=2)
+
+
+def _check_sums(rank: int, address: str) -> None:
+    _init(address, rank, 2, "cuda")
+    ranks, device = Ranks(), torch.device("cuda", rank)
+    for shape in ((1, 1, 4096), (1, 32, 4096), (7, 64), (1, 300, 1000), (1024, 8192)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(device, dtype)
+            parts = [torch.empty_like(x) for _ in range(2)]
+            dist.all_gather(parts, x)
+            wanted = (parts[0].double() + parts[1].double()).to(dtype)
+            for kernel in ("torch", *symmetric_memory.kernels(2, x.nbytes, dtype)):
+                assert torch.equal(ranks.all_reduce(x, kernel), wanted), (kernel, shape, dtype)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    out = ranks.all_reduce(ranks.all_reduce(x, kernel), kernel)
+                x.neg_()
+                graph.replay()
+                graph.replay()
+                assert torch.equal(out, (-wanted + -wanted)), (kernel, shape, dtype)
+                x.neg_()
+    width = 66
+    x = torch.full((3, 65 if rank else 66), float(rank), device=device)
+    gathered = ranks.all_gather(x, 131)
+    assert gathered.shape == (3, 131)
+    assert torch.equal(gathered[0], torch.cat([torch.zeros(width), torch.ones(131 - width)]).to(device))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_serve_a_thousand_steps_captured_as_eagerly() -> None:
+    """Random requests, which come and go; the demo in bfloat16. Most texts are those of one GPU, too: a sum
+    is rounded in another order."""
+    generator = random.Random(5)
+    prompts = [[generator.randrange(3, 900) for _ in range(generator.randrange(1, 60))] for _ in range(120)]
+    lengths = [generator.randrange(1, 60) for _ in prompts]
+    captured, num_steps = _served(prompts, lengths, world_size=2, compile_backend="torch-cudagraph")
+    assert num_steps >= 1000
+    eager, _ = _served(prompts, lengths, world_size=2, compile_backend="torch-simple")
+    one, _ = _served(prompts, lengths, compile_backend="torch-simple")
+    assert captured == eager
+    assert sum(a == b for a, b in zip(eager, one, strict=True)) > len(one) / 2
+
+
+def _served(prompts: list[list[int]], lengths: list[int], **config: Any) -> tuple[list[list[int]], int]:
+    deploy = AutoDeployConfig(
+        device="cuda",
+        dtype="bfloat16",
+        max_batch_size=4,
+        max_seq_len=128,
+        max_num_tokens=64,
+        generation_config="none",
+        # Which kernel is chosen by its time is not the same in each build.
+        transforms={
+            "tune_attention": TransformConfig(enabled=False),
+            "fuse_small_batch": TransformConfig(enabled=False),
+        },
+        **config,
+    )
+    llm = build_model(deploy)
+    sampling = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in lengths]
+    results = llm.generate(prompts, sampling)
+    assert [result.error for result in results if result.error] == []
+    if config["compile_backend"] == "torch-cudagraph":
+        assert llm.model.num_replays > 900
+    return [result.token_ids for result in results], llm.engine.metrics.num_steps

@@ -219,13 +219,16 @@ def _choices(sites: list[CachedSite]) -> list[str]:
 
 
 def _extends(ctx: TransformContext) -> list[str]:
-    """What runs extends that are no longer than the limit, of how many sites."""
+    """What runs extends that are no longer than the limit, or drafts, of how many sites."""
     kernels = Counter(
         site.verify or (site.decode if select.extender(site.decode.kernel) else site.prefill).kernel
         for site in ctx.sites
     )
-    limit = ctx.sequence_info.max_extend_len
-    return [f"extends of up to {limit} tokens: {kernel}, {n} sites" for kernel, n in kernels.items()]
+    info = ctx.sequence_info
+    what = f"extends of up to {info.max_extend_len} tokens"
+    if info.num_drafts:
+        what = f"{info.num_drafts} drafts of each sequence"
+    return [f"{what}: {kernel}, {n} sites" for kernel, n in kernels.items()]
 
 
 def _scales(

@@ -272,7 +272,7 @@ class Engine:
             clear_pages=model.clear_pages,
             prefill_chunk_tokens=prefill_chunk_tokens,
             recompute_at=info.recompute_at,
-            tokens_ahead=_PAGES_AHEAD * info.tokens_per_block * self._width if steps_ahead else 0,
+            tokens_ahead=_PAGES_AHEAD * info.tokens_per_block if steps_ahead else 0,
             shares_pages=self.no_block_reuse is None,
             num_drafts=self._width - 1,
         )

@@ -196,6 +196,7 @@ def context(**config: Any) -> TransformContext:
         settings.token_budget,
         settings.kv_cache_config.tokens_per_block,
         CPU,
+        settings.num_drafts,
     )
     return TransformContext(settings, CPU, info)
 

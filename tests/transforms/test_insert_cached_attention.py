@@ -109,6 +109,16 @@ def test_a_length_of_extends_that_no_kernel_has_is_refused(limit: object) -> Non
         AutoDeployConfig(transforms=settings)
 
 
+def test_drafts_have_a_kernel_of_their_own() -> None:
+    """Every site knows how many tokens of a sequence are verified, and by which; the report says it."""
+    ctx = context(speculative_config={"drafter": "ngram", "num_tokens": 2})
+    gm, reports = run(exported(SmallModel(sdpa, sdpa), *MATCH, ctx=ctx), ctx, "insert_cached_attention")
+    for node in find(gm, ATTEND):
+        args = g.op_args(node)
+        assert (args["max_extend_len"], args["verify_kernel"]) == (3, "reference")
+    assert "2 drafts of each sequence: reference, 2 sites" in reports["insert_cached_attention"].notes
+
+
 def test_as_many_scales_as_caches_are_needed() -> None:
     """A list of another length names the key, what is needed and what was given."""
     ctx = context(kv_cache_config={"dtype": "fp8", "v_scale": [1.0, 2.0]})

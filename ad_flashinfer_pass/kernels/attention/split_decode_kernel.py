@@ -61,8 +61,11 @@ def split_decode(  # type: ignore[no-untyped-def]
     length = tl.load(lengths + seq)
     rows = tl.arange(0, GROUP_ROWS)
     row_mask = rows < QUERIES * GROUP
-    heads, tokens = head * GROUP + rows % GROUP, seq * QUERIES + rows // GROUP
-    end_keys = length - (QUERIES - 1) + rows // GROUP
+    if QUERIES == 1:
+        heads, tokens, end_keys = head * GROUP + rows, seq + rows * 0, length + rows * 0
+    else:
+        heads, tokens = head * GROUP + rows % GROUP, seq * QUERIES + rows // GROUP
+        end_keys = length - (QUERIES - 1) + rows // GROUP
     first_keys, first_key = end_keys * 0, 0
     if WINDOW is not None:
         first_keys = tl.maximum(first_keys, end_keys - WINDOW)
@@ -133,10 +136,16 @@ def split_decode(  # type: ignore[no-untyped-def]
             logits = CAP * LOG2E * (1.0 - 2.0 / (tl.exp(logits * (2.0 / CAP)) + 1.0))  # tanh
         if slopes is not None:
             logits += slope[:, None] * (positions[None, :] - end_keys[:, None] + 1).to(tl.float32)
-        visible = positions[None, :] < end_keys[:, None]
-        if WINDOW is not None or CHUNK is not None:
-            visible = visible & (positions[None, :] >= first_keys[:, None])
-        logits = tl.where(visible, logits, float("-inf"))
+        if QUERIES == 1:
+            visible = in_cache
+            if WINDOW is not None or CHUNK is not None:
+                visible = visible & (positions >= first_key)
+            logits = tl.where(visible[None, :], logits, float("-inf"))
+        else:
+            visible = positions[None, :] < end_keys[:, None]
+            if WINDOW is not None or CHUNK is not None:
+                visible = visible & (positions[None, :] >= first_keys[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp2(logits - new_top[:, None])
         shrink = tl.exp2(top - new_top)

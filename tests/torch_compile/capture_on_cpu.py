@@ -8,6 +8,7 @@ from torch import nn
 
 from ad_flashinfer_pass import registry
 from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.runtime import inductor
 from ad_flashinfer_pass.transforms import compile_model, fuse_rope_append, fuse_small_batch
 
 Result = tuple[nn.Module, TransformReport]
@@ -24,7 +25,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch, *, by_inductor: bool) -> list[str
         Names of the transforms that need a GPU otherwise, as they run.
     """
     if not by_inductor:
-        monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+        monkeypatch.setattr(inductor, "compile_pieces", lambda model: (model, []))
     names: list[str] = []
     transforms = {name: registry.get(name) for name in ("tune_attention", "compile_model")}
 

@@ -31,8 +31,8 @@ from ad_flashinfer_pass.errors import (
     SessionError,
 )
 from ad_flashinfer_pass.records import TransformContext, TransformReport
+from ad_flashinfer_pass.runtime import inductor
 from ad_flashinfer_pass.torch_compile.backend import flashinfer_trtllm
-from ad_flashinfer_pass.transforms import compile_model
 from tests import architectures
 from tests.torch_compile.small_models import (
     Attention,
@@ -320,7 +320,7 @@ def test_training_and_gradients_are_refused(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("backend", ["torch-simple", "torch-opt"])
 def test_inference_mode_may_be_on_and_off(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made while it is on can be written to when it is off."""
-    monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+    monkeypatch.setattr(inductor, "compile_pieces", lambda model: (model, []))
     model = Net(1)
     with torch.inference_mode():
         of = session()
@@ -330,7 +330,7 @@ def test_inference_mode_may_be_on_and_off(backend: str, monkeypatch: pytest.Monk
 
 
 def test_the_smallest_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_model, "compile_pieces", lambda model: (model, []))
+    monkeypatch.setattr(inductor, "compile_pieces", lambda model: (model, []))
     model, of = Net(1), session(max_batch_size=1, max_seq_len=1)
     with of.prefill([[5]]) as batch:
         logits = batch.last_logits(compiled(model, of, compile_backend="torch-opt")(*batch.inputs.values()))

@@ -92,7 +92,10 @@ def _with_draft(
     pipeline: Pipeline, module: nn.Module, draft: nn.Module, ctx: TransformContext
 ) -> tuple[nn.Module, list[TransformReport]]:
     """Both models; their pools are planned together, and the one that guesses is ready before the capture."""
-    ctx.draft = context(ctx.config, ctx.on_event)
+    cache = ctx.config.kv_cache_config
+    # The scales are those of the other model's layers.
+    unscaled = cache.model_copy(update={"k_scale": 1.0, "v_scale": 1.0})
+    ctx.draft = context(ctx.config.model_copy(update={"kv_cache_config": unscaled}), ctx.on_event)
     ctx.draft.is_draft = True
     guessing, _ = pipeline.before("initialize_cache").run(draft, ctx.draft)
     transformed, reports = pipeline.before("compile").run(module, ctx)

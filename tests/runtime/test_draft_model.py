@@ -28,16 +28,15 @@ def model_of(name: str, num_layers: int = 2) -> nn.Module:
     return architectures.random_model(architectures.CONFIGS[name](num_layers=num_layers), "eager")
 
 
-def served(name: str, draft: nn.Module | None, **options: Any) -> CachedModel:
+def served(name: str, draft: nn.Module | None, cache: KvCacheConfig | None = None) -> CachedModel:
     """With fewer pages than the prompts need."""
     spec = SpeculativeConfig(drafter="model", model="given", num_tokens=3)
     config = AutoDeployConfig(
         max_batch_size=4,
         max_seq_len=64,
         max_num_tokens=32,
-        kv_cache_config=KvCacheConfig(tokens_per_block=8, max_tokens=10 * 8),
+        kv_cache_config=cache or KvCacheConfig(tokens_per_block=8, max_tokens=10 * 8),
         speculative_config=None if draft is None else spec,
-        **options,
     )
     model, _ = transform_module(model_of(name), config, draft=draft)
     model.verify_cost = {1: 0.0}  # so that drafts always pay
@@ -93,6 +92,14 @@ def test_both_models_have_pages_within_one_budget() -> None:
     assert isinstance(drafter, ModelDrafter)
     assert {len(cache) for cache in drafter._caches.values()} == {model.num_pages} == {11}
     assert len(drafter._caches) == 1
+
+
+def test_scales_of_a_cache_are_those_of_the_model_alone() -> None:
+    """One for each of its layers, of which the model that guesses has fewer."""
+    cache = KvCacheConfig(tokens_per_block=8, max_tokens=10 * 8, dtype="fp8", k_scale=[0.5, 0.25])
+    plain, drafted = (served("llama_gqa4", draft, cache) for draft in (None, model_of("llama_mha", 1)))
+    params = SamplingParams(max_new_tokens=NUM_NEW_TOKENS)
+    assert run(drafted, params, 0)[0] == run(plain, params, 0)[0]
 
 
 def test_loads_both_models(tmp_path: Path) -> None:

@@ -118,8 +118,9 @@ def _check_sums(rank: int, address: str) -> None:
 
 
 def test_two_ranks_serve_a_thousand_steps_captured_as_eagerly() -> None:
-    """Random requests, which come and go; the demo in bfloat16. Most texts are the same, and those of one GPU:
-    linears of a padded step, and sums in another order, round another way."""
+    """Random requests, which come and go; the demo in bfloat16. Most texts are the same, and those of one
+    GPU: linears of a padded step, and sums in another order, round another way.
+    """
     generator = random.Random(5)
     prompts = [[generator.randrange(3, 900) for _ in range(generator.randrange(1, 60))] for _ in range(160)]
     lengths = [generator.randrange(1, 60) for _ in prompts]

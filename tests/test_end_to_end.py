@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig, TransformConfig
@@ -168,6 +169,39 @@ def test_drafts_change_no_token(name: str) -> None:
     assert engine.metrics.num_verified > 0
     assert min(engine_ahead.metrics.num_accepted) > 20
     assert engine.metrics.pages_in_use == engine_ahead.metrics.pages_in_use == 0
+
+
+def longrope() -> transformers.PretrainedConfig:
+    """Whose frequencies change at 40 tokens, so that what is longer is computed anew."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, **factors}
+    return architectures.small_config("phi3", rope_parameters=rope, original_max_position_embeddings=40)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "llama4_text", "longrope"])
+def test_drafts_change_no_token_of_other_kinds(kind: str) -> None:
+    """A latent, sinks, chunks, and ropes that go by the length: as without drafts."""
+    config = longrope() if kind == "longrope" else architectures.small_config(kind)
+    model = architectures.random_model(config, "eager")
+    keys: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 96, "max_num_tokens": 32}
+    keys["kv_cache_config"] = KvCacheConfig(tokens_per_block=8, max_tokens=25 * 8)
+    prompts = architectures.random_prompts((1, 9, 20, 29), vocab_size=100)
+    plain = transform_module(model, AutoDeployConfig(**keys))[0]
+    tokens = in_order(run(Engine(plain, prefill_chunk_tokens=7), {0: prompts})[0])
+    known = {
+        (*prompt, *found[:n]): found[n]
+        for prompt, found in zip(prompts, tokens, strict=True)
+        for n in range(len(found))
+    }
+    spec = SpeculativeConfig(drafter="ngram")
+    drafted = transform_module(model, AutoDeployConfig(**keys, speculative_config=spec))[0]
+    drafted.verify_cost = {1: 0.0}
+    drafted.drafter = Guesser(drafted.sequence_info, 0.85, lambda seen: known.get(tuple(seen)), 100)
+    for steps_ahead in (0, 2):
+        found, engine = run(Engine(drafted, prefill_chunk_tokens=7, steps_ahead=steps_ahead), {0: prompts})
+        assert in_order(found) == tokens
+        assert min(engine.metrics.num_accepted) > 8
+    assert (drafted.sequence_info.recompute_at == 40) == (kind == "longrope")
 
 
 def test_a_model_with_states_takes_no_drafts() -> None:

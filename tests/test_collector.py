@@ -20,3 +20,15 @@ def test_it_runs_less_often_and_then_as_before(before: int, within: int) -> None
         assert gc.get_threshold() == (before, *own[1:])
     finally:
         gc.set_threshold(*own)
+
+
+def test_two_that_overlap_leave_it_as_it_was() -> None:
+    """As of two threads, of which the first ends first."""
+    own = gc.get_threshold()
+    first, second = rare_collection(), rare_collection()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold()[0] >= 10_000
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == own

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ad_flashinfer_pass.config import AutoDeployConfig
+from ad_flashinfer_pass.errors import CapacityError
 from ad_flashinfer_pass.graph.weights import StepWeights
 from ad_flashinfer_pass.kernels.attention.capability import Site
 from ad_flashinfer_pass.kernels.attention.select import Choice
@@ -66,12 +67,23 @@ class KvCacheResource:
         return self.planes * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_pages: int, device: torch.device) -> torch.Tensor:
-        """The pool; zeroed, because kernels multiply what they do not need by zero."""
+        """The pool; zeroed, because kernels multiply what they do not need by zero.
+
+        Raises:
+            CapacityError: the CPU's memory does not hold it.
+        """
         shape = (num_pages, self.planes, self.num_kv_heads, self.page_size, self.head_dim)
         if device.type != "cpu" or not num_pages:
             return torch.zeros(shape, dtype=self.dtype, device=device)
         # Zero without being written: of what no sequence uses the machine gives no memory and takes no time.
-        memory = mmap(-1, num_pages * self.bytes_per_page, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        num_bytes = num_pages * self.bytes_per_page
+        try:
+            memory = mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        except OSError as err:
+            raise CapacityError(
+                f"{self.name}: the CPU does not give {num_bytes} bytes for {num_pages} pages "
+                f"({err.strerror}). Lower kv_cache_config.max_tokens, max_batch_size or max_seq_len."
+            ) from None
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
 

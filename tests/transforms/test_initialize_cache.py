@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from ad_flashinfer_pass import registry
+from ad_flashinfer_pass import records, registry
 from ad_flashinfer_pass.errors import CapacityError
 from ad_flashinfer_pass.records import KvCacheResource, TransformContext
 from ad_flashinfer_pass.transforms import initialize_cache
@@ -81,3 +84,14 @@ def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_bytes_of_the_cpu_is_what_the_system_has() -> None:
     """The CPU's free memory is a number of bytes below its total."""
     assert 2**20 < initialize_cache.free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_memory_that_the_cpu_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ulimit -v, or where memory must not be overcommitted."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(records, "mmap", refuse)
+    with pytest.raises(CapacityError, match=r"kv_cache_0: .* not give \d+ bytes for 3 pages .*Lower"):
+        RESOURCES[0].allocate(3, torch.device("cpu"))

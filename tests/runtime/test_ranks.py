@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig
-from ad_flashinfer_pass.errors import ConfigError, RankError
+from ad_flashinfer_pass.errors import AdFlashinferError, RankError
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import GuidedDecodingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
@@ -107,9 +108,11 @@ def test_ctrl_c_ends_all() -> None:
 
 def test_ranks_that_torchrun_started(one: LLM) -> None:
     """Each runs the command; the first one answers."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     processes = []
     for rank in range(2):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": 29613}
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
         variables = {name: str(value) for name, value in places.items()}
         environment = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
         command = [*_COMMAND, "--tp", "2", "-n", "12", "-q", "Once upon a time"]
@@ -130,5 +133,5 @@ def test_ranks_that_torchrun_started(one: LLM) -> None:
 )
 def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
     """Before a process is started, or by all of them, once."""
-    with pytest.raises((ConfigError, Exception), match=message):
+    with pytest.raises(AdFlashinferError, match=message):
         build_model(AutoDeployConfig(**{"world_size": 2, "max_seq_len": 64, **config}))

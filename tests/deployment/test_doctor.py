@@ -197,3 +197,18 @@ def test_the_command_says_what_never_ran_and_the_state_of_the_hook(
     found = json.loads(out)
     assert found["gpus"] == []
     assert found["packages"]["torch"] == torch.__version__
+
+
+def test_says_which_gpus_map_no_memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over which several ranks sum; NCCL does it then."""
+    for without, state, found in (
+        (set(), "ok", "between all 3 GPUs"),
+        (
+            {(0, 2), (2, 0)},
+            "note",
+            "not from cuda:0 to cuda:2, cuda:2 to cuda:0: NCCL makes the sums of ranks",
+        ),
+    ):
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair, no=without: pair not in no)
+        (check,) = doctor._peer_checks(3)
+        assert (check.state, check.found) == (state, found)

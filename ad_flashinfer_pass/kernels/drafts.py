@@ -188,5 +188,6 @@ def _match(  # type: ignore[no-untyped-def]
     is_found = (best >> 32) >= LEAST
     after = found + 1 + (lanes - 1) % tl.maximum(last - found, 1)
     is_draft = (lanes > 0) & (lanes < WIDTH)
-    guess = tl.where(is_found, tl.load(text + after, mask=is_draft, other=0), 0)
+    newest = tl.load(text + last)  # a token that the model has seen; 0 may be one that it cannot read
+    guess = tl.where(is_found, tl.load(text + after, mask=is_draft, other=0), newest)
     tl.store(drafts + row * WIDTH + lanes, guess.to(tl.int64), mask=is_draft)

@@ -74,7 +74,7 @@ class NgramDrafter(Drafter):
 
 
 def guess(tokens: Tensor, count: int) -> Tensor:
-    """``count`` tokens that may follow these, [n]; zeros if nothing stood before.
+    """``count`` tokens that may follow these, [n]; the last one if nothing stood before.
 
     The reference of ``kernels.drafts.match``.
     """
@@ -87,5 +87,5 @@ def guess(tokens: Tensor, count: int) -> Tensor:
         length += agrees
     best = int((length * (last + 1) + torch.arange(last)).argmax()) if last else 0
     if not last or length[best] < LEAST:
-        return tokens.new_zeros(count)
+        return tokens[last].expand(count)  # a token that the model has seen; 0 may be one that it cannot read
     return tokens[best + 1 + torch.arange(count) % (last - best)]

@@ -38,7 +38,11 @@ class FakeLLM:
         self.default_sampling = SamplingParams()
         self.engine = SimpleNamespace(
             metrics=SimpleNamespace(
-                num_generated_tokens=7, num_pages=9, num_preemptions=1, eager_steps={"prefill": 2}
+                num_generated_tokens=7,
+                num_pages=9,
+                num_preemptions=1,
+                eager_steps={"prefill": 2},
+                drafts=None,
             )
         )
 

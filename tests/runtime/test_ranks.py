@@ -91,6 +91,7 @@ def test_ctrl_c_ends_all() -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_hear_ctrl_c,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -104,6 +105,11 @@ def test_ctrl_c_ends_all() -> None:
     assert process.stderr.read().startswith("interrupted: ")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def _hear_ctrl_c() -> None:
+    """Also where the tests run under nohup or in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ranks_that_torchrun_started(one: LLM) -> None:

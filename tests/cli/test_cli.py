@@ -18,6 +18,7 @@ from ad_flashinfer_pass import __version__, build, cli
 from ad_flashinfer_pass.errors import CapacityError, ConfigError, LoadError, TransformError
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests.fake_llm import FakeBuild, FakeLLM
+from tests.signals import hear_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -540,15 +541,9 @@ def start(*args: str, **settings: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
-        preexec_fn=_hear_signals,
+        preexec_fn=hear_signals,
         **settings,  # type: ignore[call-overload]
     )
-
-
-def _hear_signals() -> None:
-    """Also where the tests run under nohup or in the background."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -18,6 +18,7 @@ from ad_flashinfer_pass.errors import AdFlashinferError, RankError
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import GuidedDecodingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from tests.signals import hear_signals
 
 _PROMPTS = ["Once upon a time", "The dog", "One day, Lily and her mum went to the park. " * 3]
 _COMMAND = [sys.executable, "-m", "ad_flashinfer_pass", "generate", "--device", "cpu", "--max-seq-len", "96"]
@@ -91,7 +92,7 @@ def test_ctrl_c_ends_all() -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_hear_ctrl_c,
+        preexec_fn=hear_signals,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -105,11 +106,6 @@ def test_ctrl_c_ends_all() -> None:
     assert process.stderr.read().startswith("interrupted: ")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-
-
-def _hear_ctrl_c() -> None:
-    """Also where the tests run under nohup or in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ranks_that_torchrun_started(one: LLM) -> None:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Ranks:
+class Processes:
     """The processes of torch.distributed's default group, this one among them.
 
     A sum is the same on all of them, bit by bit: NCCL and gloo send each part of it from one rank to the
@@ -116,7 +116,7 @@ def in_threads(runs: Sequence[Callable[[], T]]) -> list[T]:
     return [future.result() for future in futures]
 
 
-def current() -> Ranks | _Thread:
+def current() -> Processes | _Thread:
     """The ranks of this process, or the thread that stands for one.
 
     Raises:
@@ -129,4 +129,4 @@ def current() -> Ranks | _Thread:
             "a model of several ranks runs where torch.distributed has a process group: call "
             "torch.distributed.init_process_group first, or build_model, which starts the ranks itself."
         )
-    return Ranks()
+    return Processes()

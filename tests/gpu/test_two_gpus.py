@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig, TransformConfig
 from ad_flashinfer_pass.kernels import symmetric_memory
-from ad_flashinfer_pass.kernels.collectives import Ranks
+from ad_flashinfer_pass.kernels.collectives import Processes
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.ranks import _init
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
@@ -92,7 +92,7 @@ def test_sums_are_the_same_on_both_gpus() -> None:
 
 def _check_sums(rank: int, address: str) -> None:
     _init(address, rank, 2, "cuda")
-    ranks, device = Ranks(), torch.device("cuda", rank)
+    ranks, device = Processes(), torch.device("cuda", rank)
     for shape in ((1, 1, 4096), (1, 32, 4096), (7, 64), (1, 300, 1000), (1024, 8192)):
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(device, dtype)

@@ -187,7 +187,7 @@ def step_ms(model: CachedModel, number: int, context: int, *, verifies: bool, ro
     """Median time of a step and what ends it, enqueued one by one."""
     info = model.sequence_info
     pages = -(-(context + info.num_drafts + 2 * rounds * (1 + info.num_drafts)) // info.tokens_per_block)
-    pages = min(pages, info.max_blocks_per_seq)
+    pages = min(pages, info.max_blocks_per_seq, (next(iter(model.caches.values())).shape[0] - 1) // number)
     tables = [list(range(1 + i * pages, 1 + (i + 1) * pages)) for i in range(number)]
     new = [5] * (1 + info.num_drafts if verifies else 1)
     model.nest(

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -142,10 +142,28 @@ def compile_together(launches: Iterable[Callable[[], object]], device: torch.dev
 def microseconds(launches: Sequence[Callable[[], object]]) -> float:
     """Time of a launch in a captured graph of them all, repeated until there are a few; the best of four."""
     turn = [launches[i % len(launches)] for i in range(max(_LAUNCHES, len(launches)))]
+    return _of_a_graph(turn) / len(turn)
+
+
+def cold_microseconds(launches: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """As ``microseconds``, of launches whose data and code are not in the L2 cache of a CUDA device.
+
+    Before each, so much else is read that nothing of the one before is left there.
+    """
+    turn = [launches[i % len(launches)] for i in range(max(_LAUNCHES, len(launches)))]
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    evict = partial(torch.amax, torch.zeros(size // 4, dtype=torch.float32, device=device))
+    both = [each for launch in turn for each in (evict, launch)]
+    return (_of_a_graph(both) - _of_a_graph([evict] * len(turn))) / len(turn)
+
+
+def _of_a_graph(turn: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of a captured graph, the best of four."""
     stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        turn[0]()  # compiles
+        for launch in turn[:2]:
+            launch()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # With ranks, NCCL's watchdog asks for events from a thread of its own, which must not end the capture.
@@ -161,7 +179,7 @@ def microseconds(launches: Sequence[Callable[[], object]]) -> float:
         end.record()
         end.synchronize()
         best = min(best, start.elapsed_time(end))
-    return 1e3 * best / len(turn)
+    return 1e3 * best
 
 
 @cache

@@ -1,9 +1,10 @@
 """Decode kernels chosen by measurement, for each batch size that is captured; see ``kernels.measure``.
 
 For each distinct kind of attention site, every provider that can decode it in a captured graph runs over the
-model's own caches, in a graph, one cache after the other as a decode step does: what fits in the L2 cache
-here fits there, too. They are timed at two lengths, and the one with the smallest sum of times relative to
-the fastest is kept.
+model's own caches, in a graph, one cache after the other as a decode step does, and as there the L2 cache is
+filled with other things between: a kernel of much code, as xqa's for drafts, takes twice the time if its code
+must be read again. They are timed at two lengths, and the one with the smallest sum of times relative to the
+fastest is kept.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Decode:
         """See ``Subject``."""
         items = ", ".join(f"{name} {value}" for name, value in ledger(self._site).items())
         return (
-            f"{self._what} of {size} sequences of {self._lengths} tokens, {len(self._pools)} caches, {items}"
+            f"{self._what} of {size} sequences of {self._lengths} tokens, none in L2, "
+            f"{len(self._pools)} caches, {items}"
         )
 
     def candidates(self, size: int) -> list[str]:
@@ -118,7 +120,7 @@ class Decode:
                     assert provider.verify is not None
                     verify = partial(provider.verify, max_len=new)
                     launches = [partial(verify, query, pool, bounds, *rest) for pool in self._pools]
-                row.append(measure.microseconds(launches))
+                row.append(measure.cold_microseconds(launches, device))
         best = measure.fastest(times, self.default)
         shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"
         return measure.Measured([best], [f"{self._what} of {size}: {best} ({shown})"])

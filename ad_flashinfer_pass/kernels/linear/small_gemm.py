@@ -430,18 +430,46 @@ def _gemv(  # type: ignore[no-untyped-def]
             total = tl.sum(sums, axis=1)
             up = total
     else:
-        total, up, squares = _row_sums(
-            weight, rows, row_mask, num_rows, scale, x, norm, DEPTH, ROWS, BLOCK, GATED, BY_BLOCKS
-        )
+        lanes = tl.arange(0, BLOCK)
+        weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
+        sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, DEPTH, BLOCK):
+            lane_mask = start + lanes < DEPTH
+            mask = row_mask[:, None] & lane_mask[None, :]
+            w = tl.load(weights + start, mask=mask, other=0.0, eviction_policy="evict_first")
+            v = tl.load(x + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
+            if norm is not None:
+                squares += v * v
+                v *= tl.load(norm + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
+            scaled = v
+            if BY_BLOCKS:
+                scales = scale + _scale_row(tl.program_id(0) * ROWS, DEPTH) + (start + lanes) // _SCALE_BLOCK
+                scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
+            sums += w.to(tl.float32) * scaled[None, :]
+            if GATED:
+                up = weights + start + num_rows.to(tl.int64) * DEPTH
+                w = tl.load(up, mask=mask, other=0.0, eviction_policy="evict_first")
+                if BY_BLOCKS:
+                    scales += _scale_row(num_rows, DEPTH)
+                    scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
+                ups += w.to(tl.float32) * scaled[None, :]
+        squares = tl.sum(squares, axis=0)
+    # A sum over lanes waits for its loads, and what follows for it: x comes first, the weights after it.
     factor = 1.0
     if norm is not None:
         factor = tl.rsqrt(squares / DEPTH + eps)
+    if not GROUP:
+        total = tl.sum(sums, axis=1)
     total *= factor
     if scale is not None and not BY_BLOCKS and not GROUP:
         total *= tl.load(scale + rows * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
     if GATED:
+        if not GROUP:
+            up = tl.sum(ups, axis=1)
         up *= factor
         if scale is not None and not BY_BLOCKS and not GROUP:
             up *= tl.load(scale + (num_rows + rows) * scale_stride, mask=row_mask, other=0.0).to(tl.float32)
@@ -451,50 +479,6 @@ def _gemv(  # type: ignore[no-untyped-def]
     if residual is not None:
         total += tl.load(residual + rows, mask=row_mask, other=0.0).to(tl.float32)
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=row_mask)
-
-
-@triton.jit
-def _row_sums(  # type: ignore[no-untyped-def]
-    weight,
-    rows,
-    row_mask,
-    num_rows,
-    scale,
-    x,
-    norm,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATED: tl.constexpr,
-    BY_BLOCKS: tl.constexpr,
-):
-    """Products of rows and of those num_rows beyond, in float32, and the sum of the squares of x."""
-    lanes = tl.arange(0, BLOCK)
-    weights = weight + rows.to(tl.int64)[:, None] * DEPTH + lanes[None, :]
-    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, DEPTH, BLOCK):
-        lane_mask = start + lanes < DEPTH
-        mask = row_mask[:, None] & lane_mask[None, :]
-        w = tl.load(weights + start, mask=mask, other=0.0, eviction_policy="evict_first")
-        v = tl.load(x + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-        if norm is not None:
-            squares += v * v
-            v *= tl.load(norm + start + lanes, mask=lane_mask, other=0.0).to(tl.float32)
-        scaled = v
-        if BY_BLOCKS:
-            scales = scale + _scale_row(tl.program_id(0) * ROWS, DEPTH) + (start + lanes) // _SCALE_BLOCK
-            scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
-        sums += w.to(tl.float32) * scaled[None, :]
-        if GATED:
-            up = weights + start + num_rows.to(tl.int64) * DEPTH
-            w = tl.load(up, mask=mask, other=0.0, eviction_policy="evict_first")
-            if BY_BLOCKS:
-                scales += _scale_row(num_rows, DEPTH)
-                scaled = v * tl.load(scales, mask=lane_mask, other=0.0).to(tl.float32)
-            ups += w.to(tl.float32) * scaled[None, :]
-    return tl.sum(sums, axis=1), tl.sum(ups, axis=1), tl.sum(squares, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

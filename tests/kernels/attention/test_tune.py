@@ -90,7 +90,7 @@ def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             options=lambda site, batch, device: [2] if name == "ours" else [],
         )
 
-    def microseconds(launches: Sequence[object]) -> float:
+    def cold_microseconds(launches: Sequence[object], device: torch.device) -> float:
         assert len(launches) == 3
         for launch in launches:
             launch()  # type: ignore[operator]
@@ -100,7 +100,7 @@ def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ]
 
     monkeypatch.setattr(select, "PROVIDERS", {"first": provider("first"), "ours": provider("ours")})
-    monkeypatch.setattr(measure, "microseconds", microseconds)
+    monkeypatch.setattr(measure, "cold_microseconds", cold_microseconds)
     pools = [torch.zeros(6, 2, 2, 8, 16) for _ in range(3)]
     plans, notes = measure.tune(Decode(SITE, pools, 8), [1, 4])
     assert plans == {SITE: "first 1=ours/2"}

@@ -282,6 +282,25 @@ def serve(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
+def drafts(data: dict[str, Any]) -> list[str]:
+    """Of ``drafts.json``: what a step that verifies costs, and what drafts give."""
+    names = {2: "2 of a step", 3: "3", 4: "4"}
+    columns = ["sequences", "decode, ms", f"verifies {data['num_tokens']}, ms", "ratio", "plain, tokens/s"]
+    lines = _heading(*columns, *names.values(), "text in circles", "random text")
+    for step in data["steps"]:
+        batch = step["batch"]
+        forced = {row["tokens"]: row for row in data["forced"] if row["batch"] == batch}
+        texts = {row["text"]: row for row in data["texts"] if row["batch"] == batch}
+        cells = [str(batch), f"{step['decode_ms']:.2f}", f"{step['verify_ms']:.2f}", f"{step['ratio']:.2f}"]
+        cells += [f"{forced[2]['plain']:,.0f}", *(f"{forced[n]['tokens_per_s']:,.0f}" for n in names)]
+        cells += [
+            _number(texts["circle"]["times"], ".2f"),
+            _number(texts["random"]["times"], ".2f", above=1.0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", _source(data)]
+
+
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
     """A number, in bold if it is worse than it should be; a dash for what was not measured."""
     if value is None:
@@ -303,7 +322,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "performance.md": (load, experts, quantized, state),
+    "performance.md": (load, experts, quantized, state, drafts),
     "serving.md": (serve,),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }

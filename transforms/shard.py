@@ -7,17 +7,19 @@ Attention keeps the heads of the rank, with the KV heads that they read; ``exper
 of each expert; the linear that makes the logits keeps its rows, and ``all_gather`` puts them together.
 
 Legal because a sum over columns is the sum of the sums over their parts, and ``graph.parts`` shows, node by
-node, that nothing between the two linears mixes columns of different ranks. It reads the graph alone: what
-transformers' ``base_model_tp_plan`` splits is found there, and what it does not name, too. What cannot be
-shown stays whole on each rank, which is right as well, and is told. Only the order of the sums changes, and
-where a row of activations is rounded by its own largest magnitude, each rank takes that of its columns.
+node, that nothing between the two linears mixes columns of different ranks, and that all ranks split the same
+linears. It reads the graph alone: what transformers' ``base_model_tp_plan`` splits is found there, and what
+it does not name, too. What cannot be shown stays whole on each rank, which is right as well, and is told.
+Only the order of the sums changes, and where a row of activations is rounded by its own largest magnitude,
+each rank takes that of its columns.
 
 Weights that were not read yet (``ctx.stored``) are read here: of each the part that the rank needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,6 +93,8 @@ class _Sharder:
         for node in self._attentions:
             heads, kv_heads = (int(g.shape(g.op_args(node)[name])[2]) for name in ("query", "key"))
             try:
+                if kv_heads % self.size and self.size % kv_heads:
+                    raise CannotCutError("would have more KV heads on one rank than on another")
                 self.parts.strictly(node, 2, self._share(heads))
             except CannotCutError:
                 raise UnsupportedError(
@@ -106,7 +110,7 @@ class _Sharder:
         """Let each of the experts have this rank's columns between its projections."""
         for node in experts_of(self.gm):
             try:
-                self._split_experts(node)
+                self._reduce(node, self._on_all(partial(self._part_of_experts, node)))
             except CannotCutError as reason:
                 self._weights[node] = g.where(node), reason.told
 
@@ -114,7 +118,7 @@ class _Sharder:
         """Split each linear by columns whose columns are made by linears, or attention, that can be split."""
         for node in [node for node in self._weights if g.is_op(node, *_LINEARS)]:
             try:
-                self._split_columns(node)
+                self._reduce(node, self._on_all(partial(self._addend, node)))
             except CannotCutError as reason:
                 self._weights[node] = g.where(node), reason.told
         alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
@@ -133,9 +137,13 @@ class _Sharder:
         width = -(-size // self.size)
         if width * (self.size - 1) >= size:
             return False
-        kept = ((self.rank * width, min(size, (self.rank + 1) * width)),)
+
+        def rows() -> fx.Node:
+            kept = ((self.rank * width, min(size, (self.rank + 1) * width)),)
+            return self.parts.strictly(node, -1, kept)
+
         try:
-            part = self.parts.strictly(node, -1, kept)
+            part = self._on_all(rows)
         except CannotCutError as reason:
             self._weights[node] = g.where(node), reason.told
             return False
@@ -166,6 +174,27 @@ class _Sharder:
             if node in alive
         ]
 
+    def _on_all(self, make: Callable[[], fx.Node]) -> fx.Node:
+        """What ``make`` gives for this rank, if it gives the like for all: a sum is one of each.
+
+        Raises:
+            CannotCutError: for one of them it cannot be made, or is made of other nodes.
+        """
+        made = make()
+        if self.parts.is_even:
+            return made
+        own, parts, seen = self.rank, self.parts, list[set[fx.Node]]()
+        try:
+            for rank in range(self.size):
+                self.rank, self.parts = rank, Parts(self.gm)
+                make()
+                seen.append(self.parts.seen)
+        finally:
+            self.rank, self.parts = own, parts
+        if any(each != seen[0] for each in seen):
+            raise CannotCutError("reads columns that other ranks have from elsewhere")
+        return made
+
     def _share(self, size: int) -> Ranges:
         """This rank's places of so many.
 
@@ -177,7 +206,7 @@ class _Sharder:
         count = size // self.size
         return ((self.rank * count, (self.rank + 1) * count),)
 
-    def _split_columns(self, node: fx.Node) -> None:
+    def _addend(self, node: fx.Node) -> fx.Node:
         args = g.op_args(node)
         x = args["mat1"] if "mat1" in args else args["x"] if "x" in args else args["input"]
         weight, bias = (
@@ -207,7 +236,7 @@ class _Sharder:
         else:
             new = self._quantized(args, part, kept, size, bias)
         assert callable(node.target)
-        self._reduce(node, self.parts.call(node, node.target, *new))
+        return self.parts.call(node, node.target, *new)
 
     def _quantized(
         self, args: Mapping[str, Any], x: fx.Node, kept: Ranges, size: int, bias: fx.Node | None
@@ -228,7 +257,7 @@ class _Sharder:
         elif how == "token":
             self.notes["activations are rounded by the largest magnitude of a rank's part of a row"] = None
 
-    def _split_experts(self, node: fx.Node) -> None:
+    def _part_of_experts(self, node: fx.Node) -> fx.Node:
         args = g.op_args(node)
         rows, columns = (2, 1) if args["is_transposed"] else (1, 2)
         is_packed = g.value(args["down_proj"]).dtype == torch.uint8
@@ -261,7 +290,7 @@ class _Sharder:
         if args["down_bias"] is not None:
             new["down_bias"] = self._on_first_rank(args["down_bias"])
         replaced = {args[name]: part for name, part in new.items()}
-        self._reduce(node, self.parts.again(node, replaced))
+        return self.parts.again(node, replaced)
 
     def _on_first_rank(self, bias: fx.Node) -> fx.Node:
         """A bias, which only one rank adds to the sum."""

@@ -122,6 +122,9 @@ class Parts:
         """Nodes of which a part was made since this was last cleared."""
         self.is_strict = False
         """Raise in place of cutting what was computed whole."""
+        self.is_even = True
+        """Whether parts of equal size are made of the same nodes: not where they lie in one or another of
+        several that are joined, or in blocks of which the last is smaller."""
         self._made: dict[tuple[fx.Node, int, Ranges], fx.Node] = {}
         self._values: dict[str, Any] = {}
         """Results by the call: layers are alike, and to compute one takes milliseconds."""
@@ -310,7 +313,9 @@ class Parts:
         """
         if g.value(scale).dim() <= 1 or g.shape(scale)[dim] == 1:
             return scale
-        return self.weight(scale, dim, _blocks(kept, _block(size, int(g.shape(scale)[dim])), size))
+        block = _block(size, int(g.shape(scale)[dim]))
+        self.is_even &= size % block == 0
+        return self.weight(scale, dim, _blocks(kept, block, size))
 
     def _attention(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
         if dim != 2:
@@ -419,12 +424,14 @@ class Parts:
         sources, at = list(g.args(node)[0]), int((*g.args(node)[1:], 0)[0]) % g.value(node).dim()
         if at != dim:
             return self.again(node, {each: self.of(each, dim, kept) for each in dict.fromkeys(sources)})
+        self.is_even = False
         pieces, first = [], 0
         for source in sources:
             end = first + int(g.shape(source)[dim])
             inside = joined((max(a, first) - first, min(b, end) - first) for a, b in kept)
             if inside:
                 pieces.append(self.of(source, dim, inside))
+                self.seen.add(source)  # be it whole
             first = end
         if [a for a, _ in kept] != sorted(a for a, _ in kept):
             raise CannotCutError("joins parts in another order")

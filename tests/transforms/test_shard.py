@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,7 +22,7 @@ from tests import architectures
 from tests.models import float8_checkpoints, four_bit_checkpoints
 from tests.transforms.serving import assert_serves_like
 from tests.transforms.sharding import Together
-from tests.transforms.small_models import count
+from tests.transforms.small_models import VOCAB, count
 
 _ours = torch.ops.ad_flashinfer
 # Linears that no rank can have a part of, by family: those that a norm over all heads reads.
@@ -231,6 +232,50 @@ def test_heads_that_cannot_be_shared_are_refused() -> None:
     module = architectures.random_model(config)
     with pytest.raises(UnsupportedError, match="4 ranks cannot have equal parts of this attention's 6 heads"):
         Together(module, 4)
+
+
+def test_ranks_have_the_same_number_of_kv_heads() -> None:
+    """Of 4 KV heads that 6 ranks read, the second one would have two, and fewer pages than the first."""
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+    )
+    with pytest.raises(UnsupportedError, match="12 heads and 4 of K and V: set a world_size"):
+        Together(architectures.random_model(config), 6)
+
+
+class Joined(nn.Module):
+    """Attention and MLP side by side, which one linear takes together."""
+
+    def __init__(self, width: int, has_norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(VOCAB, 32)
+        self.qkv, self.up = nn.Linear(32, 96), nn.Linear(32, width)
+        self.norm = nn.LayerNorm(width) if has_norm else nn.SiLU()
+        self.down, self.head = nn.Linear(32 + width, 32), nn.Linear(32, VOCAB)
+        self.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        q, k, v = (each.unflatten(-1, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        logits: Tensor = self.head(x + self.down(torch.cat([heads, self.norm(self.up(x))], -1)))
+        return logits
+
+
+@pytest.mark.parametrize(("width", "has_norm", "size"), [(32, False, 2), (32, True, 4), (96, True, 4)])
+def test_what_only_some_ranks_can_split_stays_whole(width: int, has_norm: bool, size: int) -> None:
+    """Columns of which one rank has those of the attention and another those of the MLP: else the sums of the
+    ranks would not be of the same linears."""
+    model = Joined(width, has_norm)
+    together = Together(model, size)
+    assert_serves_like(together, model)  # type: ignore[arg-type]
+    assert [report.num_matches for report in together.reports] == [0] * size
 
 
 def test_a_rank_needs_a_group() -> None:

@@ -109,9 +109,9 @@ class CachedModel:
             ValueError: the step is empty, out of order or too large.
         """
         bucket = self._steps.bucket(sequences, verifies=verifies)
-        if self.ranks is not None:
-            self.ranks.add("nest", list(sequences), list(row_params))
         self.sequence_info.nest_sequences(sequences, pad_to=bucket, row_params=row_params, verifies=verifies)
+        if self.ranks is not None:  # and the step can be
+            self.ranks.add("nest", list(sequences), list(row_params))
 
     @contextmanager
     def leading(self, num_tokens: int = 0, is_greedy: bool | None = None) -> Iterator[None]:

@@ -70,6 +70,30 @@ def test_single_steps_go_to_all_ranks(one: LLM, two: LLM) -> None:
         assert (one.model.step(steps) - two.model.step(steps)).abs().max() < 1e-4
 
 
+def test_a_step_that_is_refused_reaches_no_other_rank(one: LLM, two: LLM) -> None:
+    """The next one runs on all."""
+    with pytest.raises(ValueError, match="2 tokens need 1 pages or more"):
+        two.model.step([SequenceStep([1, 2], 0, [])])
+    steps = [SequenceStep([1, 2], 0, [1])]
+    assert (one.model.step(steps) - two.model.step(steps)).abs().max() < 1e-4
+
+
+def test_what_nobody_expects_in_a_rank_is_said() -> None:
+    """Not that its interpreter failed to end."""
+    code = (
+        "from tests.runtime.test_ranks import built\n"
+        "llm = built(world_size=2)\n"
+        "llm.model.ranks.tell('nest', 'nonsense')\n"
+        "import time; time.sleep(60)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr.startswith(
+        "error: rank 1 of 2 ended (exit code 1): AttributeError: 'str' object has no"
+    )
+    assert run.stderr.count("\n") == 1
+
+
 def test_a_rank_that_dies_ends_all_with_one_line() -> None:
     """However it dies; whoever waits for it would wait for ever."""
     code = (

@@ -61,6 +61,9 @@ def transform_module(
     check_type("module", module, nn.Module)
     check_type("config", config, AutoDeployConfig)
     check_type("draft", draft, nn.Module, type(None))
+    check_type("rank", rank, int, type(None))
+    if rank is not None and not 0 <= rank < config.world_size:
+        raise ConfigError(f"rank must lie in 0..{config.world_size - 1}, by world_size, got {rank}.")
     _check_drafter(config, draft)
     config = on_device_of(next(chain(module.parameters(), module.buffers()), None), config)
     ctx = context(config, on_event)

@@ -278,6 +278,13 @@ def test_what_only_some_ranks_can_split_stays_whole(width: int, has_norm: bool, 
     assert [report.num_matches for report in together.reports] == [0] * size
 
 
+@pytest.mark.parametrize("rank", [2, -1])
+def test_a_rank_is_one_of_the_world(rank: int) -> None:
+    module = architectures.random_model(architectures.CONFIGS["qwen2"](1))
+    with pytest.raises(ConfigError, match=rf"rank must lie in 0\.\.1, by world_size, got {rank}"):
+        transform_module(module, AutoDeployConfig(device="cpu", world_size=2, max_seq_len=64), rank=rank)
+
+
 def test_a_rank_needs_a_group() -> None:
     module = architectures.random_model(architectures.CONFIGS["qwen2"](1))
     with pytest.raises(ConfigError, match=r"world_size: got 2, but torch\.distributed has no group"):

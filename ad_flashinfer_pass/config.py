@@ -481,7 +481,7 @@ def _unknown_keys(data: dict[str, Any]) -> list[str]:
     for name, model in (("kv_cache_config", KvCacheConfig), ("speculative_config", SpeculativeConfig)):
         levels += [(f"{name}.", data[name], model)] if isinstance(data.get(name), dict) else []
     return [
-        f"unknown key {f'{prefix}{key}'!r}; {nearest(key, list(model.model_fields))}"
+        f"unknown key {f'{prefix}{key}'!r}; {nearest(str(key), list(model.model_fields))}"
         for prefix, level, model in levels
         for key in level
         if key not in model.model_fields

@@ -69,6 +69,10 @@ def test_the_default_device_is_a_gpu_if_there_is_one(has_gpu: bool, monkeypatch:
             "unknown key 'kv_cache_config.token_per_block'; did you mean 'tokens_per_block'?",
         ),
         (
+            {"speculative_config": {1: 2, "drafter": "ngram"}},
+            "unknown key 'speculative_config.1'; known: drafter, model, num_tokens.",
+        ),
+        (
             {"kv_cache_config": {"zzz": 32}},
             "unknown key 'kv_cache_config.zzz'; "
             "known: dtype, enable_block_reuse, free_gpu_memory_fraction, k_scale, max_tokens, "
@@ -91,7 +95,7 @@ def test_the_default_device_is_a_gpu_if_there_is_one(has_gpu: bool, monkeypatch:
             "transforms.classify_mask: unknown key 'needs'; known: enabled, stage.",
         ),
     ],
-    ids=["top", "nested", "nothing_near", "transform", "transform_key", "setting", "need"],
+    ids=["top", "nested", "nothing_near", "no_text", "transform", "transform_key", "setting", "need"],
 )
 def test_unknown_key_names_the_nearest(keys: dict[str, Any], message: str) -> None:
     """An unknown key is an error with its full path and the nearest known key, or all of them."""

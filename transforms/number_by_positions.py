@@ -11,11 +11,13 @@ way is none of the ops below, the graph stays as it is, and ``check_packing`` sa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -26,7 +28,11 @@ _KEPT = (aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.detach, aten.
 
 @register("number_by_positions")
 def number_by_positions(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, TransformReport]:
-    """Number the tokens by ``position_ids`` where the graph numbers them by their place."""
+    """Number the tokens by ``position_ids`` where the graph numbers them by their place.
+
+    Raises:
+        ConfigError: a model that guesses looks positions up in a table that ends before max_seq_len.
+    """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("number_by_positions")
     (positions,) = (n for n in model.graph.find_nodes(op="placeholder") if n.name == "position_ids")
@@ -45,7 +51,41 @@ def number_by_positions(model: nn.Module, ctx: TransformContext) -> tuple[nn.Mod
         else:
             report.skipped.append(Skip(g.where(node), f"{g.where(failed)} is not known"))
     g.finish(model)
+    if ctx.is_draft:
+        _check_tables(model, positions, ctx.config.sequence_limit)
     return model, report
+
+
+def _check_tables(gm: fx.GraphModule, positions: fx.Node, max_seq_len: int) -> None:
+    """Nobody else looks at the tables of a model that guesses: its max_seq_len is that of another.
+
+    Raises:
+        ConfigError: one is too short; names it.
+    """
+    last = {positions: torch.tensor([[max_seq_len - 1]])}
+    """Of nodes that are made of positions alone, what the last one gives."""
+    for node in gm.graph.nodes:
+        if g.is_op(node, aten.embedding):
+            lookups = [(g.op_args(node)["weight"], 0, g.op_args(node)["indices"])]
+        elif g.is_op(node, aten.index):
+            table, indices = g.args(node)
+            lookups = [(table, dim, index) for dim, index in enumerate(indices)]
+        else:
+            sources = [source for source in node.all_input_nodes if g.is_tensor(source)]
+            if sources and all(source in last for source in sources) and g.is_tensor(node):
+                if g.is_op(node, *_KEPT):
+                    last[node] = last[sources[0]]
+                elif g.is_pointwise(node) and g.value(node).dtype == torch.int64:
+                    last[node] = node.target(*_with(node.args, last), **_with(node.kwargs, last))
+            continue
+        for table, dim, index in lookups:
+            rows = g.shape(table)[dim]
+            missing = int(last[index]) + 1 - rows if index in last and isinstance(rows, int) else 0
+            if missing > 0:
+                raise ConfigError(
+                    f"speculative_config.model: {g.where(node)} has a table of {rows} positions, and "
+                    f"max_seq_len is {max_seq_len}; lower it by {missing}, or give another model."
+                )
 
 
 def _is_numbering(node: fx.Node, size: int | torch.SymInt) -> bool:
@@ -165,5 +205,5 @@ class _Lifting:
         return new
 
 
-def _with(args: Any, new: dict[fx.Node, fx.Node]) -> Any:
+def _with(args: Any, new: Mapping[fx.Node, Any]) -> Any:
     return fx.node.map_arg(args, lambda n: new.get(n, n))

@@ -144,3 +144,17 @@ def test_refuses_models_that_do_not_go_together() -> None:
     states = architectures.random_model(architectures.small_config("mamba"), "eager")
     with pytest.raises(UnsupportedError, match="cannot be taken back"):
         served("llama_gqa4", states)
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [("gpt2", "n_positions"), ("opt", "max_position_embeddings"), ("gptj", "n_positions")],
+)
+def test_refuses_a_model_whose_table_of_positions_is_too_short(family: str, positions: str) -> None:
+    """Of 64 that the other model has; learned, behind an offset, and of a rope."""
+    config = architectures.small_config(family, **{positions: 60})
+    config.vocab_size = 128
+    with pytest.raises(ConfigError, match=r"a table of 6\d positions, and max_seq_len is 64; lower it by 4,"):
+        served("llama_gqa4", architectures.random_model(config, "eager"))
+    setattr(config, positions, 64)
+    served("llama_gqa4", architectures.random_model(config, "eager"))

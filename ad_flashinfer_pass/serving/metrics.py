@@ -26,6 +26,10 @@ _COUNTERS = {
     "num_generated_tokens": "Tokens generated.",
     "num_preemptions": "Requests that lost their pages for a while.",
 }
+_OF_DRAFTS = {
+    "num_verify_steps": "Steps that verified drafts.",
+    "num_verified": "Sequences of those steps.",
+}
 
 
 class _OfEngine:
@@ -38,8 +42,15 @@ class _OfEngine:
         metrics = self._engine.metrics
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(_PREFIX + name.removeprefix("num_"), text, getattr(metrics, name))
-        for name, text in _COUNTERS.items():
+        for name, text in (_COUNTERS | (_OF_DRAFTS if metrics.num_accepted else {})).items():
             yield CounterMetricFamily(_PREFIX + name.removeprefix("num_"), text, getattr(metrics, name))
+        if metrics.num_accepted:
+            accepted = CounterMetricFamily(
+                f"{_PREFIX}accepted_drafts", "Drafts that were taken, by position.", labels=["position"]
+            )
+            for position, number in enumerate(metrics.num_accepted, 1):
+                accepted.add_metric([f"{position}"], number)
+            yield accepted
 
 
 class ServerMetrics:

@@ -125,8 +125,8 @@ class Batch:
             is not in the cache yet: it begins the next step.
 
         Raises:
-            SessionError: the batch is not open, a sequence begins with it, or a token has no other that
-                follows it.
+            SessionError: the batch is not open, a sequence begins with it, a token has no other that follows
+                it, or chosen are no tokens.
         """
         if self._session.open_batch is not self:
             raise SessionError(
@@ -138,13 +138,16 @@ class Batch:
                     f"sequence {sequence} begins with this batch: its tokens are a prompt, and no guesses. "
                     "Take its next token from last_logits."
                 )
+        if chosen is not None and (not isinstance(chosen, Tensor) or chosen.dtype != torch.int64):
+            given = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+            raise SessionError(f"chosen must be a tensor of int64, got {given}.")
         tokens = logits[0, : self.num_tokens].argmax(-1) if chosen is None else chosen
         following, accepted = tokens.flatten().tolist(), list[list[int]]()
         if len(following) != self.num_tokens:
-            name, given = ("logits", logits) if chosen is None else ("chosen", chosen)
+            name, rows = ("logits", logits) if chosen is None else ("chosen", chosen)
             raise SessionError(
                 f"accept takes what follows each of the batch's {self.num_tokens} tokens, got "
-                f"{len(following)} from {name} of shape {tuple(given.shape)}."
+                f"{len(following)} from {name} of shape {tuple(rows.shape)}."
             )
         for sequence, (first, end) in zip(self.sequences, self.spans, strict=True):
             step, own = self.packed[sequence], following[first:end]

@@ -376,6 +376,9 @@ def test_accept_refuses_what_are_no_guesses(loop: Loop) -> None:
         for count in (2, 7):
             with pytest.raises(SessionError, match=f"got {count} from chosen of shape \\({count},\\)"):
                 batch.accept(logits, torch.zeros(count, dtype=torch.int64))
+        for none in (torch.zeros(6), [0] * 6):
+            with pytest.raises(SessionError, match="chosen must be a tensor of int64, got"):
+                batch.accept(logits, none)  # type: ignore[arg-type]
         assert batch.accept(logits, torch.tensor([[7, 1, 5], [10, 11, 3]])) == [[7, 1], [10, 11, 3]]
     assert list(loop.session.lengths.values()) == [5, 5]
     with pytest.raises(SessionError, match="within its context only"):

@@ -413,8 +413,9 @@ class Scheduler(Generic[S]):
             freed = self._pool.free(sequence.pages[num_used:])
             self._to_clear += freed if self._num_drafts else []
             del sequence.pages[num_used:]
-        self.epoch += 1
-        return self._pool.num_free > num_before
+        has_freed = self._pool.num_free > num_before
+        self.epoch += has_freed
+        return has_freed
 
     def _admit(self) -> None:
         self._refused = None

@@ -17,6 +17,7 @@ class Harness:
         chunk: int | None = None,
         shares_pages: bool = False,
         num_drafts: int = 0,
+        tokens_ahead: int = 0,
     ) -> None:
         self.pool = PagePool(capacity + 1)
         self.cleared: list[int] = []
@@ -29,6 +30,7 @@ class Harness:
             prefill_chunk_tokens=chunk,
             shares_pages=shares_pages,
             num_drafts=num_drafts,
+            tokens_ahead=tokens_ahead,
         )
         self.sequences: list[SequenceState] = []
 
@@ -317,3 +319,16 @@ def test_what_may_have_come_is_settled_by_what_came() -> None:
     Scheduler.settle(sequence, 4, 3)
     sequence.token_ids += [4, 5, 6]
     assert (sequence.num_tokens, sequence.num_cached) == (6, 5)
+
+
+def test_who_waits_for_room_changes_no_pages() -> None:
+    """The metadata on the device stand as long as the same sequences decode in the same pages."""
+    h = Harness(capacity=4, tokens_ahead=8)
+    h.add(5)
+    h.step()
+    h.add(12)
+    h.step()
+    epoch = h.scheduler.epoch
+    assert h.step() == [(0, 1)]
+    assert h.scheduler.epoch == epoch
+    assert h.scheduler.num_waiting == 1

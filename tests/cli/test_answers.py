@@ -15,6 +15,7 @@ from ad_flashinfer_pass import pipeline
 from ad_flashinfer_pass.cli import main, options
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig
 from ad_flashinfer_pass.errors import CapacityError
+from tests.forks import followers_are_forked
 
 COMMANDS = ("explain", "dump", "lint", "check", "plan", "report")
 LONG = "x" * 100_000
@@ -102,6 +103,7 @@ def test_bad_input_is_one_line(
     args: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That names the option, file or key, and is not taken for a fault of this package."""
+    followers_are_forked(monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(SystemExit) as stop:
         main(args)

@@ -8,20 +8,30 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from threading import Event
 from typing import Any
 
 import pytest
 
+from ad_flashinfer_pass import cli
 from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.errors import AdFlashinferError, RankError
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import GuidedDecodingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from tests.forks import followers_are_forked, fork
 from tests.signals import hear_signals
 
 _PROMPTS = ["Once upon a time", "The dog", "One day, Lily and her mum went to the park. " * 3]
-_COMMAND = [sys.executable, "-m", "ad_flashinfer_pass", "generate", "--device", "cpu", "--max-seq-len", "96"]
+_COMMAND = ["generate", "--device", "cpu", "--max-seq-len", "96", "--tp", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        followers_are_forked(patch)
+        yield
 
 
 def built(**config: Any) -> LLM:
@@ -96,21 +106,22 @@ def test_what_nobody_expects_in_a_rank_is_said() -> None:
 
 def test_a_rank_that_dies_ends_all_with_one_line() -> None:
     """However it dies; whoever waits for it would wait for ever."""
-    code = (
-        "import os, signal\n"
-        "from tests.runtime.test_ranks import built\n"
-        "llm = built(world_size=2)\n"
-        "os.kill(llm.model.ranks._followers[0].pid, signal.SIGKILL)\n"
-        "import time; time.sleep(60)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stderr) == (1, "error: rank 1 of 2 ended (signal 9): it said nothing\n")
+
+    def kill_the_other() -> None:
+        llm = built(world_size=2)
+        assert llm.model.ranks is not None
+        os.kill(llm.model.ranks._followers[0].pid, signal.SIGKILL)
+        Event().wait()
+
+    process = fork(kill_the_other, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (1, "error: rank 1 of 2 ended (signal 9): it said nothing\n")
 
 
 def test_ctrl_c_ends_all() -> None:
     """It goes to all processes of a terminal; the first rank says so, the others say nothing."""
     process = subprocess.Popen(
-        [*_COMMAND, "--tp", "2", "-n", "9", "--json", "-q", "-"],
+        [sys.executable, "-m", "ad_flashinfer_pass", *_COMMAND, "-n", "9", "--json", "-q", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -140,9 +151,13 @@ def test_ranks_that_torchrun_started(one: LLM) -> None:
     for rank in range(2):
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
         variables = {name: str(value) for name, value in places.items()}
-        environment = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [*_COMMAND, "--tp", "2", "-n", "12", "-q", "Once upon a time"]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        environment = {**variables, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+
+        def run(environment: dict[str, str] = environment) -> None:
+            os.environ.update(environment)
+            cli.main([*_COMMAND, "-n", "12", "-q", "Once upon a time"])
+
+        processes.append(fork(run, stdout=subprocess.PIPE, text=True))
     first, second = (process.communicate(timeout=120)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     text = one.generate(["Once upon a time"], max_new_tokens=12)[0].text

@@ -175,13 +175,15 @@ def longrope() -> transformers.PretrainedConfig:
     """Whose frequencies change at 40 tokens, so that what is longer is computed anew."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, **factors}
-    return architectures.small_config("phi3", rope_parameters=rope, original_max_position_embeddings=40)
+    return architectures.small_config(
+        "phi3", fewest_layers=2, rope_parameters=rope, original_max_position_embeddings=40
+    )
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "llama4_text", "longrope"])
 def test_drafts_change_no_token_of_other_kinds(kind: str) -> None:
     """A latent, sinks, chunks, and ropes that go by the length: as without drafts."""
-    config = longrope() if kind == "longrope" else architectures.small_config(kind)
+    config = longrope() if kind == "longrope" else architectures.small_config(kind, fewest_layers=2)
     model = architectures.random_model(config, "eager")
     keys: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 96, "max_num_tokens": 32}
     keys["kv_cache_config"] = KvCacheConfig(tokens_per_block=8, max_tokens=25 * 8)

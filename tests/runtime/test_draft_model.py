@@ -33,7 +33,7 @@ def served(name: str, draft: nn.Module | None, cache: KvCacheConfig | None = Non
     spec = SpeculativeConfig(drafter="model", model="given", num_tokens=3)
     config = AutoDeployConfig(
         max_batch_size=4,
-        max_seq_len=64,
+        max_seq_len=128,
         max_num_tokens=32,
         kv_cache_config=cache or KvCacheConfig(tokens_per_block=8, max_tokens=10 * 8),
         speculative_config=None if draft is None else spec,

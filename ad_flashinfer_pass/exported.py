@@ -299,7 +299,7 @@ def _sites(gm: fx.GraphModule) -> list[CachedSite]:
     target = torch.ops.ad_flashinfer.cached_attention.default
     for node in gm.graph.find_nodes(op="call_function", target=target):
         args = g.op_args(node)
-        _, planes, heads, page_size, _ = g.shape(args["kv_cache"])
+        _, planes, heads, page_size, width = g.shape(args["kv_cache"])
         query = g.value(args["query"])
         names = ("scale", "v_head_dim", "sliding_window", "logit_cap", "chunk", "k_scale", "v_scale")
         site = Site(
@@ -307,7 +307,7 @@ def _sites(gm: fx.GraphModule) -> list[CachedSite]:
             kv_dtype=g.value(args["kv_cache"]).dtype,
             num_heads=int(query.shape[2]),
             num_kv_heads=int(heads),
-            head_dim=int(query.shape[3]),
+            head_dim=int(width if planes == 1 else query.shape[3]),
             page_size=int(page_size),
             has_sinks=args["sinks"] is not None,
             has_alibi=args["alibi_slopes"] is not None,

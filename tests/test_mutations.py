@@ -430,7 +430,9 @@ def transposed_up(patch: Patch) -> None:
     """W_UV is read as its transpose, of a square one."""
 
     def broken(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return args[0] if args[1:] == (1, 2) else g.call_op(graph, target, *args, **kwargs)
+        if target is torch.ops.ad_flashinfer.attention.default:
+            args = (*args[:-1], g.call_op(graph, torch.ops.aten.transpose.int, args[-1], 1, 2))
+        return g.call_op(graph, target, *args, **kwargs)
 
     patch.setattr(cache_latent, "g", Shim(g, call_op=broken))
 

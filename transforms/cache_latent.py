@@ -1,10 +1,10 @@
 """Attention over keys and values that are made of one latent -> attention over the latent (MLA).
 
 Before: k, v = W_k[h] c, W_v[h] c for each head h; out = attention([q, r], [k, shared], v)
-After:  row = [c, shared]; out = W_v[h] attention([W_k[h]^T q, r], row, row[:, :len(c)]), one KV head
+After:  row = [c, shared]; out = attention([q, r], row, row[:, :len(c)], key_up=W_k, value_up=W_v), one KV head
 
 ``insert_cached_attention`` then caches ``row``: of DeepSeek-V3 576 elements a token and layer, not 49,152.
-Legal because q^T (W_k c) = (W_k^T q)^T c, and a sum of W_v c with weights is W_v times that sum of c. That K
+Kernels absorb W_k and W_v, or expand K and V where that is faster (``attention.latent``). That K
 and V are such images is read in the graph, element by element: each is a row of one linear of one
 tensor ``c``, or the same for all heads. Logits are the same reals, so that scale, window, cap and sinks stay
 as they are. A bias of K adds the same to all logits of a query, which a softmax without cap and sinks does
@@ -239,19 +239,18 @@ def _rewrite(
         if pair not in rows:
             rows[pair] = _row(graph, latent)
         key, value = rows[pair]
-        nope, *parts = (
-            _cut_to(graph, query, -1, int(columns[0]), len(columns))
-            for columns in (latent.key.columns, *latent.columns)
+        order = [latent.key.columns, *latent.columns]
+        if not torch.equal(torch.cat(order), torch.arange(g.shape(query)[3])):
+            parts = [_cut_to(graph, query, -1, int(columns[0]), len(columns)) for columns in order]
+            query = g.call_op(graph, aten.cat.default, parts, -1)
+        ups = {f"{name}_up": _weight(gm, getattr(latent, name), "weight") for name in ("key", "value")}
+        attended = g.call_op(
+            graph,
+            _OURS.attention.default,
+            *{**args, "query": query, "key": key, "value": value, **ups}.values(),
         )
-        up = _weight(gm, latent.key, "weight")
-        rest = g.call_op(graph, aten.cat.default, parts, -1) if len(parts) > 1 else next(iter(parts), None)
-        query = g.call_op(graph, _OURS.head_linear.default, nope, up, rest)
-        scale = g.shape(args["key"])[3] ** -0.5 if args["scale"] is None else args["scale"]
-        changed = {"query": query, "key": key, "value": value, "scale": scale}
-        attended = g.call_op(graph, _OURS.attention.default, *{**args, **changed}.values())
         _check_kernels(ctx, node, attended)
-        up = g.call_op(graph, aten.transpose.int, _weight(gm, latent.value, "weight"), 1, 2)
-        out = g.call_op(graph, _OURS.head_linear.default, attended, up)
+        out = attended
         if g.op_args(latent.value.linear)["bias"] is not None:
             out = g.call_op(graph, aten.add.Tensor, out, _weight(gm, latent.value, "bias"))
     for new in (attended, out):

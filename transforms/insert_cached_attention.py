@@ -40,6 +40,7 @@ from ad_flashinfer_pass.records import (
 from ad_flashinfer_pass.registry import register
 from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS
 
+_ITEMS = ("sliding_window", "logit_cap", "chunk", "sinks", "alibi_slopes", "key_up", "value_up")
 _DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "bfloat16": torch.bfloat16,
@@ -173,11 +174,7 @@ def _insert_site(
                 caches[pair],
                 **quantized,
             )
-        options = {
-            name: args[name]
-            for name in ("sliding_window", "logit_cap", "chunk", "sinks", "alibi_slopes")
-            if args[name] is not None
-        }
+        options = {name: args[name] for name in _ITEMS if args[name] is not None}
         cached = g.call_op(
             gm.graph,
             torch.ops.ad_flashinfer.cached_attention.default,

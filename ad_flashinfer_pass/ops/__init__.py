@@ -9,7 +9,6 @@ from ad_flashinfer_pass.ops.cached_attention import cached_attention
 from ad_flashinfer_pass.ops.causal_conv1d import cached_causal_conv1d, causal_conv1d
 from ad_flashinfer_pass.ops.experts import experts, quantized_experts
 from ad_flashinfer_pass.ops.gated_delta_rule import cached_gated_delta_rule, gated_delta_rule
-from ad_flashinfer_pass.ops.head_linear import head_linear
 from ad_flashinfer_pass.ops.kda import cached_kda, kda
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
@@ -59,7 +58,6 @@ __all__ = [
     "causal_conv1d",
     "experts",
     "gated_delta_rule",
-    "head_linear",
     "kda",
     "linear",
     "prepare_metadata",

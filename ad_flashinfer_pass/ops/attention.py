@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import reference
@@ -21,11 +22,16 @@ def attention(
     logit_cap: float | None = None,
     chunk: int | None = None,
     alibi_slopes: Tensor | None = None,
+    key_up: Tensor | None = None,
+    value_up: Tensor | None = None,
 ) -> Tensor:
     """Dense attention without a cache.
 
     Layout is "bsnd" and grouped-query attention is implied by the head counts, as in AutoDeploy's
     ``torch_attention``. Softmax is taken in float32.
+
+    With ``key_up`` and ``value_up`` all heads share one row a token, whose first elements are a latent c: head
+    h attends over keys [key_up[h] c, the rest of the row] and values value_up[h] c.
 
     Args:
         query: [b, s, num_heads, head_dim].
@@ -40,9 +46,11 @@ def attention(
         logit_cap: with c, logits become c * tanh(logits / c) before any mask is added.
         chunk: with C, also i // C == j // C; requires is_causal.
         alibi_slopes: float32 [num_heads]; slope * (j - i) is added to the logits.
+        key_up: [num_heads, n, rank], of n + rest = head_dim; key is then [b, t, 1, rank + rest].
+        value_up: [num_heads, size, rank]; value is then the latent, [b, t, 1, rank].
 
     Returns:
-        [b, s, num_heads, v_head_dim], in the dtype of query.
+        [b, s, num_heads, v_head_dim], in the dtype of query; with value_up [b, s, num_heads, size].
 
     Raises:
         ValueError: is_causal, sliding_window or chunk where queries and keys are not the same tokens.
@@ -61,7 +69,21 @@ def attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
     )
+    if key_up is not None and value_up is not None:
+        key, value = expand(key, value, key_up, value_up)
     return reference.dense_attention(query, key, value, spec, attn_mask, is_causal)
 
 
-define(attention, fake=lambda query, value, **_: query.new_empty((*query.shape[:-1], value.shape[-1])))
+def expand(row: Tensor, latent: Tensor, key_up: Tensor, value_up: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of each head, [..., num_heads, size], of rows and their latents [..., 1, size]."""
+    key, value = (torch.einsum("...r,hdr->...hd", latent.squeeze(-2), up) for up in (key_up, value_up))
+    rest = row[..., latent.shape[-1] :].expand(*key.shape[:-1], -1)
+    return torch.cat((key, rest), -1), value
+
+
+def _fake(query: Tensor, value: Tensor, value_up: Tensor | None, **_: object) -> Tensor:
+    size = value.shape[-1] if value_up is None else value_up.shape[1]
+    return query.new_empty((*query.shape[:-1], size))
+
+
+define(attention, fake=_fake)

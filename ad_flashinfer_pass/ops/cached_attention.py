@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.kernels.attention.absorbing import absorbing
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.kernel_plan import KernelPlan
 from ad_flashinfer_pass.ops.define import define
@@ -37,6 +38,8 @@ def cached_attention(
     v_scale: float = 1.0,
     max_extend_len: int = 0,
     verify_kernel: str = "",
+    key_up: Tensor | None = None,
+    value_up: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the new tokens over their sequence's pages, which already hold them.
 
@@ -65,12 +68,24 @@ def cached_attention(
             they are for ``extend`` of decode_kernel if it has that, as `xqa` does; else they are prefilled.
         verify_kernel: if given, all extend sequences have max_extend_len tokens, which are for ``verify`` of
             the provider of that name, or of others by the number of sequences: a ``KernelPlan``.
+        key_up: [num_heads, n, v_head_dim], any strides: the pages hold a latent, as ``ops.attention`` says.
+        value_up: [num_heads, size, v_head_dim], likewise.
 
     Returns:
-        [b, s, num_heads, v_head_dim] in the dtype of query; zeros for padding tokens.
+        [b, s, num_heads, v_head_dim], or size with value_up, in the dtype of query; zeros for padding tokens.
     """
     spec = AttentionSpec(
-        scale, sliding_window, logit_cap, chunk, k_scale, v_scale, v_head_dim, sinks, alibi_slopes
+        scale,
+        sliding_window,
+        logit_cap,
+        chunk,
+        k_scale,
+        v_scale,
+        v_head_dim,
+        sinks,
+        alibi_slopes,
+        key_up,
+        value_up,
     )
     device: AbstractContextManager[object] = _HERE
     if query.device.type == "cuda":
@@ -87,7 +102,8 @@ def cached_attention(
         num_prefill, prefill_tokens = num_long, long_tokens
     with device:
         if num_prefill:
-            prefill = select.PROVIDERS[prefill_kernel].prefill
+            provider = select.PROVIDERS[prefill_kernel]
+            prefill = provider.prefill if provider.expands else absorbing(provider.prefill, spec)
             lens, pages = seq_len_with_cache[:num_prefill], block_table[:num_prefill]
             bounds = cu_seqlen[: num_prefill + 1]
             parts.append(prefill(tokens[:prefill_tokens], kv_cache, bounds, lens, pages, spec))
@@ -96,22 +112,26 @@ def cached_attention(
             bounds = bounds - prefill_tokens if prefill_tokens else bounds
             drafts = tokens[prefill_tokens:long_tokens]
             lens, pages = seq_len_with_cache[rows], block_table[rows]
-            parts.append(extend(drafts, kv_cache, bounds, lens, pages, spec, max_len=max_extend_len))
+            attend = absorbing(extend, spec)
+            parts.append(attend(drafts, kv_cache, bounds, lens, pages, spec, max_len=max_extend_len))
         if num_decode:
             rows = slice(num_long, num_long + num_decode)
             one_each = tokens[long_tokens : long_tokens + num_decode]
             lens, pages = seq_len_with_cache[rows], block_table[rows]
             name, options = KernelPlan.parse(decode_kernel).at(num_decode)
-            decode = select.PROVIDERS[name].decode
+            decode = absorbing(select.PROVIDERS[name].decode, spec)
             parts.append(decode(one_each, kv_cache, lens, pages, spec, *options))
         padding = tokens.shape[0] - long_tokens - num_decode
         if padding:
-            parts.append(tokens.new_zeros(padding, query.shape[2], v_head_dim))
+            size = v_head_dim if value_up is None else value_up.shape[1]
+            parts.append(tokens.new_zeros(padding, query.shape[2], size))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.contiguous().view(*query.shape[:-1], out.shape[-1])
 
 
-define(
-    cached_attention,
-    fake=lambda query, v_head_dim, **_: query.new_empty((*query.shape[:-1], v_head_dim)),
-)
+def _fake(query: Tensor, v_head_dim: int, value_up: Tensor | None, **_: object) -> Tensor:
+    size = v_head_dim if value_up is None else value_up.shape[1]
+    return query.new_empty((*query.shape[:-1], size))
+
+
+define(cached_attention, fake=_fake)

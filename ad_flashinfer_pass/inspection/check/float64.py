@@ -13,6 +13,7 @@ from ad_flashinfer_pass.graph import edit as g
 from ad_flashinfer_pass.inspection.check.recording import SiteValues
 from ad_flashinfer_pass.inspection.check.steps import Step
 from ad_flashinfer_pass.kernels.attention.capability import Site
+from ad_flashinfer_pass.ops.attention import expand
 
 # Elements of a block of attention weights: 128 MiB.
 _BLOCK = 2**24
@@ -71,7 +72,10 @@ def attention(node: fx.Node, query: Tensor, key: Tensor, value: Tensor) -> Tenso
     """
     args = g.op_args(node)
     assert args["attn_mask"] is None
-    args |= {name: _tensor(args[name]) for name in ("alibi_slopes", "sinks") if args[name] is not None}
+    tensors = ("alibi_slopes", "sinks", "key_up", "value_up")
+    args |= {name: _tensor(args[name]) for name in tensors if args[name] is not None}
+    if args["key_up"] is not None:
+        key, value = expand(key, value, args["key_up"].double(), args["value_up"].double())
     q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
     group = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)

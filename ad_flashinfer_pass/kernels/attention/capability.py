@@ -53,8 +53,8 @@ class Site:
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, **items: Any) -> Site:
         """The site of a query [b, s, num_heads, head_dim], and a key and value [b, s, num_kv_heads, ...]."""
-        (num_heads, head_dim), (num_kv_heads, v_head_dim) = query.shape[2:], value.shape[2:]
-        sizes: Any = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        (num_kv_heads, head_dim), v_head_dim = key.shape[2:], value.shape[3]
+        sizes: Any = {"num_heads": query.shape[2], "num_kv_heads": num_kv_heads}
         return cls(dtype=query.dtype, **sizes, head_dim=head_dim, v_head_dim=v_head_dim, **items)
 
 

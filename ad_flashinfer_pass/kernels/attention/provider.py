@@ -35,6 +35,8 @@ class Provider:
     """``prefill(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec)``"""
     extend: Callable[..., Tensor] | None = None
     """``prefill`` of sequences of at most ``max_len`` tokens, which is one argument more."""
+    expands: bool = False
+    """Whether ``prefill`` takes the key_up and value_up of ``spec`` and a query that has not absorbed them."""
     verify: Callable[..., Tensor] | None = None
     """``extend`` of sequences that have ``max_len`` tokens each, of every site that it decodes."""
     verifies_sinks: bool = True

@@ -20,3 +20,5 @@ class AttentionSpec(NamedTuple):
     """None: that of the query."""
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    key_up: Tensor | None = None
+    value_up: Tensor | None = None

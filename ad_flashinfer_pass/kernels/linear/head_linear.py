@@ -1,4 +1,4 @@
-"""``ops.head_linear`` of few tokens as one Triton kernel, which reads each head's weight once.
+"""``attention.absorbing.head_linear`` of few tokens as one Triton kernel, which reads each head's weight once.
 
 A program has some columns of the result of one head, for all tokens; one more copies what stands beside them.
 """
@@ -15,7 +15,7 @@ _TILE = 8192
 
 
 def run(x: Tensor, weight: Tensor, rest: Tensor | None) -> Tensor:
-    """See ``ops.head_linear``; x [tokens, heads, depth], of at most 64 tokens."""
+    """See ``attention.absorbing``; x [tokens, heads, depth], of at most 64 tokens."""
     (tokens, heads, depth), rows = x.shape, weight.shape[2]
     beside = 0 if rest is None else rest.shape[2]
     out = torch.empty((tokens, heads, rows + beside), dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
 """Attention over keys and values that are made of one latent -> attention over the latent (MLA).
 
 Before: k, v = W_k[h] c, W_v[h] c for each head h; out = attention([q, r], [k, shared], v)
-After:  row = [c, shared]; out = attention([q, r], row, row[:, :len(c)], key_up=W_k, value_up=W_v), one KV head
+After:  row = [c, shared]; out = attention([q, r], row, row[:, :len(c)], key_up=W_k, value_up=W_v)
 
 ``insert_cached_attention`` then caches ``row``: of DeepSeek-V3 576 elements a token and layer, not 49,152.
 Kernels absorb W_k and W_v, or expand K and V where that is faster (``attention.latent``). That K

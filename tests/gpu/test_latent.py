@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ad_flashinfer_pass.config import CompileBackend, KvDtype
-from ad_flashinfer_pass.kernels.attention import latent
+from ad_flashinfer_pass.kernels.attention import latent, latent_prefill
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
+from ad_flashinfer_pass.ops.attention import expand
 from benchmarks.end_to_end import NEW_TOKENS, PROMPTS, compared, controls
 from tests import architectures
 from tests.gpu.test_end_to_end import check_replays_equal_eager, transformed
-from tests.kernels.paged_batch import Features, PagedBatch, Shape
+from tests.kernels.paged_batch import Features, PagedBatch, Shape, dense_attention
 
 DECODES = [(n - 1, 1) for n in (1, 31, 32, 33, 500)]
 CHUNKS = [(0, 70), (0, 2), (100, 33), (300, 2)]
@@ -68,6 +69,73 @@ def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: to
             if out is not None:
                 error = (out.cpu().double() - wanted).abs().max() / wanted.abs().max()
                 assert error < 1e-2
+
+
+@pytest.mark.parametrize("extra", [0, 150, None], ids=["absorbed_past", "in_part", "expanded_past"])
+@pytest.mark.parametrize(
+    ("heads", "nope", "value", "kv_dtype"),
+    [(16, 128, 128, None), (5, 192, 256, None), (16, 128, 128, torch.float8_e4m3fn)],
+    ids=["deepseek", "glm", "fp8"],
+)
+def test_expanded_keys_and_values(
+    heads: int, nope: int, value: int, kv_dtype: torch.dtype | None, extra: int | None
+) -> None:
+    """Prompts, chunks and a few tokens behind a past, whatever is expanded; eager, and captured for others."""
+    shape = Shape(
+        num_heads=heads,
+        num_kv_heads=1,
+        head_dim=576,
+        v_head_dim=512,
+        page_size=32,
+        dtype=torch.bfloat16,
+        kv_dtype=kv_dtype,
+        k_scale=1.0 if kv_dtype is None else 0.02,
+        is_latent=True,
+    )
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(heads, nope + value, 512, generator=generator).to(torch.bfloat16) / 512**0.5
+    ups = weight[:, :nope], weight[:, nope:]
+    spec = AttentionSpec(
+        0.05,
+        k_scale=shape.k_scale,
+        v_scale=shape.k_scale,
+        v_head_dim=512,
+        key_up=ups[0].cuda(),
+        value_up=ups[1].cuda(),
+    )
+    inputs, wanted = [], []
+    for seed, lengths in enumerate(([(0, 300), (200, 140), (300, 7)], [(0, 70), (0, 190), (70, 187)])):
+        batch = PagedBatch(lengths, shape, seed)
+        batch.round_as_cached()
+        batch.run(Features())  # appends
+        table, _ = batch.prepare(batch.args["position_ids"])
+        query = torch.cat(batch.query)[..., : nope + 64]
+        bounds, lens = batch.args["cu_seqlen"][:4], batch.args["seq_len_with_cache"][:3]
+        inputs.append([query, batch.kv_cache, bounds, lens, table[:3]])
+        parts = []
+        for q, key, (past, new) in zip(query.split([n for _, n in lengths]), batch.key, lengths, strict=True):
+            k, v = expand(key.double(), key[..., :512].double(), *(up.double() for up in ups))
+            parts.append(dense_attention(q, k, v, past, Features(scale=0.05)))
+            assert len(q) == new
+        wanted.append(torch.cat(parts))
+    width = max(given[4].shape[1] for given in inputs)
+    pages = max(given[1].shape[0] for given in inputs)
+    for given in inputs:
+        given[4] = torch.nn.functional.pad(given[4], (0, width - given[4].shape[1]))
+        given[1] = torch.cat((given[1], given[1][:1].expand(pages - len(given[1]), -1, -1, -1, -1)))
+    static: list[Any] = [x.cuda() for x in inputs[0]]
+    run = partial(latent_prefill.prefill, *static, spec, extra=extra)
+    first = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for given, right in zip(inputs, wanted, strict=True):
+        for buffer, x in zip(static, given, strict=True):
+            buffer.copy_(x)
+        graph.replay()
+        assert (captured.cpu().double() - right).abs().max() < 1e-2 * right.abs().max()
+        if given is inputs[0]:
+            assert torch.equal(captured, first)
 
 
 @pytest.mark.parametrize(

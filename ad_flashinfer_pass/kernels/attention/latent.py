@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ad_flashinfer_pass.kernels import workspaces
+from ad_flashinfer_pass.kernels.attention import latent_prefill
+from ad_flashinfer_pass.kernels.attention.absorbing import absorbing
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Site
 from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
@@ -127,13 +129,16 @@ def prefill(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """See ``attention.provider``; the options are those of ``decode``."""
-    return _attend(query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec, splits, config)
+    """See ``attention.provider``; the options are those of ``decode``, where nothing is expanded."""
+    args = (query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec)
+    if latent_prefill.covers(spec, len(query)) and workspaces.get(_workspace, query.device).is_large:
+        return latent_prefill.prefill(*args)
+    return absorbing(_attend, spec)(*args, splits, config)
 
 
 def extend(*args: Tensor, max_len: int) -> Tensor:
-    """``prefill`` of sequences that have at most ``max_len`` new tokens."""
-    return prefill(*args)  # type: ignore[arg-type]
+    """``prefill`` of sequences that have at most ``max_len`` new tokens, of a query that has absorbed."""
+    return _attend(*args)  # type: ignore[arg-type]
 
 
 def _attend(
@@ -143,8 +148,8 @@ def _attend(
     seq_len_with_cache: Tensor,
     block_table: Tensor,
     spec: AttentionSpec,
-    splits: int | None,
-    config: Config | None,
+    splits: int | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     import triton
 
@@ -229,6 +234,7 @@ PROVIDER = Provider(
     capability=CAPABILITY,
     decode=decode,
     prefill=prefill,
+    expands=True,
     extend=extend,
     options=_options,
     without_modules="Triton kernels, compiled in seconds by the first call",

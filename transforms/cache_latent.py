@@ -240,7 +240,7 @@ def _rewrite(
             rows[pair] = _row(graph, latent)
         key, value = rows[pair]
         order = [latent.key.columns, *latent.columns]
-        if not torch.equal(torch.cat(order), torch.arange(g.shape(query)[3])):
+        if not torch.equal(torch.cat(order), torch.arange(int(g.shape(query)[3]))):
             parts = [_cut_to(graph, query, -1, int(columns[0]), len(columns)) for columns in order]
             query = g.call_op(graph, aten.cat.default, parts, -1)
         ups = {f"{name}_up": _weight(gm, getattr(latent, name), "weight") for name in ("key", "value")}

@@ -30,8 +30,8 @@ def attention(
     Layout is "bsnd" and grouped-query attention is implied by the head counts, as in AutoDeploy's
     ``torch_attention``. Softmax is taken in float32.
 
-    With ``key_up`` and ``value_up`` all heads share one row a token, whose first elements are a latent c: head
-    h attends over keys [key_up[h] c, the rest of the row] and values value_up[h] c.
+    With ``key_up`` and ``value_up`` all heads share one row a token, whose first elements are a latent c:
+    head h attends over keys [key_up[h] c, the rest of the row] and values value_up[h] c.
 
     Args:
         query: [b, s, num_heads, head_dim].

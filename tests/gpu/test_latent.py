@@ -80,7 +80,7 @@ def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: to
 def test_expanded_keys_and_values(
     heads: int, nope: int, value: int, kv_dtype: torch.dtype | None, extra: int | None
 ) -> None:
-    """Prompts, chunks and a few tokens behind a past, whatever is expanded; eager, and captured for others."""
+    """Prompts, chunks, few tokens behind a past, whatever is expanded; eager, and captured for others."""
     shape = Shape(
         num_heads=heads,
         num_kv_heads=1,
@@ -124,7 +124,8 @@ def test_expanded_keys_and_values(
         given[4] = torch.nn.functional.pad(given[4], (0, width - given[4].shape[1]))
         given[1] = torch.cat((given[1], given[1][:1].expand(pages - len(given[1]), -1, -1, -1, -1)))
     static: list[Any] = [x.cuda() for x in inputs[0]]
-    run = partial(latent_prefill.prefill, *static, spec, extra=extra)
+    prefill: Any = latent_prefill.prefill
+    run = partial(prefill, *static, spec, extra=extra)
     first = run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -26,7 +26,9 @@ def absorbing(attend: Callable[..., Tensor], spec: AttentionSpec) -> Callable[..
         attend: of the query that has absorbed key_up, [tokens, heads, rank + rest].
         spec: ``attend`` is given back as it is if it has no key_up.
     """
-    return attend if spec.key_up is None else partial(_absorbed, attend, spec.key_up, spec.value_up)
+    if spec.key_up is None or spec.value_up is None:
+        return attend
+    return partial(_absorbed, attend, spec.key_up, spec.value_up)
 
 
 def _absorbed(

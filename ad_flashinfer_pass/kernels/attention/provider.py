@@ -36,7 +36,7 @@ class Provider:
     extend: Callable[..., Tensor] | None = None
     """``prefill`` of sequences of at most ``max_len`` tokens, which is one argument more."""
     expands: bool = False
-    """Whether ``prefill`` takes the key_up and value_up of ``spec`` and a query that has not absorbed them."""
+    """Whether ``prefill`` takes key_up and value_up from ``spec``, and a query that has not absorbed them."""
     verify: Callable[..., Tensor] | None = None
     """``extend`` of sequences that have ``max_len`` tokens each, of every site that it decodes."""
     verifies_sinks: bool = True

@@ -1,4 +1,4 @@
-"""``attention.absorbing.head_linear`` of few tokens as one Triton kernel, which reads each head's weight once.
+"""``attention.absorbing.head_linear`` of few tokens: a Triton kernel that reads each weight once.
 
 A program has some columns of the result of one head, for all tokens; one more copies what stands beside them.
 """

@@ -1,9 +1,10 @@
-"""K and V expanded from a latent against float64: compiled where there is a GPU, else in Triton's interpreter."""
+"""K and V expanded from a latent, against float64: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="triton is not installed")
 
+from ad_flashinfer_pass import ops  # noqa: E402
 from ad_flashinfer_pass.kernels.attention import latent_prefill, reference  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.latent_prefill import Config  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec  # noqa: E402
@@ -42,6 +44,27 @@ def ups(shape: Shape, nope: int, size: int) -> tuple[Tensor, Tensor]:
     return weight[:, 1 : 1 + nope], weight[:, nope + 2 : nope + 2 + size]
 
 
+def appended(lengths: list[tuple[int, int]], shape: Shape) -> tuple[PagedBatch, Tensor]:
+    """A step whose new tokens are in their pages, and its block table."""
+    batch = PagedBatch(lengths, shape)
+    batch.round_as_cached()
+    table, slots = batch.prepare(batch.args["position_ids"])
+    new = torch.cat([x[-tokens:] for x, (_, tokens) in zip(batch.key, lengths, strict=True)])[None]
+    value = new[..., : shape.v_head_dim]
+    reference.append(new, value, slots, batch.kv_cache, shape.k_scale, shape.k_scale)
+    return batch, table
+
+
+def expected(batch: PagedBatch, up: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """Of the first elements of the query of each head, in float64."""
+    found = []
+    for q, key, (past, _) in zip(batch.query, batch.key, batch.lengths, strict=True):
+        latent = key[..., : batch.shape.v_head_dim].double()
+        k, v = expand(key.double(), latent, *(x.double() for x in up))
+        found.append(dense_attention(q[..., :width], k, v, past, Features()))
+    return torch.cat(found)
+
+
 def check(
     lengths: list[tuple[int, int]],
     shape: Shape = MLA,
@@ -50,16 +73,11 @@ def check(
     config: Config | None = SMALL,
     extra: int = 0,
 ) -> None:
-    """The new tokens are appended by the reference, then prefilled."""
-    batch, n = PagedBatch(lengths, shape), len(lengths)
-    batch.round_as_cached()
-    table, slots = batch.prepare(batch.args["position_ids"])
-    new = torch.cat([x[-tokens:] for x, (_, tokens) in zip(batch.key, lengths, strict=True)])[None]
-    rank = shape.v_head_dim
-    reference.append(new, new[..., :rank], slots, batch.kv_cache, shape.k_scale, shape.k_scale)
+    """The kernels alone, over part of the memory of a wider query."""
+    batch, table = appended(lengths, shape)
+    n, rank = len(lengths), shape.v_head_dim
     up = ups(shape, nope, size)
     width = nope + shape.head_dim - rank
-    queries = [query[..., :width] for query in batch.query]
     spec = AttentionSpec(
         0.3,
         k_scale=shape.k_scale,
@@ -75,14 +93,10 @@ def check(
         batch.args["seq_len_with_cache"][:n],
         table[:n],
     )
-    query, pool, *rest = (x.to(DEVICE) for x in given)
-    out = latent_prefill.prefill(query, pool, *rest, spec, config=config, extra=extra).cpu()
-    wanted = []
-    for q, key, (past, _) in zip(queries, batch.key, lengths, strict=True):
-        k, v = expand(key.double(), key[..., :rank].double(), *(x.double() for x in up))
-        wanted.append(dense_attention(q, k, v, past, Features()))
+    prefill: Any = latent_prefill.prefill
+    out = prefill(*(x.to(DEVICE) for x in given), spec, config=config, extra=extra).cpu()
     # K, V, softmax weights and result are rounded to half precision: values are of size 1.
-    torch.testing.assert_close(out.double(), torch.cat(wanted), atol=6e-3, rtol=0)
+    torch.testing.assert_close(out.double(), expected(batch, up, width), atol=6e-3, rtol=0)
 
 
 @pytest.mark.parametrize("extra", [0, 20, 1000])
@@ -114,3 +128,34 @@ def test_sizes(changes: dict[str, object], nope: int, size: int) -> None:
     """Sizes that are no powers of two, no part that is not V, pages that fit no block, 8 bits."""
     shape = replace(MLA, **changes)  # type: ignore[arg-type]
     check([(0, 17), (20, 9)], shape, nope, size, None, extra=7)
+
+
+@pytest.mark.parametrize("extend_len", [0, 8], ids=["prefilled", "extended"])
+@pytest.mark.parametrize("fewest", [1, 10**6], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("kernel", ["latent", "reference"])
+def test_mixed_steps(kernel: str, fewest: int, extend_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, chunks and decodes of one step, padded, by the op: each provider gets its query."""
+    monkeypatch.setattr(latent_prefill, "FEWEST", fewest)
+    monkeypatch.setattr(latent_prefill, "EXTRA_BYTES", 2**14)
+    batch, table = appended([(0, 19), (0, 2), (33, 7), (12, 1), (40, 1)], MLA)
+    up = ups(MLA, NOPE, SIZE)
+    width = NOPE + MLA.head_dim - MLA.v_head_dim
+    query = torch.cat([*batch.query, torch.ones_like(batch.query[0])])[None, ..., :width]  # padding last
+    names = ("cu_seqlen", "seq_len_with_cache")
+    out = ops.cached_attention(
+        query.to(DEVICE),
+        batch.memory.to(DEVICE)[:, 0],
+        batch.args["batch_info_host"],
+        *(batch.args[name].to(DEVICE) for name in names),
+        table.to(DEVICE),
+        0.3,
+        MLA.v_head_dim,
+        prefill_kernel=kernel,
+        decode_kernel=kernel,
+        max_extend_len=extend_len,
+        key_up=up[0].to(DEVICE),
+        value_up=up[1].to(DEVICE),
+    )[0].cpu()
+    tokens = sum(new for _, new in batch.lengths)
+    torch.testing.assert_close(out[:tokens].double(), expected(batch, up, width), atol=6e-3, rtol=0)
+    assert not out[tokens:].any()

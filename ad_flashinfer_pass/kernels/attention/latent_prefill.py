@@ -49,6 +49,8 @@ FEWEST = 128
 """Tokens of a step, below which all of it is absorbed."""
 LEAST = 128
 """New tokens of a sequence whose past is expanded."""
+PAST_QUERIES = 64
+"""Tokens of a program of ``attend_past``, as many as a product has rows."""
 EXTRA_BYTES = 2**28
 """Of K and V of keys of the past."""
 
@@ -140,6 +142,7 @@ def prefill(
         )
     out = query.new_empty(tokens, heads, size)
     stats = query.new_empty(tokens, heads, dtype=torch.float32)
+    tile = {"QUERIES": PAST_QUERIES, "KEYS": 64}
     factors = (spec.scale * spec.k_scale, spec.v_scale)
     kernel.attend[(heads, tokens // config.queries + seqs)](
         query,
@@ -164,6 +167,10 @@ def prefill(
         num_warps=config.warps,
         num_stages=config.stages,
     )
+    of_parts = (
+        stats.new_empty(num_programs, PAST_QUERIES, size),
+        stats.new_empty(num_programs, PAST_QUERIES),
+    )
     kernel.attend_past[(num_programs,)](
         query,
         kv_cache,
@@ -174,7 +181,8 @@ def prefill(
         block_table,
         out,
         stats,
-        query.new_empty(num_programs, 64, rank),
+        query.new_empty(num_programs, PAST_QUERIES, rank),
+        *of_parts,
         *factors,
         *query.stride()[:2],
         *pages,
@@ -189,10 +197,25 @@ def prefill(
         NOPE=nope,
         SIZE=size,
         PAGE=kv_cache.shape[3],
-        QUERIES=64,
-        KEYS=64,
+        **tile,
         DEPTH=64,
         num_warps=8,
         num_stages=2,
+    )
+    kernel.add_parts[(num_programs, PAST_QUERIES // 16)](
+        cu_seqlen,
+        seq_len_with_cache,
+        out,
+        stats,
+        *of_parts,
+        seqs,
+        num_programs,
+        **shares,
+        **tile,
+        HEADS=heads,
+        SIZE=size,
+        SIZE_BLOCK=blocks["SIZE_BLOCK"],
+        ROWS=16,
+        num_warps=4,
     )
     return out

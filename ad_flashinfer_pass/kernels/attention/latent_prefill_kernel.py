@@ -289,6 +289,8 @@ def attend_past(  # type: ignore[no-untyped-def]
     out,
     stats,
     scratch,
+    sums_of_parts,
+    stats_of_parts,
     scale,
     v_scale,
     query_token,
@@ -323,21 +325,22 @@ def attend_past(  # type: ignore[no-untyped-def]
     """What ``attend`` left, with the keys that were not expanded, over which the latent is attended.
 
     A tile is some new tokens of a sequence and one head, whose weights are absorbed here: where all keys are
-    expanded, nothing is computed. Each program has every so manieth tile.
+    expanded, nothing is computed. Each program has every so manieth tile; if there are fewer tiles than
+    programs, several share the keys of one, and leave what they have for ``add_parts``.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     REST: tl.constexpr = WIDTH - RANK
     new, firsts, _ = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
     sequences = tl.arange(0, SEQUENCES)
-    tiles = tl.where(firsts > 0, (new + QUERIES - 1) // QUERIES, 0)
-    ends = tl.cumsum(tiles, 0)
+    parts, ends = _parts(new, firsts, tl.num_programs(0), HEADS, QUERIES, KEYS)
     dims, rest, depth = tl.arange(0, RANK_BLOCK), tl.arange(0, REST_BLOCK), tl.arange(0, DEPTH)
     nopes, columns = tl.arange(0, NOPE_BLOCK), tl.arange(0, SIZE_BLOCK)
-    for item in range(tl.program_id(0), tl.sum(tiles, 0) * HEADS, tl.num_programs(0)):
-        head, tile = item % HEADS, item // HEADS
-        seq = tl.sum((ends <= tile).to(tl.int32), 0)
-        first_row = (tile - _of(sequences, seq, ends - tiles)) * QUERIES
+    for item in range(tl.program_id(0), tl.max(ends, 0) * HEADS, tl.num_programs(0)):
+        head = item % HEADS
+        seq, number, num_parts = _item(item // HEADS, parts, ends, SEQUENCES)
+        first_row, part = number // num_parts * QUERIES, number % num_parts
         num_keys = _of(sequences, seq, firsts)
+        num_blocks = (num_keys + KEYS - 1) // KEYS
         row = first_row + tl.arange(0, QUERIES)
         row_mask = row < _of(sequences, seq, new)
         token = (tl.load(bounds + seq) + row).to(tl.int64)
@@ -369,7 +372,7 @@ def attend_past(  # type: ignore[no-untyped-def]
         sums = tl.zeros((QUERIES, RANK_BLOCK), tl.float32)
         # Of no constant, for which shared memory would be kept from the start to the end.
         weights, shrink = tl.zeros((QUERIES, KEYS), q.dtype) + num_keys.to(q.dtype), top
-        for block in range(0, (num_keys + KEYS - 1) // KEYS):
+        for block in range(part * num_blocks // num_parts, (part + 1) * num_blocks // num_parts):
             key = block * KEYS + offsets
             is_key = key < num_keys
             if PAGE % KEYS == 0:
@@ -407,19 +410,95 @@ def attend_past(  # type: ignore[no-untyped-def]
         up = tl.zeros((QUERIES, SIZE_BLOCK), tl.float32)
         for first in tl.range(0, RANK, DEPTH, num_stages=1):
             at = first + depth
-            part = tl.load(own + at[None, :], mask=(at < RANK)[None, :], other=0.0)
+            of_rank = tl.load(own + at[None, :], mask=(at < RANK)[None, :], other=0.0)
             up_weight = tl.load(
                 value_up + head * value_head + columns[None, :] * value_row + at[:, None] * value_column,
                 mask=(columns < SIZE)[None, :] & (at < RANK)[:, None],
                 other=0.0,
             )
-            up = tl.dot(part, up_weight, up)
+            up = tl.dot(of_rank, up_weight, up)
         tl.debug_barrier()
+        past = top + tl.log2(total)
         place = token * HEADS + head
-        # What attend's sum of exponentials is of this one's.
-        others = tl.exp2(tl.load(stats + place, mask=row_mask, other=0.0) - (top + tl.log2(total)))
-        share = (1.0 / (1.0 + others))[:, None]
         at = out + place[:, None] * SIZE + columns[None, :]
         mask = row_mask[:, None] & (columns < SIZE)[None, :]
-        before = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at, (before + (up * v_scale - before) * share).to(out.dtype.element_ty), mask=mask)
+        if num_parts == 1:
+            # What attend's sum of exponentials is of this one's.
+            others = tl.exp2(tl.load(stats + place, mask=row_mask, other=0.0) - past)
+            before = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            found = before + (up * v_scale - before) * (1.0 / (1.0 + others))[:, None]
+            tl.store(at, found.to(out.dtype.element_ty), mask=mask)
+        else:
+            own_row = item * QUERIES + tl.arange(0, QUERIES)
+            tl.store(stats_of_parts + own_row, past, mask=row_mask)
+            tl.store(sums_of_parts + own_row[:, None] * SIZE + columns[None, :], up * v_scale, mask=mask)
+
+
+@triton.jit
+def _parts(  # type: ignore[no-untyped-def]
+    new, firsts, programs, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """Of each sequence: parts of a tile's keys, of which each program has one at most, and their end."""
+    tiles = tl.where(firsts > 0, (new + QUERIES - 1) // QUERIES, 0)
+    most = tl.maximum(programs // tl.maximum(tl.sum(tiles, 0) * HEADS, 1), 1)
+    parts = tl.maximum(tl.minimum(firsts // (4 * KEYS), most), 1)
+    return parts, tl.cumsum(tiles * parts, 0)
+
+
+@triton.jit
+def _item(number, parts, ends, SEQUENCES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sequence of a part of a tile, the part's number within it, and parts of a tile."""
+    sequences = tl.arange(0, SEQUENCES)
+    seq = tl.sum((ends <= number).to(tl.int32), 0)
+    before = tl.max(tl.where(sequences < seq, ends, 0), 0)
+    return seq, number - before, _of(sequences, seq, parts)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "programs"], do_not_specialize_on_alignment=["bounds", "lengths"])
+def add_parts(  # type: ignore[no-untyped-def]
+    bounds,
+    lengths,
+    out,
+    stats,
+    sums_of_parts,
+    stats_of_parts,
+    num_seqs,
+    programs,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    EXTRA: tl.constexpr,
+    LEAST: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What ``attend`` left, with the parts of ``attend_past``, in their order: ROWS rows of a tile."""
+    item = tl.program_id(0)
+    new, firsts, _ = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
+    parts, ends = _parts(new, firsts, programs, HEADS, QUERIES, KEYS)
+    if item >= tl.max(ends, 0) * HEADS:
+        return
+    seq, number, num_parts = _item(item // HEADS, parts, ends, SEQUENCES)
+    if (num_parts == 1) | (number % num_parts > 0):
+        return
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    first = number // num_parts * QUERIES + row
+    row_mask = first < _of(tl.arange(0, SEQUENCES), seq, new)
+    columns = tl.arange(0, SIZE_BLOCK)
+    mask = row_mask[:, None] & (columns < SIZE)[None, :]
+    place = (tl.load(bounds + seq) + first).to(tl.int64) * HEADS + item % HEADS
+    at = out + place[:, None] * SIZE + columns[None, :]
+    sums = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    top, total = tl.load(stats + place, mask=row_mask, other=0.0), tl.full((ROWS,), 1.0, tl.float32)
+    for part in range(0, num_parts):
+        of_part = (item + part * HEADS) * QUERIES + row
+        part_top = tl.load(stats_of_parts + of_part, mask=row_mask, other=0.0)
+        found = tl.load(sums_of_parts + of_part[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, part_top)
+        shrink, share = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+        sums = sums * shrink[:, None] + found * share[:, None]
+        total = total * shrink + share
+        top = new_top
+    tl.store(at, (sums * (1.0 / total)[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -72,6 +72,7 @@ def check(
     size: int = SIZE,
     config: Config | None = SMALL,
     extra: int = 0,
+    num_programs: int | None = None,
 ) -> None:
     """The kernels alone, over part of the memory of a wider query."""
     batch, table = appended(lengths, shape)
@@ -94,7 +95,9 @@ def check(
         table[:n],
     )
     prefill: Any = latent_prefill.prefill
-    out = prefill(*(x.to(DEVICE) for x in given), spec, config=config, extra=extra).cpu()
+    out = prefill(
+        *(x.to(DEVICE) for x in given), spec, config=config, extra=extra, num_programs=num_programs
+    ).cpu()
     # K, V, softmax weights and result are rounded to half precision: values are of size 1.
     torch.testing.assert_close(out.double(), expected(batch, up, width), atol=6e-3, rtol=0)
 
@@ -111,6 +114,11 @@ def test_equals_the_formula(
     """Whatever part of the past is expanded: none, as far as there is room, and all of it."""
     monkeypatch.setattr(latent_prefill, "LEAST", 5)
     check(lengths, extra=extra)
+
+
+def test_parts_of_the_past() -> None:
+    """Programs share the keys of a tile where there are fewer tiles: of one past, not of a short one."""
+    check([(700, 3), (100, 20)], replace(MLA, num_heads=2), num_programs=9)
 
 
 @pytest.mark.parametrize(

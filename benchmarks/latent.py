@@ -7,11 +7,14 @@ Random bfloat16 weights, empty pages. The bandwidth of a large copy is measured 
 ``kernels``: attention of DeepSeek-V2-Lite (16 heads) and of DeepSeek-V3 (128), one layer after the other in a
 captured graph; what the layers read is at least ten times the L2 cache. ``of_copy``: the bytes of the rows
 over the time, as a share of the copy's bandwidth; ``tflops``: two products of every head and row.
-``new`` is 1 for a decode step, else the tokens of one prompt.
+
+``prompts``: the same with W_UK and W_UV, of one sequence with ``new`` tokens behind a ``past``: ``us`` with K
+and V expanded where ``latent`` does so, ``absorbed_us`` over the latent; ``tflops``: the products of attention
+over K and V of each head, whatever was computed.
 
 ``models``: a decode step of DeepSeek-V2-Lite by replay, tokens chosen; ``floor_ms``: weights, of the experts
 those that were chosen, and rows of every token over the bandwidth. ``latent`` is false where ``cache_latent``
-is left out: K and V of each head.
+is left out: K and V of each head. With ``new``: a step of that many tokens of one prompt, behind ``context``.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, TransformConfig
 from ad_flashinfer_pass.deployment.bench import copy_bandwidth, machine, step_bytes
 from ad_flashinfer_pass.kernels.attention import latent
+from ad_flashinfer_pass.kernels.attention.absorbing import absorbing
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 from ad_flashinfer_pass.kernels.measure import microseconds
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -42,6 +46,8 @@ from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceStep
 from benchmarks.experts import PACKAGES, Chosen, graph_of, installed
 
 RANK, WIDTH, PAGE = 512, 576, 32
+_BUDGET = 2048
+"""Tokens of a step."""
 DEVICE = torch.device("cuda", 0)
 V2_LITE: dict[str, Any] = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -66,35 +72,71 @@ V2_LITE: dict[str, Any] = {
 }
 
 
-def measure_kernel(heads: int, batch: int, context: int, new: int, bandwidth: float) -> dict[str, Any]:
+def measure_kernel(heads: int, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
     """One row of ``kernels``, by the best number of splits."""
     size = batch * context * WIDTH * 2
     layers = max(4, math.ceil(10 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / size))
     pages = batch * context // PAGE
     pools = torch.randn(layers, pages + 1, 1, 1, PAGE, WIDTH, device=DEVICE, dtype=torch.bfloat16)
     table = (torch.randperm(pages, device=DEVICE) + 1).to(torch.int32).view(batch, -1)
-    query = torch.randn(batch * new, heads, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    query = torch.randn(batch, heads, WIDTH, device=DEVICE, dtype=torch.bfloat16)
     lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
     spec = AttentionSpec(WIDTH**-0.5, v_head_dim=RANK)
-    bounds = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * new
-    times = {}
-    for splits in (1, 2, 4, 8, 16, 32, 64) if new == 1 else (1,):
-        rest = (lens, table, spec, splits)
-        first: Any = latent.decode if new == 1 else latent.prefill
-        places = () if new == 1 else (bounds,)
-        times[splits] = microseconds([partial(first, query, pool, *places, *rest) for pool in pools])
+    times = {
+        splits: microseconds(
+            [partial(latent.decode, query, pool, lens, table, spec, splits) for pool in pools]
+        )
+        for splits in (1, 2, 4, 8, 16, 32, 64)
+    }
     best = min(times, key=lambda splits: times[splits])
-    pairs = batch * sum(range(context - new + 1, context + 1))
     return {
         "heads": heads,
         "sequences": batch,
         "context": context,
-        "new": new,
         "splits": best,
         "us": times[best],
         "of_copy": size / times[best] * 1e6 / bandwidth,
-        "tflops": 2 * heads * pairs * (WIDTH + RANK) / times[best] / 1e6,
+        "tflops": 2 * heads * batch * context * (WIDTH + RANK) / times[best] / 1e6,
     }
+
+
+def measure_prompt(heads: int, past: int, new: int) -> dict[str, Any]:
+    """One row of ``prompts``."""
+    pages = (past + new) // PAGE
+    pools = torch.randn(4, pages + 1, 1, 1, PAGE, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    table = (torch.randperm(pages, device=DEVICE) + 1).to(torch.int32)[None]
+    query = torch.randn(new, heads, 128 + WIDTH - RANK, device=DEVICE, dtype=torch.bfloat16)
+    up = torch.randn(heads, 256, RANK, device=DEVICE, dtype=torch.bfloat16) * RANK**-0.5
+    spec = AttentionSpec(192**-0.5, v_head_dim=RANK, key_up=up[:, :128], value_up=up[:, 128:])
+    bounds = torch.tensor([0, new], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([past + new], dtype=torch.int32, device=DEVICE)
+
+    def timed(prefill: Any) -> float:
+        return microseconds([partial(prefill, query, pool, bounds, lens, table, spec) for pool in pools])
+
+    us, pairs = timed(latent.prefill), new * past + new * (new + 1) // 2
+    return {
+        "heads": heads,
+        "past": past,
+        "new": new,
+        "us": us,
+        "absorbed_us": timed(absorbing(partial(latent.extend, max_len=new), spec)),
+        "tflops": 2 * heads * pairs * 320 / us / 1e6,
+    }
+
+
+def prompt_ms(model: CachedModel, past: int, new: int) -> float:
+    """Median of steps with so many tokens of one sequence."""
+    pages = -(-(past + new) // model.sequence_info.tokens_per_block)
+    step = SequenceStep([5] * new, past, list(range(1, 1 + pages)), slot=1)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(8)]
+    for start, end in marks:
+        model.nest([step], [RowParams()])
+        start.record()
+        model.forward()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in marks[2:])
 
 
 def step_ms(model: CachedModel, batch: int, context: int) -> tuple[float, float]:
@@ -130,7 +172,7 @@ def measure_model(is_latent: bool, args: argparse.Namespace, bandwidth: float) -
         compile_backend=args.compile_backend,
         max_batch_size=max(args.batches),
         max_seq_len=max(args.contexts) + 64,
-        max_num_tokens=2048,
+        max_num_tokens=_BUDGET,
         cuda_graph_batch_sizes=args.batches,
         kv_cache_config=KvCacheConfig(free_gpu_memory_fraction=0.9),
         transforms={} if is_latent else {"cache_latent": TransformConfig(enabled=False)},
@@ -146,6 +188,9 @@ def measure_model(is_latent: bool, args: argparse.Namespace, bandwidth: float) -
             floor = 1e3 * (step_bytes(model, batch, context) - expected + read) / bandwidth
             row = {"latent": is_latent, "sequences": batch, "context": context, "chosen": chosen}
             rows.append({**row, "floor_ms": floor, "step_ms": ms})
+    for past in (0, *(context - _BUDGET for context in args.contexts if context > _BUDGET)):
+        row = {"latent": is_latent, "sequences": 1, "context": past, "new": _BUDGET}
+        rows.append({**row, "step_ms": prompt_ms(model, past, _BUDGET)})
     print(*(note for report in llm.reports for note in report.notes if "decode of" in note), sep="\n")
     return rows
 
@@ -171,6 +216,7 @@ def main() -> int:
         "command": " ".join(["python", *sys.argv]),
         "copy_bytes_per_s": bandwidth,
         "kernels": [],
+        "prompts": [],
         "models": [],
     }
 
@@ -181,8 +227,10 @@ def main() -> int:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
 
     for heads in (16, 128):
-        sizes = [(batch, context, 1) for context in args.contexts for batch in args.batches]
-        note("kernels", [measure_kernel(heads, *size, bandwidth) for size in [*sizes, (1, 8192, 2048)]])
+        sizes = [(batch, context) for context in args.contexts for batch in args.batches]
+        note("kernels", [measure_kernel(heads, *size, bandwidth) for size in sizes])
+        prompts = [(0, 512), (0, 2048), (0, 8192), (6144, 2048), (8000, 192)]
+        note("prompts", [measure_prompt(heads, *size) for size in prompts])
     for form in args.forms:
         note("models", measure_model(form == "latent", args, bandwidth))
         gc.collect()

@@ -149,12 +149,12 @@ def test_mixed_steps(kernel: str, fewest: int, extend_len: int, monkeypatch: pyt
     up = ups(MLA, NOPE, SIZE)
     width = NOPE + MLA.head_dim - MLA.v_head_dim
     query = torch.cat([*batch.query, torch.ones_like(batch.query[0])])[None, ..., :width]  # padding last
-    names = ("cu_seqlen", "seq_len_with_cache")
     out = ops.cached_attention(
         query.to(DEVICE),
         batch.memory.to(DEVICE)[:, 0],
         batch.args["batch_info_host"],
-        *(batch.args[name].to(DEVICE) for name in names),
+        batch.args["cu_seqlen"].to(DEVICE),
+        batch.args["seq_len_with_cache"].to(DEVICE),
         table.to(DEVICE),
         0.3,
         MLA.v_head_dim,

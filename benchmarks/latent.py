@@ -9,8 +9,8 @@ captured graph; what the layers read is at least ten times the L2 cache. ``of_co
 over the time, as a share of the copy's bandwidth; ``tflops``: two products of every head and row.
 
 ``prompts``: the same with W_UK and W_UV, of one sequence with ``new`` tokens behind a ``past``: ``us`` with K
-and V expanded where ``latent`` does so, ``absorbed_us`` over the latent; ``tflops``: the products of attention
-over K and V of each head, whatever was computed.
+and V expanded where ``latent`` does so, ``absorbed_us`` over the latent; ``tflops``: the products of
+attention over K and V of each head, whatever was computed.
 
 ``models``: a decode step of DeepSeek-V2-Lite by replay, tokens chosen; ``floor_ms``: weights, of the experts
 those that were chosen, and rows of every token over the bandwidth. ``latent`` is false where ``cache_latent``

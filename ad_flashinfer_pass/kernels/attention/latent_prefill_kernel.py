@@ -31,7 +31,7 @@ def _shares(  # type: ignore[no-untyped-def]
     each = tl.arange(0, SEQUENCES)
     is_one = each < num_seqs
     new = tl.load(bounds + each + 1, mask=is_one, other=0) - tl.load(bounds + each, mask=is_one, other=0)
-    past = tl.where(new > 0, tl.load(lengths + each, mask=is_one, other=0) - new, 0)
+    past = tl.load(lengths + each, mask=is_one, other=0) - new
     wanted = tl.where(new >= LEAST, past, 0)
     left = EXTRA - (tl.cumsum(wanted, 0) - wanted)
     extra = tl.maximum(tl.minimum(wanted, left), 0)

@@ -16,11 +16,20 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ad_flashinfer_pass import ops  # noqa: E402
-from ad_flashinfer_pass.kernels.attention import latent_prefill, reference  # noqa: E402
+from ad_flashinfer_pass.kernels.attention import latent, latent_prefill, reference, select  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.latent_prefill import Config  # noqa: E402
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec  # noqa: E402
 from ad_flashinfer_pass.ops.attention import expand  # noqa: E402
+from ad_flashinfer_pass.pipeline import transform_module  # noqa: E402
+from tests.architectures import (  # noqa: E402
+    generated_by_engine,
+    generated_by_transformers,
+    random_model,
+    random_prompts,
+    small_config,
+)
 from tests.kernels.paged_batch import Features, PagedBatch, Shape, dense_attention  # noqa: E402
+from tests.transforms.small_models import context  # noqa: E402
 
 MLA = Shape(
     num_heads=3,
@@ -138,6 +147,27 @@ def test_sizes(changes: dict[str, object], nope: int, size: int) -> None:
     check([(0, 17), (20, 9)], shape, nope, size, None, extra=7)
 
 
+def test_rows_without_tokens() -> None:
+    """A captured step has more rows than sequences: what they say of a length does not count."""
+    batch, table = appended([(0, 7), (33, 3)], MLA)
+    up = ups(MLA, NOPE, SIZE)
+    width = NOPE + MLA.head_dim - MLA.v_head_dim
+    rows = table[:2].new_zeros((4, table.shape[1]))
+    rows[0], rows[2] = table[0], table[1]
+    given = (
+        torch.cat(batch.query)[..., :width],
+        batch.memory[:, 0],
+        torch.tensor([0, 7, 7, 10, 10], dtype=torch.int32),
+        torch.tensor([7, 40, 36, 1], dtype=torch.int32),
+        rows,
+    )
+    ups_there = (each.to(DEVICE) for each in up)
+    spec = AttentionSpec(0.3, None, None, None, 1.0, 1.0, MLA.v_head_dim, None, None, *ups_there)
+    prefill: Any = latent_prefill.prefill
+    out = prefill(*(x.to(DEVICE) for x in given), spec, config=SMALL, extra=9).cpu()
+    torch.testing.assert_close(out.double(), expected(batch, up, width), atol=6e-3, rtol=0)
+
+
 @pytest.mark.parametrize("extend_len", [0, 8], ids=["prefilled", "extended"])
 @pytest.mark.parametrize("fewest", [1, 10**6], ids=["expanded", "absorbed"])
 @pytest.mark.parametrize("kernel", ["latent", "reference"])
@@ -167,3 +197,19 @@ def test_mixed_steps(kernel: str, fewest: int, extend_len: int, monkeypatch: pyt
     tokens = sum(new for _, new in batch.lengths)
     torch.testing.assert_close(out[:tokens].double(), expected(batch, up, width), atol=6e-3, rtol=0)
     assert not out[tokens:].any()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="in float32, which the kernels do not declare")
+@pytest.mark.parametrize("room", [0, 2**12])
+def test_generates_the_tokens_of_transformers(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of at most 7 tokens, beside decodes; the past is absorbed, or expanded in part."""
+    provider = replace(select.PROVIDERS["reference"], prefill=latent.prefill, expands=True)
+    monkeypatch.setitem(select.PROVIDERS, "reference", provider)
+    for name, value in {"FEWEST": 1, "LEAST": 2, "EXTRA_BYTES": room}.items():
+        monkeypatch.setattr(latent_prefill, name, value)
+    dense = random_model(small_config("youtu", fewest_layers=1))
+    prompts = random_prompts([5, 17, 1], 128)
+    wanted = generated_by_transformers(dense, prompts, 5)
+    config = context(max_batch_size=3, max_num_tokens=7, compile_backend="torch-simple").config
+    model, _ = transform_module(dense, config)
+    assert generated_by_engine(model, prompts, 5) == wanted

@@ -174,6 +174,7 @@ def measure_model(is_latent: bool, args: argparse.Namespace, bandwidth: float) -
         max_seq_len=max(args.contexts) + 64,
         max_num_tokens=_BUDGET,
         cuda_graph_batch_sizes=args.batches,
+        cuda_graph_token_buckets=[_BUDGET],
         kv_cache_config=KvCacheConfig(free_gpu_memory_fraction=0.9),
         transforms={} if is_latent else {"cache_latent": TransformConfig(enabled=False)},
     )

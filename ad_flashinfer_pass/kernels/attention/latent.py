@@ -21,6 +21,7 @@ from ad_flashinfer_pass.kernels import workspaces
 from ad_flashinfer_pass.kernels.attention import latent_prefill
 from ad_flashinfer_pass.kernels.attention.absorbing import absorbing
 from ad_flashinfer_pass.kernels.attention.capability import Capability, Site
+from ad_flashinfer_pass.kernels.attention.latent_prefill import block_of
 from ad_flashinfer_pass.kernels.attention.provider import Provider
 from ad_flashinfer_pass.kernels.attention.spec import AttentionSpec
 
@@ -131,7 +132,8 @@ def prefill(
 ) -> Tensor:
     """See ``attention.provider``; the options are those of ``decode``, where nothing is expanded."""
     args = (query, kv_cache, cu_seqlen, seq_len_with_cache, block_table, spec)
-    if latent_prefill.covers(spec, len(query)) and workspaces.get(_workspace, query.device).is_large:
+    is_large = workspaces.get(_workspace, query.device).is_large
+    if is_large and latent_prefill.covers(spec, len(query), kv_cache.shape[4]):
         return latent_prefill.prefill(*args)
     return absorbing(_attend, spec)(*args, splits, config)
 
@@ -193,9 +195,9 @@ def _attend(
         HEADS=heads,
         ROWS=config.rows,
         RANK=rank,
-        RANK_BLOCK=_block(rank),
+        RANK_BLOCK=block_of(rank),
         REST=width - rank,
-        REST_BLOCK=_block(width - rank),
+        REST_BLOCK=block_of(width - rank),
         PAGE=kv_cache.shape[3],
         BLOCK=config.block,
         SEQS=0 if cu_seqlen is None else 1 << (seqs - 1).bit_length(),
@@ -223,11 +225,6 @@ def _attend(
             PARTS=16,
         )
     return out
-
-
-def _block(size: int) -> int:
-    """Elements of a tile, a power of two, as products take them."""
-    return max(16, 1 << (size - 1).bit_length()) if size else 16
 
 
 PROVIDER = Provider(

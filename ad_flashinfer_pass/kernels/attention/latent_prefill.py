@@ -36,19 +36,31 @@ class Config(NamedTuple):
 
 def default_config(key_size: int, value_size: int) -> Config:
     """The launch for heads of K and V of those sizes."""
-    return Config(128, 64, 8, 3) if max(key_size, value_size) <= 128 else Config(64, 64, 8, 2)
+    return Config(128, 64 if max(key_size, value_size) <= 128 else 32, 8, 3)
 
 
-def covers(spec: AttentionSpec, num_tokens: int) -> bool:
-    """Whether it computes a site, and is worth it for so many tokens."""
+def default_least(heads: int) -> int:
+    """New tokens of a sequence whose past is expanded: few rows do not fill the GPU with K and V expanded."""
+    return max(128, 4096 // heads)
+
+
+def covers(spec: AttentionSpec, num_tokens: int, width: int) -> bool:
+    """Whether it computes a site with rows of that width, and is worth it for so many tokens."""
     items = (spec.sliding_window, spec.logit_cap, spec.chunk, spec.sinks, spec.alibi_slopes)
-    return spec.key_up is not None and all(item is None for item in items) and num_tokens >= FEWEST
+    if spec.key_up is None or spec.value_up is None or any(item is not None for item in items):
+        return False
+    (_, nope, rank), size = spec.key_up.shape, spec.value_up.shape[1]
+    fits = max(nope, size) <= 256 and block_of(rank) + block_of(width - rank) <= 576  # of shared memory
+    return fits and num_tokens >= FEWEST
+
+
+def block_of(size: int) -> int:
+    """Elements of a tile, a power of two, as products take them."""
+    return max(16, 1 << (size - 1).bit_length()) if size else 16
 
 
 FEWEST = 128
 """Tokens of a step, below which all of it is absorbed."""
-LEAST = 128
-"""New tokens of a sequence whose past is expanded."""
 PAST_QUERIES = 64
 """Tokens of a program of ``attend_past``, as many as a product has rows."""
 EXTRA_BYTES = 2**28
@@ -65,6 +77,7 @@ def prefill(
     *,
     config: Config | None = None,
     extra: int | None = None,
+    least: int | None = None,
     num_programs: int | None = None,
 ) -> Tensor:
     """See ``attention.provider``; the query has absorbed nothing. Rows of no sequence are left as they are.
@@ -72,6 +85,7 @@ def prefill(
     Args:
         config: default: ``default_config``.
         extra: keys of the past that are expanded, at most; default: of ``EXTRA_BYTES``.
+        least: new tokens of a sequence whose past is expanded; default: ``default_least``.
         num_programs: of ``attend_past``, and half of those of ``expand``; default: as many as processors.
     """
     import triton
@@ -87,18 +101,22 @@ def prefill(
     assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
     if extra is None:
         extra = EXTRA_BYTES // (heads * (nope + size) * query.itemsize)
+        extra = min(extra, block_table.numel() * kv_cache.shape[3])
     if config is None:
         config = default_config(nope, size)
     if num_programs is None:
         num_programs = torch.cuda.get_device_properties(device).multi_processor_count if query.is_cuda else 3
     room = tokens + extra + kernel.PAD
-    shares = {"SEQUENCES": triton.next_power_of_2(seqs), "EXTRA": extra, "LEAST": LEAST}
+    shares = {
+        "SEQUENCES": triton.next_power_of_2(seqs),
+        "LEAST": default_least(heads) if least is None else least,
+    }
     sizes = {"WIDTH": width, "RANK": rank}
     pages = (kv_cache.stride(0), kv_cache.stride(3), block_table.stride(0))
     blocks = {
-        "NOPE_BLOCK": max(16, triton.next_power_of_2(nope)),
-        "SIZE_BLOCK": max(16, triton.next_power_of_2(size)),
-        "REST_BLOCK": max(16, triton.next_power_of_2(max(1, width - rank))),
+        "NOPE_BLOCK": block_of(nope),
+        "SIZE_BLOCK": block_of(size),
+        "REST_BLOCK": block_of(width - rank),
     }
     rows = query.new_empty(room, width)
     kernel.gather[(triton.cdiv(room, 32),)](
@@ -109,6 +127,7 @@ def prefill(
         rows,
         *pages,
         seqs,
+        extra,
         **shares,
         WIDTH=width,
         PAGE=kv_cache.shape[3],
@@ -129,6 +148,7 @@ def prefill(
             out,
             *up.stride(),
             seqs,
+            extra,
             room,
             **shares,
             **sizes,
@@ -156,6 +176,7 @@ def prefill(
         *factors,
         *query.stride()[:2],
         seqs,
+        extra,
         room,
         **shares,
         **sizes,
@@ -189,11 +210,12 @@ def prefill(
         *key_up.stride(),
         *value_up.stride(),
         seqs,
+        extra,
         **shares,
         **sizes,
         **blocks,
         HEADS=heads,
-        RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
+        RANK_BLOCK=block_of(rank),
         NOPE=nope,
         SIZE=size,
         PAGE=kv_cache.shape[3],
@@ -209,6 +231,7 @@ def prefill(
         stats,
         *of_parts,
         seqs,
+        extra,
         num_programs,
         **shares,
         **tile,

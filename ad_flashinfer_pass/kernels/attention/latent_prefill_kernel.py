@@ -21,11 +21,11 @@ _PAD = tl.constexpr(PAD)
 
 @triton.jit
 def _shares(  # type: ignore[no-untyped-def]
-    bounds, lengths, num_seqs, SEQUENCES: tl.constexpr, EXTRA: tl.constexpr, LEAST: tl.constexpr
+    bounds, lengths, num_seqs, extra, SEQUENCES: tl.constexpr, LEAST: tl.constexpr
 ):
     """Of each sequence: new tokens, keys that are not expanded, and those after them, which are.
 
-    All new tokens are, and of the past the last ones, where there are at least LEAST new tokens, until EXTRA
+    All new tokens are, and of the past the last ones, where there are at least LEAST new tokens, until extra
     keys are given away.
     """
     each = tl.arange(0, SEQUENCES)
@@ -33,9 +33,9 @@ def _shares(  # type: ignore[no-untyped-def]
     new = tl.load(bounds + each + 1, mask=is_one, other=0) - tl.load(bounds + each, mask=is_one, other=0)
     past = tl.load(lengths + each, mask=is_one, other=0) - new
     wanted = tl.where(new >= LEAST, past, 0)
-    left = EXTRA - (tl.cumsum(wanted, 0) - wanted)
-    extra = tl.maximum(tl.minimum(wanted, left), 0)
-    return new, past - extra, extra + new
+    left = extra - (tl.cumsum(wanted, 0) - wanted)
+    given = tl.maximum(tl.minimum(wanted, left), 0)
+    return new, past - given, given + new
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _of(sequences, seq, values):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["table_row", "num_seqs"],
+    do_not_specialize=["table_row", "num_seqs", "extra"],
     do_not_specialize_on_alignment=["bounds", "lengths", "block_table"],
 )
 def gather(  # type: ignore[no-untyped-def]
@@ -58,16 +58,16 @@ def gather(  # type: ignore[no-untyped-def]
     cache_slot,
     table_row,
     num_seqs,
+    extra,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    EXTRA: tl.constexpr,
     LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The rows of the keys that are expanded, in the dtype of ``out``, and PAD rows of zeros."""
-    _, firsts, keys = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
+    _, firsts, keys = _shares(bounds, lengths, num_seqs, extra, SEQUENCES, LEAST)
     sequences = tl.arange(0, SEQUENCES)
     ends = tl.cumsum(keys, 0)
     total = tl.sum(keys, 0)
@@ -88,7 +88,9 @@ def gather(  # type: ignore[no-untyped-def]
         tl.store(at, found.to(out.dtype.element_ty), mask=(row < total + _PAD)[:, None] & (column < WIDTH))
 
 
-@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["bounds", "lengths"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "extra", "room"], do_not_specialize_on_alignment=["bounds", "lengths"]
+)
 def expand(  # type: ignore[no-untyped-def]
     rows,
     weight,
@@ -99,6 +101,7 @@ def expand(  # type: ignore[no-untyped-def]
     weight_row,
     weight_column,
     num_seqs,
+    extra,
     room,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -106,13 +109,12 @@ def expand(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    EXTRA: tl.constexpr,
     LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """weight [heads, SIZE, RANK] of the rows that ``gather`` wrote: [heads, room, SIZE]."""
-    _, _, keys = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
+    _, _, keys = _shares(bounds, lengths, num_seqs, extra, SEQUENCES, LEAST)
     total = tl.sum(keys, 0) + _PAD
     column, depth = tl.arange(0, SIZE_BLOCK), tl.arange(0, DEPTH)
     column_mask = (column < SIZE)[None, :]
@@ -133,7 +135,7 @@ def expand(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["scale", "v_scale", "num_seqs"],
+    do_not_specialize=["scale", "v_scale", "num_seqs", "extra", "room"],
     do_not_specialize_on_alignment=["bounds", "lengths"],
 )
 def attend(  # type: ignore[no-untyped-def]
@@ -150,6 +152,7 @@ def attend(  # type: ignore[no-untyped-def]
     query_token,
     query_head,
     num_seqs,
+    extra,
     room,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
@@ -159,7 +162,6 @@ def attend(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    EXTRA: tl.constexpr,
     LEAST: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -171,7 +173,7 @@ def attend(  # type: ignore[no-untyped-def]
     LOG2E: tl.constexpr = 1.4426950408889634
     REST: tl.constexpr = WIDTH - RANK
     head, tile = tl.program_id(0), tl.program_id(1)
-    new, firsts, shares = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
+    new, firsts, shares = _shares(bounds, lengths, num_seqs, extra, SEQUENCES, LEAST)
     sequences = tl.arange(0, SEQUENCES)
     tiles = (new + QUERIES - 1) // QUERIES
     ends = tl.cumsum(tiles, 0)
@@ -181,7 +183,7 @@ def attend(  # type: ignore[no-untyped-def]
     first_row = (_of(sequences, seq, ends) - 1 - tile) * QUERIES  # those that see most begin first
     num_tokens, num_keys = _of(sequences, seq, new), _of(sequences, seq, shares)
     begin = _of(sequences, seq, tl.cumsum(shares, 0)) - num_keys
-    extra = num_keys - num_tokens
+    past = num_keys - num_tokens  # as far as it is expanded
     first_token = tl.load(bounds + seq)
 
     row = first_row + tl.arange(0, QUERIES)
@@ -202,15 +204,15 @@ def attend(  # type: ignore[no-untyped-def]
     top = tl.full((QUERIES,), _LOWEST, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, SIZE_BLOCK), tl.float32)
-    diagonal = (extra + first_row + 1) // KEYS  # all rows see the blocks before
+    diagonal = (past + first_row + 1) // KEYS  # all rows see the blocks before
     for block in range(0, diagonal):
         top, total, sums = _block(
-            top, total, sums, q, q_rest, factor, keys, rows, values, block, extra + row,
+            top, total, sums, q, q_rest, factor, keys, rows, values, block, past + row,
             WIDTH, NOPE, NOPE_BLOCK, REST, REST_BLOCK, SIZE, SIZE_BLOCK, KEYS, False,
         )  # fmt: skip
-    for block in range(diagonal, (tl.minimum(num_keys, extra + first_row + QUERIES) + KEYS - 1) // KEYS):
+    for block in range(diagonal, (tl.minimum(num_keys, past + first_row + QUERIES) + KEYS - 1) // KEYS):
         top, total, sums = _block(
-            top, total, sums, q, q_rest, factor, keys, rows, values, block, extra + row,
+            top, total, sums, q, q_rest, factor, keys, rows, values, block, past + row,
             WIDTH, NOPE, NOPE_BLOCK, REST, REST_BLOCK, SIZE, SIZE_BLOCK, KEYS, True,
         )  # fmt: skip
     place = token * tl.num_programs(0) + head
@@ -275,7 +277,7 @@ def _block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["scale", "v_scale", "table_row", "num_seqs"],
+    do_not_specialize=["scale", "v_scale", "table_row", "num_seqs", "extra"],
     do_not_specialize_on_alignment=["bounds", "lengths", "block_table"],
 )
 def attend_past(  # type: ignore[no-untyped-def]
@@ -305,6 +307,7 @@ def attend_past(  # type: ignore[no-untyped-def]
     value_row,
     value_column,
     num_seqs,
+    extra,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
@@ -316,7 +319,6 @@ def attend_past(  # type: ignore[no-untyped-def]
     SIZE_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    EXTRA: tl.constexpr,
     LEAST: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -330,7 +332,7 @@ def attend_past(  # type: ignore[no-untyped-def]
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     REST: tl.constexpr = WIDTH - RANK
-    new, firsts, _ = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
+    new, firsts, _ = _shares(bounds, lengths, num_seqs, extra, SEQUENCES, LEAST)
     sequences = tl.arange(0, SEQUENCES)
     parts, ends = _parts(new, firsts, tl.num_programs(0), HEADS, QUERIES, KEYS)
     dims, rest, depth = tl.arange(0, RANK_BLOCK), tl.arange(0, REST_BLOCK), tl.arange(0, DEPTH)
@@ -454,7 +456,9 @@ def _item(number, parts, ends, SEQUENCES: tl.constexpr):  # type: ignore[no-unty
     return seq, number - before, _of(sequences, seq, parts)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "programs"], do_not_specialize_on_alignment=["bounds", "lengths"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "extra", "programs"], do_not_specialize_on_alignment=["bounds", "lengths"]
+)
 def add_parts(  # type: ignore[no-untyped-def]
     bounds,
     lengths,
@@ -463,12 +467,12 @@ def add_parts(  # type: ignore[no-untyped-def]
     sums_of_parts,
     stats_of_parts,
     num_seqs,
+    extra,
     programs,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    EXTRA: tl.constexpr,
     LEAST: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -476,7 +480,7 @@ def add_parts(  # type: ignore[no-untyped-def]
 ):
     """What ``attend`` left, with the parts of ``attend_past``, in their order: ROWS rows of a tile."""
     item = tl.program_id(0)
-    new, firsts, _ = _shares(bounds, lengths, num_seqs, SEQUENCES, EXTRA, LEAST)
+    new, firsts, _ = _shares(bounds, lengths, num_seqs, extra, SEQUENCES, LEAST)
     parts, ends = _parts(new, firsts, programs, HEADS, QUERIES, KEYS)
     if item >= tl.max(ends, 0) * HEADS:
         return

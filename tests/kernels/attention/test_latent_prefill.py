@@ -81,7 +81,7 @@ def check(
     size: int = SIZE,
     config: Config | None = SMALL,
     extra: int = 0,
-    num_programs: int | None = None,
+    **options: int,
 ) -> None:
     """The kernels alone, over part of the memory of a wider query."""
     batch, table = appended(lengths, shape)
@@ -104,9 +104,7 @@ def check(
         table[:n],
     )
     prefill: Any = latent_prefill.prefill
-    out = prefill(
-        *(x.to(DEVICE) for x in given), spec, config=config, extra=extra, num_programs=num_programs
-    ).cpu()
+    out = prefill(*(x.to(DEVICE) for x in given), spec, config=config, extra=extra, **options).cpu()
     # K, V, softmax weights and result are rounded to half precision: values are of size 1.
     torch.testing.assert_close(out.double(), expected(batch, up, width), atol=6e-3, rtol=0)
 
@@ -117,12 +115,9 @@ def check(
     [[(0, 12)], [(0, 7), (7, 7), (14, 3)], [(0, 40), (30, 5), (65, 33), (1, 1)]],
     ids=["prompt", "chunks", "ragged"],
 )
-def test_equals_the_formula(
-    lengths: list[tuple[int, int]], extra: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equals_the_formula(lengths: list[tuple[int, int]], extra: int) -> None:
     """Whatever part of the past is expanded: none, as far as there is room, and all of it."""
-    monkeypatch.setattr(latent_prefill, "LEAST", 5)
-    check(lengths, extra=extra)
+    check(lengths, extra=extra, least=5)
 
 
 def test_parts_of_the_past() -> None:
@@ -205,7 +200,8 @@ def test_generates_the_tokens_of_transformers(room: int, monkeypatch: pytest.Mon
     """Chunks of at most 7 tokens, beside decodes; the past is absorbed, or expanded in part."""
     provider = replace(select.PROVIDERS["reference"], prefill=latent.prefill, expands=True)
     monkeypatch.setitem(select.PROVIDERS, "reference", provider)
-    for name, value in {"FEWEST": 1, "LEAST": 2, "EXTRA_BYTES": room}.items():
+    changes = {"FEWEST": 1, "default_least": lambda heads: 2, "EXTRA_BYTES": room}
+    for name, value in changes.items():
         monkeypatch.setattr(latent_prefill, name, value)
     dense = random_model(small_config("youtu", fewest_layers=1))
     prompts = random_prompts([5, 17, 1], 128)

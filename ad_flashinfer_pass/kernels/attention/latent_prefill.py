@@ -63,7 +63,7 @@ FEWEST = 128
 """Tokens of a step, below which all of it is absorbed."""
 PAST_QUERIES = 64
 """Tokens of a program of ``attend_past``, as many as a product has rows."""
-EXTRA_BYTES = 2**28
+EXTRA_BYTES = 2**29
 """Of K and V of keys of the past."""
 
 

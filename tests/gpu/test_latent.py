@@ -125,7 +125,7 @@ def test_expanded_keys_and_values(
         given[1] = torch.cat((given[1], given[1][:1].expand(pages - len(given[1]), -1, -1, -1, -1)))
     static: list[Any] = [x.cuda() for x in inputs[0]]
     prefill: Any = latent_prefill.prefill
-    run = partial(prefill, *static, spec, extra=extra)
+    run = partial(prefill, *static, spec, extra=extra, least=64)
     first = run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

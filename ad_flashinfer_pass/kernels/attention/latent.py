@@ -1,7 +1,8 @@
 """Attention over a latent (``cache_latent``) by Triton kernels of this package, on capability 9.x and above.
 
 All query heads share one row a token, so that heads, and the new tokens of a chunk, are the rows of a matrix
-product: decode, extends and prefill are one kernel. It needs no plan and no FlashInfer: lengths and pages
+product: decode, extends and prefill are one kernel, but for steps of many new tokens, which expand K and V of
+each head (``latent_prefill``). It needs no plan and no FlashInfer: lengths and pages
 are read on the device, so that a captured call stays valid when they change. The keys are split among enough
 programs to keep the GPU busy; how many depends on the numbers of tokens and sequences of the launch alone,
 and so does the order of the sums: equal inputs give equal bits.

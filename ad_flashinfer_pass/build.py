@@ -9,6 +9,7 @@ from torch import nn
 from ad_flashinfer_pass.collector import rare_collection
 from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.models.heads.load import load_head
 from ad_flashinfer_pass.models.loading import LoadedModel, load_model
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.following import follow
@@ -77,10 +78,13 @@ def _built(config: AutoDeployConfig, on_event: Callable[[str], None] | None) -> 
 def _draft_of(loaded: LoadedModel) -> nn.Module | None:
     """The model that guesses, if the config names one."""
     config = loaded.resolved
-    if config.speculative_config is None or config.speculative_config.model is None:
+    spec = config.speculative_config
+    if spec is None or spec.drafter == "ngram":
         return None
+    if spec.reads_hidden_states:
+        return load_head(spec.drafter, spec.model or loaded.name, loaded.module)
     keys = {name: getattr(config, name) for name in config.model_fields_set - {"model_kwargs", "tokenizer"}}
-    draft = load_model(AutoDeployConfig(**{**keys, "model": config.speculative_config.model}))
+    draft = load_model(AutoDeployConfig(**{**keys, "model": spec.model}))
     ours, theirs = (each.tokenizer and each.tokenizer.get_vocab() for each in (loaded, draft))
     if ours and theirs and ours != theirs:
         raise ConfigError(

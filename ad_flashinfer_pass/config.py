@@ -126,19 +126,29 @@ class SpeculativeConfig(_Strict):
         ConfigError: a key is unknown, or a value is out of range.
     """
 
-    drafter: Literal["ngram", "model"]
+    drafter: Literal["ngram", "model", "eagle3", "mtp"]
     """Who guesses. ngram: what followed the last tokens where they stood before, in the request itself;
-    model: a smaller model."""
+    model: a smaller model; eagle3: an EAGLE-3 head; mtp: the MTP layer that came with the model."""
     model: str | None = None
-    """The smaller model, as for ``model`` above: a directory or hub id, with the same vocabulary."""
+    """The smaller model, with the same vocabulary, or the head, as for ``model`` above: a directory or hub
+    id. Default of mtp: the model's own checkpoint."""
     num_tokens: int = Field(default=3, ge=1, le=15)
     """Drafts of a sequence in a step; 1, 3 and 7 fill the kernels' tiles."""
 
     @model_validator(mode="after")
     def _check_model(self) -> SpeculativeConfig:
-        if (self.model is None) != (self.drafter != "model"):
-            raise ValueError(f"model must be given with drafter: model, and only then, got {self.model!r}")
+        takes = {"ngram": "never", "mtp": ""}.get(self.drafter, "always")
+        if takes == ("never" if self.model is not None else "always"):
+            raise ValueError(
+                f"model must be given with drafter: model and eagle3, may be with mtp, and cannot be with "
+                f"ngram, got drafter: {self.drafter}, model: {self.model!r}"
+            )
         return self
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether a head guesses."""
+        return self.drafter in ("eagle3", "mtp")
 
 
 class TransformConfig(_Strict):

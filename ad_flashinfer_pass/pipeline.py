@@ -19,8 +19,10 @@ from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.graph.stage_writer import StageWriter
 from ad_flashinfer_pass.kernels import prebuilt
 from ad_flashinfer_pass.kernels.attention import select
+from ad_flashinfer_pass.models.heads.head import DraftHead
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.drafts.head import HeadDrafter
 from ad_flashinfer_pass.runtime.drafts.model import ModelDrafter
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
@@ -42,8 +44,8 @@ def transform_module(
         module: in eval mode, on ``config.device`` if that is given; takes input_ids and position_ids, int64
             [b, s], and returns logits [b, s, vocab] or an object that has them.
         config: its keys about the model are not read. If it names no device, the module's is used.
-        draft: the model that guesses, with ``speculative_config.drafter: model``; likewise, and of the same
-            vocabulary.
+        draft: with ``speculative_config.drafter: model`` the model that guesses, likewise, and of the same
+            vocabulary; with eagle3 and mtp the ``models.heads.head.DraftHead``.
         on_event: called with the name of each transform as it begins.
         rank: whose part of the model is made, of ``config.world_size`` ranks. Default: this process's, in
             torch.distributed's default group.
@@ -81,13 +83,19 @@ def transform_module(
 
 
 def _check_drafter(config: AutoDeployConfig, draft: nn.Module | None) -> None:
-    asks = config.speculative_config is not None and config.speculative_config.drafter == "model"
+    spec = config.speculative_config
+    asks = spec is not None and spec.drafter != "ngram"
     if asks != (draft is not None):
         raise ConfigError(
-            "speculative_config: drafter: model needs the model that guesses; transform_module takes it as "
-            "draft, and build_model loads it."
-            if asks
-            else "draft: is for speculative_config with drafter: model; leave it out."
+            f"speculative_config: drafter: {spec.drafter} needs the model that guesses; transform_module takes "
+            "it as draft, and build_model loads it."
+            if asks and spec is not None
+            else "draft: is for speculative_config with drafter: model, eagle3 or mtp; leave it out."
+        )
+    if spec is not None and spec.reads_hidden_states != isinstance(draft, DraftHead):
+        raise ConfigError(
+            f"draft: got a {type(draft).__name__} with speculative_config.drafter: {spec.drafter}; a DraftHead "
+            "goes with eagle3 and mtp, and with them alone."
         )
 
 
@@ -100,16 +108,22 @@ def _with_draft(
     unscaled = cache.model_copy(update={"k_scale": 1.0, "v_scale": 1.0})
     ctx.draft = context(ctx.config.model_copy(update={"kv_cache_config": unscaled}), ctx.on_event)
     ctx.draft.is_draft = True
-    guessing, _ = pipeline.before("initialize_cache").run(draft, ctx.draft)
+    head = draft if isinstance(draft, DraftHead) else None
+    if head is not None:
+        ctx.hidden_states, ctx.draft.hidden_states = head.reads, (head.own,)
+    guessing, _ = pipeline.before("initialize_cache").run(draft if head is None else head.body, ctx.draft)
     transformed, reports = pipeline.before("compile").run(module, ctx)
-    if ctx.draft.vocab_size != ctx.vocab_size:
+    if head is None and ctx.draft.vocab_size != ctx.vocab_size:
         raise ConfigError(
             f"speculative_config.model: its vocabulary has {ctx.draft.vocab_size} tokens, that of the model "
             f"{ctx.vocab_size}; they must be the same."
         )
     guessing, _ = pipeline.since("compile").run(guessing, ctx.draft)
     infos = (ctx.sequence_info, ctx.draft.sequence_info)
-    ctx.drafter = ModelDrafter(*infos, guessing, ctx.draft.caches)
+    if head is None:
+        ctx.drafter = ModelDrafter(*infos, guessing, ctx.draft.caches)
+    else:
+        ctx.drafter = HeadDrafter(*infos, head, guessing, ctx.draft.caches, ctx.caches["hidden_states"])
     transformed, more = pipeline.since("compile").run(transformed, ctx)
     return transformed, [*reports, *more]
 
@@ -170,6 +184,7 @@ def context(config: AutoDeployConfig, on_event: Callable[[str], None] | None = N
         tokens_per_block=config.kv_cache_config.tokens_per_block,
         device=device,
         num_drafts=config.num_drafts,
+        has_next=config.speculative_config is not None and config.speculative_config.reads_hidden_states,
     )
     on_event = on_event or (lambda text: None)
     return TransformContext(config=config, device=device, sequence_info=info, on_event=on_event)

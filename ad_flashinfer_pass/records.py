@@ -185,6 +185,8 @@ class TransformContext:
     """Guesses tokens of the next steps."""
     draft: TransformContext | None = None
     """Of the model that guesses, if one does; its pools have as many pages."""
+    hidden_states: tuple[str, ...] = ()
+    """Paths of the modules whose results are kept for a head that guesses."""
     is_draft: bool = False
     """Whether the model only guesses: its steps are captured with those of another."""
     num_pages: int = 0

@@ -44,7 +44,8 @@ def compile_model(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, T
     if ctx.config.compile_backend == "torch-opt":
         from ad_flashinfer_pass.runtime.inductor import eager_pieces  # as in _compiled
 
-        _warm_up(compiled, ctx)
+        tokens = g.token_input(model)
+        _warm_up(compiled, ctx, None if tokens is None else g.value(tokens))
         report.notes.append(str(eager_pieces(compiled)))
     if ctx.config.compile_backend == "torch-simple" or ctx.device.type != "cuda" or ctx.is_draft:
         return compiled, report
@@ -68,7 +69,8 @@ class _BySize(nn.Module):
         self.small, self.large, self.limit = small, large, limit
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        graph = self.small if inputs["input_ids"].numel() <= self.limit else self.large
+        # Tokens may come as vectors, and positions several at a place.
+        graph = self.small if inputs["position_ids"].shape[-2:].numel() <= self.limit else self.large
         return graph(**inputs)
 
 
@@ -107,10 +109,13 @@ def _captured(model: nn.Module, ctx: TransformContext, report: TransformReport) 
 
 def host_kernels(ctx: TransformContext) -> dict[Phase, str]:
     """The kernel that keeps a phase from being captured, for each phase that has one."""
+    sites = list(ctx.sites)
+    if ctx.draft is not None and ctx.hidden_states:  # the head runs at the end of each step
+        sites += ctx.draft.sites
     return {
         phase: kernel
         for phase in PHASES
-        for plan in sorted({getattr(site, phase).kernel for site in ctx.sites})
+        for plan in sorted({getattr(site, phase).kernel for site in sites})
         for kernel in select.on_host(phase, plan)
     }
 
@@ -120,6 +125,7 @@ def _host_verifier(ctx: TransformContext) -> str | None:
     kernels = {site.verify or site.prefill.kernel for site in ctx.sites}
     if ctx.draft is not None:
         kernels |= {kernel for phase, kernel in host_kernels(ctx.draft).items() if phase == "decode"}
+        kernels |= {site.verify or site.prefill.kernel for site in ctx.draft.sites if ctx.hidden_states}
     return next(
         (k for k in sorted(kernels) if select.on_host("prefill", k) or select.on_host("decode", k)), None
     )
@@ -129,7 +135,7 @@ def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes)) or "none"
 
 
-def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
+def _warm_up(model: nn.Module, ctx: TransformContext, tokens: Tensor | None) -> None:
     """Compile what steps need: one token, few, many, and no, one or many rows of logits.
 
     Many is beyond ``_BySize.limit``, if that can be. Runs on the first pages, which no sequence owns yet, and
@@ -153,8 +159,12 @@ def _warm_up(model: nn.Module, ctx: TransformContext) -> None:
                 for row, n in enumerate(lengths)
             ]
         )
+        args = info.named_args()
+        if tokens is not None and tokens.is_floating_point():
+            shape = (*args.pop("input_ids").shape, tokens.shape[-1])
+            args["inputs_embeds"] = torch.zeros(shape, dtype=tokens.dtype, device=ctx.device)
         with torch.inference_mode():
-            model(**info.named_args(), **ctx.caches)
+            model(**args, **ctx.caches)
     for cache in paged:
         cache[pages] = 0
 

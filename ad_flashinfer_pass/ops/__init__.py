@@ -10,6 +10,7 @@ from ad_flashinfer_pass.ops.causal_conv1d import cached_causal_conv1d, causal_co
 from ad_flashinfer_pass.ops.experts import experts, quantized_experts
 from ad_flashinfer_pass.ops.gated_delta_rule import cached_gated_delta_rule, gated_delta_rule
 from ad_flashinfer_pass.ops.kda import cached_kda, kda
+from ad_flashinfer_pass.ops.keep_hidden_state import keep_hidden_state
 from ad_flashinfer_pass.ops.linear import linear
 from ad_flashinfer_pass.ops.prepare_metadata import prepare_metadata
 from ad_flashinfer_pass.ops.quantized_linear import quantized_linear
@@ -59,6 +60,7 @@ __all__ = [
     "experts",
     "gated_delta_rule",
     "kda",
+    "keep_hidden_state",
     "linear",
     "prepare_metadata",
     "quantized_experts",

@@ -232,16 +232,20 @@ class CudaGraphModule(Steps, nn.Module):
     def _end_step(self, sequence_info: SequenceInfo, logits: Tensor, is_greedy: bool) -> Tensor:
         """Choose tokens, and write the metadata of the next step."""
         on_cuda, num_verified = logits.device.type == "cuda", sequence_info.num_verified
-        if num_verified and self.drafter is not None:
+        drafter = self.drafter
+        if num_verified and drafter is not None:
             if on_cuda:
                 sequence_info.sample_and_accept(logits, is_greedy=is_greedy)
             else:
                 sequence_info.accept(most_likely(logits))
-            self.drafter.propose(sequence_info.tokens[: len(logits)].view(num_verified, -1))
-        elif on_cuda:
+            drafter.propose(sequence_info.tokens[: len(logits)].view(num_verified, -1))
+            return sequence_info.tokens
+        if on_cuda:
             sequence_info.sample_and_advance(logits, is_greedy=is_greedy)
         else:
             sequence_info.advance(most_likely(logits))
+        if drafter is not None:
+            drafter.read()
         return sequence_info.tokens
 
     def _costs_of_verifying(

@@ -642,7 +642,14 @@ class Engine:
                 num_scored = max(0, min(end, request.num_prompt_tokens - 1) - request.num_cached)
             steps.append(
                 SequenceStep(
-                    new, request.num_cached, pages, is_last, request.first_len, request.slot, num_scored
+                    new,
+                    request.num_cached,
+                    pages,
+                    is_last,
+                    request.first_len,
+                    request.slot,
+                    num_scored,
+                    next_token=0 if is_last else request.token_ids[end],
                 )
             )
         return steps

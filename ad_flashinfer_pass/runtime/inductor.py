@@ -43,7 +43,7 @@ from ad_flashinfer_pass.graph.data import layer_of
 
 aten = torch.ops.aten
 
-_TOKENWISE = ("input_ids", "position_ids", "sequence_lengths")
+_TOKENWISE = ("input_ids", "inputs_embeds", "position_ids", "sequence_lengths")
 _TOKENS, _ROWS = 48, 24
 """Tokens and logits' rows of the example: not 0 or 1, which are constants to a ShapeEnv; not equal."""
 _CUTS = frozenset(
@@ -51,6 +51,7 @@ _CUTS = frozenset(
     for op in (
         ops.prepare_metadata,
         ops.append_kv,
+        ops.keep_hidden_state,
         ops.rope_append,
         ops.cached_attention,
         ops.experts,
@@ -201,7 +202,8 @@ def _with_one_row(model: fx.GraphModule) -> fx.GraphModule:
         node.meta["val"] = g.value(old)
         if node.name in _TOKENWISE:
             with graph.inserting_after(inputs[-1]):
-                row = graph.call_function(aten.view.default, (node, [1, -1]))
+                shape = [1, -1, *g.shape(old)[2:]]
+                row = graph.call_function(aten.view.default, (node, shape))
             node.replace_all_uses_with(row, delete_user_cb=lambda user, row=row: user is not row)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with enable_python_dispatcher():  # torch 2.11 cannot take the shape of a linear without
@@ -255,7 +257,7 @@ def _fake(node: fx.Node, mode: FakeTensorMode) -> Tensor:
     """An input of the flat graph: T tokens, any number of logits' rows, the rest as it is."""
     example = g.value(node)
     shape = {"token_gather_indices": (_ROWS,)}.get(
-        node.name, (1, _TOKENS) if node.name in _TOKENWISE else None
+        node.name, (1, _TOKENS, *example.shape[2:]) if node.name in _TOKENWISE else None
     )
     # Only our ops read caches, and any number of pages; in a saved program that has none.
     sizes = [size if isinstance(size, int) else 2 for size in (example.shape if shape is None else shape)]

@@ -19,6 +19,8 @@ cu_num_pages          int32 [R+1]   exclusive prefix sum of the pages of each se
 token_gather_indices  int64 [n]     rows of the flattened tokens whose logits are wanted
 slot_idx              int64 [R]     slot of the state of each sequence, 0 for padding; only for graphs that
                                     take it (``has_states``)
+next_ids              int64         for each token the one after it, for a head that guesses (``has_next``);
+                                    see ``next_args``
 sequence_lengths      int64         length of its sequence when a token is first computed, shaped as
                                     input_ids; only for graphs that take it (``has_lengths``)
 ====================  ============  =======================================================================
@@ -103,6 +105,8 @@ class SequenceStep(NamedTuple):
     num_scored: int = 0
     """New tokens, the first ones, whose logits are wanted, too; they follow those of all sequences with
     gather. No captured graph runs such a step."""
+    next_token: int = 0
+    """Where gather is false, the token after the new ones; for ``has_next`` alone."""
     max_cached: int = 0
     """In a step that verifies drafts: tokens of the sequence that may be cached, at most; no draft beyond is
     accepted. token_ids are the newest token and as many of any as there are drafts."""
@@ -188,6 +192,7 @@ class SequenceInfo:
         device: where the graph runs.
         num_drafts: tokens that a step may verify beside the newest one of each sequence; fewer than a page
             has.
+        has_next: write ``next_ids`` and ``slot_idx`` in all steps but those that verify.
     """
 
     def __init__(
@@ -198,6 +203,7 @@ class SequenceInfo:
         tokens_per_block: int,
         device: torch.device,
         num_drafts: int = 0,
+        has_next: bool = False,
     ) -> None:
         assert num_drafts < max(tokens_per_block, 1), "a sequence that rests has its tokens on one page"
         self.max_seq_len = max_seq_len
@@ -211,6 +217,7 @@ class SequenceInfo:
         """Whether the graph takes ``sequence_lengths``."""
         self.has_states = False
         """Whether the graph takes ``slot_idx``."""
+        self.has_next = has_next
         self.recompute_at: int | None = None
         """If not None, a sequence that grows beyond so many tokens is to be computed anew, as one that began
         with one token more."""
@@ -230,6 +237,7 @@ class SequenceInfo:
                 "input_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "position_ids": (torch.int64, (max_num_tokens + max_batch_size,)),
                 "sequence_lengths": (torch.int64, (max_num_tokens + max_batch_size,)),
+                "next_ids": (torch.int64, ((max_num_tokens + max_batch_size) * has_next,)),
                 "token_gather_indices": (torch.int64, (max_batch_size + max_num_tokens,)),
                 "stop_token_ids": (torch.int64, (max_logits, _MAX_STOP_TOKENS)),
                 "seed": (torch.int64, (max_logits,)),
@@ -256,6 +264,8 @@ class SequenceInfo:
         logits."""
         self.num_verified = 0
         """Rows of the step that verify drafts, padding included; 0: it is no such step."""
+        self.num_rows = 0
+        """Sequences of the step, padding included."""
         self._shape = (1, 0)
         self._num_gather = 0
 
@@ -264,6 +274,11 @@ class SequenceInfo:
         """int64 [num_verified, 1 + num_drafts], the tokens of the step: the newest of a sequence, and drafts,
         which whoever guesses writes here. With ``views``, slots and lengths are at hand."""
         return self._buffer.views["input_ids"][: prod(self._shape)].view(self.num_verified, -1)
+
+    @property
+    def advances(self) -> bool:
+        """Whether the metadata of the step became those of the next one when its tokens were chosen."""
+        return self.num_verified > 0 or self._shape[1] == 1
 
     @property
     def views(self) -> dict[str, Tensor]:
@@ -310,6 +325,8 @@ class SequenceInfo:
         if self.has_lengths:
             firsts = [seq.first_len or seq.input_pos + n for seq, n in zip(sequences, lens, strict=True)]
             write("sequence_lengths", np.maximum(np.repeat(firsts, lens), positions + 1))
+        if self.has_next and not verifies:
+            write("next_ids", _next_ids(sequences))
         write("token_gather_indices", step.gather)
         num_padding = 0 if pad_to is None else self._num_gather - step.num_real
         write("is_stopped", [0] * step.num_real + [1] * num_padding)
@@ -325,7 +342,7 @@ class SequenceInfo:
             write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stops])
             for name, column in zip(RowParams._fields[1:], columns, strict=True):
                 write(name, column)
-        if self.has_states or verifies:
+        if self.has_states or self.has_next or verifies:
             write("slot_idx", [seq.slot for seq in sequences])
         write("cu_seqlen", [0, *ends])
         write("input_pos", starts)
@@ -334,8 +351,9 @@ class SequenceInfo:
         write("cache_loc", pages)
         self._buffer.copy_to_device(len(pages))
         if ids.min(initial=0) < 0:
-            self._fill_in_tokens(total)
-        self.num_verified = len(sequences) if verifies else 0
+            filled = self._buffer.views["input_ids"][:total]
+            filled.copy_(self._filled_in(filled))
+        self.num_rows, self.num_verified = len(sequences), len(sequences) if verifies else 0
         self._shape = (total, 1) if info.num_decode == total else (1, total)
 
     def named_args(self) -> dict[str, Tensor]:
@@ -351,6 +369,18 @@ class SequenceInfo:
         if self.has_states:
             args["slot_idx"] = views["slot_idx"]
         args["token_gather_indices"] = views["token_gather_indices"][: self._num_gather]
+        return args
+
+    def next_args(self) -> dict[str, Tensor]:
+        """``named_args`` of the same step for the tokens one place later, of which no logits are wanted.
+
+        The step must not advance, and its tokens have been chosen: what follows the last token of a sequence
+        is the one that it got, or ``SequenceStep.next_token``.
+        """
+        args = self.named_args()
+        ids = self._buffer.views["next_ids"][: prod(self._shape)]
+        args["input_ids"] = self._filled_in(ids).view(self._shape)
+        args["token_gather_indices"] = args["token_gather_indices"][:0]
         return args
 
     def advance(self, sampled: Tensor) -> None:
@@ -383,30 +413,66 @@ class SequenceInfo:
         cache_loc = views["cache_loc"]
         cache_loc[first_page] = cache_loc[first_page] * goes_on
 
-    def follow(self, other: SequenceInfo) -> None:
+    def follow(self, other: SequenceInfo, back: int = 0) -> None:
         """Make the metadata that of a decode step of the newest tokens of another's step, which verifies.
 
         Of the same sizes. Runs on the device alone but for the numbers of rows, so that it can be captured. A
         sequence that is near max_seq_len rests, as one that has stopped does.
+
+        Args:
+            other: whose pages these are, too.
+            back: how many places before their own the tokens are read, down to place 0.
         """
-        rows, width, theirs, ours = other.num_verified, 1 + other.num_drafts, other.views, self._buffer.views
-        limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
-        self._batch_info_host.numpy()[:] = BatchInfo._make((0, 0, 0, 0, rows, rows, *limits, rows, 1))
-        self._shape, self._num_gather, self.num_verified = (rows, 1), rows, 0
-        for name in ("cache_loc", "cu_num_pages"):
-            ours[name].copy_(theirs[name])
+        rows, width, theirs = other.num_verified, 1 + other.num_drafts, other.views
         input_pos = theirs["input_pos"][:rows]
         rests = (theirs["is_stopped"][: rows * width : width] > 0) | (input_pos + width >= self.max_seq_len)
+        self._set_step(other, rests, input_pos - back, width=1)
+        self._buffer.views["input_ids"][:rows] = other.drafts[:, 0]
+
+    def look_back(self, other: SequenceInfo, got: Tensor) -> Tensor:
+        """Make the metadata that of the step from which another has advanced, for the tokens one place later.
+
+        Otherwise as ``follow``. The logits of the last token that each sequence got are wanted.
+
+        Args:
+            other: its step decoded, or verified drafts.
+            got: int64 [rows, n], the tokens of its step, of each sequence at least one and then negative ones.
+
+        Returns:
+            int64 [rows], the places of the last ones among those of all sequences.
+        """
+        rows, width = got.shape
+        count = (got >= 0).sum(1).clamp(min=1)
+        rests = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        self._set_step(other, rests, other.views["input_pos"][:rows] - count, width)
+        last = torch.arange(rows, device=self.device) * width + count - 1
+        self._buffer.views["input_ids"][: rows * width] = got.clamp(min=0).flatten()
+        self._buffer.views["token_gather_indices"][:rows] = last
+        return last
+
+    def _set_step(self, other: SequenceInfo, rests: Tensor, input_pos: Tensor, width: int) -> None:
+        """All but the tokens: of each row of another's step as many, and the logits of the last one."""
+        rows, ours, theirs = len(rests), self._buffer.views, other.views
+        limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
+        counts = (0, 0, rows, rows * width, 0, 0) if width > 1 else (0, 0, 0, 0, rows, rows)
+        self._batch_info_host.numpy()[:] = BatchInfo._make((*counts, *limits, rows, 1))
+        self._shape = (1, rows * width) if width > 1 else (rows, 1)
+        self._num_gather, self.num_verified = rows, 0
+        for name in ("cache_loc", "cu_num_pages"):
+            ours[name].copy_(theirs[name])
         ours["is_stopped"][:rows] = rests
         ours["stop_token_ids"][:rows] = -1
         ours["temperature"][:rows] = 0
-        ours["input_ids"][:rows] = other.drafts[:, 0]
-        ours["input_pos"][:rows] = input_pos * ~rests
-        for name, shift in (("position_ids", 0), ("sequence_lengths", 1), ("seq_len_with_cache", 1)):
-            ours[name][:rows] = ours["input_pos"][:rows] + shift
-        places = torch.arange(rows + 1, device=self.device)
-        ours["cu_seqlen"][: rows + 1] = places
-        ours["token_gather_indices"][:rows] = places[:-1]
+        input_pos = input_pos.clamp(min=0) * ~rests
+        ours["input_pos"][:rows] = input_pos
+        ours["seq_len_with_cache"][:rows] = input_pos + width
+        places = torch.arange(width, device=self.device)
+        positions = (input_pos[:, None] + places).clamp(max=self.max_seq_len - 1).flatten()
+        ours["position_ids"][: rows * width] = positions
+        ours["sequence_lengths"][: rows * width] = positions + 1
+        bounds = torch.arange(rows + 1, device=self.device) * width
+        ours["cu_seqlen"][: rows + 1] = bounds
+        ours["token_gather_indices"][:rows] = bounds[1:] - 1
         first_page = ours["cu_num_pages"][:rows].long()
         ours["cache_loc"][first_page] = ours["cache_loc"][first_page] * ~rests
 
@@ -482,9 +548,9 @@ class SequenceInfo:
             kinds = {"advances": is_decode, "is_greedy": is_greedy}
         advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, **kinds)
 
-    def _fill_in_tokens(self, num_tokens: int) -> None:
-        ids = self._buffer.views["input_ids"][:num_tokens]
-        ids.copy_(torch.where(ids < 0, self.tokens[(-1 - ids).clamp(min=0)].clamp(min=0), ids))
+    def _filled_in(self, ids: Tensor) -> Tensor:
+        """Tokens, with those that were sampled in the places of -1, -2, ..."""
+        return torch.where(ids < 0, self.tokens[(-1 - ids).clamp(min=0)].clamp(min=0), ids)
 
     def _layout(self, sequences: Sequence[SequenceStep], bucket: Bucket | None) -> _Layout:
         """The step as it is written: with padding, if to a bucket."""
@@ -590,6 +656,17 @@ class SequenceInfo:
                 f"the model has states: each sequence needs a slot of its own in 1..{self.num_slots - 1}, "
                 f"got {slots}"
             )
+
+
+def _next_ids(sequences: Sequence[SequenceStep]) -> list[int]:
+    """For each token the one after it; -1 - i stands for the token of the i-th row of logits."""
+    ids, row = list[int](), 0
+    for seq in sequences:
+        is_row = bool(seq.gather and seq.pages)  # what pads has no page
+        ids += seq.token_ids[1:]
+        ids += [-1 - row if is_row else seq.next_token][: len(seq.token_ids)]
+        row += is_row
+    return ids
 
 
 def _count(kinds: list[Kind], lens: list[int], kind: Kind) -> tuple[int, int]:

@@ -131,8 +131,7 @@ class StepRunner:
                 ``Sampler.sample``.
         """
         self._width = 1
-        reads_params = self._runs_ahead or self._on_cuda
-        self._model.nest(steps, [_row_params(row) for row in rows] if reads_params else ())
+        self._model.nest(steps, [_row_params(row) for row in rows])
         self._wanted = wanted
         self._is_greedy = all(row.params.is_greedy for row in rows)
         self._is_penalised = any(row.params.is_penalised for row in rows)
@@ -191,20 +190,24 @@ class StepRunner:
         tokens = info.tokens[:num_rows]
         wanted = self._wanted
         pending = PendingTokens(tokens, None if wanted is None else self._logprobs(logits, tokens, wanted))
-        if not by_replay and self._runs_ahead and self._model.drafter is not None:
-            self._model.drafter.propose(tokens.view(-1, self._width))
+        drafter = self._model.drafter
+        if not by_replay and drafter is not None:
+            if self._runs_ahead:
+                drafter.propose(tokens.view(-1, self._width))
+            else:
+                drafter.read()
         return pending
 
     def _choose(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> Tensor:
-        if not rows:
-            return torch.empty(0, dtype=torch.int64, device=logits.device)
-        info = self._model.sequence_info
-        if self._on_cuda:
+        info, drafter = self._model.sequence_info, self._model.drafter
+        if rows and not self._is_penalised and self._model.sample_and_advance(is_greedy=self._is_greedy):
+            return info.tokens[: len(rows)]
+        if rows and self._on_cuda:
             self._sample_on_cuda(logits, rows, bits)
-        elif not self._runs_ahead:
-            return self._sampler.sample(logits, rows, bits)
-        elif not (self._is_greedy and self._model.sample_and_advance(is_greedy=True)):
+        elif rows:
             info.advance(self._sampler.sample(logits, rows, bits))
+        if drafter is not None:
+            drafter.read()
         return info.tokens[: len(rows)]
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, wanted: Wanted) -> Logprobs:
@@ -220,7 +223,7 @@ class StepRunner:
             is_greedy = all(row.params.temperature == 0 for row in rows)
             info.sample_and_advance(self._sampler.penalise(logits, rows, bits), is_greedy=is_greedy)
             self._sampler.note(info.tokens[: len(rows)])
-        elif not self._model.sample_and_advance(is_greedy=self._is_greedy):
+        else:
             info.sample_and_advance(logits, is_greedy=self._is_greedy)
 
 

@@ -46,3 +46,9 @@ class Drafter(ABC):
             accepted: int64 [rows, 1 + num_drafts], what the sequences got in the step before, the newest
                 token included, and then negative numbers; None: the host wrote this step.
         """
+
+    def read(self) -> None:
+        """Take in the step that was run, once its tokens have been chosen, if ``propose`` does not follow.
+
+        Runs on the device alone, so that it can be captured.
+        """

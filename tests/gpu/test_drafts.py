@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, Qwen3Config
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype, SpeculativeConfig
 from ad_flashinfer_pass.kernels.attention import select, split_decode
 from ad_flashinfer_pass.kernels.workspaces import GraphState
+from ad_flashinfer_pass.models.heads.eagle3 import random_eagle3
+from ad_flashinfer_pass.models.heads.load import load_head
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
@@ -21,9 +25,11 @@ from ad_flashinfer_pass.runtime.sampling import SamplingParams, most_likely
 from ad_flashinfer_pass.runtime.sequence_info import Bucket, RowParams, SequenceStep
 from tests.gpu.paged import DEVICE, PagedBatch, Shape, site_of
 from tests.gpu.test_conformance import FP8, PLAIN, assert_within_bound, skipped_if_not_built
-from tests.gpu.test_end_to_end import PROMPTS, assert_same_tokens, model_of
+from tests.gpu.test_end_to_end import COMMON, PROMPTS, assert_same_tokens, model_of
 from tests.gpu.test_graphs import SIZES, same_bytes
+from tests.models.head_checkpoints import guessed_anew, write_mtp
 from tests.runtime.two_layers import NUM_TOKEN_IDS, TwoLayers, changed_slots
+from tests.runtime.watched import Watched
 
 SHAPES = [
     PLAIN,
@@ -290,3 +296,50 @@ def test_a_model_that_guesses_its_own_tokens() -> None:
         assert_same_tokens(model_of("LlamaConfig"), tokens)
         assert engine.metrics.drafts is not None
         assert engine.metrics.drafts.acceptance[0] > 0.8
+
+
+def with_head(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """A model, and a head of random weights for it."""
+    if kind == "eagle3":
+        model = model_of("LlamaConfig", num_hidden_layers=6)
+        torch.manual_seed(1)
+        config = LlamaConfig(**{**COMMON, "num_hidden_layers": 1, "vocab_size": COMMON["vocab_size"] // 2})
+        return model, random_eagle3(config, model, torch.bfloat16).to("cuda")
+    written = write_mtp(folder, Qwen3Config(**{**COMMON, "head_dim": 128}))
+    model = written.model.to("cuda", torch.bfloat16).requires_grad_(False)
+    return model, load_head("mtp", str(folder), model)
+
+
+@pytest.mark.parametrize("backend", ["torch-simple", "torch-cudagraph", "torch-opt"])
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_heads_guess_as_they_do_without_a_cache(
+    kind: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured, with the end of each step: tokens are right, and so are guesses but for rounding."""
+    model, head = with_head(kind, tmp_path)
+    config = AutoDeployConfig(
+        device="cuda",
+        dtype="bfloat16",
+        compile_backend=backend,  # type: ignore[arg-type]
+        max_batch_size=8,
+        max_seq_len=192,
+        max_num_tokens=128,
+        cuda_graph_batch_sizes=None if backend == "torch-simple" else [1, 3, 8],
+        speculative_config=SpeculativeConfig(drafter=kind, model="given"),  # type: ignore[arg-type]
+    )
+    with skipped_if_not_built():
+        cached, _ = transform_module(model, config, draft=head)
+    cached.verify_cost = {1: 0.0}
+    watched = Watched(cached, monkeypatch)
+    for steps_ahead in (0, 2):
+        tokens, engine = generate(cached, SamplingParams(), steps_ahead)
+        assert_same_tokens(model, tokens)
+        assert engine.metrics.num_verified > 20
+        if backend != "torch-simple":
+            assert not engine.metrics.eager_steps, engine.metrics.eager_steps
+    known = [each for each in watched.found if each[2] and each[1] < len(each[0].token_ids)][::5]
+    right = [
+        guesses == guessed_anew(head, model, s.token_ids[: n + 1], len(guesses)) for s, n, guesses in known
+    ]
+    print(f"{kind} {backend}: {sum(right)} of {len(right)} guesses as without a cache")
+    assert sum(right) > 0.8 * len(right) > 10

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ad_flashinfer_pass.models.heads.head import DraftHead
 from tests import architectures
 
 VOCAB, DRAFT_VOCAB, WIDTH = 128, 96, 64
@@ -22,6 +23,31 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 4, 2, 16
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """What a head computes of tokens [n] and hidden states [n, d], those of a sequence from its first on: logits
 in the vocabulary of the model [n, vocab], and its own hidden states [n, d]."""
+
+
+def guessed_anew(head: DraftHead, model: nn.Module, tokens: list[int], count: int) -> list[int]:
+    """What a head guesses after these tokens, by its own modules, without a cache."""
+    found: list[Tensor] = []
+    hook = head.body.get_submodule(head.own).register_forward_hook(
+        lambda _, given, result: found.append(result)
+    )
+    ids = torch.tensor([tokens], device=next(model.parameters()).device)
+    places = {"model.embed_tokens": 0, "model.norm": -1}
+    with torch.no_grad():
+        given = model(ids, output_hidden_states=True).hidden_states
+        read = [given[places[p] if p in places else 1 + int(p.rpartition(".")[2])] for p in head.reads]
+        states = torch.cat(read, -1)[:, :-1]
+        states = states if head.project is None else head.project(states)
+        following = ids[:, 1:]
+        for _ in range(count):
+            positions = torch.arange(following.shape[1], device=ids.device)[None]
+            logits = head.body(torch.cat([head.embed(following), states], -1), positions)
+            guess = logits[:, -1:].argmax(-1)
+            guess = guess if head.token_ids is None else head.token_ids[guess]
+            following = torch.cat([following, guess], 1)
+            states = torch.cat([states, found[-1][:, -1:]], 1)
+    hook.remove()
+    return following[0, -count:].tolist()
 
 
 @dataclass
@@ -147,19 +173,17 @@ def _eagle3(tensors: dict[str, Tensor], embeds: Tensor, hidden: Tensor) -> tuple
     return norm(hidden, "norm") @ tensors["lm_head.weight"].T, hidden
 
 
-def write_mtp(folder: Path, kind: str) -> Written:
+def write_mtp(folder: Path, config: Any) -> Written:
     """A model with an MTP layer, in one checkpoint.
 
     Args:
         folder: for the checkpoint.
-        kind: ``deepseek_v3`` and ``glm4_moe``, whose layer has embeddings and a head, and ``qwen3_5_text``,
-            whose layer has none, with full attention alone.
+        config: of the model. Of Qwen3.5 the layer has neither embeddings nor a head, of others it has both.
     """
-    is_qwen = kind.startswith("qwen")
-    changes = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2} if is_qwen else {}
-    config = architectures.small_config(kind, tie_word_embeddings=False, **changes)
+    is_qwen = config.model_type.startswith("qwen3_5")
     model = architectures.random_model(config)
-    one: Any = {"layer_types": ["full_attention"]} if is_qwen else {"first_k_dense_replace": 0}
+    kinds = {"layer_types": ["full_attention"], "first_k_dense_replace": 0}
+    one: Any = {key: value for key, value in kinds.items() if hasattr(config, key)}
     layer: Any = architectures.random_model(
         type(config).from_dict({**config.to_dict(), **one, "num_hidden_layers": 1}), seed=7
     )
@@ -182,7 +206,9 @@ def write_mtp(folder: Path, kind: str) -> Written:
             tensors[f"{place}{'norm' if is_qwen else 'shared_head.norm'}.weight"] = tensor
         elif not is_qwen:
             tensors[place + name.replace("lm_head", "shared_head.head").removeprefix("model.")] = tensor
-    named = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc") if is_qwen else ("enorm", "hnorm", "eh_proj")
+    named = (
+        ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc") if is_qwen else ("enorm", "hnorm", "eh_proj")
+    )
     for name, weight in zip(named, (enorm.weight, hnorm.weight, project), strict=True):
         tensors[f"{place}{name}.weight"] = weight.detach().clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

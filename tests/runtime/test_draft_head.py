@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig
@@ -16,10 +15,12 @@ from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.models.heads.load import load_head
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
+from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests import architectures
 from tests.models.head_checkpoints import Written, write_eagle3, write_mtp
+from tests.runtime.watched import Watched
 
 PROMPTS = architectures.random_prompts((1, 9, 20, 5), vocab_size=128)
 NUM_NEW_TOKENS = 24
@@ -37,9 +38,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
             return write_eagle3(folder)
         if name == "eagle3_own_embeddings":
             return write_eagle3(folder, own_embeddings=True, reads=[0, 4])
-        return write_mtp(folder, name)
+        return write_mtp(folder, mtp_config(name))
 
     return make
+
+
+def mtp_config(kind: str) -> Any:
+    """Of a model that can be verified: Qwen's with full attention alone."""
+    full = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    changes = full if kind.startswith("qwen") else {}
+    return architectures.small_config(kind, tie_word_embeddings=False, **changes)
 
 
 def drafter_of(name: str) -> Literal["eagle3", "mtp"]:
@@ -54,7 +62,7 @@ def served(head: Written, name: str | None, num_tokens: int = 3, **changes: Any)
         max_batch_size=4,
         max_seq_len=64,
         max_num_tokens=32,
-        kv_cache_config=KvCacheConfig(tokens_per_block=8, max_tokens=9 * 8),
+        kv_cache_config=KvCacheConfig(tokens_per_block=8, max_tokens=7 * 8),
         speculative_config=spec or None,
         **changes,
     )
@@ -64,32 +72,15 @@ def served(head: Written, name: str | None, num_tokens: int = 3, **changes: Any)
     return model
 
 
-class Watched:
-    """Notes what a drafter guesses, and after which tokens."""
-
-    def __init__(self, model: CachedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        drafter, self._info = model.drafter, model.sequence_info
-        assert drafter is not None
-        self._begin, self._propose = drafter.begin, drafter.propose
-        monkeypatch.setattr(drafter, "begin", self.begin)
-        monkeypatch.setattr(drafter, "propose", self.propose)
-        self._by_slot: dict[int, Any] = {}
-        self.found: list[tuple[Any, int, list[int]]] = []
-        """The sequence, the place of its newest token, and the guesses that have a page."""
-
-    def begin(self, sequences: Any) -> None:
-        self._begin(sequences)
-        self._by_slot = {sequence.slot: sequence for sequence in sequences}
-
-    def propose(self, accepted: Tensor | None = None) -> None:
-        self._propose(accepted)
-        info = self._info
-        for row, drafts in enumerate(info.drafts[: len(self._by_slot)].tolist()):
-            sequence = self._by_slot[int(info.views["slot_idx"][row])]
-            place = int(info.views["input_pos"][row])
-            if 0 < place < info.max_seq_len - len(drafts):  # else it rests
-                num_kept = int(info.views["max_cached"][row]) - place
-                self.found.append((sequence, place, drafts[1 : max(num_kept, 1)]))
+def captured(model: CachedModel) -> CachedModel:
+    """With its steps as a GPU would replay them."""
+    module = CudaGraphModule(model.module, [1, 2, 4], [8, 32], drafter=model.drafter)
+    module.capture(model.sequence_info, model.caches)
+    replayed = CachedModel(
+        module, model.caches, model.sequence_info, model.vocab_size, model.weights, model.drafter
+    )
+    replayed.verify_cost = model.verify_cost
+    return replayed
 
 
 def run(model: CachedModel, params: SamplingParams, steps_ahead: int) -> tuple[list[list[int]], Engine]:
@@ -113,22 +104,23 @@ def run(model: CachedModel, params: SamplingParams, steps_ahead: int) -> tuple[l
     return [found[i] for i in range(len(PROMPTS))], engine
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 2])
 @pytest.mark.parametrize("name", HEADS)
 def test_guesses_are_those_of_the_head_and_tokens_those_of_plain_decoding(
-    name: str, steps_ahead: int, written: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, written: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With chunks, preemption, neighbours and steps ahead; the oracle computes each sequence anew."""
+    """With chunks, preemption and neighbours, replayed steps ahead or not; the oracle has no cache."""
     head = written(name)
-    params = SamplingParams(max_new_tokens=NUM_NEW_TOKENS)
     expected = architectures.generated_by_transformers(head.model, PROMPTS, NUM_NEW_TOKENS)
-    model = served(head, name)
-    watched = Watched(model, monkeypatch)
-    found, engine = run(model, params, steps_ahead)
-    assert found == expected
-    assert engine.metrics.num_preemptions > 0
-    assert len(watched.found) > 20
-    for sequence, place, guesses in watched.found:
-        if guesses and place < len(sequence.token_ids):  # a step ahead may go beyond the end
-            assert guesses == head.guesses(sequence.token_ids[: place + 1], len(guesses)), place
-    assert sum(len(guesses) == 3 for _, _, guesses in watched.found) > 10
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, expected, strict=True)]
+    eager = served(head, name)
+    for model, steps_ahead in ((eager, 0), (captured(eager), 2)):
+        with monkeypatch.context() as patch:
+            watched = Watched(model, patch, texts)
+            found, engine = run(model, SamplingParams(max_new_tokens=NUM_NEW_TOKENS), steps_ahead)
+        assert found == expected
+        assert engine.metrics.num_preemptions > 0
+        assert min(engine.metrics.num_accepted) > 5
+        for sequence, place, guesses in watched.found:
+            if guesses and place < len(sequence.token_ids):  # a step ahead may go beyond the end
+                assert guesses == head.guesses(sequence.token_ids[: place + 1], len(guesses)), place
+        assert sum(len(guesses) == 3 for _, _, guesses in watched.found) > 10

@@ -67,7 +67,11 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
     """
     target, raw = Target.of(model), read_json(directory / "config.json")
     stored = headers(directory)
-    config, width, vocab = _config(directory, raw, target), target.config.hidden_size, target.config.vocab_size
+    config, width, vocab = (
+        _config(directory, raw, target),
+        target.config.hidden_size,
+        target.config.vocab_size,
+    )
     names = {}
     for name in stored:
         of_layer = name.removeprefix("midlayer.")
@@ -97,11 +101,17 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
             f"{directory}: tensor 'embed_tokens.weight' of shape {[vocab, d]} is missing, and the model's "
             f"has rows of {width}; the checkpoint is incomplete, or is of another model."
         )
-    layer = {there: here for there, here in names.items() if here.startswith(("model.layers.0.", "model.norm.", "lm_head."))}
+    layer = {
+        there: here
+        for there, here in names.items()
+        if here.startswith(("model.layers.0.", "model.norm.", "lm_head."))
+    }
     known = {"fc.weight", "d2t", "t2d", "embed_tokens.weight", *layer}
     left = sorted(stored.keys() - known)
     if left:
-        raise LoadError(f"{stored[left[0]].file}: tensor {left[0]!r} is none of an EAGLE-3 head that is known here.")
+        raise LoadError(
+            f"{stored[left[0]].file}: tensor {left[0]!r} is none of an EAGLE-3 head that is known here."
+        )
     body = Tensors(directory, stored, layer).model(
         Eagle3Model, config, ["model.embed_tokens.weight"], dtype=dtype, attn_implementation="sdpa"
     )

@@ -92,7 +92,9 @@ class Target(NamedTuple):
         config = model.config.get_text_config(decoder=True)
         decoder = model.get_decoder()
         stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-        paths = [path for path, m in model.named_modules() if m in stacks and len(m) == config.num_hidden_layers]
+        paths = [
+            path for path, m in model.named_modules() if m in stacks and len(m) == config.num_hidden_layers
+        ]
         if len(paths) != 1:
             raise ConfigError(
                 f"speculative_config: {type(model).__name__} has {len(paths)} lists of "
@@ -137,7 +139,9 @@ class Tensors:
             LoadError: it is missing, or is another one.
         """
         if name not in self:
-            raise LoadError(f"{self.directory}: tensor {known_as!r} of shape {list(shape)} is missing; {_OTHER}.")
+            raise LoadError(
+                f"{self.directory}: tensor {known_as!r} of shape {list(shape)} is missing; {_OTHER}."
+            )
         stored = self._stored[self._files[name]]
         if stored.shape != shape or stored.dtype not in kinds:
             raise LoadError(
@@ -186,7 +190,10 @@ class Tensors:
                 f"{self.directory}: tensor {self._files.get(name, name)!r} must have shape {list(wanted)}, "
                 f"found {list(found)}; {_OTHER}."
             )
-        for what, names in (("is missing", info["missing_keys"]), ("is none of a head", info["unexpected_keys"])):
+        for what, names in (
+            ("is missing", info["missing_keys"]),
+            ("is none of a head", info["unexpected_keys"]),
+        ):
             names = sorted({*names}.difference(lent))
             if names:
                 name = self._known_as(names[0])

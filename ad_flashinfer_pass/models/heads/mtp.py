@@ -79,7 +79,9 @@ def load_mtp(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftHead
         norms.append(type(norm)(d, eps=target.config.rms_norm_eps))
         norms[-1].weight = nn.Parameter(tensors.take(name, (d,), there[name]).to(dtype))
     project = nn.Linear(2 * d, d, bias=False)
-    project.weight = nn.Parameter(tensors.take("eh_proj.weight", (d, 2 * d), there["eh_proj.weight"]).to(dtype))
+    project.weight = nn.Parameter(
+        tensors.take("eh_proj.weight", (d, 2 * d), there["eh_proj.weight"]).to(dtype)
+    )
     embed: nn.Module = target.embed
     if "embed_tokens.weight" in tensors:
         weight = tensors.take("embed_tokens.weight", (vocab, d), there["embed_tokens.weight"])
@@ -137,7 +139,9 @@ def _config(target: Target) -> Any:
         one["layer_types"] = ["full_attention"]
     if hasattr(config, "first_k_dense_replace"):
         one["first_k_dense_replace"] = 0
-    return type(config).from_dict({**config.to_dict(), **one, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    return type(config).from_dict(
+        {**config.to_dict(), **one, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    )
 
 
 def _is_by_layer(value: Any, config: Any) -> bool:

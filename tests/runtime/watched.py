@@ -47,8 +47,8 @@ class Watched:
 
     def replay(self, *, is_greedy: bool) -> bool:
         was_replayed = self._replay(is_greedy=is_greedy)
-        if was_replayed and self._info.num_verified:
-            self._note()
+        if was_replayed and self._info.num_verified and self._info.device.type == "cuda":
+            self._note()  # elsewhere a replay calls propose
         return was_replayed
 
     def _note(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from ad_flashinfer_pass.collector import rare_collection
 from ad_flashinfer_pass.config import AutoDeployConfig, check_type
 from ad_flashinfer_pass.errors import ConfigError
-from ad_flashinfer_pass.models.heads.load import load_head
+from ad_flashinfer_pass.heads.load import load_head
 from ad_flashinfer_pass.models.loading import LoadedModel, load_model
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.following import follow

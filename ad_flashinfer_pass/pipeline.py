@@ -19,10 +19,9 @@ from ad_flashinfer_pass.errors import CapacityError, ConfigError, TransformError
 from ad_flashinfer_pass.graph.stage_writer import StageWriter
 from ad_flashinfer_pass.kernels import prebuilt
 from ad_flashinfer_pass.kernels.attention import select
-from ad_flashinfer_pass.models.heads.head import DraftHead
 from ad_flashinfer_pass.records import TransformContext, TransformReport
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
-from ad_flashinfer_pass.runtime.drafts.head import HeadDrafter
+from ad_flashinfer_pass.runtime.drafts.head import DraftHead, HeadDrafter
 from ad_flashinfer_pass.runtime.drafts.model import ModelDrafter
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
 
@@ -45,7 +44,7 @@ def transform_module(
             [b, s], and returns logits [b, s, vocab] or an object that has them.
         config: its keys about the model are not read. If it names no device, the module's is used.
         draft: with ``speculative_config.drafter: model`` the model that guesses, likewise, and of the same
-            vocabulary; with eagle3 and mtp the ``models.heads.head.DraftHead``.
+            vocabulary; with eagle3 and mtp the ``runtime.drafts.head.DraftHead``.
         on_event: called with the name of each transform as it begins.
         rank: whose part of the model is made, of ``config.world_size`` ranks. Default: this process's, in
             torch.distributed's default group.
@@ -84,18 +83,12 @@ def transform_module(
 
 def _check_drafter(config: AutoDeployConfig, draft: nn.Module | None) -> None:
     spec = config.speculative_config
-    asks = spec is not None and spec.drafter != "ngram"
-    if asks != (draft is not None):
+    asks = "nothing" if spec is None else {"ngram": "nothing", "model": "a model"}.get(spec.drafter, "a head")
+    given = "nothing" if draft is None else "a head" if isinstance(draft, DraftHead) else "a model"
+    if asks != given:
         raise ConfigError(
-            f"speculative_config: drafter: {spec.drafter} needs the model that guesses; transform_module takes "
-            "it as draft, and build_model loads it."
-            if asks and spec is not None
-            else "draft: is for speculative_config with drafter: model, eagle3 or mtp; leave it out."
-        )
-    if spec is not None and spec.reads_hidden_states != isinstance(draft, DraftHead):
-        raise ConfigError(
-            f"draft: got a {type(draft).__name__} with speculative_config.drafter: {spec.drafter}; a DraftHead "
-            "goes with eagle3 and mtp, and with them alone."
+            f"draft: drafter: {spec and spec.drafter} of speculative_config takes {asks}, got {given}; model "
+            "takes the model that guesses, eagle3 and mtp a DraftHead. build_model loads them."
         )
 
 

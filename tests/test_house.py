@@ -24,7 +24,7 @@ masks, kernels
 ops, matching
 experts, saved_program
 models, runtime, saved_graph
-records, states, export_cache
+records, states, export_cache, heads
 registry
 transforms
 pipeline

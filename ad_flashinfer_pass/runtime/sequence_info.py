@@ -436,7 +436,7 @@ class SequenceInfo:
 
         Args:
             other: its step decoded, or verified drafts.
-            got: int64 [rows, n], the tokens of its step, of each sequence at least one and then negative ones.
+            got: int64 [rows, n], the tokens of its step, of each sequence some and then negative numbers.
 
         Returns:
             int64 [rows], the places of the last ones among those of all sequences.

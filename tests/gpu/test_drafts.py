@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, KvDtype, SpeculativeConfig
+from ad_flashinfer_pass.heads.eagle3 import random_eagle3
+from ad_flashinfer_pass.heads.load import load_head
 from ad_flashinfer_pass.kernels.attention import select, split_decode
 from ad_flashinfer_pass.kernels.workspaces import GraphState
-from ad_flashinfer_pass.models.heads.eagle3 import random_eagle3
-from ad_flashinfer_pass.models.heads.load import load_head
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
+from ad_flashinfer_pass.runtime.drafts.head import DraftHead
 from ad_flashinfer_pass.runtime.drafts.ngram import NgramDrafter
 from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams, most_likely
@@ -298,7 +299,7 @@ def test_a_model_that_guesses_its_own_tokens() -> None:
         assert engine.metrics.drafts.acceptance[0] > 0.8
 
 
-def with_head(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+def with_head(kind: str, folder: Path) -> tuple[nn.Module, DraftHead]:
     """A model, and a head of random weights for it."""
     if kind == "eagle3":
         model = model_of("LlamaConfig", num_hidden_layers=6)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ad_flashinfer_pass.models.heads.head import DraftHead
+from ad_flashinfer_pass.runtime.drafts.head import DraftHead
 from tests import architectures
 
 VOCAB, DRAFT_VOCAB, WIDTH = 128, 96, 64
@@ -126,7 +126,7 @@ def write_eagle3(folder: Path, *, own_embeddings: bool = False, reads: list[int]
         own_embeddings: whether it has some.
         reads: layers whose results it reads, as eagle_config says; None: says nothing.
     """
-    model = architectures.random_model(architectures.CONFIGS["llama_gqa4"](num_layers=6), "eager")
+    model: Any = architectures.random_model(architectures.CONFIGS["llama_gqa4"](num_layers=6), "eager")
     tensors = eagle3_tensors(3 if reads is None else len(reads), own_embeddings)
     given = {} if reads is None else {"eagle_config": {"eagle_aux_hidden_state_layer_ids": reads}}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Heads that guess: the tokens are those of plain decoding, and the guesses those of the head computed anew."""
+"""Heads: the tokens are those of plain decoding, and the guesses those of the head computed anew."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import torch
 
-from ad_flashinfer_pass.build import build_model
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig
-from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
-from ad_flashinfer_pass.models.heads.load import load_head
+from ad_flashinfer_pass.heads.load import load_head
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.cuda_graph import CudaGraphModule
@@ -45,8 +42,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def mtp_config(kind: str) -> Any:
     """Of a model that can be verified: Qwen's with full attention alone."""
-    full = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
-    changes = full if kind.startswith("qwen") else {}
+    full: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    changes: dict[str, Any] = full if kind.startswith("qwen") else {}
     return architectures.small_config(kind, tie_word_embeddings=False, **changes)
 
 

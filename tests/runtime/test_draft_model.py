@@ -120,8 +120,9 @@ def test_loads_both_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"drafter": "model"}, "model must be given with drafter: model, and only then, got None"),
-        ({"drafter": "ngram", "model": "x"}, "model must be given .* and only then, got 'x'"),
+        ({"drafter": "model"}, "model must be given with drafter: model and eagle3.* got .*model: None"),
+        ({"drafter": "eagle3"}, "model must be given with drafter: model and eagle3.* got .*model: None"),
+        ({"drafter": "ngram", "model": "x"}, "cannot be with ngram, got drafter: ngram, model: 'x'"),
     ],
 )
 def test_refuses_a_config_that_names_no_model_or_one_too_many(keys: dict[str, Any], message: str) -> None:
@@ -132,9 +133,9 @@ def test_refuses_a_config_that_names_no_model_or_one_too_many(keys: dict[str, An
 def test_refuses_models_that_do_not_go_together() -> None:
     """No model, another vocabulary, and one with states, each by what is wrong."""
     spec = SpeculativeConfig(drafter="model", model="given")
-    with pytest.raises(ConfigError, match="drafter: model needs the model that guesses"):
+    with pytest.raises(ConfigError, match="drafter: model of speculative_config takes a model, got nothing"):
         transform_module(model_of("llama_gqa4"), AutoDeployConfig(speculative_config=spec))
-    with pytest.raises(ConfigError, match="draft: is for speculative_config with drafter: model"):
+    with pytest.raises(ConfigError, match="drafter: None of speculative_config takes nothing, got a model"):
         transform_module(model_of("llama_gqa4"), AutoDeployConfig(), draft=model_of("llama_mha"))
     config = architectures.CONFIGS["llama_mha"](num_layers=1)
     config.vocab_size = 96

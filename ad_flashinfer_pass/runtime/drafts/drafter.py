@@ -47,7 +47,7 @@ class Drafter(ABC):
                 token included, and then negative numbers; None: the host wrote this step.
         """
 
-    def read(self) -> None:
+    def read(self) -> None:  # noqa: B027 -- others need nothing of a step
         """Take in the step that was run, once its tokens have been chosen, if ``propose`` does not follow.
 
         Runs on the device alone, so that it can be captured.

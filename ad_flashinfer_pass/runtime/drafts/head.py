@@ -1,10 +1,10 @@
 """Guesses by a head, which reads what layers of the model made of the tokens: EAGLE-3, MTP.
 
-At each place the head reads the hidden states there and the token one place later, and says what comes after
-that. So it reads every step of the model, once the tokens of the step are known; it has pools of its own, with
-the pages of the sequence. The first guess follows from the newest token, and each other one from the guess
-before and what the head itself made of it. K and V of guesses lie where the head reads on, and are written
-again then.
+At each place the head reads the hidden states there and the token one place later, and says what comes
+after that. So it reads every step of the model, once the tokens of the step are known. It has pools of its
+own, and a sequence has the same pages in both. The first guess follows from the newest token, and each other
+one from the guess before and what the head itself made of it. K and V of guesses lie where the head reads on,
+and are written again then.
 
 Where pages are shared, what the head has at the last place of one is of the token that followed there first.
 It decides how good the guesses are, and never a token.
@@ -17,10 +17,38 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.models.heads.head import DraftHead
 from ad_flashinfer_pass.runtime.drafts.drafter import DraftedSequence, Drafter
 from ad_flashinfer_pass.runtime.sampling import most_likely
 from ad_flashinfer_pass.runtime.sequence_info import SequenceInfo
+
+
+class DraftHead(nn.Module):
+    """A head, in eval mode, on the device of the model that it guesses for.
+
+    Args:
+        body: the part that has a cache: from a token's embedding and a hidden state, side by side as
+            inputs_embeds [b, s, 2 * d], to logits.
+        embed: tokens to vectors, that of the model or its own.
+        reads: paths of the modules of the model whose results it reads, in order.
+        own: path of the module of ``body`` whose result is read beside its own guesses.
+        project: from what the model gives to the width of ``own``; None: it has that width.
+        token_ids: int64, the token of the model for each of the body's; None: they are the same.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        embed: nn.Module,
+        reads: Sequence[str],
+        own: str,
+        project: nn.Module | None = None,
+        token_ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.body, self.embed, self.project, self.reads, self.own = body, embed, project, tuple(reads), own
+        self.token_ids: Tensor | None
+        self.register_buffer("token_ids", token_ids, persistent=False)
+        self.eval().requires_grad_(False)
 
 
 class HeadDrafter(Drafter):
@@ -71,7 +99,8 @@ class HeadDrafter(Drafter):
         info, own, drafts = self._info, self._own, self._info.drafts
         if accepted is None:
             own.follow(info, back=1)
-            hidden, last = self._last[info.views["slot_idx"][: len(drafts)]], slice(len(drafts))
+            last = torch.arange(len(drafts), device=info.device)
+            hidden = self._last[info.views["slot_idx"][: len(drafts)]]
         else:
             last = own.look_back(info, accepted)
             hidden = self._read_hidden(accepted.numel())

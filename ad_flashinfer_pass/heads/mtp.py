@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ad_flashinfer_pass.errors import ConfigError, LoadError
-from ad_flashinfer_pass.models.heads.head import Body, DraftHead, Target, Tensors, embedding, headers
+from ad_flashinfer_pass.errors import ConfigError
+from ad_flashinfer_pass.heads.reading import Body, Target, Tensors, embedding, headers
+from ad_flashinfer_pass.runtime.drafts.head import DraftHead
 
 _DEEPSEEK = {
     "enorm.weight": "enorm.weight",
@@ -66,31 +67,32 @@ def load_mtp(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftHead
         ConfigError: there is no MTP layer, or the model is of a kind that is not supported.
     """
     target, stored = Target.of(model), headers(directory)
-    names, there = _names(directory, stored, target)
+    names, places = _names(directory, stored, target)
     norm, head = getattr(target.decoder, "norm", None), target.model.get_output_embeddings()
     if norm is None or head is None:
         raise ConfigError(
             f"speculative_config: {type(model).__name__} has no decoder.norm before its head, which an MTP "
             "layer reads; use another drafter."
         )
-    tensors, d, vocab = Tensors(directory, stored, names), target.config.hidden_size, target.config.vocab_size
+    tensors, d, vocab = (
+        Tensors(directory, stored, names, places),
+        target.config.hidden_size,
+        target.config.vocab_size,
+    )
     norms = []
     for name in ("enorm.weight", "hnorm.weight"):
         norms.append(type(norm)(d, eps=target.config.rms_norm_eps))
-        norms[-1].weight = nn.Parameter(tensors.take(name, (d,), there[name]).to(dtype))
+        norms[-1].weight = nn.Parameter(tensors.take(name, (d,)).to(dtype))
     project = nn.Linear(2 * d, d, bias=False)
-    project.weight = nn.Parameter(
-        tensors.take("eh_proj.weight", (d, 2 * d), there["eh_proj.weight"]).to(dtype)
-    )
+    project.weight = nn.Parameter(tensors.take("eh_proj.weight", (d, 2 * d)).to(dtype))
     embed: nn.Module = target.embed
     if "embed_tokens.weight" in tensors:
-        weight = tensors.take("embed_tokens.weight", (vocab, d), there["embed_tokens.weight"])
+        weight = tensors.take("embed_tokens.weight", (vocab, d))
         embed = embedding(weight, dtype)
-    config = _config(target)
     layer = {name: here for name, here in names.items() if here.startswith(("model.", "lm_head."))}
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
-    own = Tensors(directory, stored, layer).model(
+    own = Tensors(directory, stored, layer, places).model(
         kind,
         config,
         ["model.embed_tokens.weight", "lm_head.weight"],
@@ -107,7 +109,7 @@ def load_mtp(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftHead
 def _names(
     directory: Path, stored: Mapping[str, Any], target: Target
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What the tensors of the layer are called here, and what those that must be there are called there."""
+    """What the tensors of the layer are called here, and how names begin here and there."""
     count = target.config.num_hidden_layers
     for pattern, known, inner in (
         (rf"(?:.*\.)?layers\.{count}\.", _DEEPSEEK, ""),
@@ -124,7 +126,8 @@ def _names(
             elif rest.startswith(inner):
                 names[name] = f"model.layers.0.{rest.removeprefix(inner)}"
         if names:
-            return names, {here: f"{first}{rest}" for rest, here in known.items()}
+            places = {here: f"{first}{rest}" for rest, here in known.items()}
+            return names, {**places, "model.layers.0.": f"{first}{inner}"}
     raise ConfigError(
         f"speculative_config: {directory} has no MTP layer, neither layers.{count} nor mtp; name the "
         "checkpoint that has it as speculative_config.model, or use another drafter."

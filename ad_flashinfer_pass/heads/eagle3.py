@@ -16,9 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from ad_flashinfer_pass.errors import ConfigError, LoadError
-from ad_flashinfer_pass.models.heads.head import Body, DraftHead, Target, Tensors, embedding, headers
+from ad_flashinfer_pass.heads.reading import Body, Target, Tensors, embedding, headers
 from ad_flashinfer_pass.models.json_file import read_json
+from ad_flashinfer_pass.runtime.drafts.head import DraftHead
 
+_PLACES = {"model.layers.0.": "midlayer.", "model.": ""}
 _KEY = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -33,8 +35,9 @@ class _Layer(nn.Module):
             old = getattr(self.self_attn, name)
             setattr(self.self_attn, name, nn.Linear(2 * width, old.out_features, bias=old.bias is not None))
         self.mlp = LlamaMLP(config)
-        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
-            setattr(self, name, LlamaRMSNorm(width, eps=config.rms_norm_eps))
+        self.input_layernorm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
         """With what a layer of transformers is given."""
@@ -45,7 +48,7 @@ class _Layer(nn.Module):
         return result
 
 
-class Eagle3Model(LlamaForCausalLM):  # type: ignore[misc]
+class Eagle3Model(LlamaForCausalLM):
     """A Llama of one such layer; it takes inputs_embeds [b, s, 2 * d]."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -81,13 +84,13 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
             names[name] = f"model.{name}"
         else:
             names[name] = name
-    tensors = Tensors(directory, stored, names)
+    tensors = Tensors(directory, stored, names, _PLACES)
     reads, d = _reads(directory, raw, target), config.hidden_size
     project = nn.Linear(len(reads) * width, d, bias=False)
-    project.weight = nn.Parameter(tensors.take("fc.weight", (d, len(reads) * width), "fc.weight").to(dtype))
+    project.weight = nn.Parameter(tensors.take("fc.weight", (d, len(reads) * width)).to(dtype))
     token_ids, draft_vocab, embed = None, config.vocab_size, target.embed
     if "d2t" in tensors or draft_vocab != vocab:
-        shifts = tensors.take("d2t", (draft_vocab,), "d2t", ("I64", "I32"))
+        shifts = tensors.take("d2t", (draft_vocab,), ("I64", "I32"))
         token_ids = torch.arange(draft_vocab) + shifts
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab:
             raise LoadError(
@@ -95,7 +98,7 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
                 f"{int(token_ids.max())}, of which the model has {vocab}; the head is of another model."
             )
     if "model.embed_tokens.weight" in tensors:
-        embed = embedding(tensors.take("model.embed_tokens.weight", (vocab, d), "embed_tokens.weight"), dtype)
+        embed = embedding(tensors.take("model.embed_tokens.weight", (vocab, d)), dtype)
     elif d != width:
         raise LoadError(
             f"{directory}: tensor 'embed_tokens.weight' of shape {[vocab, d]} is missing, and the model's "
@@ -112,7 +115,7 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
         raise LoadError(
             f"{stored[left[0]].file}: tensor {left[0]!r} is none of an EAGLE-3 head that is known here."
         )
-    body = Tensors(directory, stored, layer).model(
+    body = Tensors(directory, stored, layer, _PLACES).model(
         Eagle3Model, config, ["model.embed_tokens.weight"], dtype=dtype, attn_implementation="sdpa"
     )
     return _head(body, embed, reads, project, token_ids)
@@ -171,7 +174,7 @@ def _reads(directory: Path, raw: dict[str, Any], target: Target) -> list[str]:
         takes = [index + 1 for index in inner]
     if not all(isinstance(index, int) and 0 <= index <= count for index in takes):
         raise ConfigError(
-            f"speculative_config.model: {directory}: {_KEY} must name layers of the model, which has {count}, "
-            f"got {inner or takes}."
+            f"speculative_config.model: {directory}: {_KEY} must name layers of the model, which has "
+            f"{count}, got {inner or takes}."
         )
     return [f"{target.layers}.{index - 1}" if index else target.path_of(target.embed) for index in takes]

@@ -1,7 +1,7 @@
-"""``DraftHead``: what guesses tokens from the hidden states of a model, and how one is read.
+"""What the layouts of heads have in common: the model, the tensors of a checkpoint, and what is made of them.
 
-Its decoder layer, with norm and lm_head, is a causal language model of transformers with one layer, so that
-masks and rotary embeddings are those of transformers, and the pass treats it as any other model.
+The decoder layer of a head, with norm and lm_head, is a causal language model of transformers with one layer,
+so that masks and rotary embeddings are those of transformers, and the pass treats it as any other model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Body(nn.Module):
         join: makes what its layer reads of both; None: the layer does so.
     """
 
-    def __init__(self, model: nn.Module, join: nn.Module | None = None) -> None:
+    def __init__(self, model: Any, join: nn.Module | None = None) -> None:
         super().__init__()
         self.model, self.join = model, join
         self.config = copy.deepcopy(model.config)
@@ -42,34 +42,6 @@ class Body(nn.Module):
         joined = inputs_embeds if self.join is None else self.join(inputs_embeds)
         logits: Tensor = self.model(inputs_embeds=joined, position_ids=position_ids, use_cache=False).logits
         return logits
-
-
-class DraftHead(nn.Module):
-    """A head, in eval mode, on the device of the model that it guesses for.
-
-    Args:
-        body: the part that has a cache.
-        embed: tokens to vectors, that of the model or its own.
-        reads: paths of the modules of the model whose results it reads, in order.
-        own: path of the module of ``body`` whose result is read beside its own guesses.
-        project: from what the model gives to the width of ``own``; None: it has that width.
-        token_ids: int64, the token of the model for each of the body's; None: they are the same.
-    """
-
-    def __init__(
-        self,
-        body: Body,
-        embed: nn.Module,
-        reads: Sequence[str],
-        own: str,
-        project: nn.Module | None = None,
-        token_ids: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.body, self.embed, self.project, self.reads, self.own = body, embed, project, tuple(reads), own
-        self.token_ids: Tensor | None
-        self.register_buffer("token_ids", token_ids, persistent=False)
-        self.eval().requires_grad_(False)
 
 
 class Target(NamedTuple):
@@ -113,26 +85,30 @@ class Tensors:
 
     Args:
         directory: of safetensors.
+        stored: what its files hold.
         names: what is read, by name: what it is called here.
-
-    Raises:
-        LoadError: a file is missing or damaged.
+        places: how names begin here: how they begin there, the longer ones first.
     """
 
-    def __init__(self, directory: Path, stored: Mapping[str, Stored], names: Mapping[str, str]) -> None:
-        self.directory, self._stored = directory, stored
+    def __init__(
+        self,
+        directory: Path,
+        stored: Mapping[str, Stored],
+        names: Mapping[str, str],
+        places: Mapping[str, str],
+    ) -> None:
+        self.directory, self._stored, self._places = directory, stored, places
         self._files = {here: there for there, here in names.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def take(self, name: str, shape: Shape, known_as: str, kinds: Sequence[str] = tuple(REAL)) -> Tensor:
+    def take(self, name: str, shape: Shape, kinds: Sequence[str] = tuple(REAL)) -> Tensor:
         """One of them.
 
         Args:
             name: as it is called here.
             shape: that it must have.
-            known_as: its name in the checkpoint, where it is missing.
             kinds: dtypes that it may have, as safetensors calls them.
 
         Raises:
@@ -140,7 +116,8 @@ class Tensors:
         """
         if name not in self:
             raise LoadError(
-                f"{self.directory}: tensor {known_as!r} of shape {list(shape)} is missing; {_OTHER}."
+                f"{self.directory}: tensor {self._known_as(name)!r} of shape {list(shape)} is missing; "
+                f"{_OTHER}."
             )
         stored = self._stored[self._files[name]]
         if stored.shape != shape or stored.dtype not in kinds:
@@ -162,9 +139,9 @@ class Tensors:
         Raises:
             LoadError: others are missing, or some have another shape or are no real numbers.
         """
-        for name, there in self._files.items():
-            if self._stored[there].dtype not in REAL:
-                stored = self._stored[there]
+        for there in self._files.values():
+            stored = self._stored[there]
+            if stored.dtype not in REAL:
                 raise LoadError(
                     f"{stored.file}: tensor {there!r} is {stored.dtype}, but a head's weights must be one of "
                     f"{', '.join(REAL)}; give a checkpoint that is not quantized."
@@ -201,14 +178,9 @@ class Tensors:
         return model
 
     def _known_as(self, name: str) -> str:
-        """What a tensor is called in the checkpoint, or would be: as one of the same module is."""
-        if name in self._files:
-            return self._files[name]
-        for end in range(len(name), 0, -1):
-            for here, there in self._files.items():
-                if here.startswith(name[:end]) and there.endswith(here[end:]):
-                    return there[: len(there) - len(here) + end] + name[end:]
-        return name
+        """What a tensor is called in the checkpoint, or would be."""
+        here = next((here for here in self._places if name.startswith(here)), "")
+        return self._files.get(name, self._places.get(here, "") + name.removeprefix(here))
 
     def _read(self, name: str) -> Tensor:
         there = self._files[name]

@@ -36,6 +36,7 @@ from ad_flashinfer_pass.transforms import (
     functionalize,
     insert_cached_attention,
     insert_cached_state,
+    keep_hidden_states,
     match_repeat_kv,
     number_by_positions,
     shard,
@@ -58,6 +59,7 @@ from tests.transforms.small_models import (
     softmax_with_sinks,
 )
 from tests.transforms.test_check_packing import Transposed
+from tests.transforms.test_keep_hidden_states import assert_keeps, kept, leaking
 
 Patch = pytest.MonkeyPatch
 FORMS = hand_written.FORMS
@@ -110,10 +112,15 @@ def ranks_serve(make: Callable[[], nn.Module]) -> Callable[[], None]:
 
 def refuses(make: Callable[[], nn.Module]) -> Callable[[], None]:
     """The pass stops."""
+    return refused(lambda: cached(built(make)))
+
+
+def refused(run: Callable[[], object]) -> Callable[[], None]:
+    """The pass stops."""
 
     def check() -> None:
         try:
-            cached(built(make))
+            run()
         except TransformError:
             return
         raise AssertionError("not refused")
@@ -199,6 +206,8 @@ ORACLES: dict[str, Callable[[], None]] = {
     "refused_ramp_from_one": refuses(lambda: SmallModel(sdpa, mix=from_one)),
     "refused_number_of_tokens": refuses(lambda: SmallModel(sdpa, mix=lambda m, x, p: x / x.shape[1])),
     "refused_logits_by_token_and_batch": refuses(Transposed),
+    "kept": lambda: assert_keeps(SmallModel(sdpa, FORMS["sdpa_expanded"]), ["layers.1", "layers.0"]),
+    "refused_two_results": refused(lambda: kept(leaking(), ["parts.leaking"])),
     "refused_readers": refuses(lambda: SmallModel(hand_written.attend_with_weights)),
 }
 
@@ -477,6 +486,25 @@ def flex_without(name: str) -> Callable[[Patch], None]:
     return mutate
 
 
+def last_within(gm: fx.GraphModule, path: str) -> fx.Node:
+    """The last node of a module, whatever it is."""
+    return [node for node in gm.graph.nodes if f"model.{path}" in keep_hidden_states._modules(node)][-1]
+
+
+def first_within(gm: fx.GraphModule, path: str) -> fx.Node:
+    nodes = (node for node in gm.graph.nodes if f"model.{path}" in keep_hidden_states._modules(node))
+    return next(node for node in nodes if g.is_tensor(node) and len(g.shape(node)) == 3)
+
+
+def same_columns(patch: Patch) -> None:
+    """All modules write to the first ones."""
+
+    def broken(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+        return g.call_op(graph, target, *args[:2], 0)
+
+    patch.setattr(keep_hidden_states, "g", Shim(g, call_op=broken))
+
+
 def sums_of_one_rank(patch: Patch) -> None:
     patch.setattr(shard._Sharder, "_reduce", lambda self, node, part: self._replace(node, part))
 
@@ -501,7 +529,7 @@ def of(transform: str, broken: str, mutate: Callable[[Patch], None], caught_by: 
 
 
 MATCH, CLASSIFY, INSERT = "match_attention", "classify_mask", "insert_cached_attention"
-LATENT = "cache_latent"
+LATENT, KEEP = "cache_latent", "keep_hidden_states"
 MUTATIONS = [
     of("eliminate_noops", "casts dropped", casts_dropped, "casts_that_round"),
     of("expand_flex_attention", "score_mod dropped", flex_without("score_mod"), "flex_cap"),
@@ -544,6 +572,9 @@ MUTATIONS = [
     of(LATENT, "a head's own rotation ignored", looked_through(aten.mul), "rotations"),
     of(INSERT, "every layer has the first cache", caches(lambda made: made[0]), "two_layers"),
     of(INSERT, "lengths without this step's tokens", stale_lengths, "two_layers"),
+    of(KEEP, "a value within", replaced(keep_hidden_states, "result_of", first_within), "kept"),
+    of(KEEP, "the last value", replaced(keep_hidden_states, "result_of", last_within), "refused_two_results"),
+    of(KEEP, "one over the other", same_columns, "kept"),
     of("shard", "sums of one rank alone", sums_of_one_rank, "two_ranks"),
     of("shard", "all ranks have the first part", same_part_for_all, "two_ranks"),
     of("insert_cached_state", "every layer has the first pool", states(first_pool), "states"),

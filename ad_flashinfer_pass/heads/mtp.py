@@ -74,14 +74,10 @@ def load_mtp(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftHead
             f"speculative_config: {type(model).__name__} has no decoder.norm before its head, which an MTP "
             "layer reads; use another drafter."
         )
-    tensors, d, vocab = (
-        Tensors(directory, stored, names, places),
-        target.config.hidden_size,
-        target.config.vocab_size,
-    )
-    norms = []
+    tensors, config = Tensors(directory, stored, names, places), _config(target)
+    d, vocab, norms = config.hidden_size, config.vocab_size, []
     for name in ("enorm.weight", "hnorm.weight"):
-        norms.append(type(norm)(d, eps=target.config.rms_norm_eps))
+        norms.append(type(norm)(d, eps=config.rms_norm_eps))
         norms[-1].weight = nn.Parameter(tensors.take(name, (d,)).to(dtype))
     project = nn.Linear(2 * d, d, bias=False)
     project.weight = nn.Parameter(tensors.take("eh_proj.weight", (d, 2 * d)).to(dtype))

@@ -97,8 +97,8 @@ def to_program(model: CachedModel) -> ExportedProgram:
     need: call ``program.module(check_guards=False)``, or ``restore`` the program.
 
     Raises:
-        ConfigError: the model was compiled or captured, is one rank's part, or computes sequences anew when
-            they grow beyond some length (longrope).
+        ConfigError: the model was compiled or captured, is one rank's part, has a head that guesses, or
+            computes sequences anew when they grow beyond some length (longrope).
     """
     check_type("model", model, CachedModel)
     module = model.module
@@ -111,6 +111,11 @@ def to_program(model: CachedModel) -> ExportedProgram:
         raise ConfigError(
             "a model of several ranks cannot be saved, of which this is one's part: save the program before "
             "transform, and transform it in each rank."
+        )
+    if model.sequence_info.has_next:
+        raise ConfigError(
+            "a model whose hidden states a head reads cannot be saved, since the head cannot: transform it "
+            "without speculative_config, or with drafter: ngram."
         )
     if (limit := model.sequence_info.recompute_at) is not None:
         raise ConfigError(
@@ -181,10 +186,10 @@ def restore(
         # verify_kernel takes drafts alone, all of one length: without drafts, extends are prefilled.
         is_unused = args["verify_kernel"] and not num_drafts
         ctx.sequence_info.max_extend_len = 1 if is_unused else args["max_extend_len"]
-    if drafting is not None and drafting.model is not None:
+    if drafting is not None and drafting.drafter != "ngram":
         raise ConfigError(
-            f"speculative_config.model: got {drafting.model!r}, but a program that was saved has one model; "
-            "use drafter: ngram, or transform both models."
+            f"speculative_config: got drafter: {drafting.drafter}, but a program that was saved has one "
+            "model; use drafter: ngram, or transform both models."
         )
     if num_drafts and ctx.sequence_info.max_extend_len != 1 + num_drafts:
         raise ConfigError(

@@ -12,6 +12,10 @@ The weights are random, but for the last linears of attention and MLP, which are
 rows are embeddings: the next token is a fixed permutation of the last one, so that the text is known. They
 are read all the same.
 
+With ``--drafter eagle3`` the n-gram drafter's place is taken by an EAGLE-3 head of that shape, with a
+vocabulary of 32,000 tokens. Its weights are random, so that only ``steps`` and ``forced`` mean something. The
+head reads plain steps, too: what they cost without one is what the run with the other drafter says.
+
 ``--smoke`` runs all of it with a small shape on the CPU, to see that it runs.
 """
 
@@ -33,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig
 from ad_flashinfer_pass.deployment.bench import copy_bandwidth, machine, step_bytes
+from ad_flashinfer_pass.heads.eagle3 import random_eagle3
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.engine import Engine
@@ -49,7 +54,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
@@ -123,8 +128,13 @@ def build(args: argparse.Namespace, device: torch.device) -> CachedModel:
     """The model with its graphs."""
     shape = LlamaConfig(architectures=["LlamaForCausalLM"], **SMALL) if args.smoke else llama_8b(args.layers)
     on_cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    module, draft, has_head = known_model(shape, device, dtype), None, args.drafter == "eagle3"
+    if has_head:
+        one = {"vocab_size": 512 if args.smoke else 32000, "num_hidden_layers": 1}
+        draft = random_eagle3(LlamaConfig(**{**shape.to_dict(), **one}), module, dtype).to(device)
     model, reports = transform_module(
-        known_model(shape, device, torch.bfloat16 if on_cuda else torch.float32),
+        module,
         AutoDeployConfig(
             device=str(device),
             compile_backend=args.compile_backend if on_cuda else "torch-simple",
@@ -133,8 +143,11 @@ def build(args: argparse.Namespace, device: torch.device) -> CachedModel:
             max_num_tokens=args.max_num_tokens,
             cuda_graph_batch_sizes=args.batches,
             kv_cache_config=KvCacheConfig(dtype=args.kv_dtype),
-            speculative_config=SpeculativeConfig(drafter="ngram", num_tokens=args.num_tokens),
+            speculative_config=SpeculativeConfig(
+                drafter=args.drafter, model="given" if has_head else None, num_tokens=args.num_tokens
+            ),
         ),
+        draft=draft,
         on_event=lambda name: print(f"  {name}", file=sys.stderr, flush=True),
     )
     for report in reports:
@@ -222,6 +235,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
+    parser.add_argument("--drafter", choices=["ngram", "eagle3"], default="ngram")
     parser.add_argument("--num-tokens", type=int, default=3, help="drafts of a sequence in a step")
     parser.add_argument("--forced", type=int, nargs="*", default=[2, 3, 4], help="tokens that a step gives")
     parser.add_argument("--context", type=int, default=1024)
@@ -247,6 +261,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "copy_bytes_per_s": bandwidth,
+        "drafter": args.drafter,
         "num_tokens": args.num_tokens,
         "kv_dtype": args.kv_dtype,
         "build_seconds": time.perf_counter() - start,
@@ -291,7 +306,7 @@ def main() -> int:
                 times=fast / plain,
             )
         forced.set(0)
-        for kind, rows in (("circle", circle), ("random", random)):
+        for kind, rows in (("circle", circle), ("random", random)) if args.drafter == "ngram" else ():
             plain, _ = speed(model, rows, args.new, drafts=False, always=False)
             fast, metrics = speed(model, rows, args.new, drafts=True, always=False)
             note(

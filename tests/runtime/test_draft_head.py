@@ -9,6 +9,8 @@ from typing import Any, Literal
 import pytest
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig
+from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
+from ad_flashinfer_pass.exported import to_program
 from ad_flashinfer_pass.heads.load import load_head
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -121,3 +123,63 @@ def test_guesses_are_those_of_the_head_and_tokens_those_of_plain_decoding(
             if guesses and place < len(sequence.token_ids):  # a step ahead may go beyond the end
                 assert guesses == head.guesses(sequence.token_ids[: place + 1], len(guesses)), place
         assert sum(len(guesses) == 3 for _, _, guesses in watched.found) > 10
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_reads_steps_that_verify_nothing(
+    is_replayed: bool, written: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those beside a penalised request: what is guessed once it has ended is what the head guesses of all."""
+    head = written("eagle3")
+    model = served(head, "eagle3")
+    model = captured(model) if is_replayed else model
+    watched = Watched(model, monkeypatch)
+    engine = Engine(model, steps_ahead=2 * is_replayed)
+    lengths = {engine.add_request(PROMPTS[1], SamplingParams(max_new_tokens=30)): 30}
+    lengths[engine.add_request(PROMPTS[3], SamplingParams(max_new_tokens=9, repetition_penalty=1.3))] = 9
+    found = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.completion is not None:
+                found[output.request_id] = output.completion.token_ids
+    assert [found[0]] == architectures.generated_by_transformers(head.model, [PROMPTS[1]], 30)
+    assert {index: len(tokens) for index, tokens in found.items()} == lengths
+    num_plain = engine.metrics.num_steps - engine.metrics.num_verify_steps
+    assert num_plain >= 9
+    guessed = [each for each in watched.found if each[2] and each[1] < len(each[0].token_ids)]
+    assert len(guessed) > 10
+    for sequence, place, guesses in guessed:
+        assert guesses == head.guesses(sequence.token_ids[: place + 1], len(guesses)), place
+
+
+def test_requests_that_begin_alike_share_pages_of_both(written: Any) -> None:
+    """The second one computes little of its prompt; the tokens are the same."""
+    head = written("eagle3")
+    plain, drafted = served(head, None), served(head, "eagle3")
+    results = []
+    for model in (plain, drafted):
+        engine, found = Engine(model), []
+        for prompt in (PROMPTS[2], [*PROMPTS[2], 7]):
+            engine.add_request(prompt, SamplingParams(max_new_tokens=12, temperature=0.7, seed=3))
+            while engine.has_work:
+                found += [o.completion.token_ids for o in engine.step() if o.completion is not None]
+        assert engine.metrics.num_cached_tokens >= 16
+        results.append(found)
+    assert results[0] == results[1]
+
+
+def test_refuses_what_a_head_cannot_be_used_for(written: Any) -> None:
+    """No head, a model in its place, a target with states, and a program that would be saved without it."""
+    head = written("eagle3")
+    spec = SpeculativeConfig(drafter="eagle3", model="given")
+    config = AutoDeployConfig(device="cpu", max_seq_len=64, speculative_config=spec)
+    with pytest.raises(ConfigError, match="drafter: eagle3 of speculative_config takes a head, got nothing"):
+        transform_module(head.model, config)
+    with pytest.raises(ConfigError, match="drafter: eagle3 of speculative_config takes a head, got a model"):
+        transform_module(head.model, config, draft=head.model)
+    with pytest.raises(ConfigError, match="a model whose hidden states a head reads cannot be saved"):
+        to_program(served(head, "eagle3"))
+    hybrid = architectures.random_model(architectures.small_config("qwen3_next"))
+    drafter = load_head("eagle3", str(head.folder), hybrid)
+    with pytest.raises(UnsupportedError, match="cannot be taken back"):
+        transform_module(hybrid, config, draft=drafter)

@@ -70,6 +70,17 @@ def test_keeps_what_layers_give() -> None:
     assert_keeps(SmallModel(sdpa, sdpa, sdpa), ["layers.0", "layers.2"])
 
 
+def test_the_op_writes_its_rows_and_columns_alone() -> None:
+    """And passes torch's own checks."""
+    op, hidden = torch.ops.ad_flashinfer.keep_hidden_state.default, torch.randn(2, 4, 3).transpose(1, 2)
+    torch.library.opcheck(op, (hidden, torch.zeros(8, 9), 5))
+    found = torch.zeros(8, 9)
+    op(hidden, found, 5)
+    assert torch.equal(found[:6, 5:], hidden.reshape(6, 4))
+    assert not found[6:].any()
+    assert not found[:, :5].any()
+
+
 def test_changes_nothing_where_nobody_asks() -> None:
     graph, ctx = kept(SmallModel(sdpa), [])
     assert NAME not in g.parameters(graph)

@@ -163,7 +163,7 @@ def test_refuses_checkpoints_without_a_head(mtp: Written, eagle3: Written, tmp_p
 
 
 def test_a_head_has_the_dtype_of_its_model(eagle3: Written) -> None:
-    model = architectures.random_model(architectures.CONFIGS["llama_gqa4"](num_layers=6))
+    model: Any = architectures.random_model(architectures.CONFIGS["llama_gqa4"](num_layers=6))
     head = load_head("eagle3", str(eagle3.folder), model.to(torch.bfloat16))
     assert {each.dtype for each in head.parameters()} == {torch.bfloat16}
     assert head.token_ids is not None

@@ -50,7 +50,7 @@ def assert_keeps(model: SmallModel, paths: Sequence[str]) -> None:
     given: dict[str, Tensor] = {}
     for path in paths:
         model.get_submodule(path).register_forward_hook(
-            lambda module, args, result, path=path: given.update({path: result[0]})  # type: ignore[misc]
+            lambda module, args, result, path=path: given.update({path: result[0]})
         )
     wanted, steps = [], []
     for index, length in enumerate((7, 4)):

@@ -302,7 +302,7 @@ def test_a_model_that_guesses_its_own_tokens() -> None:
 def with_head(kind: str, folder: Path) -> tuple[nn.Module, DraftHead]:
     """A model, and a head of random weights for it."""
     if kind == "eagle3":
-        model = model_of("LlamaConfig", num_hidden_layers=6)
+        model = model_of("LlamaConfig")
         torch.manual_seed(1)
         config = LlamaConfig(**{**COMMON, "num_hidden_layers": 1, "vocab_size": COMMON["vocab_size"] // 2})
         return model, random_eagle3(config, model, torch.bfloat16).to("cuda")
@@ -336,11 +336,15 @@ def test_heads_guess_as_they_do_without_a_cache(
         tokens, engine = generate(cached, SamplingParams(), steps_ahead)
         assert_same_tokens(model, tokens)
         assert engine.metrics.num_verified > 20
+        assert min(engine.metrics.num_accepted) > 10 or not watched.known
+        # Some of the next drafts are these tokens, so that several are kept.
+        watched.known = [[*prompt, *after] for prompt, after in zip(PROMPTS, tokens, strict=True)]
         if backend != "torch-simple":
             assert not engine.metrics.eager_steps, engine.metrics.eager_steps
     known = [each for each in watched.found if each[2] and each[1] < len(each[0].token_ids)][::5]
-    right = [
-        guesses == guessed_anew(head, model, s.token_ids[: n + 1], len(guesses)) for s, n, guesses in known
-    ]
-    print(f"{kind} {backend}: {sum(right)} of {len(right)} guesses as without a cache")
-    assert sum(right) > 0.8 * len(right) > 10
+    pairs = [(drafts, guessed_anew(head, model, s.token_ids[: n + 1], len(drafts))) for s, n, drafts in known]
+    first, whole = sum(a[0] == b[0] for a, b in pairs), sum(a == b for a, b in pairs)
+    print(
+        f"{kind} {backend}: {first} first guesses and {whole} whole drafts of {len(pairs)} as without a cache"
+    )
+    assert first > 0.85 * len(pairs) > 10

@@ -26,7 +26,7 @@ class Watched:
     def __init__(
         self, model: CachedModel, monkeypatch: pytest.MonkeyPatch, known: Sequence[list[int]] = ()
     ) -> None:
-        self._known, self._rng = known, random.Random(0)
+        self.known, self._rng = known, random.Random(0)
         drafter, self._info = model.drafter, model.sequence_info
         assert drafter is not None
         self._begin, self._propose, self._replay = drafter.begin, drafter.propose, model.sample_and_advance
@@ -59,7 +59,7 @@ class Watched:
             if 0 < place < info.max_seq_len - len(drafts):  # else it rests
                 num_kept = int(info.views["max_cached"][row]) - place
                 self.found.append((sequence, place, drafts[1 : max(num_kept, 1)]))
-            for text in self._known:
+            for text in self.known:
                 if text[: len(sequence.token_ids)] == sequence.token_ids:
                     right = text[place + 1 :][: self._rng.randrange(len(drafts))]
                     info.drafts[row, 1 : 1 + len(right)] = torch.tensor(right, dtype=torch.int64)

@@ -264,6 +264,9 @@ class SequenceInfo:
         logits."""
         self.num_verified = 0
         """Rows of the step that verify drafts, padding included; 0: it is no such step."""
+        self.decodes = False
+        """Whether the step is one token of each sequence, with its row of logits, so that ``advance`` makes
+        the metadata those of the next step."""
         self.num_rows = 0
         """Sequences of the step, padding included."""
         self._shape = (1, 0)
@@ -277,8 +280,8 @@ class SequenceInfo:
 
     @property
     def advances(self) -> bool:
-        """Whether the metadata of the step became those of the next one when its tokens were chosen."""
-        return self.num_verified > 0 or self._shape[1] == 1
+        """Whether the metadata of the step become those of the next one when its tokens are chosen."""
+        return self.num_verified > 0 or self.decodes
 
     @property
     def views(self) -> dict[str, Tensor]:
@@ -355,6 +358,7 @@ class SequenceInfo:
             filled.copy_(self._filled_in(filled))
         self.num_rows, self.num_verified = len(sequences), len(sequences) if verifies else 0
         self._shape = (total, 1) if info.num_decode == total else (1, total)
+        self.decodes = info.num_decode == total and all(seq.gather for seq in sequences)
 
     def named_args(self) -> dict[str, Tensor]:
         """The inputs of the graph by name; shapes as in the module docstring."""
@@ -398,7 +402,7 @@ class SequenceInfo:
         is_stopped = views["is_stopped"][:n]
         tokens = torch.where(is_stopped > 0, IDLE, sampled)
         self.tokens[:n] = tokens
-        if self._shape[1] != 1:
+        if not self.decodes:
             return
         is_stop = (tokens[:, None] == views["stop_token_ids"][:n]).any(1)
         goes_on = ~(is_stop | (tokens < 0))
@@ -457,7 +461,7 @@ class SequenceInfo:
         counts = (0, 0, rows, rows * width, 0, 0) if width > 1 else (0, 0, 0, 0, rows, rows)
         self._batch_info_host.numpy()[:] = BatchInfo._make((*counts, *limits, rows, 1))
         self._shape = (1, rows * width) if width > 1 else (rows, 1)
-        self._num_gather, self.num_verified = rows, 0
+        self._num_gather, self.num_verified, self.decodes = rows, 0, width == 1
         for name in ("cache_loc", "cu_num_pages"):
             ours[name].copy_(theirs[name])
         ours["is_stopped"][:rows] = rests
@@ -543,9 +547,9 @@ class SequenceInfo:
         """
         from ad_flashinfer_pass.kernels import sampling as advance  # needs triton
 
-        views, is_decode = self._buffer.views, self._shape[1] == 1
+        views = self._buffer.views
         with torch.cuda.device_of(scores):
-            kinds = {"advances": is_decode, "is_greedy": is_greedy}
+            kinds = {"advances": self.decodes, "is_greedy": is_greedy}
         advance.sample_and_advance(scores, self.tokens, views, idle=IDLE, **kinds)
 
     def _filled_in(self, ids: Tensor) -> Tensor:

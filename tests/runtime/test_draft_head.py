@@ -134,7 +134,7 @@ def test_reads_steps_that_verify_nothing(
     model = served(head, "eagle3")
     model = captured(model) if is_replayed else model
     watched = Watched(model, monkeypatch)
-    engine = Engine(model, steps_ahead=2 * is_replayed)
+    engine = Engine(model, steps_ahead=2 * is_replayed, prefill_chunk_tokens=1)
     lengths = {engine.add_request(PROMPTS[1], SamplingParams(max_new_tokens=30)): 30}
     lengths[engine.add_request(PROMPTS[3], SamplingParams(max_new_tokens=9, repetition_penalty=1.3))] = 9
     found = {}

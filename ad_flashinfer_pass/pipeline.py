@@ -111,6 +111,11 @@ def _with_draft(
             f"speculative_config.model: its vocabulary has {ctx.draft.vocab_size} tokens, that of the model "
             f"{ctx.vocab_size}; they must be the same."
         )
+    if head is not None and ctx.draft.sequence_info.has_lengths > ctx.sequence_info.has_lengths:
+        raise ConfigError(
+            "speculative_config.model: the rotary frequencies of the head depend on how long a sequence is, "
+            "and those of the model do not; the head is of another model."
+        )
     guessing, _ = pipeline.since("compile").run(guessing, ctx.draft)
     infos = (ctx.sequence_info, ctx.draft.sequence_info)
     if head is None:

@@ -45,6 +45,7 @@ def keep_hidden_states(model: nn.Module, ctx: TransformContext) -> tuple[nn.Modu
             op = torch.ops.ad_flashinfer.keep_hidden_state.default
             g.call_op(model.graph, op, node, target, sum(widths[:index]))
         report.notes.append(f"{path}: {widths[index]} of {sum(widths)} columns, from {node.name}")
+    report.notes.append(f"of {len(kept)} tokens: {kept.nbytes / 2**20:.1f} MiB")
     g.finish(model)
     return model, report
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from ad_flashinfer_pass.config import AutoDeployConfig, KvCacheConfig, SpeculativeConfig
 from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.exported import to_program
+from ad_flashinfer_pass.heads.eagle3 import random_eagle3
 from ad_flashinfer_pass.heads.load import load_head
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -168,6 +170,21 @@ def test_requests_that_begin_alike_share_pages_of_both(written: Any) -> None:
     assert results[0] == results[1]
 
 
+def test_a_model_may_take_lengths_that_its_head_does_not() -> None:
+    """Of dynamic NTK; chunks and steps of the model have one input more."""
+    config = architectures.CONFIGS["llama_mha"](num_layers=3)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config.max_position_embeddings = 16
+    model = architectures.random_model(config)
+    one = random_eagle3(architectures.CONFIGS["llama_mha"](num_layers=1), model, torch.float32)
+    spec = SpeculativeConfig(drafter="eagle3", model="given")
+    keys: dict[str, Any] = {"device": "cpu", "max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 32}
+    plain, _ = transform_module(model, AutoDeployConfig(**keys))
+    drafted, _ = transform_module(model, AutoDeployConfig(**keys, speculative_config=spec), draft=one)
+    params = SamplingParams(max_new_tokens=12)
+    assert run(drafted, params, 2)[0] == run(plain, params, 0)[0]
+
+
 def test_refuses_what_a_head_cannot_be_used_for(written: Any) -> None:
     """No head, a model in its place, a target with states, and a program that would be saved without it."""
     head = written("eagle3")
@@ -179,6 +196,11 @@ def test_refuses_what_a_head_cannot_be_used_for(written: Any) -> None:
         transform_module(head.model, config, draft=head.model)
     with pytest.raises(ConfigError, match="a model whose hidden states a head reads cannot be saved"):
         to_program(served(head, "eagle3"))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    longer = architectures.CONFIGS["llama_mha"](num_layers=1)
+    longer.rope_parameters, longer.max_position_embeddings = rope, 16
+    with pytest.raises(ConfigError, match="rotary frequencies of the head depend on how long a sequence is"):
+        transform_module(head.model, config, draft=random_eagle3(longer, head.model, torch.float32))
     hybrid = architectures.random_model(architectures.small_config("qwen3_next"))
     drafter = load_head("eagle3", str(head.folder), hybrid)
     with pytest.raises(UnsupportedError, match="cannot be taken back"):

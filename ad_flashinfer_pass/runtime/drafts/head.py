@@ -89,7 +89,8 @@ class HeadDrafter(Drafter):
             args = own.named_args()
             args["token_gather_indices"] = args["token_gather_indices"][:0]
         else:
-            args, last = info.next_args(), info.views["cu_seqlen"][1 : info.num_rows + 1].long() - 1
+            given, last = info.next_args(), info.views["cu_seqlen"][1 : info.num_rows + 1].long() - 1
+            args = {name: given[name] for name in own.named_args()}  # the model may take lengths besides
         hidden = self._read_hidden(args["input_ids"].numel())
         self._keep(hidden[last])
         self._run(args, hidden)

@@ -25,6 +25,14 @@ from tests.runtime.watched import Watched
 
 PROMPTS = architectures.random_prompts((1, 9, 20, 5), vocab_size=128)
 NUM_NEW_TOKENS = 24
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + i / 4 for i in range(8)],
+}
 HEADS = ["eagle3", "eagle3_own_embeddings", "deepseek_v3", "glm4_moe", "qwen3_5_text"]
 
 
@@ -171,10 +179,9 @@ def test_requests_that_begin_alike_share_pages_of_both(written: Any) -> None:
 
 
 def test_a_model_may_take_lengths_that_its_head_does_not() -> None:
-    """Of dynamic NTK; chunks and steps of the model have one input more."""
+    """Of longrope; chunks and steps of the model have one input more."""
     config = architectures.CONFIGS["llama_mha"](num_layers=3)
-    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    config.max_position_embeddings = 16
+    config.rope_parameters = LONGROPE
     model = architectures.random_model(config)
     one = random_eagle3(architectures.CONFIGS["llama_mha"](num_layers=1), model, torch.float32)
     spec = SpeculativeConfig(drafter="eagle3", model="given")
@@ -196,9 +203,8 @@ def test_refuses_what_a_head_cannot_be_used_for(written: Any) -> None:
         transform_module(head.model, config, draft=head.model)
     with pytest.raises(ConfigError, match="a model whose hidden states a head reads cannot be saved"):
         to_program(served(head, "eagle3"))
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     longer = architectures.CONFIGS["llama_mha"](num_layers=1)
-    longer.rope_parameters, longer.max_position_embeddings = rope, 16
+    longer.rope_parameters = LONGROPE
     with pytest.raises(ConfigError, match="rotary frequencies of the head depend on how long a sequence is"):
         transform_module(head.model, config, draft=random_eagle3(longer, head.model, torch.float32))
     hybrid = architectures.random_model(architectures.small_config("qwen3_next"))

@@ -87,7 +87,7 @@ Q = "midlayer.self_attn.q_proj.weight"
         (as_other("d2t", Tensor.float), r"'d2t' must have shape \[96\] and be one of I64, I32, found .* F32"),
         (as_other(Q, lambda q: q.to(torch.float8_e4m3fn)), f"'{Q}' is F8_E4M3"),
         (as_other("lm_head.weight", lambda w: w[:9].clone()), r"'lm_head.weight' must have shape \[96, 64\]"),
-        (more("fc_norm.weight"), "'fc_norm.weight' is none of an EAGLE-3 head"),
+        (more("fc_norm.weight"), "'fc_norm.weight' is none of a head"),
         (more("midlayer.self_attn.q_norm.weight"), "'midlayer.self_attn.q_norm.weight' is none of a head"),
     ],
 )
@@ -106,6 +106,7 @@ def test_refuses_tensors_that_are_no_eagle3_head(
         ({"num_hidden_layers": 2}, "must be one layer of model_type llama .* 2 layers"),
         ({"norm_before_residual": True}, "without norm_before_residual"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 6]}}, r"must name layers .* has 6, got"),
+        ({"hidden_size": "64"}, r"config\.json: .*hidden_size"),
         ({"hidden_size": 32}, r"'fc.weight' must have shape \[32, 192\]"),
     ],
 )

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from ad_flashinfer_pass.errors import ConfigError, LoadError
 from ad_flashinfer_pass.heads.reading import Body, Target, Tensors, embedding, headers
 from ad_flashinfer_pass.models.json_file import read_json
+from ad_flashinfer_pass.models.source import UNEXPECTED_VALUE
 from ad_flashinfer_pass.runtime.drafts.head import DraftHead
 
 _PLACES = {"model.layers.0.": "midlayer.", "model.": ""}
@@ -69,13 +70,8 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
         ConfigError: the head is of another model, or of a kind that is not supported.
     """
     target, raw = Target.of(model), read_json(directory / "config.json")
-    stored = headers(directory)
-    config, width, vocab = (
-        _config(directory, raw, target),
-        target.config.hidden_size,
-        target.config.vocab_size,
-    )
-    names = {}
+    stored, config, names = headers(directory), _config(directory, raw, target), {}
+    width, vocab = target.config.hidden_size, target.config.vocab_size
     for name in stored:
         of_layer = name.removeprefix("midlayer.")
         if of_layer != name or name.startswith("layers.0."):
@@ -97,24 +93,10 @@ def load_eagle3(directory: Path, model: nn.Module, dtype: torch.dtype) -> DraftH
                 f"{stored['d2t'].file}: tensor 'd2t' leads to tokens {int(token_ids.min())} to "
                 f"{int(token_ids.max())}, of which the model has {vocab}; the head is of another model."
             )
-    if "model.embed_tokens.weight" in tensors:
+    if "model.embed_tokens.weight" in tensors or d != width:
         embed = embedding(tensors.take("model.embed_tokens.weight", (vocab, d)), dtype)
-    elif d != width:
-        raise LoadError(
-            f"{directory}: tensor 'embed_tokens.weight' of shape {[vocab, d]} is missing, and the model's "
-            f"has rows of {width}; the checkpoint is incomplete, or is of another model."
-        )
-    layer = {
-        there: here
-        for there, here in names.items()
-        if here.startswith(("model.layers.0.", "model.norm.", "lm_head."))
-    }
-    known = {"fc.weight", "d2t", "t2d", "embed_tokens.weight", *layer}
-    left = sorted(stored.keys() - known)
-    if left:
-        raise LoadError(
-            f"{stored[left[0]].file}: tensor {left[0]!r} is none of an EAGLE-3 head that is known here."
-        )
+    read = ("fc.weight", "d2t", "t2d", "embed_tokens.weight")
+    layer = {there: here for there, here in names.items() if there not in read}
     body = Tensors(directory, stored, layer, _PLACES).model(
         Eagle3Model, config, ["model.embed_tokens.weight"], dtype=dtype, attn_implementation="sdpa"
     )
@@ -158,7 +140,10 @@ def _config(directory: Path, raw: dict[str, Any], target: Target) -> LlamaConfig
     given = {**raw, "vocab_size": raw.get("draft_vocab_size") or vocab, "num_hidden_layers": 1}
     given = {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype", "layer_types")}
     ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # of the other vocabulary
-    return LlamaConfig.from_dict({**given, **ids, "tie_word_embeddings": False})
+    try:
+        return LlamaConfig.from_dict({**given, **ids, "tie_word_embeddings": False})
+    except UNEXPECTED_VALUE as err:
+        raise LoadError(f"{directory / 'config.json'}: {' '.join(str(err).split())}") from None
 
 
 def _reads(directory: Path, raw: dict[str, Any], target: Target) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tests.models.head_checkpoints import (
     WIDTH,
     Written,
     eagle3_config,
+    guessed_anew,
     write_eagle3,
     write_mtp,
 )
@@ -193,3 +195,34 @@ def test_builds_a_model_with_the_head_that_a_config_names(
         for each in (None, spec)
     )
     assert drafted[0].token_ids == plain[0].token_ids
+
+
+def test_an_mtp_layer_guesses_what_transformers_guesses(
+    mtp: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own reader and code of the layer, which lends it the model's embeddings and head."""
+    layers = pytest.importorskip("transformers.modeling_layers")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip("this version of transformers has none")
+    model: Any = mtp.model
+    monkeypatch.setattr(model, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3\..*"])
+    theirs = layers.MtpModel.from_pretrained(model).eval()
+    head = load_head("mtp", str(mtp.folder), model)
+    theirs.embed_tokens = head.embed
+    theirs.shared_head = head.body.get_submodule("model.lm_head")
+    cache = importlib.import_module("transformers.cache_utils").MtpCache
+    for prompt in architectures.random_prompts((3, 9, 14, 20), VOCAB):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states[-1]
+            guess, *_ = theirs(
+                input_ids=ids[:, 1:],
+                last_hidden_states=states[:, :-1],
+                position_ids=torch.arange(1, len(prompt))[None],
+                mtp_cache=cache(config=model.config.get_mtp_config()),
+                full_input_ids=ids,
+                attention_mask=torch.ones_like(ids[:, 1:]),
+                do_sample=False,
+                logits_processor=None,
+            )
+        assert guess.tolist() == [guessed_anew(head, model, prompt, 1)]

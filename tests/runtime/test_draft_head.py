@@ -183,7 +183,8 @@ def test_a_model_may_take_lengths_that_its_head_does_not() -> None:
     config = architectures.CONFIGS["llama_mha"](num_layers=3)
     config.rope_parameters = LONGROPE
     model = architectures.random_model(config)
-    one = random_eagle3(architectures.CONFIGS["llama_mha"](num_layers=1), model, torch.float32)
+    layer: Any = architectures.CONFIGS["llama_mha"](num_layers=1)
+    one = random_eagle3(layer, model, torch.float32)
     spec = SpeculativeConfig(drafter="eagle3", model="given")
     keys: dict[str, Any] = {"device": "cpu", "max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 32}
     plain, _ = transform_module(model, AutoDeployConfig(**keys))
@@ -203,7 +204,7 @@ def test_refuses_what_a_head_cannot_be_used_for(written: Any) -> None:
         transform_module(head.model, config, draft=head.model)
     with pytest.raises(ConfigError, match="a model whose hidden states a head reads cannot be saved"):
         to_program(served(head, "eagle3"))
-    longer = architectures.CONFIGS["llama_mha"](num_layers=1)
+    longer: Any = architectures.CONFIGS["llama_mha"](num_layers=1)
     longer.rope_parameters = LONGROPE
     with pytest.raises(ConfigError, match="rotary frequencies of the head depend on how long a sequence is"):
         transform_module(head.model, config, draft=random_eagle3(longer, head.model, torch.float32))

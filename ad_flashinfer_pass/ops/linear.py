@@ -54,7 +54,7 @@ def linear(
         [..., rows], or [..., rows // 2] if gated, in the dtype of x.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    flat_residual = None if residual is None else residual.reshape(tokens.shape[0], -1)
+    flat_residual = None if residual is None else residual.reshape(tokens.shape[0], -1).contiguous()
     around = (bias, norm, eps, flat_residual, gated)
     how = None if weight_scale is None else Quantization(weight_scale, input_scale, activation, zero_point)
     run = partial(by_torch, tokens, weight, *around, how)

@@ -19,6 +19,7 @@ from ad_flashinfer_pass.kernels.linear import float8, quantize, small_gemm  # no
 from ad_flashinfer_pass.kernels.linear.by_torch import by_torch  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.quantized import Quantization  # noqa: E402
 from ad_flashinfer_pass.kernels.linear.small_gemm import Around, Config  # noqa: E402
+from ad_flashinfer_pass.ops.linear import linear  # noqa: E402
 
 # The interpreter multiplies bfloat16 by its bits.
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -84,6 +85,16 @@ def test_products(tokens: int, rows: int, depth: int, config: Config, parts: str
     for _ in range(2):  # the second launch finds the counters as the first one left them
         out = small_gemm.run(x, weight, around, config)
         assert_close(out, x, weight, around)
+
+
+def test_the_op_takes_a_residual_that_is_part_of_wider_rows() -> None:
+    """As that of a head which reads an embedding and a hidden state side by side."""
+    x, weight, wide = random(5, 128, seed=0), random(36, 128, seed=1), random(5, 72, seed=2)
+    plan = "/".join(map(str, ("small_gemm", *Config(16, 64, 1, 2, 3))))
+    out = linear(x, weight, residual=wide[:, 36:], plan=plan)
+    assert_close(out, x, weight, Around(residual=wide[:, 36:]))
+    around = Around(residual=wide[:, 36:].contiguous())
+    assert_close(small_gemm.run(x, weight, around, Config(16, 64, 1, 2, 3)), x, weight, around)
 
 
 @pytest.mark.parametrize("parts", ["residual", "bias norm gated"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -48,13 +49,12 @@ def dumps(gm: fx.GraphModule, owner: nn.Module, key: str) -> bytes:
         CannotSaveError: it has regions, or arguments, values or constants of other kinds.
     """
     constants, symbols = dict[str, Tensor](), dict[str, int]()
+    memory = _shared_memory(gm)
     values, origins = dict[str, int](), dict[str, int]()
     nodes, own = [], _tensors(owner)
     for node in gm.graph.nodes:
         target = str(node.target)
         if node.op == "call_function":
-            if g.mutates_input(node):  # values that are read share no memory, by which its views are known
-                raise CannotSaveError(f"{node.name} writes in place")
             target = _name(node.target)
         elif node.op == "get_attr" and (tensor := g.attribute(node)) is not own.get(target):
             if type(tensor) is not Tensor or target in own or tensor.numel() > _LARGEST_CONSTANT:
@@ -64,7 +64,7 @@ def dumps(gm: fx.GraphModule, owner: nn.Module, key: str) -> bytes:
             raise CannotSaveError(node.op)
         modules = [[key, *map(str, place)] for key, place in (node.meta.get("nn_module_stack") or {}).items()]
         shared = (
-            (values, _described(g.value(node), symbols)),
+            (values, _described(g.value(node), symbols, memory)),
             (origins, [modules, node.meta.get("stack_trace")]),
         )
         numbers = [table.setdefault(json.dumps(entry), len(table)) for table, entry in shared]
@@ -134,13 +134,14 @@ def _written(value: Any) -> Any:
     raise CannotSaveError(f"an argument {value!r:.80}")
 
 
-def _described(value: Any, symbols: dict[str, int]) -> Any:
-    """A node's value as JSON; the symbols of its sizes, with their hints, are added."""
+def _described(value: Any, symbols: dict[str, int], memory: dict[int, int]) -> Any:
+    """A node's value as JSON; the symbols of its sizes, with their hints, and its memory are added."""
     if isinstance(value, Tensor):
-        sizes = [[_described(size, symbols) for size in sizes] for sizes in (value.shape, value.stride())]
-        return {"tensor": [str(value.dtype).removeprefix("torch."), str(value.device), *sizes]}
+        sizes = [_described(list(sizes), symbols, memory) for sizes in (value.shape, value.stride())]
+        number = memory.get(value.untyped_storage()._cdata) if memory else None
+        return {"tensor": [str(value.dtype).removeprefix("torch."), str(value.device), number, *sizes]}
     if isinstance(value, (list, tuple)):
-        return [_described(item, symbols) for item in value]
+        return [_described(item, symbols, memory) for item in value]
     if value is None or type(value) is int:
         return value
     if not isinstance(value, SymInt):
@@ -151,6 +152,17 @@ def _described(value: Any, symbols: dict[str, int]) -> Any:
     if not symbols.keys() >= {symbol.name for symbol in expression.free_symbols}:
         raise CannotSaveError(f"a size {value} with bounds")
     return sympy.srepr(expression)
+
+
+def _shared_memory(gm: fx.GraphModule) -> dict[int, int]:
+    """Numbers of what several values share, if anything is written: views are told by it."""
+    if not any(node.op == "call_function" and g.mutates_input(node) for node in gm.graph.nodes):
+        return {}
+    try:
+        places = Counter(t.untyped_storage()._cdata for node in gm.graph.nodes for t in g.tensors(node))
+    except NotImplementedError:  # under vmap
+        raise CannotSaveError("a value has no memory") from None
+    return {place: number for number, place in enumerate(places) if places[place] > 1}
 
 
 def _graph(data: list[Any], owner: nn.Module, constants: dict[str, Tensor]) -> fx.GraphModule:
@@ -207,7 +219,7 @@ def _read(value: Any, made: Mapping[str, fx.Node]) -> Any:
 
 
 def _values(described: list[Any], symbols: dict[str, int]) -> Iterator[Any]:
-    """The values of nodes; equal ones are one object."""
+    """The values of nodes; equal ones are one object, and views share the memory of what they show."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     dynamic: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC] * len(symbols))
@@ -223,11 +235,20 @@ def _values(described: list[Any], symbols: dict[str, int]) -> Iterator[Any]:
         expression = expression.xreplace({symbol: own[symbol.name] for symbol in expression.free_symbols})
         return env.create_symintnode(expression, hint=int(expression.xreplace(hints)))
 
+    @cache
+    def memory_of(number: int, device: str) -> Tensor:
+        return torch.empty(16, dtype=torch.uint8, device=device)
+
     def value_of(entry: Any) -> Any:
         if isinstance(entry, dict):
-            dtype, device, *sizes = entry["tensor"]
-            shape, stride = (list(map(value_of, each)) for each in sizes)
-            return torch.empty_strided(shape, stride, dtype=_read({"@torch": dtype}, {}), device=device)
+            name, device, number, *sizes = entry["tensor"]
+            (shape, stride), dtype = (
+                (list(map(value_of, each)) for each in sizes),
+                _read({"@torch": name}, {}),
+            )
+            if number is None:
+                return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            return memory_of(number, device).view(dtype).as_strided(shape, stride)
         if isinstance(entry, list):
             return tuple(map(value_of, entry))
         return size_of(entry) if isinstance(entry, str) else entry

@@ -155,7 +155,9 @@ def test_refuses_a_model_whose_table_of_positions_is_too_short(family: str, posi
     """Of 128 that the other model has; learned, behind an offset, and of a rope."""
     config = architectures.small_config(family, **{positions: 124})
     config.vocab_size = 128
-    with pytest.raises(ConfigError, match=r"a table of 12\d positions, and max_seq_len is 128; lower it by 4,"):
+    with pytest.raises(
+        ConfigError, match=r"a table of 12\d positions, and max_seq_len is 128; lower it by 4,"
+    ):
         served("llama_gqa4", architectures.random_model(config, "eager"))
     setattr(config, positions, 128)
     served("llama_gqa4", architectures.random_model(config, "eager"))

@@ -174,7 +174,7 @@ def test_generation_config_decides_where_no_option_does(
 ) -> None:
     """The file beside the demo's weights, options over it, and --generation-config none."""
     source = find_source(AutoDeployConfig(), ExitStack()).directory
-    for path in source.iterdir():
+    for path in filter(Path.is_file, source.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": 1, "repetition_penalty": 1.5, "max_new_tokens": 12}))

@@ -546,7 +546,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
         lambda i, p: additive(causal(i, p)) - (index(i)[0] - index(i)[1]) ** 2,
         "adds -4 to the logit",
     ),
-    "long_loop": (lambda i, p: sum_of(causal(i, p), 400), "computed in too many steps"),
+    "long_loop": (lambda i, p: sum_of(causal(i, p), 1_000), "computed in too many steps"),
     "random": (lambda i, p: causal(i, p) & (torch.rand(i.shape[1]) < 2), "is random"),
     "unknown_op": (lambda i, p: causal(i, p) & (torch.arange(i.shape[1]).roll(1) >= 0), "is not known here"),
     "uninitialised": (lambda i, p: causal(i, p) & (torch.empty(i.shape[1]) < 5), "only known to lie in"),

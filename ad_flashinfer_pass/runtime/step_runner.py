@@ -105,6 +105,8 @@ class StepRunner:
         self._model = model
         self._runs_ahead = runs_ahead
         self._on_cuda = model.device.type == "cuda"
+        self._is_plain = not (runs_ahead or self._on_cuda or model.drafter is not None)
+        """Whether the host writes the metadata of every step, and nobody else reads them."""
         self._sampler = Sampler()
         self._wanted: Wanted | None = None
         self._is_greedy = self._is_penalised = False
@@ -131,7 +133,7 @@ class StepRunner:
                 ``Sampler.sample``.
         """
         self._width = 1
-        self._model.nest(steps, [_row_params(row) for row in rows])
+        self._model.nest(steps, [] if self._is_plain else [_row_params(row) for row in rows])
         self._wanted = wanted
         self._is_greedy = all(row.params.is_greedy for row in rows)
         self._is_penalised = any(row.params.is_penalised for row in rows)
@@ -200,6 +202,8 @@ class StepRunner:
 
     def _choose(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None) -> Tensor:
         info, drafter = self._model.sequence_info, self._model.drafter
+        if rows and self._is_plain:
+            return self._sampler.sample(logits, rows, bits)
         if rows and not self._is_penalised and self._model.sample_and_advance(is_greedy=self._is_greedy):
             return info.tokens[: len(rows)]
         if rows and self._on_cuda:

@@ -22,12 +22,9 @@ DECODES = [(n - 1, 1) for n in (1, 31, 32, 33, 500)]
 CHUNKS = [(0, 70), (0, 2), (100, 33), (300, 2)]
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["bfloat16", "fp8"])
-@pytest.mark.parametrize("lengths", [DECODES, CHUNKS], ids=["decode", "chunks"])
-@pytest.mark.parametrize("heads", [16, 40, 128])
-def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: torch.dtype | None) -> None:
-    """512 + 64 elements, heads of a tile, of a part of one and of two; eager, and captured for others."""
-    shape = Shape(
+def rows_of_deepseek(heads: int, kv_dtype: torch.dtype | None) -> Shape:
+    """512 + 64 elements, which all heads share."""
+    return Shape(
         num_heads=heads,
         num_kv_heads=1,
         head_dim=576,
@@ -38,13 +35,19 @@ def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: to
         k_scale=1.0 if kv_dtype is None else 0.02,
         is_latent=True,
     )
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["bfloat16", "fp8"])
+@pytest.mark.parametrize("lengths", [DECODES, CHUNKS], ids=["decode", "chunks"])
+@pytest.mark.parametrize("heads", [16, 40, 128])
+def test_deepseeks_rows(heads: int, lengths: list[tuple[int, int]], kv_dtype: torch.dtype | None) -> None:
+    """512 + 64 elements, heads of a tile, of a part of one and of two; eager, and captured for others."""
+    shape = rows_of_deepseek(heads, kv_dtype)
     features = Features(scale=0.05)
     spec = AttentionSpec(0.05, k_scale=shape.k_scale, v_scale=shape.k_scale, v_head_dim=512)
     batches = [PagedBatch([(length, new) for length, new in lengths], shape, seed) for seed in (0, 1)]
     for batch in batches:
-        if kv_dtype is not None:
-            for key in batch.key:  # V is a view of it
-                key.copy_((key / shape.k_scale).to(kv_dtype).to(key.dtype) * shape.k_scale)
+        batch.round_as_cached()
         batch.run(features)  # appends
     n = len(lengths)
     inputs = []
@@ -81,17 +84,7 @@ def test_expanded_keys_and_values(
     heads: int, nope: int, value: int, kv_dtype: torch.dtype | None, extra: int | None
 ) -> None:
     """Prompts, chunks, few tokens behind a past, whatever is expanded; eager, and captured for others."""
-    shape = Shape(
-        num_heads=heads,
-        num_kv_heads=1,
-        head_dim=576,
-        v_head_dim=512,
-        page_size=32,
-        dtype=torch.bfloat16,
-        kv_dtype=kv_dtype,
-        k_scale=1.0 if kv_dtype is None else 0.02,
-        is_latent=True,
-    )
+    shape = rows_of_deepseek(heads, kv_dtype)
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(heads, nope + value, 512, generator=generator).to(torch.bfloat16) / 512**0.5
     ups = weight[:, :nope], weight[:, nope:]

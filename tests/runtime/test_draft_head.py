@@ -21,6 +21,7 @@ from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests import architectures
 from tests.models.head_checkpoints import Written, write_eagle3, write_mtp
+from tests.runtime.joining import run_joining
 from tests.runtime.watched import Watched
 
 PROMPTS = architectures.random_prompts((1, 9, 20, 5), vocab_size=128)
@@ -92,27 +93,6 @@ def captured(model: CachedModel) -> CachedModel:
     return replayed
 
 
-def run(model: CachedModel, params: SamplingParams, steps_ahead: int) -> tuple[list[list[int]], Engine]:
-    """Two at once, then one every second step, in chunks of prompts."""
-    engine = Engine(model, steps_ahead=steps_ahead, prefill_chunk_tokens=7, enable_block_reuse=False)
-    found: dict[int, list[int]] = {}
-
-    def step() -> None:
-        for output in engine.step():
-            if output.completion is not None:
-                assert output.completion.error is None
-                found[output.request_id] = output.completion.token_ids
-
-    for index, prompt in enumerate(PROMPTS):
-        engine.add_request(prompt, params)
-        for _ in range(2 if index else 0):
-            step()
-    while engine.has_work:
-        step()
-    assert engine.metrics.pages_in_use == 0
-    return [found[i] for i in range(len(PROMPTS))], engine
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_guesses_are_those_of_the_head_and_tokens_those_of_plain_decoding(
     name: str, written: Any, monkeypatch: pytest.MonkeyPatch
@@ -125,7 +105,13 @@ def test_guesses_are_those_of_the_head_and_tokens_those_of_plain_decoding(
     for model, steps_ahead in ((eager, 0), (captured(eager), 2)):
         with monkeypatch.context() as patch:
             watched = Watched(model, patch, texts)
-            found, engine = run(model, SamplingParams(max_new_tokens=NUM_NEW_TOKENS), steps_ahead)
+            found, engine = run_joining(
+                model,
+                PROMPTS,
+                SamplingParams(max_new_tokens=NUM_NEW_TOKENS),
+                steps_ahead,
+                enable_block_reuse=False,
+            )
         assert found == expected
         assert engine.metrics.num_preemptions > 0
         assert min(engine.metrics.num_accepted) > 5
@@ -190,7 +176,10 @@ def test_a_model_may_take_lengths_that_its_head_does_not() -> None:
     plain, _ = transform_module(model, AutoDeployConfig(**keys))
     drafted, _ = transform_module(model, AutoDeployConfig(**keys, speculative_config=spec), draft=one)
     params = SamplingParams(max_new_tokens=12)
-    assert run(drafted, params, 2)[0] == run(plain, params, 0)[0]
+    assert (
+        run_joining(drafted, PROMPTS, params, 2, enable_block_reuse=False)[0]
+        == run_joining(plain, PROMPTS, params, 0, enable_block_reuse=False)[0]
+    )
 
 
 def test_refuses_what_a_head_cannot_be_used_for(written: Any) -> None:

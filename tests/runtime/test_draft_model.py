@@ -15,9 +15,9 @@ from ad_flashinfer_pass.errors import ConfigError, UnsupportedError
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.drafts.model import ModelDrafter
-from ad_flashinfer_pass.runtime.engine import Engine
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 from tests import architectures
+from tests.runtime.joining import run_joining
 
 PROMPTS = architectures.random_prompts((1, 9, 20, 5), vocab_size=128)
 NUM_NEW_TOKENS = 32
@@ -43,38 +43,17 @@ def served(name: str, draft: nn.Module | None, cache: KvCacheConfig | None = Non
     return model
 
 
-def run(model: CachedModel, params: SamplingParams, steps_ahead: int) -> tuple[list[list[int]], Engine]:
-    """Two at once, then one every second step."""
-    engine = Engine(model, steps_ahead=steps_ahead, prefill_chunk_tokens=7)
-    found: dict[int, list[int]] = {}
-
-    def step() -> None:
-        for output in engine.step():
-            if output.completion is not None:
-                assert output.completion.error is None
-                found[output.request_id] = output.completion.token_ids
-
-    for index, prompt in enumerate(PROMPTS):
-        engine.add_request(prompt, params)
-        for _ in range(2 if index else 0):
-            step()
-    while engine.has_work:
-        step()
-    assert engine.metrics.pages_in_use == 0
-    return [found[i] for i in range(len(PROMPTS))], engine
-
-
 @pytest.mark.parametrize("name", ["llama_gqa4", "gemma2"])
 def test_tokens_are_those_of_plain_decoding(name: str) -> None:
     """Greedy and sampled, with chunks, preemption, steps ahead; by a draft that is right, and another."""
     greedy = SamplingParams(max_new_tokens=NUM_NEW_TOKENS)
     sampled = SamplingParams(max_new_tokens=NUM_NEW_TOKENS, temperature=0.8, top_p=0.9, seed=5)
     plain = served(name, None)
-    expected = [run(plain, params, 0)[0] for params in (greedy, sampled)]
+    expected = [run_joining(plain, PROMPTS, params, 0)[0] for params in (greedy, sampled)]
     right, wrong = served(name, model_of(name)), served(name, model_of("llama_mha", 1))
     preempted = 0
     for model, params, steps_ahead in ((right, greedy, 0), (right, sampled, 2), (wrong, greedy, 2)):
-        found, engine = run(model, params, steps_ahead)
+        found, engine = run_joining(model, PROMPTS, params, steps_ahead)
         assert found == expected[params is sampled]
         drafts = engine.metrics.drafts
         assert drafts is not None
@@ -99,7 +78,7 @@ def test_scales_of_a_cache_are_those_of_the_model_alone() -> None:
     cache = KvCacheConfig(tokens_per_block=8, max_tokens=10 * 8, dtype="fp8", k_scale=[0.5, 0.25])
     plain, drafted = (served("llama_gqa4", draft, cache) for draft in (None, model_of("llama_mha", 1)))
     params = SamplingParams(max_new_tokens=NUM_NEW_TOKENS)
-    assert run(drafted, params, 0)[0] == run(plain, params, 0)[0]
+    assert run_joining(drafted, PROMPTS, params, 0)[0] == run_joining(plain, PROMPTS, params, 0)[0]
 
 
 def test_loads_both_models(tmp_path: Path) -> None:

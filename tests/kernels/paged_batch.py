@@ -128,7 +128,10 @@ class PagedBatch:
         """Let K and V be what pages of another dtype hold of them, which is what counts."""
         if self.shape.kv_dtype is None:
             return
-        for scale, tensors in ((self.shape.k_scale, self.key), (self.shape.v_scale, self.value)):
+        rounded = [(self.shape.k_scale, self.key)]
+        if not self.shape.is_latent:  # else V is a view of K
+            rounded.append((self.shape.v_scale, self.value))
+        for scale, tensors in rounded:
             for x in tensors:
                 x.copy_((x / scale).to(self.shape.kv_dtype).to(x.dtype) * scale)
 

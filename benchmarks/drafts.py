@@ -142,6 +142,7 @@ def build(args: argparse.Namespace, device: torch.device) -> CachedModel:
             max_seq_len=args.context + args.new + 64,
             max_num_tokens=args.max_num_tokens,
             cuda_graph_batch_sizes=args.batches,
+            cuda_graph_token_buckets=[args.max_num_tokens],  # prompts are not timed
             kv_cache_config=KvCacheConfig(dtype=args.kv_dtype),
             speculative_config=SpeculativeConfig(
                 drafter=args.drafter, model="given" if has_head else None, num_tokens=args.num_tokens
@@ -200,7 +201,7 @@ def step_ms(model: CachedModel, number: int, context: int, *, verifies: bool, ro
     """Median time of a step and what ends it, enqueued one by one."""
     info = model.sequence_info
     pages = -(-(context + info.num_drafts + 2 * rounds * (1 + info.num_drafts)) // info.tokens_per_block)
-    pages = min(pages, info.max_blocks_per_seq, (next(iter(model.caches.values())).shape[0] - 1) // number)
+    pages = min(pages, info.max_blocks_per_seq, (model.num_pages - 1) // number)
     tables = [list(range(1 + i * pages, 1 + (i + 1) * pages)) for i in range(number)]
     new = [5] * (1 + info.num_drafts if verifies else 1)
     model.nest(

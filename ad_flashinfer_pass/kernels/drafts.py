@@ -1,7 +1,6 @@
 """The end of a step that verifies drafts, on the device: which are kept, and guesses for the next step.
 
-The tokens of all places have been chosen (``kernels.sampling``). One program a sequence, in each of two
-launches.
+The tokens of all places have been chosen (``kernels.sampling``). One program a sequence, in each launch.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from torch import Tensor
 
 _BLOCK = 4096
 """Places of a text that a program looks at at once."""
+_PAGES = 256
+"""Of a sequence, that a program copies at once."""
 
 
 def accept(
@@ -56,6 +57,48 @@ def accept(
         NUM_STOPS=views["stop_token_ids"].shape[1],
         num_warps=1,
     )
+
+
+def set_step(
+    num_rows: int,
+    width: int,
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    got: Tensor | None,
+    *,
+    back: int,
+    stride: int,
+    max_seq_len: int,
+) -> None:
+    """See ``SequenceInfo.follow``, and, where there is ``got``, ``SequenceInfo.look_back``.
+
+    Args:
+        num_rows: sequences.
+        width: tokens of each.
+        ours: the metadata by name that are written: those of these rows.
+        theirs: the metadata of the step that was run.
+        got: int64 [num_rows, width], contiguous.
+        back: places by which a row is read before its own, without ``got``.
+        stride: tokens of each sequence in their step.
+        max_seq_len: positions lie below it.
+    """
+    names = ("input_ids", "position_ids", "sequence_lengths", "token_gather_indices", "input_pos")
+    more = ("seq_len_with_cache", "cu_seqlen", "is_stopped", "temperature", "stop_token_ids")
+    pages = ("cu_num_pages", "cache_loc")
+    with torch.cuda.device_of(ours["input_ids"]):
+        _set_step[(num_rows,)](
+            *(ours[name] for name in (*names, *more, *pages)),
+            *(theirs[name] for name in ("input_ids", "input_pos", "is_stopped", *pages)),
+            got,
+            back,
+            max_seq_len,
+            STRIDE=stride,
+            WIDTH=width,
+            LANES=triton.next_power_of_2(width),
+            NUM_STOPS=ours["stop_token_ids"].shape[1],
+            BLOCK=_PAGES,
+            num_warps=1,
+        )
 
 
 def match(
@@ -146,6 +189,71 @@ def _accept(  # type: ignore[no-untyped-def]
     tl.store(sequence_lengths + first + places, positions + 1, mask=is_place)
     first_page = cache_loc + tl.load(cu_num_pages + row)
     tl.store(first_page, tl.load(first_page) * goes_on, mask=stopped)
+
+
+@triton.jit(do_not_specialize=["back", "max_seq_len"])
+def _set_step(  # type: ignore[no-untyped-def]
+    input_ids,
+    position_ids,
+    sequence_lengths,
+    token_gather_indices,
+    input_pos,
+    seq_len_with_cache,
+    cu_seqlen,
+    is_stopped,
+    temperature,
+    stop_token_ids,
+    cu_num_pages,
+    cache_loc,
+    their_ids,
+    their_pos,
+    their_is_stopped,
+    their_cu_num_pages,
+    their_cache_loc,
+    got,
+    back,
+    max_seq_len,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    NUM_STOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The metadata of one sequence."""
+    row, places = tl.program_id(0), tl.arange(0, LANES)
+    first, is_place = row * WIDTH, places < WIDTH
+    position = tl.load(their_pos + row)
+    if got is None:
+        ids, last = tl.load(their_ids + row * STRIDE + places, mask=is_place, other=0), 0
+        stopped = (tl.load(their_is_stopped + row * STRIDE) > 0) | (position + STRIDE >= max_seq_len)
+        goes_on = tl.where(stopped, 0, 1)
+    else:
+        ids = tl.load(got + first + places, mask=is_place, other=-1)
+        back = tl.maximum(tl.sum((ids >= 0).to(tl.int32), 0), 1)
+        ids, last, goes_on = tl.maximum(ids, 0), back - 1, 1
+    position = tl.maximum(position - back, 0) * goes_on
+    positions = tl.minimum(position + places, max_seq_len - 1).to(tl.int64)
+    tl.store(input_ids + first + places, ids, mask=is_place)
+    tl.store(position_ids + first + places, positions, mask=is_place)
+    tl.store(sequence_lengths + first + places, positions + 1, mask=is_place)
+    tl.store(token_gather_indices + row, (first + last).to(tl.int64))
+    tl.store(input_pos + row, position)
+    tl.store(seq_len_with_cache + row, position + WIDTH)
+    tl.store(cu_seqlen + row, first)
+    tl.store(cu_seqlen + row + 1, first + WIDTH)
+    tl.store(is_stopped + row, 1 - goes_on)
+    tl.store(temperature + row, 0.0)
+    stops = tl.arange(0, NUM_STOPS)
+    tl.store(stop_token_ids + row * NUM_STOPS + stops, tl.full((NUM_STOPS,), -1, tl.int64))
+    start, end = tl.load(their_cu_num_pages + row), tl.load(their_cu_num_pages + row + 1)
+    tl.store(cu_num_pages + row, start)
+    tl.store(cu_num_pages + row + 1, end)
+    pages = tl.arange(0, BLOCK)
+    for page in range(start, tl.maximum(end, start + 1), BLOCK):  # that of a row without pages is read, too
+        mask = page + pages < tl.maximum(end, start + 1)
+        location = tl.load(their_cache_loc + page + pages, mask=mask)
+        location *= tl.where(page + pages == start, goes_on, 1)
+        tl.store(cache_loc + page + pages, location, mask=mask)
 
 
 @triton.jit(do_not_specialize=["text_stride"])

@@ -427,11 +427,7 @@ class SequenceInfo:
             other: whose pages these are, too.
             back: how many places before their own the tokens are read, down to place 0.
         """
-        rows, width, theirs = other.num_verified, 1 + other.num_drafts, other.views
-        input_pos = theirs["input_pos"][:rows]
-        rests = (theirs["is_stopped"][: rows * width : width] > 0) | (input_pos + width >= self.max_seq_len)
-        self._set_step(other, rests, input_pos - back, width=1)
-        self._buffer.views["input_ids"][:rows] = other.drafts[:, 0]
+        self._set_step(other, other.num_verified, 1, None, back)
 
     def look_back(self, other: SequenceInfo, got: Tensor) -> Tensor:
         """Make the metadata that of the step from which another has advanced, for the tokens one place later.
@@ -443,40 +439,52 @@ class SequenceInfo:
             got: int64 [rows, n], the tokens of its step, of each sequence some and then negative numbers.
 
         Returns:
-            int64 [rows], the places of the last ones among those of all sequences.
+            int64 [rows], the places of the last ones among those of all sequences; a view, which the next
+            step overwrites.
         """
         rows, width = got.shape
-        count = (got >= 0).sum(1).clamp(min=1)
-        rests = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self._set_step(other, rests, other.views["input_pos"][:rows] - count, width)
-        last = torch.arange(rows, device=self.device) * width + count - 1
-        self._buffer.views["input_ids"][: rows * width] = got.clamp(min=0).flatten()
-        self._buffer.views["token_gather_indices"][:rows] = last
-        return last
+        self._set_step(other, rows, width, got, 0)
+        return self._buffer.views["token_gather_indices"][:rows]
 
-    def _set_step(self, other: SequenceInfo, rests: Tensor, input_pos: Tensor, width: int) -> None:
-        """All but the tokens: of each row of another's step as many, and the logits of the last one."""
-        rows, ours, theirs = len(rests), self._buffer.views, other.views
+    def _set_step(self, other: SequenceInfo, rows: int, width: int, got: Tensor | None, back: int) -> None:
+        """``width`` tokens of each row of another's step: ``follow`` if got is None, else ``look_back``."""
         limits = (self.max_seq_len, self.max_blocks_per_seq, 2, self.max_batch_size)
         counts = (0, 0, rows, rows * width, 0, 0) if width > 1 else (0, 0, 0, 0, rows, rows)
         self._batch_info_host.numpy()[:] = BatchInfo._make((*counts, *limits, rows, 1))
         self._shape = (1, rows * width) if width > 1 else (rows, 1)
         self._num_gather, self.num_verified, self.decodes = rows, 0, width == 1
+        ours, theirs, stride = self._buffer.views, other.views, 1 + other.num_drafts
+        if self.device.type == "cuda":
+            from ad_flashinfer_pass.kernels import drafts  # needs triton
+
+            drafts.set_step(
+                rows, width, ours, theirs, got, back=back, stride=stride, max_seq_len=self.max_seq_len
+            )
+            return
+        input_pos, bounds = theirs["input_pos"][:rows], torch.arange(rows + 1) * width
+        if got is None:
+            ids, last = theirs["input_ids"][: rows * stride : stride], bounds[:-1]
+            rests = (theirs["is_stopped"][: rows * stride : stride] > 0) | (
+                input_pos + stride >= self.max_seq_len
+            )
+        else:
+            count = (got >= 0).sum(1).clamp(min=1)
+            ids, last = got.clamp(min=0).flatten(), bounds[:-1] + count - 1
+            rests, back = torch.zeros(rows, dtype=torch.bool), count
         for name in ("cache_loc", "cu_num_pages"):
             ours[name].copy_(theirs[name])
         ours["is_stopped"][:rows] = rests
         ours["stop_token_ids"][:rows] = -1
         ours["temperature"][:rows] = 0
-        input_pos = input_pos.clamp(min=0) * ~rests
+        input_pos = (input_pos - back).clamp(min=0) * ~rests
         ours["input_pos"][:rows] = input_pos
         ours["seq_len_with_cache"][:rows] = input_pos + width
-        places = torch.arange(width, device=self.device)
-        positions = (input_pos[:, None] + places).clamp(max=self.max_seq_len - 1).flatten()
+        positions = (input_pos[:, None] + torch.arange(width)).clamp(max=self.max_seq_len - 1).flatten()
         ours["position_ids"][: rows * width] = positions
         ours["sequence_lengths"][: rows * width] = positions + 1
-        bounds = torch.arange(rows + 1, device=self.device) * width
+        ours["input_ids"][: rows * width] = ids
         ours["cu_seqlen"][: rows + 1] = bounds
-        ours["token_gather_indices"][:rows] = bounds[1:] - 1
+        ours["token_gather_indices"][:rows] = last
         first_page = ours["cu_num_pages"][:rows].long()
         ours["cache_loc"][first_page] = ours["cache_loc"][first_page] * ~rests
 

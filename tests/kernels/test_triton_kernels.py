@@ -328,6 +328,43 @@ def test_accepts_as_the_metadata_do(num_drafts: int) -> None:
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3, 5])
+def test_sets_the_steps_of_a_head_as_the_metadata_do(num_drafts: int) -> None:
+    """After a step that verified, with sequences of each number of kept tokens, one that rests, one at its
+    end, and padding: what the head reads, and its first and its further guesses."""
+    sizes = (64, 8, 64, 8, torch.device("cpu"), num_drafts)
+    theirs, *ours = (SequenceInfo(*sizes, has_next=True) for _ in range(3))
+    width = 1 + num_drafts
+    pages = [list(range(1 + 9 * row, 10 + 9 * row)) for row in range(6)]
+    starts = [0, 3, 17, 30, 62 - width, 63 - width]
+    steps = [SequenceStep([5] * width, start, table) for start, table in zip(starts, pages, strict=True)]
+    theirs.nest_sequences(
+        steps, pad_to=Bucket(0, 8, num_drafts=num_drafts), row_params=[RowParams()] * 6, verifies=True
+    )
+    theirs.views["is_stopped"][2 * width : 3 * width] = 1
+    generator = torch.Generator().manual_seed(num_drafts)
+    got = torch.randint(0, 99, (8, width), generator=generator)
+    got[torch.arange(width) > torch.arange(8)[:, None] % (1 + width) - 1] = -2  # one of them got none
+    names = [name for name in ours[0].views if name not in ("seed", "num_generated", "next_ids")]
+    for look, back in ((got, 0), (got[:, :1], 0), (None, 1), (None, 0)):
+        if look is None:
+            ours[0].follow(theirs, back)
+        else:
+            assert (
+                ours[0].look_back(theirs, look).tolist() == ours[0].views["token_gather_indices"][:8].tolist()
+            )
+        tensors = [{name: view.to(DEVICE) for name, view in info.views.items()} for info in (ours[1], theirs)]
+        given = None if look is None else look.contiguous().to(DEVICE)
+        lens = 1 if look is None else look.shape[1]
+        drafts_kernel.set_step(8, lens, *tensors, given, back=back, stride=width, max_seq_len=64)
+        rows = {"cu_num_pages": 9, "cu_seqlen": 9, "cache_loc": int(theirs.views["cu_num_pages"][8]) + 1}
+        per_token = ("input_ids", "position_ids", "sequence_lengths")
+        for name in names:
+            count = rows.get(name, 8 * lens if name in per_token else 8)
+            wanted = ours[0].views[name][:count]
+            assert torch.equal(tensors[0][name][:count].cpu(), wanted), (name, look is None, back)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 5])
 def test_matches_what_the_reference_guesses(num_drafts: int) -> None:
     """Texts of few tokens, longer than what a program looks at at once, and tokens of the step before."""
     rng = random.Random(0)

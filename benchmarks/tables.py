@@ -265,6 +265,41 @@ def state(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{speed} {_source(data)}"]
 
 
+def contexts(data: dict[str, Any]) -> list[str]:
+    """Of ``contexts.json``: steps over long contexts beside their floors."""
+    lines = _heading("shape", "sequences x context", "step, ms", "floor, ms", "of floor")
+    for row in data["rows"]:
+        step, floor = row["step_ms"], row["floor_ms"]
+        size = f"{row['sequences']} x {row['context']:,}"
+        lines.append(f"| {row['name']} | {size} | {step:.2f} | {floor:.2f} | {floor / step:.0%} |")
+    return [*lines, "", _source(data)]
+
+
+def latent(data: dict[str, Any]) -> list[str]:
+    """Of ``latent.json``: whole models with and without latents, then the kernels alone."""
+    forms: dict[tuple[int, int, int], dict[bool, dict[str, Any]]] = {}
+    for row in data["models"]:
+        key = (row["sequences"], row["context"], row.get("new", 0))
+        forms.setdefault(key, {})[row["latent"]] = row
+    lines = _heading("sequences x context", "latent, ms a step", "floor, ms", "expanded, ms")
+    for (batch, context, new), both in forms.items():
+        name = f"{batch} x {context:,}" if not new else f"a prompt: {new:,} tokens behind {context:,}"
+        mine, other = both[True], both.get(False, {})
+        cells = [_number(mine["step_ms"], ".2f", below=other.get("step_ms"))]
+        cells += [_number(mine.get("floor_ms"), ".2f"), _number(other.get("step_ms"), ".2f")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *_heading("heads", "decode, sequences x context", "us", "of a copy", "TFLOP/s")]
+    for row in data["kernels"]:
+        what = f"{row['heads']} | {row['sequences']} x {row['context']:,}"
+        lines.append(f"| {what} | {row['us']:.1f} | {row['of_copy']:.0%} | {row['tflops']:.0f} |")
+    lines += ["", *_heading("heads", "a prompt, past + new", "absorbed, us", "expanded, us", "TFLOP/s")]
+    for row in data["prompts"]:
+        times = f"{row['absorbed_us']:,.0f} | {_number(row['us'], ',.0f', below=row['absorbed_us'])}"
+        what = f"{row['heads']} | {row['past']:,} + {row['new']:,}"
+        lines.append(f"| {what} | {times} | {row['tflops']:.0f} |")
+    return [*lines, "", _source(data)]
+
+
 def serve(data: dict[str, Any]) -> list[str]:
     """Of ``serve.json``: what serving adds to the engine, and what a known beginning saves."""
     cost, prefix, grammar = data["overhead"], data["prefix"], data["grammar"]
@@ -322,7 +357,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "performance.md": (load, experts, quantized, state, drafts),
+    "performance.md": (load, contexts, experts, quantized, state, latent, drafts),
     "serving.md": (serve,),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }

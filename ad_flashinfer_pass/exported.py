@@ -203,15 +203,18 @@ def restore(
 
 def _check_kernels(gm: fx.GraphModule) -> None:
     """Refuse a plan that names what is no kernel here, now and not in a step of that size."""
-    attention = {
-        name: (0,) if provider.options is Provider.options else (0, 1)
-        for name, provider in select.PROVIDERS.items()
-    }
+    attention, verifiers = (
+        {
+            name: (0,) if getattr(provider, options) is getattr(Provider, options) else (0, 1)
+            for name, provider in select.PROVIDERS.items()
+        }
+        for options in ("options", "verify_options")
+    )
     known: dict[Any, dict[str, Mapping[str, Sequence[int]]]] = {
         torch.ops.ad_flashinfer.cached_attention.default: {
             "prefill_kernel": dict.fromkeys(attention, (0,)),
             "decode_kernel": attention,
-            "verify_kernel": dict.fromkeys(["", *attention], (0,)),
+            "verify_kernel": {"": (0,), **verifiers},
         },
         torch.ops.ad_flashinfer.experts.default: {"plan": EXPERTS_KERNELS},
         torch.ops.ad_flashinfer.quantized_experts.default: {"plan": EXPERTS_KERNELS},

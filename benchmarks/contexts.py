@@ -2,8 +2,8 @@
 
     python benchmarks/contexts.py --json benchmarks/results/contexts.json
 
-Random bfloat16 weights, 8 layers of Llama-3.1-8B's shape and 6 of Llama-3.1-70B's, measured as ``bench`` does.
-With few layers the last linear and the sampling have a larger part in a step than in the whole model.
+Random bfloat16 weights, 8 layers of Llama-3.1-8B's shape and 6 of Llama-3.1-70B's, measured as ``bench``
+does. With few layers the last linear and the sampling have a larger part in a step than in the whole model.
 """
 
 from __future__ import annotations

@@ -462,21 +462,22 @@ class SequenceInfo:
             )
             return
         input_pos, bounds = theirs["input_pos"][:rows], torch.arange(rows + 1) * width
+        shift: Tensor | int = back
         if got is None:
             ids, last = theirs["input_ids"][: rows * stride : stride], bounds[:-1]
             rests = (theirs["is_stopped"][: rows * stride : stride] > 0) | (
                 input_pos + stride >= self.max_seq_len
             )
         else:
-            count = (got >= 0).sum(1).clamp(min=1)
-            ids, last = got.clamp(min=0).flatten(), bounds[:-1] + count - 1
-            rests, back = torch.zeros(rows, dtype=torch.bool), count
+            shift = (got >= 0).sum(1).clamp(min=1)
+            ids, last = got.clamp(min=0).flatten(), bounds[:-1] + shift - 1
+            rests = torch.zeros(rows, dtype=torch.bool)
         for name in ("cache_loc", "cu_num_pages"):
             ours[name].copy_(theirs[name])
         ours["is_stopped"][:rows] = rests
         ours["stop_token_ids"][:rows] = -1
         ours["temperature"][:rows] = 0
-        input_pos = (input_pos - back).clamp(min=0) * ~rests
+        input_pos = (input_pos - shift).clamp(min=0) * ~rests
         ours["input_pos"][:rows] = input_pos
         ours["seq_len_with_cache"][:rows] = input_pos + width
         positions = (input_pos[:, None] + torch.arange(width)).clamp(max=self.max_seq_len - 1).flatten()

@@ -352,16 +352,18 @@ def test_sets_the_steps_of_a_head_as_the_metadata_do(num_drafts: int) -> None:
             assert (
                 ours[0].look_back(theirs, look).tolist() == ours[0].views["token_gather_indices"][:8].tolist()
             )
-        tensors = [{name: view.to(DEVICE) for name, view in info.views.items()} for info in (ours[1], theirs)]
+        copied, given_by = (
+            {name: view.to(DEVICE) for name, view in info.views.items()} for info in (ours[1], theirs)
+        )
         given = None if look is None else look.contiguous().to(DEVICE)
         lens = 1 if look is None else look.shape[1]
-        drafts_kernel.set_step(8, lens, *tensors, given, back=back, stride=width, max_seq_len=64)
+        drafts_kernel.set_step(8, lens, copied, given_by, given, back=back, stride=width, max_seq_len=64)
         rows = {"cu_num_pages": 9, "cu_seqlen": 9, "cache_loc": int(theirs.views["cu_num_pages"][8]) + 1}
         per_token = ("input_ids", "position_ids", "sequence_lengths")
         for name in names:
             count = rows.get(name, 8 * lens if name in per_token else 8)
             wanted = ours[0].views[name][:count]
-            assert torch.equal(tensors[0][name][:count].cpu(), wanted), (name, look is None, back)
+            assert torch.equal(copied[name][:count].cpu(), wanted), (name, look is None, back)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3, 5])

@@ -38,12 +38,15 @@ class Provider:
     expands: bool = False
     """Whether ``prefill`` takes key_up and value_up from ``spec``, and a query that has not absorbed them."""
     verify: Callable[..., Tensor] | None = None
-    """``extend`` of sequences that have ``max_len`` tokens each, of every site that it decodes."""
+    """``extend`` of sequences that have ``max_len`` tokens each, of every site that it decodes; its options
+    come last but for that."""
     verifies_sinks: bool = True
     """Whether those with sinks, too."""
 
     options: Callable[[Site, int, torch.device], Sequence[int]] = lambda site, batch, device: ()
     """Integers that ``decode`` may take, to be launched in another way, and that are worth timing."""
+    verify_options: Callable[[Site, int, torch.device], Sequence[int]] = lambda site, batch, device: ()
+    """Likewise of ``verify``."""
     is_timed: bool = True
     """False if the time of a captured decode does not show what it costs."""
     extend_modules: Callable[[Site, int], Sequence[JitSpec]] = lambda site, max_len: ()

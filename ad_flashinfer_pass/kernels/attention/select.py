@@ -76,7 +76,10 @@ def extender(decode_plan: str, verify_plan: str = "", size: int = 0) -> Callable
     counts, because its sizes are others.
     """
     if verify_plan:
-        return PROVIDERS[KernelPlan.parse(verify_plan).at(size).name].verify
+        name, options = KernelPlan.parse(verify_plan).at(size)
+        verify = PROVIDERS[name].verify
+        assert verify is not None
+        return lambda *args, max_len: verify(*args, *options, max_len=max_len)
     provider = PROVIDERS[KernelPlan.parse(decode_plan).default.name]
     return None if _is_too_old(provider) else provider.extend
 

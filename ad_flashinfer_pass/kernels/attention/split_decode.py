@@ -92,6 +92,12 @@ def _options(site: Site, batch: int, device: torch.device) -> list[int]:
     return sorted({max(1, splits // 2), min(MAX_SPLITS, 2 * splits)} - {splits})
 
 
+def _verify_options(site: Site, batch: int, device: torch.device) -> list[int]:
+    """Fewer splits than the default: of each, all queries of a sequence are added up by one program."""
+    splits = default_splits(batch * site.num_kv_heads, workspaces.get(_workspace, device).num_processors)
+    return sorted({max(1, splits // 2), max(1, splits // 4)} - {splits})
+
+
 def decode(
     query: Tensor,
     kv_cache: Tensor,
@@ -118,9 +124,9 @@ def verify(
     seq_len_with_cache: Tensor,
     block_table: Tensor,
     spec: AttentionSpec,
+    splits: int | None = None,
     *,
     max_len: int,
-    splits: int | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """``max_len`` new tokens of each sequence; see ``attention.provider``, and ``decode``."""
@@ -202,5 +208,6 @@ PROVIDER = Provider(
     decode=decode,
     verify=verify,
     options=_options,
+    verify_options=_verify_options,
     without_modules="a Triton kernel, compiled in seconds by the first call",
 )

@@ -78,14 +78,18 @@ class Decode:
 
     def candidates(self, size: int) -> list[str]:
         """The providers in their order, each with its options after it."""
-        if self._num_drafts:
-            names = select.verifiers(self._site, self._num_drafts, self.device)
-            return [name for name in names if select.PROVIDERS[name].is_timed] or [self.default]
         found = []
-        for name in timed_providers(self._site, self.device):
-            options = select.PROVIDERS[name].options(self._site, size, self.device)
-            found += [name, *(f"{name}/{option}" for option in options)]
+        for name in self._timed():
+            provider = select.PROVIDERS[name]
+            options = provider.verify_options if self._num_drafts else provider.options
+            found += [name, *(f"{name}/{option}" for option in options(self._site, size, self.device))]
         return found or [self.default]
+
+    def _timed(self) -> list[str]:
+        if not self._num_drafts:
+            return timed_providers(self._site, self.device)
+        names = select.verifiers(self._site, self._num_drafts, self.device)
+        return [name for name in names if select.PROVIDERS[name].is_timed]
 
     def measure(self, size: int, kernels: list[str]) -> measure.Measured:
         """Over sequences of equal length, their pages scattered over the pools."""
@@ -119,7 +123,7 @@ class Decode:
                 if self._num_drafts:
                     assert provider.verify is not None
                     verify = partial(provider.verify, max_len=new)
-                    launches = [partial(verify, query, pool, bounds, *rest) for pool in self._pools]
+                    launches = [partial(verify, query, pool, bounds, *rest, *options) for pool in self._pools]
                 row.append(measure.cold_microseconds(launches, device))
         best = measure.fastest(times, self.default)
         shown = f"{_listed(times)} us at {'/'.join(map(str, self._lengths))} tokens"

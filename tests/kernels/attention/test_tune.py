@@ -109,3 +109,40 @@ def test_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ran.clear()
     assert measure.tune(Decode(SITE, pools, 8), [1, 4]) == (plans, notes)
     assert not ran
+
+
+def test_verification_has_options_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are timed, stand in the plan, and reach the kernel in a step of that size alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    ran: list[tuple[int, int, int]] = []
+
+    def verify(
+        query: Tensor, pool: Tensor, *rest: Any, max_len: int
+    ) -> Tensor:  # cu_seqlen, lengths, pages, spec, and perhaps splits
+        ran.append((len(query), max_len, rest[4] if len(rest) > 4 else 1))
+        return query
+
+    ours = Provider(
+        capability=Capability(name="ours", phases=DECODE_ONLY),
+        verify=verify,
+        options=lambda site, batch, device: [7],
+        verify_options=lambda site, batch, device: [2],
+    )
+
+    def cold_microseconds(launches: Sequence[object], device: torch.device) -> float:
+        for launch in launches:
+            launch()  # type: ignore[operator]
+        num_tokens, _, splits = ran[-1]
+        return 8.0 if (splits == 2) == (num_tokens == 4) else 10.0
+
+    monkeypatch.setattr(select, "PROVIDERS", {"ours": ours})
+    monkeypatch.setattr(measure, "cold_microseconds", cold_microseconds)
+    plans, _ = measure.tune(Decode(SITE, [torch.zeros(6, 2, 2, 8, 16)], 8, num_drafts=3), [1, 4])
+    assert plans == {SITE: "ours 1=ours/2"}
+    assert {(num_tokens, max_len) for num_tokens, max_len, _ in ran} == {(4, 4), (16, 4)}
+    for size, splits in ((1, 2), (4, 1)):
+        extend = select.extender("ours", plans[SITE], size)
+        assert extend is not None
+        extend(torch.zeros(4 * size, 4, 16), *(torch.zeros(0),) * 5, max_len=4)
+        assert ran[-1] == (4 * size, 4, splits)

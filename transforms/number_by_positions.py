@@ -31,7 +31,7 @@ def number_by_positions(model: nn.Module, ctx: TransformContext) -> tuple[nn.Mod
     """Number the tokens by ``position_ids`` where the graph numbers them by their place.
 
     Raises:
-        ConfigError: a model that guesses looks positions up in a table that ends before max_seq_len.
+        ConfigError: the model looks positions up in a table that ends before max_seq_len.
     """
     assert isinstance(model, fx.GraphModule)
     report = TransformReport("number_by_positions")
@@ -51,17 +51,18 @@ def number_by_positions(model: nn.Module, ctx: TransformContext) -> tuple[nn.Mod
         else:
             report.skipped.append(Skip(g.where(node), f"{g.where(failed)} is not known"))
     g.finish(model)
-    if ctx.is_draft:
-        _check_tables(model, positions, ctx.config.sequence_limit)
+    _check_tables(model, positions, ctx)
     return model, report
 
 
-def _check_tables(gm: fx.GraphModule, positions: fx.Node, max_seq_len: int) -> None:
-    """Nobody else looks at the tables of a model that guesses: its max_seq_len is that of another.
+def _check_tables(gm: fx.GraphModule, positions: fx.Node, ctx: TransformContext) -> None:
+    """Nobody else looks at the tables of a module that was not loaded here, or that guesses for another.
 
     Raises:
         ConfigError: one is too short; names it.
     """
+    max_seq_len = ctx.config.sequence_limit
+    of, other = ("speculative_config.model: ", ", or give another model") if ctx.is_draft else ("", "")
     last = {positions: torch.tensor([[max_seq_len - 1]])}
     """Of nodes that are made of positions alone, what the last one gives."""
     for node in gm.graph.nodes:
@@ -83,8 +84,8 @@ def _check_tables(gm: fx.GraphModule, positions: fx.Node, max_seq_len: int) -> N
             missing = int(last[index]) + 1 - rows if index in last and isinstance(rows, int) else 0
             if missing > 0:
                 raise ConfigError(
-                    f"speculative_config.model: {g.where(node)} has a table of {rows} positions, and "
-                    f"max_seq_len is {max_seq_len}; lower it by {missing}, or give another model."
+                    f"{of}{g.where(node)} has a table of {rows} positions, and max_seq_len is "
+                    f"{max_seq_len}; lower it by {missing}{other}."
                 )
 
 

@@ -56,8 +56,10 @@ class CachedModel:
         self.device = sequence_info.device
         self.paged = [cache for name, cache in caches.items() if name.startswith(POOLS[0])]
         """Those of ``caches`` that are of pages."""
+        guessing = drafter.caches if drafter is not None else {}
+        pools = [cache for name, cache in guessing.items() if name.startswith(POOLS[0])]
         # Eight bytes an element: four times faster to clear than bfloat16.
-        self._words = [_as_words(cache) for cache in self.paged]
+        self._words = [_as_words(cache) for cache in (*self.paged, *pools)]
         self.states = [cache for name, cache in caches.items() if name.startswith(POOLS[1:])]
         """Those that are of states."""
         pages = sequence_info.max_batch_size * sequence_info.max_blocks_per_seq + 1

@@ -69,8 +69,13 @@ def test_both_models_have_pages_within_one_budget() -> None:
     model = served("llama_gqa4", model_of("llama_mha", 1))
     drafter = model.drafter
     assert isinstance(drafter, ModelDrafter)
-    assert {len(cache) for cache in drafter._caches.values()} == {model.num_pages} == {11}
-    assert len(drafter._caches) == 1
+    assert {len(cache) for cache in drafter.caches.values()} == {model.num_pages} == {11}
+    assert len(drafter.caches) == 1
+    (pool,) = drafter.caches.values()
+    pool.fill_(float("nan"))
+    model.clear_pages([3])
+    assert [bool(page.isnan().all()) for page in pool] == [page != 3 for page in range(11)]
+    assert not pool[3].any()
 
 
 def test_scales_of_a_cache_are_those_of_the_model_alone() -> None:
@@ -134,9 +139,13 @@ def test_refuses_a_model_whose_table_of_positions_is_too_short(family: str, posi
     """Of 128 that the other model has; learned, behind an offset, and of a rope."""
     config = architectures.small_config(family, **{positions: 124})
     config.vocab_size = 128
+    short = architectures.random_model(config, "eager")
     with pytest.raises(
-        ConfigError, match=r"a table of 12\d positions, and max_seq_len is 128; lower it by 4,"
+        ConfigError, match=r"a table of 12\d positions, and max_seq_len is 128; lower it by 4, or give"
     ):
-        served("llama_gqa4", architectures.random_model(config, "eager"))
+        served("llama_gqa4", short)
+    with pytest.raises(ConfigError, match=r"12\d positions, and max_seq_len is 128; lower it by 4\."):
+        transform_module(short, AutoDeployConfig(max_seq_len=128))
+    transform_module(short, AutoDeployConfig(max_seq_len=124))
     setattr(config, positions, 128)
     served("llama_gqa4", architectures.random_model(config, "eager"))

@@ -10,7 +10,8 @@ chosen with its own probability.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
@@ -31,6 +32,9 @@ class DraftedSequence(Protocol):
 
 class Drafter(ABC):
     """Guesses tokens, for the steps of one ``SequenceInfo``."""
+
+    caches: Mapping[str, Tensor] = MappingProxyType({})
+    """Its own pools, by name as those of a ``CachedModel``."""
 
     @abstractmethod
     def begin(self, sequences: Sequence[DraftedSequence]) -> None:

@@ -73,7 +73,7 @@ class HeadDrafter(Drafter):
         hidden: Tensor,
     ) -> None:
         self._info, self._own, self._head, self._hidden = info, own, head, hidden
-        self._module, self._caches, self._own_hidden = module, caches, caches["hidden_states"]
+        self._module, self.caches, self._own_hidden = module, caches, caches["hidden_states"]
         self._last = self._own_hidden.new_zeros(info.num_slots, self._own_hidden.shape[1])
         """By slot: what the head reads beside the newest token of a sequence."""
 
@@ -138,5 +138,5 @@ class HeadDrafter(Drafter):
         """Logits [rows, vocabulary of the head]."""
         ids = args.pop("input_ids")
         args["inputs_embeds"] = torch.cat([self._head.embed(ids), hidden.view(*ids.shape, -1)], dim=-1)
-        logits: Tensor = self._module(**args, **self._caches)[0]
+        logits: Tensor = self._module(**args, **self.caches)[0]
         return logits

@@ -32,7 +32,7 @@ class ModelDrafter(Drafter):
         self, info: SequenceInfo, own: SequenceInfo, module: nn.Module, caches: Mapping[str, Tensor]
     ) -> None:
         self._info, self._own = info, own
-        self._module, self._caches = module, caches
+        self._module, self.caches = module, caches
         self._held: dict[int, tuple[DraftedSequence, int, list[int]]] = {}
         """By slot: the sequence, how many of its tokens were read, and the pages that it had."""
 
@@ -83,5 +83,5 @@ class ModelDrafter(Drafter):
         return num_read if kept is None else min(num_read, kept * self._own.tokens_per_block)
 
     def _run(self) -> Tensor:
-        logits: Tensor = self._module(**self._own.named_args(), **self._caches)[0]
+        logits: Tensor = self._module(**self._own.named_args(), **self.caches)[0]
         return logits

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ad_flashinfer_pass import __version__
+from ad_flashinfer_pass.collector import new_objects_alone
 from ad_flashinfer_pass.deployment.dataset import Request
 from ad_flashinfer_pass.errors import ConfigError
 from ad_flashinfer_pass.files import write_file
@@ -224,6 +225,7 @@ def _random(number: int, vocab_size: int, input_len: int, output_len: int) -> li
     return [Request(prompt, output_len, 0.0) for prompt in prompts]
 
 
+@new_objects_alone()
 def _run(
     engine: Engine,
     requests: Sequence[Request],

@@ -10,6 +10,7 @@ from os import PathLike
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ad_flashinfer_pass.collector import new_objects_alone
 from ad_flashinfer_pass.config import check_type, nearest
 from ad_flashinfer_pass.errors import ConfigError, RequestError
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
@@ -359,15 +360,16 @@ class LLM:
         call = _Call(len(places), self.engine.metrics.num_preemptions)
         num_cut = 0
         try:
-            for order, index in enumerate(places):
-                self._submit(call, order, index, prompts[index], encode, params[order])
-            for index in range(len(places)):
-                while index not in call.results:
-                    self._advance(call)
-                    if on_progress is not None:
-                        on_progress(call.progress(self.engine.metrics))
-                num_cut += call.results[index].is_cut
-                yield call.results.pop(index)
+            with new_objects_alone():
+                for order, index in enumerate(places):
+                    self._submit(call, order, index, prompts[index], encode, params[order])
+                for index in range(len(places)):
+                    while index not in call.results:
+                        self._advance(call)
+                        if on_progress is not None:
+                            on_progress(call.progress(self.engine.metrics))
+                    num_cut += call.results[index].is_cut
+                    yield call.results.pop(index)
             self._warn_of_cut(num_cut, len(places))
         finally:
             with ExitStack() as stack:  # which closes all, whatever happens at one

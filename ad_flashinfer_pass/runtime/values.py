@@ -77,7 +77,9 @@ def as_token_ids(prompt: Any) -> list[int]:
     prompt = plain(prompt)
     try:
         if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes | bytearray | Mapping | Set):
-            return [as_int("a token id", token) for token in prompt]
+            tokens = list(prompt)
+            are_plain = {*map(type, tokens)} <= {int}  # of long prompts in a tenth of the time
+            return tokens if are_plain else [as_int("a token id", token) for token in tokens]
     except RequestError:
         pass
     raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.80}.")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
+from ad_flashinfer_pass.collector import new_objects_alone
 from ad_flashinfer_pass.errors import RequestError
 from ad_flashinfer_pass.runtime.engine import Engine, StepOutput
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
@@ -139,8 +140,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            while self._obey():
-                self._hand_out(self.engine.step())
+            with new_objects_alone():
+                while self._obey():
+                    self._hand_out(self.engine.step())
         except BaseException as err:  # those who wait must hear of it
             self.error = err
             for ticket in self._tickets.values():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ad_flashinfer_pass.collector import new_objects_alone
 from ad_flashinfer_pass.runtime.cached_model import CachedModel
 from ad_flashinfer_pass.runtime.ranks import Ranks
 
 
+@new_objects_alone()
 def follow(model: CachedModel, ranks: Ranks) -> None:
     """Do what the first rank says, until it ends."""
     while True:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -98,12 +99,12 @@ class SamplingParams:
         assert not isinstance(self.logit_bias, Mapping)
         return self.logit_bias
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         """Whether the most likely token of the unchanged logits is taken."""
         return self.temperature == 0 and not self.is_penalised
 
-    @property
+    @cached_property
     def is_penalised(self) -> bool:
         """Whether some tokens are made less likely, be the choice greedy or not."""
         return bool(

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import accumulate, chain
+from itertools import accumulate, chain, zip_longest
 from math import prod
 from typing import NamedTuple
 
@@ -321,7 +321,9 @@ class SequenceInfo:
         # The n-th token of a sequence stands n places behind its first one.
         shifts = [at + n - end for at, n, end in zip(starts, lens, ends, strict=True)]
         positions = np.minimum(np.arange(total) + np.repeat(shifts, lens), self.max_seq_len - 1)
-        pages = [page for seq in sequences for page in seq.pages]
+        ends_of_pages = list(accumulate(len(seq.pages) for seq in sequences))
+        all_pages = chain.from_iterable(seq.pages for seq in sequences)
+        pages = np.fromiter(all_pages, dtype=np.int32, count=ends_of_pages[-1])
         write = self._buffer.next_stage()
         write("input_ids", ids)
         write("position_ids", positions)
@@ -340,9 +342,12 @@ class SequenceInfo:
                 row._replace(num_generated=row.num_generated + i) for row in row_params for i in places
             ]
         if row_params:
-            stops, *columns = map(list, zip(*row_params, strict=True))
-            unused = [-1] * _MAX_STOP_TOKENS
-            write("stop_token_ids", [[*stop, *unused][:_MAX_STOP_TOKENS] for stop in stops])
+            stops, *columns = zip(*row_params, strict=True)
+            stop_token_ids = np.full((len(stops), _MAX_STOP_TOKENS), -1)
+            by_place = zip_longest(*stops, fillvalue=-1)
+            for place, ids_there in zip(range(_MAX_STOP_TOKENS), by_place, strict=False):
+                stop_token_ids[:, place] = ids_there
+            write("stop_token_ids", stop_token_ids)
             for name, column in zip(RowParams._fields[1:], columns, strict=True):
                 write(name, column)
         if self.has_states or self.has_next or verifies:
@@ -350,7 +355,7 @@ class SequenceInfo:
         write("cu_seqlen", [0, *ends])
         write("input_pos", starts)
         write("seq_len_with_cache", [at + n for at, n in zip(starts, lens, strict=True)])
-        write("cu_num_pages", [0, *accumulate(len(seq.pages) for seq in sequences)])
+        write("cu_num_pages", [0, *ends_of_pages])
         write("cache_loc", pages)
         self._buffer.copy_to_device(len(pages))
         if ids.min(initial=0) < 0:

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ad_flashinfer_pass.runtime.sequence_info import METADATA_ARGS, BatchInfo, SequenceInfo, SequenceStep
+from ad_flashinfer_pass.runtime.sequence_info import (
+    METADATA_ARGS,
+    BatchInfo,
+    RowParams,
+    SequenceInfo,
+    SequenceStep,
+)
 
 PAGE, MAX_SEQ_LEN, MAX_BATCH, MAX_TOKENS = 4, 20, 5, 48
 
@@ -118,6 +124,15 @@ def test_addresses_are_the_same_at_every_step() -> None:
     first = {name: tensor.data_ptr() for name, tensor in info.named_args().items()}
     info.nest_sequences([step(6, 1), step(9, 1), step(1, 1)])
     assert {name: tensor.data_ptr() for name, tensor in info.named_args().items()} == first
+
+
+def test_of_each_row_the_first_eight_stop_tokens_are_written() -> None:
+    """Rows have any number of them; -1 stands for none."""
+    info = make_info()
+    stops = [[], range(10, 20), [5, 6]]
+    info.nest_sequences([step(0, 2), step(3, 1), step(4, 1)], row_params=[RowParams(stop) for stop in stops])
+    expected = [[-1] * 8, list(range(10, 18)), [5, 6] + [-1] * 6]
+    assert info.views["stop_token_ids"][:3].tolist() == expected
 
 
 def test_a_last_page_may_be_partial() -> None:

@@ -20,6 +20,8 @@ from ad_flashinfer_pass.runtime.sequence_info import RowParams, SequenceInfo, Se
 if TYPE_CHECKING:
     from transformers.generation.configuration_utils import GenerationConfig
 
+    from ad_flashinfer_pass.kernels.cache.clear import Pools
+
 
 _VERIFY_COST = 1.2
 """Of a step that verifies drafts, in decode steps, where it was not measured."""
@@ -60,6 +62,12 @@ class CachedModel:
         pools = [cache for name, cache in guessing.items() if name.startswith(POOLS[0])]
         # Eight bytes an element: four times faster to clear than bfloat16.
         self._words = [_as_words(cache) for cache in (*self.paged, *pools)]
+        self._pools: Pools | None = None
+        """All of those, where one launch clears pages of all of them."""
+        if self.device.type == "cuda" and {words.dtype for words in self._words} == {torch.int64}:
+            from ad_flashinfer_pass.kernels.cache.clear import Pools  # needs triton
+
+            self._pools = Pools(self._words)
         self.states = [cache for name, cache in caches.items() if name.startswith(POOLS[1:])]
         """Those that are of states."""
         pages = sequence_info.max_batch_size * sequence_info.max_blocks_per_seq + 1
@@ -223,6 +231,9 @@ class CachedModel:
         index = torch.tensor(pages)
         if self.device.type == "cuda":
             index = index.pin_memory().to(self.device, non_blocking=True)
+        if self._pools is not None:
+            self._pools.clear(index)
+            return
         with torch.inference_mode():
             for words in self._words:
                 words.index_fill_(0, index, 0)  # words[index] = 0 would copy the 0 from the host, and wait

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ad_flashinfer_pass.kernels import drafts as drafts_kernel  # noqa: E402
 from ad_flashinfer_pass.kernels import sampling  # noqa: E402
 from ad_flashinfer_pass.kernels.attention import reference  # noqa: E402
-from ad_flashinfer_pass.kernels.cache import append, prepare_metadata  # noqa: E402
+from ad_flashinfer_pass.kernels.cache import append, clear, prepare_metadata  # noqa: E402
 from ad_flashinfer_pass.runtime.drafts.ngram import LEAST, MOST, guess  # noqa: E402
 from ad_flashinfer_pass.runtime.sampling import Sampler, SamplingParams, most_likely  # noqa: E402
 from ad_flashinfer_pass.runtime.sequence_info import Bucket, RowParams, SequenceInfo, SequenceStep  # noqa: E402
@@ -38,6 +38,15 @@ def pool(num_pages: int, heads: int, page: int, width: int, dtype: torch.dtype, 
     """A pool that holds POISON; with several layers a strided view of a larger one."""
     memory = torch.full((num_pages, layers, 2, heads, page, width), POISON, device=DEVICE).to(dtype)
     return memory[:, layers // 2]
+
+
+def test_clear_zeroes_some_pages_of_all_pools() -> None:
+    """Of pages smaller and larger than a block; the others stay."""
+    pools = [torch.full((7, width), 5, dtype=torch.int64, device=DEVICE) for width in (10, 4096, 9000)]
+    clear.Pools(pools).clear(torch.tensor([2, 6], device=DEVICE))
+    for pool in pools:
+        assert not pool[[2, 6]].any()
+        assert (pool[[0, 1, 3, 4, 5]] == 5).all()
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -9,6 +9,7 @@ calls.
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -140,6 +141,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            gc.collect()  # from now on nobody looks for what the start has left behind
             with new_objects_alone():
                 while self._obey():
                     self._hand_out(self.engine.step())

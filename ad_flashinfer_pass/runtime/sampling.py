@@ -10,7 +10,7 @@ can disturb a request's tokens. Nothing here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -294,9 +294,24 @@ class BatchParams:
     it."""
 
     @classmethod
-    def of(cls, rows: Sequence[SampledSequence], vocab_size: int, device: torch.device) -> BatchParams:
-        """Collect the parameters of these sequences."""
+    def of(
+        cls,
+        rows: Sequence[SampledSequence],
+        vocab_size: int,
+        device: torch.device,
+        carried: Container[int] = (),
+    ) -> BatchParams:
+        """Collect the parameters of these sequences.
+
+        Args:
+            rows: the sequences.
+            vocab_size: width of the logits.
+            device: where they are.
+            carried: by ``id``, those whose tokens are not looked at, because ``_carry_over`` brings them.
+        """
         params = [row.params for row in rows]
+        texts = [[] if id(row) in carried else row.token_ids for row in rows]
+        longest = max((row.num_tokens for row in rows), default=0)
 
         def column(values: list[float]) -> Tensor:
             return on_device(torch.tensor(values, dtype=torch.float32), device).unsqueeze(1)
@@ -304,11 +319,12 @@ class BatchParams:
         batch = cls()
         if any(p.repetition_penalty != 1 for p in params):
             batch.penalty = column([p.repetition_penalty for p in params])
-            batch.seen = _marked([row.token_ids for row in rows], vocab_size, device)
+            batch.seen = _marked(texts, vocab_size, device)
         if any(p.presence_penalty or p.frequency_penalty for p in params):
             batch.presence = column([p.presence_penalty for p in params])
             batch.frequency = column([p.frequency_penalty for p in params])
-            generated = [[(t, 1.0) for t in row.token_ids[row.num_prompt_tokens :]] for row in rows]
+            continuations = [text[row.num_prompt_tokens :] for text, row in zip(texts, rows, strict=True)]
+            generated = [[(token, 1.0) for token in text] for text in continuations]
             batch.counts = _summed(generated, vocab_size, device)
         if any(p.logit_bias for p in params):
             batch.bias = _summed([p.biases for p in params], vocab_size, device)
@@ -318,7 +334,7 @@ class BatchParams:
             batch.ends = _marked([sorted(row.stop_token_ids) for row in rows], vocab_size, device)
         if any(p.bad_words_ids for p in params):
             batch.bad_words = BadWords.of([p.bad_words_ids for p in params], device)
-            batch.history = on_device(_history(rows), device)
+            batch.history = on_device(_history(texts, longest), device)
         if any(p.suppress_tokens for p in params):
             suppressed = [[t for t in p.suppress_tokens if t < vocab_size] for p in params]
             batch.suppressed = _marked(suppressed, vocab_size, device)
@@ -326,7 +342,7 @@ class BatchParams:
         if any(sizes):
             batch.ngram_sizes = tuple(sorted(set(sizes) - {0}))
             batch.ngram_size = on_device(torch.tensor(sizes), device)
-            batch.history = on_device(_history(rows), device)
+            batch.history = on_device(_history(texts, longest), device)
         is_drawn = [p.temperature > 0 for p in params]
         if not any(is_drawn):
             return batch
@@ -418,7 +434,8 @@ class Sampler:
     def penalise(self, logits: Tensor, rows: Sequence[SampledSequence], bits: Tensor | None = None) -> Tensor:
         """The first half of ``sample``: the logits as ``BatchParams.penalise`` leaves them, and the bits."""
         if rows != self._rows:
-            batch = BatchParams.of(rows, logits.shape[1], logits.device)
+            known = {id(row) for row in self._rows}
+            batch = BatchParams.of(rows, logits.shape[1], logits.device, known)
             _carry_over(self._batch.seen, self._rows, batch.seen, rows)
             _carry_over(self._batch.counts, self._rows, batch.counts, rows)
             _carry_over(self._batch.history, self._rows, batch.history, rows)
@@ -654,11 +671,11 @@ def _summed(values: Sequence[Sequence[tuple[int, float]]], vocab_size: int, devi
     return summed.view(len(values), vocab_size)
 
 
-def _history(rows: Sequence[SampledSequence]) -> Tensor:
-    """``BatchParams.history`` of these rows, with room for tokens that are not known yet."""
-    history = torch.full((len(rows), max(row.num_tokens for row in rows)), -1)
-    for index, row in enumerate(rows):
-        history[index, history.shape[1] - len(row.token_ids) :] = torch.tensor(row.token_ids)
+def _history(texts: Sequence[list[int]], longest: int) -> Tensor:
+    """``BatchParams.history`` of these texts, with room for tokens that are not known yet."""
+    history = torch.full((len(texts), longest), -1)
+    for index, text in enumerate(texts):
+        history[index, longest - len(text) :] = torch.tensor(text)
     return history
 
 

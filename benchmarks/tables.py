@@ -336,6 +336,18 @@ def drafts(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
+def drafts_eagle3(data: dict[str, Any]) -> list[str]:
+    """Of ``drafts_eagle3.json``: the same with an EAGLE-3 head of random weights."""
+    columns = ["sequences", "decode, ms", f"verifies {data['num_tokens']}, ms", "ratio", "plain, tokens/s"]
+    lines = _heading(*columns, "3 of a step", "4")
+    for step in data["steps"]:
+        forced = {row["tokens"]: row for row in data["forced"] if row["batch"] == step["batch"]}
+        cells = [f"{step['decode_ms']:.2f}", f"{step['verify_ms']:.2f}", f"{step['ratio']:.2f}"]
+        cells += [f"{forced[3]['plain']:,.0f}", *(f"{forced[n]['tokens_per_s']:,.0f}" for n in (3, 4))]
+        lines.append(f"| {step['batch']} | {' | '.join(cells)} |")
+    return [*lines, "", _source(data)]
+
+
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
     """A number, in bold if it is worse than it should be; a dash for what was not measured."""
     if value is None:
@@ -357,7 +369,7 @@ def _source(data: dict[str, Any]) -> str:
 PAGES = {
     "kernels.md": (attention, end_to_end),
     "debugging.md": (inspection,),
-    "performance.md": (load, contexts, experts, quantized, state, latent, drafts),
+    "performance.md": (load, contexts, experts, quantized, state, latent, drafts, drafts_eagle3),
     "serving.md": (serve,),
     "torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }

@@ -87,7 +87,7 @@ def _function(node: ast.FunctionDef, name: str = "") -> list[str]:
     given = ast.unparse(node.args).removeprefix("self").removeprefix(", ").replace("=", " = ")
     returned = ast.unparse(node.returns)
     call = f"{name or node.name}({given})" + f" -> {returned}" * (not name)
-    if any(ast.unparse(each) == "property" for each in node.decorator_list):
+    if any(ast.unparse(each) in ("property", "cached_property") for each in node.decorator_list):
         call = f"{node.name}: {returned}"
     call = textwrap.fill(call, 110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     return ["", "```python", call, "```", *_docstring(node)]

@@ -242,7 +242,7 @@ def main() -> None:
     found = {
         "command": " ".join(["python", "benchmarks/decode_loop.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "machine": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "backend": args.backend,
         "layers": args.layers,

@@ -138,7 +138,7 @@ def record(planned: MemoryPlan, phases: Phases, graphs: list[tuple[str, int]]) -
     return {
         "command": " ".join(["python", "benchmarks/memory_plan.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "machine": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "planned": {row.name: row.bytes for row in planned.rows},
         "in_use": phases,

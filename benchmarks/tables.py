@@ -1,4 +1,4 @@
-"""Tables of the pages in docs/ from the JSON of the benchmarks.
+"""Tables of README and of the pages in docs/ from the JSON of the benchmarks.
 
     python benchmarks/tables.py
 
@@ -8,16 +8,22 @@ Each stands between two comments with its name; ``tests/test_tables.py`` checks 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 
-def attention(data: dict[str, Any]) -> list[str]:
+def _read(name: str) -> dict[str, Any]:
+    """A file of results."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def attention() -> list[str]:
     """Of ``attention.json``."""
+    data = _read("attention")
     lines = _heading(
         "cache",
         "batch",
@@ -61,8 +67,9 @@ def _prefill(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def end_to_end(data: dict[str, Any]) -> list[str]:
+def end_to_end() -> list[str]:
     """Of ``end_to_end.json``."""
+    data = _read("end_to_end")
     lines = _heading(
         "model",
         "prefill",
@@ -91,8 +98,9 @@ def end_to_end(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def inspection(data: dict[str, Any]) -> list[str]:
+def inspection() -> list[str]:
     """Of ``inspection.json``: a row a command, its seconds and memory for each model."""
+    data = _read("inspection")
     rows = data["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     cells = {
@@ -108,8 +116,9 @@ def inspection(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def compile_backend(data: dict[str, Any]) -> list[str]:
+def compile_backend(name: str = "compile_backend") -> list[str]:
     """Of ``compile_backend.json``: both ways of each compile backend, and what was compiled."""
+    data = _read(name)
     lines = _heading(
         "compile_backend", "batch", "standalone, ms", "torch.compile, ms", "ratio", "tokens that differ"
     )
@@ -131,9 +140,9 @@ def compile_backend(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def compile_backend_cudagraph(data: dict[str, Any]) -> list[str]:
+def compile_backend_cudagraph() -> list[str]:
     """Of ``compile_backend_cudagraph.json``, another run of the same."""
-    return compile_backend(data)
+    return compile_backend("compile_backend_cudagraph")
 
 
 # vLLM 0.24.0 on another H200, by model and sequences: milliseconds of a step, prompt tokens a second.
@@ -162,8 +171,9 @@ def _beside_vllm(row: dict[str, Any], known: dict[int, tuple[float, int]]) -> li
     ]
 
 
-def experts(data: dict[str, Any]) -> list[str]:
+def experts() -> list[str]:
     """Of ``experts.json``: whole models beside vLLM, then the kernels alone."""
+    data = _read("experts")
     lines = _heading("model", "sequences", *_BESIDE_VLLM, "experts of a layer")
     for model in data["models"]:
         for row in model["rows"]:
@@ -195,9 +205,12 @@ _VLLM_QUANTIZED = {
     }
 }
 
+_VLLM_FLOAT8_LOAD = 8742
 
-def quantized(data: dict[str, Any]) -> list[str]:
+
+def quantized() -> list[str]:
     """Of ``quantized.json``: float8 models beside vLLM."""
+    data = _read("quantized")
     lines = _heading("model", "sequences", "activations", *_BESIDE_VLLM)
     for model in data["models"]:
         for row in model["rows"]:
@@ -208,7 +221,10 @@ def quantized(data: dict[str, Any]) -> list[str]:
     loads = "; ".join(
         f"{m['name']}: {m['load_tokens_per_s']:,.0f}" for m in data["models"] if "load_tokens_per_s" in m
     )
-    lines += ["", f"64 requests of 1k in and 1k out, tokens/s (vLLM 0.24, the first: 8,742): {loads}."]
+    lines += [
+        "",
+        f"64 requests of 1k in and 1k out, tokens/s (vLLM 0.24, the first: {_VLLM_FLOAT8_LOAD:,}): {loads}.",
+    ]
     return [*lines, "", f"Built in: {built}. {data['note']}.", "", _source(data)]
 
 
@@ -217,8 +233,9 @@ _VLLM_LOAD = {1: (4.99, 41_100), 8: (5.26, 43_800), 32: (6.28, 42_900), 128: (10
 _VLLM_LOADS = {"mixed": 7163, "mixed, sampled": 4631, "1k in, 1k out": 6374}
 
 
-def load(data: dict[str, Any]) -> list[str]:
+def load() -> list[str]:
     """Of ``load.json``: what a user waits for, beside vLLM."""
+    data = _read("load")
     lines = _heading(
         "prompts of 1,024 at once",
         "all first tokens, ms",
@@ -246,8 +263,88 @@ def load(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Ready after {data['start_seconds']:.0f} s. {_source(data)}"]
 
 
-def state(data: dict[str, Any]) -> list[str]:
+def measured() -> list[str]:
+    """Of ``load.json``, ``quantized.json`` and ``experts.json``: what README says beside vLLM."""
+    prompts = {row["sequences"]: row for row in _read("load")["prompts"]}
+    loads = {row["name"]: row["tokens_per_s"] for row in _read("load")["loads"]}
+    float8, qwen = _read("quantized")["models"][0], _read("experts")["models"][0]
+    lines = _heading("", "here", "vLLM 0.24", "")
+
+    def add(what: str, ours: list[float], theirs: list[float], form: str, is_time: bool = False) -> None:
+        cells = [" / ".join(f"{value:{form}}" for value in values) for values in (ours, theirs)]
+        lines.append(f"| {what} | {' | '.join(cells)} | {_compared(ours, theirs, is_time=is_time)} |")
+
+    def add_model(model: dict[str, Any], known: dict[int, tuple[float, int]], what: str) -> None:
+        steps = [row["step_ms"] for row in model["rows"]]
+        speeds = [row["prompt_tokens_per_s"] / 1e3 for row in model["rows"]]
+        step, prompts = zip(*known.values(), strict=True)
+        add(f"{what}, decode step, ms", steps, list(step), ".2f", is_time=True)
+        add("the same, prefill, thousand tokens/s", speeds, [n / 1e3 for n in prompts], ".0f")
+
+    decode, speed = zip(*_VLLM_LOAD.values(), strict=True)
+    add(
+        "decode step of 1 / 8 / 32 / 128 sequences, ms",
+        [row["decode_ms"] for row in prompts.values()],
+        list(decode),
+        ".2f",
+        is_time=True,
+    )
+    add(
+        "64 requests, 1k in and 1k out, tokens/s",
+        [loads["1k in, 1k out"]],
+        [_VLLM_LOADS["1k in, 1k out"]],
+        ",.0f",
+    )
+    add("384 mixed requests, greedy, tokens/s", [loads["mixed"]], [_VLLM_LOADS["mixed"]], ",.0f")
+    add(
+        "384 mixed requests, temperature 0.8, top-p 0.95, tokens/s",
+        [loads["mixed, sampled"]],
+        [_VLLM_LOADS["mixed, sampled"]],
+        ",.0f",
+    )
+    add(
+        "one prompt to its first token, ms",
+        [prompts[1]["first_token_ms"]],
+        [1024e3 / speed[0]],
+        ".1f",
+        is_time=True,
+    )
+    add(
+        "prefill of 1 / 8 / 32 / 128 prompts, thousand tokens/s",
+        [1024 * n / row["first_token_ms"] for n, row in prompts.items()],
+        [n / 1e3 for n in speed],
+        ".1f",
+    )
+    add_model(float8, _VLLM_QUANTIZED[float8["name"]], "float8 weights and fp8 cache")
+    add(
+        "the same, 64 requests, 1k in and 1k out, tokens/s",
+        [float8["load_tokens_per_s"]],
+        [_VLLM_FLOAT8_LOAD],
+        ",.0f",
+    )
+    add_model(qwen, _VLLM_EXPERTS[qwen["name"]], qwen["name"])
+    return lines
+
+
+def _compared(ours: list[float], theirs: list[float], *, is_time: bool) -> str:
+    """Of 1, 8, 32 and 128 sequences, or one load: ahead, level within 2 %, or behind."""
+    groups: dict[str, dict[int, int]] = {"ahead": {}, "level": {}, "**behind**": {}}
+    for batch, mine, other in zip((1, 8, 32, 128), ours, theirs, strict=False):
+        more = (other - mine if is_time else mine - other) / other
+        name = "ahead" if more > 0.02 else "level" if more >= -0.02 else "**behind**"
+        groups[name][batch] = round(100 * abs(more))
+    said = []
+    for name, shares in groups.items():
+        if shares:
+            by = dict.fromkeys((min(shares.values()), max(shares.values())))
+            where = f" for {' / '.join(map(str, shares))}" * (len(shares) < len(ours))
+            said.append(name + f" by {' to '.join(map(str, by))} %" * (name != "level") + where)
+    return "; ".join(said)
+
+
+def state() -> list[str]:
     """Of ``state.json``: decode steps beside their floors, then a long prompt."""
+    data = _read("state")
     lines = _heading("model", "state of a sequence, MiB", "sequences", "step, ms", "floor, ms", "of floor")
     for model in data["models"]:
         for row in model["rows"]:
@@ -265,8 +362,9 @@ def state(data: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{speed} {_source(data)}"]
 
 
-def contexts(data: dict[str, Any]) -> list[str]:
+def contexts() -> list[str]:
     """Of ``contexts.json``: steps over long contexts beside their floors."""
+    data = _read("contexts")
     lines = _heading("shape", "sequences x context", "step, ms", "floor, ms", "of floor")
     for row in data["rows"]:
         step, floor = row["step_ms"], row["floor_ms"]
@@ -275,8 +373,9 @@ def contexts(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def latent(data: dict[str, Any]) -> list[str]:
+def latent() -> list[str]:
     """Of ``latent.json``: whole models with and without latents, then the kernels alone."""
+    data = _read("latent")
     forms: dict[tuple[int, int, int], dict[bool, dict[str, Any]]] = {}
     for row in data["models"]:
         key = (row["sequences"], row["context"], row.get("new", 0))
@@ -300,8 +399,9 @@ def latent(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def serve(data: dict[str, Any]) -> list[str]:
+def serve() -> list[str]:
     """Of ``serve.json``: what serving adds to the engine, and what a known beginning saves."""
+    data = _read("serve")
     cost, prefix, grammar = data["overhead"], data["prefix"], data["grammar"]
     lines = _heading("what", "without", "with", "share")
     streams, tokens, batch = cost["streams"], prefix["tokens"], grammar["batch"]
@@ -317,8 +417,9 @@ def serve(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def drafts(data: dict[str, Any]) -> list[str]:
+def drafts() -> list[str]:
     """Of ``drafts.json``: what a step that verifies costs, and what drafts give."""
+    data = _read("drafts")
     names = {2: "2 of a step", 3: "3", 4: "4"}
     columns = ["sequences", "decode, ms", f"verifies {data['num_tokens']}, ms", "ratio", "plain, tokens/s"]
     lines = _heading(*columns, *names.values(), "text in circles", "random text")
@@ -336,8 +437,9 @@ def drafts(data: dict[str, Any]) -> list[str]:
     return [*lines, "", _source(data)]
 
 
-def drafts_eagle3(data: dict[str, Any]) -> list[str]:
+def drafts_eagle3() -> list[str]:
     """Of ``drafts_eagle3.json``: the same with an EAGLE-3 head of random weights."""
+    data = _read("drafts_eagle3")
     columns = ["sequences", "decode, ms", f"verifies {data['num_tokens']}, ms", "ratio", "plain, tokens/s"]
     lines = _heading(*columns, "3 of a step", "4")
     for step in data["steps"]:
@@ -346,6 +448,108 @@ def drafts_eagle3(data: dict[str, Any]) -> list[str]:
         cells += [f"{forced[3]['plain']:,.0f}", *(f"{forced[n]['tokens_per_s']:,.0f}" for n in (3, 4))]
         lines.append(f"| {step['batch']} | {' | '.join(cells)} |")
     return [*lines, "", _source(data)]
+
+
+_SWITCHED = ("tune_attention", "fuse_rope_append", "fuse_small_batch")
+
+
+def steps() -> list[str]:
+    """Of ``decode.json`` and ``decode_fp8.json``: steps beside those with an fp8 cache, and transformers'."""
+    data, theirs = _read("decode"), _read("decode")["transformers_step_ms"]
+    lines = _heading("sequences", "floor, ms", "step, ms", "of floor", "fp8 cache, ms", "transformers, ms")
+    for row, eight in zip(data["rows"], _read("decode_fp8")["rows"], strict=True):
+        step, floor, batch = row["step_ms"], row["floor_ms"], str(row["concurrency"])
+        cells = [batch, f"{floor:.2f}", f"{step:.2f}", f"{floor / step:.0%}", f"{eight['step_ms']:.2f}"]
+        lines.append(f"| {' | '.join([*cells, _number(theirs.get(batch), '.2f')])} |")
+    return [*lines, "", _source(data)]
+
+
+def where() -> list[str]:
+    """Of ``decode.json`` and its like: where a step's time goes, with all transforms and without each."""
+    runs = {"all": "decode", **{f"without `{name}`": f"decode_without_{name}" for name in _SWITCHED}}
+    found = {title: _read(name) for title, name in {**runs, "none": "decode_plain"}.items()}
+    lines = list[str]()
+    for batch in found["all"]["where_us"]:
+        parts = {title: data["where_us"][batch] for title, data in found.items() if batch in data["where_us"]}
+        lines += _heading(f"B{batch}, us", *parts)
+        for purpose in dict.fromkeys(purpose for times in parts.values() for purpose in times):
+            lines.append(
+                f"| {purpose} | {' | '.join(f'{times.get(purpose, 0):,.0f}' for times in parts.values())} |"
+            )
+        lines.append("")
+    prompts = found["all"]["prefill_steps"]
+    times = ", ".join(f"{name} {us / 1e3:,.1f}" for name, us in prompts["where_us"].items())
+    return [
+        *lines,
+        f"A step of {prompts['prompts']} prompts, {statistics.median(prompts['ms']):.1f} ms: {times}.",
+    ]
+
+
+def transforms() -> list[str]:
+    """Of ``decode.json`` and its like: a step with each transform switched off."""
+    runs = {
+        "all transforms": "decode",
+        **{f"without `{name}`": f"decode_without_{name}" for name in _SWITCHED},
+    }
+    runs["none of them, nor Inductor or `fuse_gemms`"] = "decode_plain"
+    lines = _heading("step, ms", *(f"B{row['concurrency']}" for row in _read("decode")["rows"]))
+    for title, name in runs.items():
+        times = [f"{row['step_ms']:.2f}" for row in _read(name)["rows"]]
+        lines.append(f"| {title} | {' | '.join(times)} |")
+    return lines
+
+
+def loop() -> list[str]:
+    """Of ``decode_loop.json``: what stands between two steps."""
+    data = _read("decode_loop")
+    ahead = ("none ahead, ms", "one", "two")
+    lines = _heading("step", *ahead, "gap us, median", "longest", "metadata and sampling us", "waits a step")
+    for row in data["rows"]:
+        for kind in ("greedy", "sampled"):
+            trace, times = row[f"trace_{kind}"], [f"{row[f'{kind}_{n}_ahead_ms']:.2f}" for n in (0, 1, 2)]
+            gap, ours = trace["gap_us"], trace["metadata_and_sampling_us"]
+            # The trace itself ends with two waits for the whole device, which the loop does not have.
+            waits = trace["waits_a_step"].get("cudaEventSynchronize", 0)
+            cells = [f"{gap['median']:.1f}", f"{gap['max']:.1f}"]
+            cells += [f"{ours:.0f} ({trace['metadata_and_sampling_share']:.1%})", f"{waits:.2f}"]
+            lines.append(f"| B{row['batch']}, {kind} | {' | '.join(times + cells)} |")
+    return [*lines, "", _source(data)]
+
+
+def capture() -> list[str]:
+    """Of ``decode_loop.json``: what the graphs took to capture, of steps with prefill and of decode steps."""
+    kinds: dict[str, list[dict[str, Any]]] = {"steps with prefill": [], "decode steps": []}
+    for cost in _read("decode_loop")["captures"]:
+        kinds["steps with prefill" if "tokens" in cost["bucket"] else "decode steps"].append(cost)
+    lines = _heading("graphs of", "number", "seconds", "MiB, the largest", "MiB, the others")
+    for kind, costs in kinds.items():
+        seconds = sum(cost["seconds"] for cost in costs)
+        first, *others = (cost["bytes"] / 2**20 for cost in costs)
+        lines.append(f"| {kind} | {len(costs)} | {seconds:.2f} | {first:,.0f} | {sum(others):,.0f} |")
+    return lines
+
+
+def memory() -> list[str]:
+    """Of ``memory_plan.json``: planned beside used, by the phases in which a model is built."""
+    data = _read("memory_plan")
+    planned, used, before = data["planned"], data["in_use"], 0
+    parts = {
+        "CUDA's context": ("context", ["context"]),
+        "weights": ("weights", [name for name in planned if name.startswith("weights")]),
+        "metadata": ("metadata", ["metadata"]),
+        "KV cache": ("pools", [name for name in planned if "KV cache" in name]),
+    }
+    counted = {name for _, names in parts.values() for name in names}
+    parts["workspaces, intermediate results, graphs"] = ("graphs", [n for n in planned if n not in counted])
+    lines = _heading("MiB", "planned", "in use", "apart")
+    for title, (phase, names) in parts.items():
+        expected, size = sum(planned[name] for name in names), used[phase] - before
+        before = used[phase]
+        lines.append(f"| {title} | {expected / 2**20:,.1f} | {size / 2**20:,.1f} | |")
+    expected, size = sum(planned.values()), used["graphs"]
+    apart = abs(size - expected) / size
+    lines.append(f"| all | {expected / 2**20:,.1f} | {size / 2**20:,.1f} | {apart:.1%} |")
+    return [*lines, "", f"{_source(data)} {data['note']}"]
 
 
 def _number(value: float | None, form: str, *, below: float | None = None, above: float | None = None) -> str:
@@ -367,33 +571,35 @@ def _source(data: dict[str, Any]) -> str:
 
 # By page, the tables that stand in it.
 PAGES = {
-    "kernels.md": (attention, end_to_end),
-    "debugging.md": (inspection,),
-    "performance.md": (load, contexts, experts, quantized, state, latent, drafts, drafts_eagle3),
-    "serving.md": (serve,),
-    "torch_compile.md": (compile_backend, compile_backend_cudagraph),
+    "README.md": (measured,),
+    "docs/kernels.md": (attention, end_to_end),
+    "docs/debugging.md": (inspection,),
+    "docs/performance.md": (
+        *(load, contexts, steps, where, loop, experts, quantized, state, latent, capture, memory, transforms),
+        *(drafts, drafts_eagle3),
+    ),
+    "docs/serving.md": (serve,),
+    "docs/torch_compile.md": (compile_backend, compile_backend_cudagraph),
 }
 
 
 def updated(name: str) -> str:
-    """A page of the documentation with its tables made anew."""
-    page = (DOCS / name).read_text()
+    """A page with its tables made anew."""
+    page = (ROOT / name).read_text()
     for make in PAGES[name]:
         table = make.__name__
-        file = RESULTS / f"{table}.json"
-        lines = make(json.loads(file.read_text())) if file.exists() else ["Not measured."]
         before, begin, rest = page.partition(f"<!-- {table} -->")
         _, end, after = rest.partition(f"<!-- end of {table} -->")
         if not begin or not end:
             raise ValueError(f"{name} must have the comments <!-- {table} --> and <!-- end of {table} -->")
-        page = "\n".join([before + begin, *lines, end + after])
+        page = "\n".join([before + begin, *make(), end + after])
     return page
 
 
 def main() -> int:
     """Write the pages."""
     for name in PAGES:
-        (DOCS / name).write_text(updated(name))
+        (ROOT / name).write_text(updated(name))
     return 0
 
 

@@ -59,7 +59,7 @@ def checkpoint(name: str) -> Path:
 
 @cache
 def stated_tokens(name: str) -> list[list[int]]:
-    model = stated_model(checkpoint(name), FORMATS[name])
+    model = stated_model(checkpoint(name), FORMATS[name]).double()
     return architectures.generated_by_transformers(model, PROMPTS, NUM_NEW_TOKENS)
 
 
@@ -96,8 +96,8 @@ def test_computes_what_the_format_states(name: str) -> None:
 
 @arithmetic
 def test_generates_as_the_format_states(name: str) -> None:
-    """64 greedy tokens of transformers' generate on the float64 model, in a batch, by the pass."""
-    llm = build_model(config(name))
+    """64 greedy tokens of transformers' generate, in a batch, by the pass, in float64."""
+    llm = LLM(transform_module(loaded(name).double(), config(name))[0], eos_token_ids=())
     results = llm.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_NEW_TOKENS))
     assert [list(result.token_ids) for result in results] == stated_tokens(name)
 
@@ -183,7 +183,7 @@ def test_generates_by_torch_compile(name: str) -> None:
     """The same tokens through the other door."""
     session = CacheSession(max_batch_size=4, max_seq_len=128, kv_cache_config={"tokens_per_block": 16})
     options: dict[str, Any] = {"session": session, "compile_backend": "torch-simple"}
-    compiled = torch.compile(loaded(name), backend=flashinfer_trtllm, options=options)
+    compiled = torch.compile(loaded(name).double(), backend=flashinfer_trtllm, options=options)
     steps = []
     with session.prefill(PROMPTS) as batch:
         steps.append(batch.last_logits(compiled(**batch.inputs, use_cache=False).logits).argmax(-1))
@@ -316,9 +316,9 @@ def test_computes_as_transformers_does(tmp_path: Path, name: str) -> None:
     )  # transformers 5.17 leaves its scales as memory was
     file.write_text(json.dumps(settings))
     ids = torch.tensor(PROMPTS[2:])
-    wanted = transformers.AutoModelForCausalLM.from_pretrained(directory)(ids).logits
-    module = load_model(AutoDeployConfig(model=str(directory), device="cpu")).module
-    torch.testing.assert_close(module(ids).logits, wanted)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(directory).double()(ids).logits
+    module = load_model(AutoDeployConfig(model=str(directory), device="cpu")).module.double()
+    torch.testing.assert_close(module(ids).logits, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC"])

@@ -15,6 +15,7 @@ def running(app: FastAPI) -> Iterator[str]:
     """The URL of a server of this app, which ends with the context as by SIGTERM."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False)
     socket = config.bind_socket()
+    socket.listen()  # who comes before the server has started waits for it
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()

@@ -61,6 +61,8 @@ def shard(model: nn.Module, ctx: TransformContext) -> tuple[nn.Module, Transform
     sharder.split_linears()
     ctx.are_logits_alike = sharder.split_head()
     sharder.join_sums()
+    # q, k and v have one convolution before them, and one state.
+    sharder.parts.join(_ours.causal_conv1d)
     g.finish(model)
     report.skipped = sharder.left_whole()
     sums = model.graph.find_nodes(op="call_function", target=_ours.all_reduce.default)

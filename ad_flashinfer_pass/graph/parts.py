@@ -4,11 +4,15 @@
 node is made of, down to the weights, of which it reads the rows or columns that it needs. Each rule says why
 that is right: what an element of the result depends on lies at its own place, or along other dimensions.
 Where there is no rule the whole is computed and cut, which is right as well and saves nothing.
+
+Heads that a view has put together with tokens, as [b * s * 4, d], are still heads: places along a dimension of
+unknown size are those of each run of its known factor, here 4.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -26,9 +30,25 @@ _REDUCTIONS = (
     *(aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.linalg_vector_norm, aten.norm),
     *(aten._softmax, aten.softmax),
 )
+_NORMS = (aten.layer_norm, aten.rms_norm)
+_OF_ANY_SIZE = (*ax.VIEWS, *ax.PERMUTATIONS, *_REDUCTIONS, *_NORMS)
+"""What can be cut along a dimension whose size is not known, as what is pointwise can."""
 
 Ranges = tuple[tuple[int, int], ...]
 """Places along a dimension, [start, end) one after the other, not necessarily rising."""
+
+_ours = torch.ops.ad_flashinfer
+_BY_HEADS: dict[Any, dict[str, int]] = {
+    _ours.attention: {"query": 2, "key": 2, "value": 2, "sinks": 0, "alibi_slopes": 0},
+    _ours.causal_conv1d: {"x": 2, "weight": 0, "bias": 0},
+    **dict.fromkeys(
+        (_ours.gated_delta_rule, _ours.kda), {"query": 2, "key": 2, "value": 2, "g": 2, "beta": 2}
+    ),
+    _ours.selective_scan: {"hidden_states": 2, "dt": 2, "A": 0, "D": 0, "dt_bias": 0},
+    _ours.ssd_scan: {"hidden_states": 2, "dt": 2, "A": 0, "B": 2, "C": 2, "D": 0, "dt_bias": 0},
+}
+"""Ops that compute each head, or channel, of dimension 2 by itself: where it is in what they read. One that
+several heads read, as those of K and V, is there once for all of them."""
 
 
 class CannotCutError(Exception):
@@ -143,8 +163,9 @@ class Parts:
         """
         rank = g.value(node).dim()
         dim, kept = dim % rank, joined(kept)
-        if kept == ((0, g.shape(node)[dim]),):
-            return node
+        size = g.shape(node)[dim]
+        # The whole of a piece, as of the only head of K, may be part of what it is a piece of.
+        is_whole = kept == ((0, ax.Size.of(size).constant),)
         key = (node, dim, kept)
         if key not in self._made:
             if self.is_strict and key in self._failed:
@@ -152,11 +173,13 @@ class Parts:
             try:
                 self._made[key] = self._of(node, dim, kept)
             except CannotCutError as err:
-                self._failed[key] = CannotCutError(err.reason, err.node or node)
-                if self.is_strict:
-                    raise self._failed[key] from None
-                self._made[key] = self._cut(node, dim, kept)
-        self.seen.add(node)
+                if not is_whole:
+                    self._failed[key] = CannotCutError(err.reason, err.node or node)
+                    if self.is_strict or isinstance(size, SymInt):
+                        raise self._failed[key] from None
+                self._made[key] = node if is_whole else self._cut(node, dim, kept)
+        if self._made[key] is not node:
+            self.seen.add(node)
         return self._made[key]
 
     def weight(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
@@ -197,6 +220,24 @@ class Parts:
         finally:
             self.is_strict = False
 
+    def join(self, op: Any) -> None:
+        """Make all parts of one call that are read by one call, where something can be read of all of them."""
+        alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
+        made = defaultdict[tuple[fx.Node, int], list[tuple[Ranges, fx.Node]]](list)
+        for (node, dim, kept), part in self._made.items():
+            if g.is_op(node, op) and part in alive:
+                made[node, dim].append((kept, part))
+        for (node, dim), parts in made.items():
+            parts.sort(key=operator.itemgetter(0))
+            try:
+                whole = self.strictly(node, dim, tuple(run for kept, _ in parts for run in kept))
+            except CannotCutError:
+                continue
+            end = 0
+            for kept, part in parts:
+                start, end = end, end + length(kept)
+                part.replace_all_uses_with(self.call(whole, aten.slice.Tensor, whole, dim, start, end))
+
     def call(self, node: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call right behind a node, from the same line."""
         key = f"{target} {map_arg((args, kwargs), _described)}"
@@ -222,37 +263,39 @@ class Parts:
             return self.weight(node, dim, kept)
         if node.op != "call_function" or not g.is_tensor(node):
             raise CannotCutError("is an input")
-        if isinstance(g.shape(node)[dim], SymInt):
+        is_pointwise = g.is_pointwise(node) or g.is_op(node, *_COPIES)
+        if isinstance(g.shape(node)[dim], SymInt) and not (is_pointwise or g.is_op(node, *_OF_ANY_SIZE)):
             raise CannotCutError("has a size that is not known")
         if node.target is operator.getitem:
             return self._of_split(node, dim, kept)
         for rule, targets in self._rules():
             if g.is_op(node, *targets):
                 return rule(node, dim, kept)
-        if g.is_pointwise(node) or g.is_op(node, *_COPIES):
+        if is_pointwise:
             return self._pointwise(node, dim, kept)
         raise CannotCutError("works on all elements together, as far as is known")
 
     def _rules(self) -> list[tuple[Callable[[fx.Node, int, Ranges], fx.Node], tuple[Any, ...]]]:
-        ours = torch.ops.ad_flashinfer
         return [
             (self._linear, (aten.linear,)),
             (self._addmm, (aten.addmm,)),
             (self._matmul, (aten.mm, aten.matmul)),
-            (self._quantized_linear, (ours.quantized_linear,)),
-            (self._attention, (ours.attention,)),
+            (self._quantized_linear, (_ours.quantized_linear,)),
+            (self._by_heads, tuple(_BY_HEADS)),
             (self._view, ax.VIEWS),
             (self._permutation, ax.PERMUTATIONS),
             (self._expansion, ax.EXPANSIONS),
             (self._slice, (aten.slice,)),
             (self._select, (aten.select,)),
             (self._cat, (aten.cat,)),
-            (self._norm, (aten.layer_norm, aten.rms_norm)),
+            (self._norm, _NORMS),
             (self._reduction, _REDUCTIONS),
         ]
 
     def again(self, node: fx.Node, parts: dict[fx.Node, fx.Node]) -> fx.Node:
-        """The same call of parts of its arguments."""
+        """The same call of parts of its arguments; itself if none is cut."""
+        if all(part is whole for whole, part in parts.items()):
+            return node
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda each: parts.get(each, each))
         assert callable(node.target)
         return self.call(node, node.target, *args, **kwargs)
@@ -263,8 +306,10 @@ class Parts:
             if not g.is_tensor(source):
                 continue
             at = dim - rank + g.value(source).dim()
-            if at >= 0 and g.shape(source)[at] != 1:
+            if at >= 0 and g.same_size(g.shape(source)[at], g.shape(node)[dim]):
                 parts[source] = self.of(source, at, kept)
+            elif at >= 0 and not g.same_size(g.shape(source)[at], 1):
+                raise CannotCutError("reads sizes that are not known to be equal")
         if not parts:
             raise CannotCutError("is the same everywhere")
         return self.again(node, parts)
@@ -317,26 +362,22 @@ class Parts:
         self.is_even &= size % block == 0
         return self.weight(scale, dim, _blocks(kept, block, size))
 
-    def _attention(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
+    def _by_heads(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
+        args, parts = g.op_args(node), {}
         if dim != 2:
             raise CannotCutError("is cut within heads")
-        args = g.op_args(node)
-        if args["attn_mask"] is not None:
+        is_attention = g.is_op(node, _ours.attention)
+        if is_attention and args["attn_mask"] is not None:
             raise CannotCutError("has a mask that is not proved")
-        heads, kv_heads = (int(g.shape(args[name])[2]) for name in ("query", "key"))
-        group = heads // kv_heads
-        read = [head // group for start, end in kept for head in range(start, end)]
-        own = list(dict.fromkeys(read))
-        if read != [head for head in own for _ in range(len(read) // len(own))]:
-            raise CannotCutError(f"has {group} query heads a KV head, and a rank would get some of them")
-        of_kv = joined((head, head + 1) for head in own)
-        was_strict, self.is_strict = self.is_strict, False
-        parts = {args["query"]: self.of(args["query"], 2, kept)}
-        parts |= {args[name]: self.of(args[name], 2, of_kv) for name in ("key", "value")}
-        for name in ("sinks", "alibi_slopes"):
-            if args[name] is not None:
-                parts[args[name]] = self.of(args[name], 0, kept)
-        self.is_strict = was_strict
+        was_strict, self.is_strict = self.is_strict, self.is_strict and not is_attention
+        try:
+            places = next(places for op, places in _BY_HEADS.items() if g.is_op(node, op))
+            for name, at in places.items():
+                if args[name] is not None:
+                    group = int(g.shape(node)[2]) // int(g.shape(args[name])[at])
+                    parts[args[name]] = self.of(args[name], at, _shared(kept, group))
+        finally:
+            self.is_strict = was_strict
         made = self.again(node, parts)
         if "site_notes" in node.meta:
             made.meta["site_notes"] = node.meta["site_notes"]
@@ -349,19 +390,23 @@ class Parts:
         new, old = g.shape(node), g.shape(source)
         at, of_source = _before_view(old, new, dim, kept)
         part = self.of(source, at, of_source)
+        if part is source:
+            return node
         if g.is_op(node, aten.unsqueeze, aten.squeeze, aten.flatten):
             return self.again(node, {source: part})
         if g.is_op(node, aten.unflatten):
             first = int(g.op_args(node)["dim"]) % len(old)
             sizes = list(g.op_args(node)["sizes"])
-            if sizes[dim - first] != -1:
+            if 0 <= dim - first < len(sizes) and sizes[dim - first] != -1:
                 sizes[dim - first] = length(kept)
             return self.call(node, aten.unflatten.int, part, first, sizes)
         if not g.is_op(node, aten.view, aten.reshape, aten._unsafe_view):
             raise CannotCutError("takes its shape from elsewhere")
         sizes = list(g.args(node)[1])
         if isinstance(sizes[dim], fx.Node):
-            raise CannotCutError("computes the size")
+            if -1 in sizes:
+                raise CannotCutError("computes the size")
+            sizes[dim] = -1
         if sizes[dim] != -1:
             sizes[dim] = length(kept)
         return self.call(node, aten.reshape.default, part, sizes)
@@ -378,6 +423,8 @@ class Parts:
         at = dim - g.value(node).dim() + g.value(source).dim()
         is_copied = at < 0 or g.shape(source)[at] == 1
         part = source if is_copied else self.of(source, at, kept)
+        if part is source and not is_copied:
+            return node
         sizes = list(g.op_args(node)["size"])
         if isinstance(sizes[dim], fx.Node):
             raise CannotCutError("computes the size")
@@ -413,7 +460,8 @@ class Parts:
         self.seen.add(split)
         if key not in self._made:
             self._made[key] = self.again(split, {source: part})
-        return self.call(node, operator.getitem, self._made[key], index)
+        made = self._made[key]
+        return node if made is split else self.call(node, operator.getitem, made, index)
 
     def _select(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
         args = g.op_args(node)
@@ -424,7 +472,7 @@ class Parts:
         sources, at = list(g.args(node)[0]), int((*g.args(node)[1:], 0)[0]) % g.value(node).dim()
         if at != dim:
             return self.again(node, {each: self.of(each, dim, kept) for each in dict.fromkeys(sources)})
-        self.is_even = False
+        self.is_even &= kept == ((0, g.shape(node)[dim]),)
         pieces, first = [], 0
         for source in sources:
             end = first + int(g.shape(source)[dim])
@@ -433,6 +481,8 @@ class Parts:
                 pieces.append(self.of(source, dim, inside))
                 self.seen.add(source)  # be it whole
             first = end
+        if pieces == sources:
+            return node
         if [a for a, _ in kept] != sorted(a for a, _ in kept):
             raise CannotCutError("joins parts in another order")
         return pieces[0] if len(pieces) == 1 else self.call(node, aten.cat.default, pieces, dim)
@@ -463,6 +513,19 @@ def _described(node: fx.Node) -> Any:
     if not isinstance(value, Tensor):
         return f"{value}" if isinstance(value, SymInt) else f"@{id(value)}"
     return f"{value.dtype}{[*value.shape]}{[*value.stride()]}{value.device}"
+
+
+def _shared(kept: Ranges, group: int) -> Ranges:
+    """The heads that so many others read, each.
+
+    Raises:
+        CannotCutError: of those of one, a rank would get some, and with them others.
+    """
+    read = [head // group for start, end in kept for head in range(start, end)] if group > 1 else []
+    own = list(dict.fromkeys(read))
+    if read != [head for head in own for _ in range(len(read) // len(own))]:
+        raise CannotCutError(f"has {group} heads that read one, and a rank would get some of them")
+    return joined((head, head + 1) for head in own) if own else kept
 
 
 def _check_last(node: fx.Node, dim: int) -> None:
@@ -497,9 +560,9 @@ def _before_view(
     Raises:
         CannotCutError: they are no places along one dimension.
     """
-    before, behind = _product(new[:dim]), _product(new[dim + 1 :])
+    before, behind = _before(new, dim), _product(new[dim + 1 :])
     for at, size in enumerate(old):
-        if not isinstance(size, int) or size == 1 or _product(old[:at]) != before:
+        if ax.Size.of(size).constant == 1 or _before(old, at) != before:
             continue
         inner = _product(old[at + 1 :])
         # The dimension of the source begins where this one does, and holds it, or is held by it.
@@ -509,6 +572,11 @@ def _before_view(
         if around is not None and not around.symbols:
             return at, over(kept, around.constant)
     raise CannotCutError("mixes dimensions")
+
+
+def _before(sizes: tuple[int | SymInt, ...], dim: int) -> ax.Size:
+    """How often the places of a dimension come again; of what is not known of its size, each time."""
+    return _product(sizes[:dim]).times(ax.Size(1, ax.Size.of(sizes[dim]).symbols))
 
 
 def _product(sizes: Iterable[int | SymInt]) -> ax.Size:

@@ -18,9 +18,9 @@ Weights that were not read yet (``ctx.stored``) are read here: of each the part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.graph.parts import CannotCutError, Part, Parts, Ranges, over, times
+from ad_flashinfer_pass.graph.parts import BY_HEADS, CannotCutError, Part, Parts, Ranges, over, times
 from ad_flashinfer_pass.graph.weights import experts_of
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -37,6 +37,7 @@ from ad_flashinfer_pass.registry import register
 aten = torch.ops.aten
 _ours = torch.ops.ad_flashinfer
 _LINEARS = (aten.linear.default, aten.addmm.default, _ours.quantized_linear.default)
+_Made = TypeVar("_Made")
 _BLOCK = 128
 """Elements of a row that have one scale where activations are rounded by blocks."""
 
@@ -79,7 +80,7 @@ class _Sharder:
         self.gm, self.rank, self.size = gm, rank, size
         self.parts = Parts(gm)
         self.notes: dict[str, None] = {}
-        self._attentions = list(gm.graph.find_nodes(op="call_function", target=_ours.attention.default))
+        self._attentions = dict.fromkeys(gm.graph.find_nodes(op="call_function", target=_ours.attention.default))
         self._weights: dict[fx.Node, tuple[str, str]] = {}
         """What reads large weights: where it is, and why it is whole, if it is."""
         for node in gm.graph.nodes:
@@ -117,12 +118,19 @@ class _Sharder:
                 self._weights[node] = g.where(node), reason.told
 
     def split_linears(self) -> None:
-        """Split each linear by columns whose columns are made by linears, or attention, that can be split."""
-        for node in [node for node in self._weights if g.is_op(node, *_LINEARS)]:
-            try:
-                self._reduce(node, self._on_all(partial(self._addend, node)))
-            except CannotCutError as reason:
-                self._weights[node] = g.where(node), reason.told
+        """Split each linear by columns whose columns are made by linears, or by heads, that can be split.
+
+        Those of heads come first: of two linears one after the other that make what a head reads, as of low
+        rank, the second has the rows of heads.
+        """
+        for of_heads in (True, False):
+            alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
+            for node in [node for node in self._weights if g.is_op(node, *_LINEARS) and node in alive]:
+                try:
+                    for each, part in self._on_all(partial(self._addends, node, of_heads)).items():
+                        self._reduce(each, part)
+                except CannotCutError as reason:
+                    self._weights[node] = g.where(node), reason.told
         alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
         for node in self._attentions:
             if node in alive:  # something reads all heads
@@ -176,7 +184,7 @@ class _Sharder:
             if node in alive
         ]
 
-    def _on_all(self, make: Callable[[], fx.Node]) -> fx.Node:
+    def _on_all(self, make: Callable[[], _Made]) -> _Made:
         """What ``make`` gives for this rank, if it gives the like for all: a sum is one of each.
 
         Raises:
@@ -208,6 +216,33 @@ class _Sharder:
         count = size // self.size
         return ((self.rank * count, (self.rank + 1) * count),)
 
+    def _addends(self, node: fx.Node, of_heads: bool) -> dict[fx.Node, fx.Node]:
+        """What a linear adds to a sum, and what others do that read the same columns."""
+        seen = self.parts.seen
+        seen.clear()
+        made = {node: self._addend(node)}
+        if of_heads and not any(g.is_op(each, *BY_HEADS) for each in seen):
+            raise CannotCutError("reads no heads")
+        while not seen & self._attentions.keys() and (others := self._outside(made)):
+            # Else what makes the columns would be computed twice, in part and whole.
+            for other in others:
+                if not g.is_op(other, *_LINEARS):
+                    raise CannotCutError("reads all of what would be cut", other)
+                made[other] = self._addend(other)
+        return made
+
+    def _outside(self, made: Collection[fx.Node]) -> set[fx.Node]:
+        """What reads the whole of something of which a part was made, behind views."""
+        seen, found = self.parts.seen, set[fx.Node]()
+        stack = [user for each in seen if each.op == "call_function" for user in each.users]
+        while stack:
+            each = stack.pop()
+            if g.is_op(each, *ax.VIEWS, *ax.PERMUTATIONS) and each not in seen:
+                stack += each.users
+            elif each not in seen and each not in made:
+                found.add(each)
+        return found
+
     def _addend(self, node: fx.Node) -> fx.Node:
         args = g.op_args(node)
         x = args["mat1"] if "mat1" in args else args["x"] if "x" in args else args["input"]
@@ -219,17 +254,7 @@ class _Sharder:
             raise CannotCutError("has a weight that is computed")
         size = int(g.shape(x)[-1])
         kept = self._share(size)
-        self.parts.seen.clear()
         part = self.parts.strictly(x, -1, kept)
-        seen = self.parts.seen
-        # Else what makes the columns would be computed twice, in part and whole.
-        if seen.isdisjoint(self._attentions) and any(
-            user not in seen and user is not node
-            for each in seen
-            if each.op == "call_function"
-            for user in each.users
-        ):
-            raise CannotCutError("reads columns that something else reads whole")
         bias = None if bias is None else self._on_first_rank(bias)
         if "mat1" in args:
             new: tuple[Any, ...] = (bias, part, self.parts.weight(weight, 0, kept))

@@ -38,7 +38,7 @@ Ranges = tuple[tuple[int, int], ...]
 """Places along a dimension, [start, end) one after the other, not necessarily rising."""
 
 _ours = torch.ops.ad_flashinfer
-_BY_HEADS: dict[Any, dict[str, int]] = {
+BY_HEADS: dict[Any, dict[str, int]] = {
     _ours.attention: {"query": 2, "key": 2, "value": 2, "sinks": 0, "alibi_slopes": 0},
     _ours.causal_conv1d: {"x": 2, "weight": 0, "bias": 0},
     **dict.fromkeys(
@@ -139,13 +139,14 @@ class Parts:
         self.weights: dict[str, Part] = {}
         """Parts of weights, by their new name."""
         self.seen: set[fx.Node] = set()
-        """Nodes of which a part was made since this was last cleared."""
+        """Nodes of which a part was made, or was found made, since this was last cleared."""
         self.is_strict = False
         """Raise in place of cutting what was computed whole."""
         self.is_even = True
         """Whether parts of equal size are made of the same nodes: not where they lie in one or another of
         several that are joined, or in blocks of which the last is smaller."""
         self._made: dict[tuple[fx.Node, int, Ranges], fx.Node] = {}
+        self._seen_for: dict[tuple[fx.Node, int, Ranges], set[fx.Node]] = {}
         self._values: dict[str, Any] = {}
         """Results by the call: layers are alike, and to compute one takes milliseconds."""
         self._failed: dict[tuple[fx.Node, int, Ranges], CannotCutError] = {}
@@ -170,16 +171,20 @@ class Parts:
         if key not in self._made:
             if self.is_strict and key in self._failed:
                 raise self._failed[key]
+            seen, self.seen = self.seen, {node}
             try:
                 self._made[key] = self._of(node, dim, kept)
             except CannotCutError as err:
+                self.seen = {node}
                 if not is_whole:
                     self._failed[key] = CannotCutError(err.reason, err.node or node)
                     if self.is_strict or isinstance(size, SymInt):
                         raise self._failed[key] from None
                 self._made[key] = node if is_whole else self._cut(node, dim, kept)
+            finally:
+                self._seen_for[key], self.seen = self.seen, seen
         if self._made[key] is not node:
-            self.seen.add(node)
+            self.seen |= self._seen_for[key]
         return self._made[key]
 
     def weight(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
@@ -228,6 +233,8 @@ class Parts:
             if g.is_op(node, op) and part in alive:
                 made[node, dim].append((kept, part))
         for (node, dim), parts in made.items():
+            if len(parts) == 1:
+                continue
             parts.sort(key=operator.itemgetter(0))
             try:
                 whole = self.strictly(node, dim, tuple(run for kept, _ in parts for run in kept))
@@ -281,7 +288,7 @@ class Parts:
             (self._addmm, (aten.addmm,)),
             (self._matmul, (aten.mm, aten.matmul)),
             (self._quantized_linear, (_ours.quantized_linear,)),
-            (self._by_heads, tuple(_BY_HEADS)),
+            (self._by_heads, tuple(BY_HEADS)),
             (self._view, ax.VIEWS),
             (self._permutation, ax.PERMUTATIONS),
             (self._expansion, ax.EXPANSIONS),
@@ -328,8 +335,10 @@ class Parts:
         return self.again(node, {weight: self.weight(weight, 1, kept), **self._bias(bias, kept)})
 
     def _matmul(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
+        first, weight = g.args(node)[:2]
+        if dim == g.value(node).dim() - 2 and first.op == "get_attr":  # a weight, times what is transposed
+            return self.again(node, {first: self.weight(first, -2, kept)})
         _check_last(node, dim)
-        weight = g.args(node)[1]
         if weight.op != "get_attr" and not g.is_op(weight, *ax.PERMUTATIONS):
             raise CannotCutError("multiplies two results")
         return self.again(node, {weight: self.of(weight, -1, kept)})
@@ -371,7 +380,7 @@ class Parts:
             raise CannotCutError("has a mask that is not proved")
         was_strict, self.is_strict = self.is_strict, self.is_strict and not is_attention
         try:
-            places = next(places for op, places in _BY_HEADS.items() if g.is_op(node, op))
+            places = next(places for op, places in BY_HEADS.items() if g.is_op(node, op))
             for name, at in places.items():
                 if args[name] is not None:
                     group = int(g.shape(node)[2]) // int(g.shape(args[name])[at])

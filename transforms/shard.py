@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.graph.parts import BY_HEADS, CannotCutError, Part, Parts, Ranges, over, times
+from ad_flashinfer_pass.graph.parts import CannotCutError, Part, Parts, Ranges, over, times
 from ad_flashinfer_pass.graph.weights import experts_of
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -80,7 +80,10 @@ class _Sharder:
         self.gm, self.rank, self.size = gm, rank, size
         self.parts = Parts(gm)
         self.notes: dict[str, None] = {}
-        self._attentions = dict.fromkeys(gm.graph.find_nodes(op="call_function", target=_ours.attention.default))
+        self._nodes = set(gm.graph.nodes)
+        self._attentions = dict.fromkeys(
+            gm.graph.find_nodes(op="call_function", target=_ours.attention.default)
+        )
         self._weights: dict[fx.Node, tuple[str, str]] = {}
         """What reads large weights: where it is, and why it is whole, if it is."""
         for node in gm.graph.nodes:
@@ -120,17 +123,32 @@ class _Sharder:
     def split_linears(self) -> None:
         """Split each linear by columns whose columns are made by linears, or by heads, that can be split.
 
-        Those of heads come first: of two linears one after the other that make what a head reads, as of low
-        rank, the second has the rows of heads.
+        Of two linears, one behind the other, both by columns cannot be: that goes first which splits more.
         """
-        for of_heads in (True, False):
-            alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
-            for node in [node for node in self._weights if g.is_op(node, *_LINEARS) and node in alive]:
-                try:
-                    for each, part in self._on_all(partial(self._addends, node, of_heads)).items():
-                        self._reduce(each, part)
-                except CannotCutError as reason:
-                    self._weights[node] = g.where(node), reason.told
+        found = list[tuple[int, dict[fx.Node, fx.Node], set[fx.Node]]]()
+        for node in [node for node in self._weights if g.is_op(node, *_LINEARS)]:
+            try:
+                made = self._on_all(partial(self._addends, node))
+            except CannotCutError as reason:
+                self._weights[node] = g.where(node), reason.told
+                continue
+            seen = set(self.parts.seen)
+            size = sum(
+                g.value(_operands(g.op_args(each))[1]).numel()
+                for each in made.keys() | seen
+                if g.is_op(each, *_LINEARS)
+            )
+            found.append((size, made, seen))
+        sums, cut = set[fx.Node](), set[fx.Node]()
+        for _, made, seen in sorted(found, key=lambda each: -each[0]):
+            if not made.keys() & (sums | cut) and not seen & sums:
+                sums |= made.keys()
+                cut |= seen
+                for node, part in made.items():
+                    self._reduce(node, part)
+            else:
+                for node in made.keys() - sums - cut:
+                    self._weights[node] = g.where(node), "another linear is split in its place"
         alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
         for node in self._attentions:
             if node in alive:  # something reads all heads
@@ -216,13 +234,11 @@ class _Sharder:
         count = size // self.size
         return ((self.rank * count, (self.rank + 1) * count),)
 
-    def _addends(self, node: fx.Node, of_heads: bool) -> dict[fx.Node, fx.Node]:
+    def _addends(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
         """What a linear adds to a sum, and what others do that read the same columns."""
         seen = self.parts.seen
         seen.clear()
         made = {node: self._addend(node)}
-        if of_heads and not any(g.is_op(each, *BY_HEADS) for each in seen):
-            raise CannotCutError("reads no heads")
         while not seen & self._attentions.keys() and (others := self._outside(made)):
             # Else what makes the columns would be computed twice, in part and whole.
             for other in others:
@@ -232,24 +248,22 @@ class _Sharder:
         return made
 
     def _outside(self, made: Collection[fx.Node]) -> set[fx.Node]:
-        """What reads the whole of something of which a part was made, behind views."""
+        """What reads all of something of which a part was made, behind views, in the graph as it was."""
         seen, found = self.parts.seen, set[fx.Node]()
         stack = [user for each in seen if each.op == "call_function" for user in each.users]
         while stack:
             each = stack.pop()
-            if g.is_op(each, *ax.VIEWS, *ax.PERMUTATIONS) and each not in seen:
+            if each in seen or each in made or each not in self._nodes:
+                continue
+            if g.is_op(each, *ax.VIEWS, *ax.PERMUTATIONS):
                 stack += each.users
-            elif each not in seen and each not in made:
+            else:
                 found.add(each)
         return found
 
     def _addend(self, node: fx.Node) -> fx.Node:
         args = g.op_args(node)
-        x = args["mat1"] if "mat1" in args else args["x"] if "x" in args else args["input"]
-        weight, bias = (
-            args["mat2"] if "mat1" in args else args["weight"],
-            args["self" if "mat1" in args else "bias"],
-        )
+        x, weight, bias = _operands(args)
         if weight.op != "get_attr":
             raise CannotCutError("has a weight that is computed")
         size = int(g.shape(x)[-1])
@@ -334,6 +348,13 @@ class _Sharder:
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         node.replace_all_uses_with(new)
+
+
+def _operands(args: Mapping[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """What a linear multiplies, its weight and its bias."""
+    if "mat1" in args:
+        return args["mat1"], args["mat2"], args["self"]
+    return args["x"] if "x" in args else args["input"], args["weight"], args["bias"]
 
 
 def _sum_of(node: Any) -> fx.Node | None:

@@ -5,8 +5,8 @@ node is made of, down to the weights, of which it reads the rows or columns that
 that is right: what an element of the result depends on lies at its own place, or along other dimensions.
 Where there is no rule the whole is computed and cut, which is right as well and saves nothing.
 
-Heads that a view has put together with tokens, as [b * s * 4, d], are still heads: places along a dimension of
-unknown size are those of each run of its known factor, here 4.
+Heads that a view has put together with tokens, as [b * s * 4, d], are still heads: places along a dimension
+of unknown size are those of each run of its known factor, here 4.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ Ranges = tuple[tuple[int, int], ...]
 """Places along a dimension, [start, end) one after the other, not necessarily rising."""
 
 _ours = torch.ops.ad_flashinfer
-BY_HEADS: dict[Any, dict[str, int]] = {
+_BY_HEADS: dict[Any, dict[str, int]] = {
     _ours.attention: {"query": 2, "key": 2, "value": 2, "sinks": 0, "alibi_slopes": 0},
     _ours.causal_conv1d: {"x": 2, "weight": 0, "bias": 0},
-    **dict.fromkeys(
-        (_ours.gated_delta_rule, _ours.kda), {"query": 2, "key": 2, "value": 2, "g": 2, "beta": 2}
-    ),
+    _ours.gated_delta_rule: {"query": 2, "key": 2, "value": 2, "g": 2, "beta": 2},
+    _ours.kda: {"query": 2, "key": 2, "value": 2, "g": 2, "beta": 2},
     _ours.selective_scan: {"hidden_states": 2, "dt": 2, "A": 0, "D": 0, "dt_bias": 0},
     _ours.ssd_scan: {"hidden_states": 2, "dt": 2, "A": 0, "B": 2, "C": 2, "D": 0, "dt_bias": 0},
 }
@@ -226,7 +225,7 @@ class Parts:
             self.is_strict = False
 
     def join(self, op: Any) -> None:
-        """Make all parts of one call that are read by one call, where something can be read of all of them."""
+        """Let one call make all parts of a call that are read, as one convolution does q, k and v."""
         alive = set(g.ancestors(self.gm.graph.output_node(), lambda node: False))
         made = defaultdict[tuple[fx.Node, int], list[tuple[Ranges, fx.Node]]](list)
         for (node, dim, kept), part in self._made.items():
@@ -288,7 +287,7 @@ class Parts:
             (self._addmm, (aten.addmm,)),
             (self._matmul, (aten.mm, aten.matmul)),
             (self._quantized_linear, (_ours.quantized_linear,)),
-            (self._by_heads, tuple(BY_HEADS)),
+            (self._by_heads, tuple(_BY_HEADS)),
             (self._view, ax.VIEWS),
             (self._permutation, ax.PERMUTATIONS),
             (self._expansion, ax.EXPANSIONS),
@@ -380,7 +379,7 @@ class Parts:
             raise CannotCutError("has a mask that is not proved")
         was_strict, self.is_strict = self.is_strict, self.is_strict and not is_attention
         try:
-            places = next(places for op, places in BY_HEADS.items() if g.is_op(node, op))
+            places = next(places for op, places in _BY_HEADS.items() if g.is_op(node, op))
             for name, at in places.items():
                 if args[name] is not None:
                     group = int(g.shape(node)[2]) // int(g.shape(args[name])[at])

@@ -78,7 +78,7 @@ class _Sharder:
 
     def __init__(self, gm: fx.GraphModule, rank: int, size: int) -> None:
         self.gm, self.rank, self.size = gm, rank, size
-        self.parts = Parts(gm)
+        self.parts = Parts(gm, rank, size)
         self.notes: dict[str, None] = {}
         self._nodes = set(gm.graph.nodes)
         self._attentions = dict.fromkeys(
@@ -214,7 +214,7 @@ class _Sharder:
         own, parts, seen = self.rank, self.parts, list[set[fx.Node]]()
         try:
             for rank in range(self.size):
-                self.rank, self.parts = rank, Parts(self.gm)
+                self.rank, self.parts = rank, Parts(self.gm, rank, self.size)
                 make()
                 seen.append(self.parts.seen)
         finally:

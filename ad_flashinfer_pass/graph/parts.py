@@ -131,10 +131,12 @@ class Parts:
 
     Args:
         gm: whose graph gets more nodes.
+        rank: that has the parts.
+        size: how many ranks there are.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
+    def __init__(self, gm: fx.GraphModule, rank: int, size: int) -> None:
+        self.gm, self.rank, self.size = gm, rank, size
         self.weights: dict[str, Part] = {}
         """Parts of weights, by their new name."""
         self.seen: set[fx.Node] = set()
@@ -142,8 +144,8 @@ class Parts:
         self.is_strict = False
         """Raise in place of cutting what was computed whole."""
         self.is_even = True
-        """Whether parts of equal size are made of the same nodes: not where they lie in one or another of
-        several that are joined, or in blocks of which the last is smaller."""
+        """Whether all ranks' parts are shown to be made of the same nodes: not where they may lie in one or
+        another of several that are joined, or in blocks of which the last is smaller."""
         self._made: dict[tuple[fx.Node, int, Ranges], fx.Node] = {}
         self._seen_for: dict[tuple[fx.Node, int, Ranges], set[fx.Node]] = {}
         self._values: dict[str, Any] = {}
@@ -480,17 +482,19 @@ class Parts:
         sources, at = list(g.args(node)[0]), int((*g.args(node)[1:], 0)[0]) % g.value(node).dim()
         if at != dim:
             return self.again(node, {each: self.of(each, dim, kept) for each in dict.fromkeys(sources)})
-        self.is_even &= kept == ((0, g.shape(node)[dim]),)
-        pieces, first = [], 0
+        pieces, runs, first = list[fx.Node](), list[bool](), 0
         for source in sources:
             end = first + int(g.shape(source)[dim])
             inside = joined((max(a, first) - first, min(b, end) - first) for a, b in kept)
             if inside:
+                # Whether it is as much for each rank, one after the other.
+                runs += [(self.rank * (b - a), self.size * (b - a)) == (a, end - first) for a, b in inside]
                 pieces.append(self.of(source, dim, inside))
                 self.seen.add(source)  # be it whole
             first = end
         if pieces == sources:
             return node
+        self.is_even &= all(runs) and len(runs) == len(kept)
         if [a for a, _ in kept] != sorted(a for a, _ in kept):
             raise CannotCutError("joins parts in another order")
         return pieces[0] if len(pieces) == 1 else self.call(node, aten.cat.default, pieces, dim)

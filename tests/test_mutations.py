@@ -24,6 +24,7 @@ from ad_flashinfer_pass.config import STAGES
 from ad_flashinfer_pass.errors import TransformError
 from ad_flashinfer_pass.graph import axes, elements
 from ad_flashinfer_pass.graph import edit as g
+from ad_flashinfer_pass.graph import parts as graph_parts
 from ad_flashinfer_pass.matching import eager as written_out
 from ad_flashinfer_pass.matching import logits, operands, parts
 from ad_flashinfer_pass.records import TransformContext, TransformReport
@@ -110,6 +111,33 @@ def ranks_serve(make: Callable[[], nn.Module]) -> Callable[[], None]:
     return check
 
 
+class Recurrent(nn.Module):
+    """A gated delta rule behind one convolution; two heads of k, each of which two of v read; a decay of low
+    rank; a norm of each head, with heads and tokens in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(29, 32)
+        self.qkvz, self.convolution = nn.Linear(32, 96), nn.Parameter(torch.randn(64, 3) / 2)
+        self.down, self.up, self.beta = nn.Linear(32, 3), nn.Linear(3, 4), nn.Linear(32, 4)
+        self.log_decay = nn.Parameter(torch.randn(4))
+        self.output, self.head = nn.Linear(32, 32), nn.Linear(32, 29)
+        self.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        qkv, z = self.qkvz(x).split([64, 32], -1)
+        qkv = torch.ops.ad_flashinfer.causal_conv1d(qkv, self.convolution, None, "silu")
+        q, k, v = (each.unflatten(-1, (-1, 8)) for each in qkv.split([16, 16, 32], -1))
+        decay = -self.log_decay.exp() * F.softplus(self.up(self.down(x)))
+        beta = self.beta(x).sigmoid()
+        o = torch.ops.ad_flashinfer.gated_delta_rule(q, k, v, decay, beta, True).reshape(-1, 8)
+        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * F.silu(z.reshape(-1, 8))
+        logits: Tensor = self.head(x + self.output(o.reshape(x.shape)))
+        return logits
+
+
 def refuses(make: Callable[[], nn.Module]) -> Callable[[], None]:
     """The pass stops."""
     return refused(lambda: cached(built(make)))
@@ -181,6 +209,7 @@ def prefix(logits: Tensor, p: Tensor) -> Tensor:
 ORACLES: dict[str, Callable[[], None]] = {
     "two_layers": serves(lambda: SmallModel(sdpa, FORMS["sdpa_expanded"])),
     "two_ranks": ranks_serve(lambda: SmallModel(sdpa, FORMS["sdpa_expanded"])),
+    "two_ranks_of_states": ranks_serve(Recurrent),
     "states": serves(lambda: SmallModel(sdpa, mix=two_convolutions)),
     "scaled": serves(lambda: SmallModel(FORMS["scaled_query"])),
     "grouped": serves(lambda: SmallModel(FORMS["grouped_matmul"])),
@@ -513,6 +542,25 @@ def same_part_for_all(patch: Patch) -> None:
     patch.setattr(shard._Sharder, "_share", lambda self, size: ((0, size // self.size),))
 
 
+def first_of_shared(patch: Patch) -> None:
+    def broken(kept: graph_parts.Ranges, group: int) -> graph_parts.Ranges:
+        return kept if group == 1 else ((0, graph_parts.length(kept) // group),)
+
+    patch.setattr(graph_parts, "_shared", broken)
+
+
+def keys_for_queries(patch: Patch) -> None:
+    join = graph_parts.Parts.join
+
+    def broken(self: graph_parts.Parts, op: Any) -> None:
+        join(self, op)
+        slices = self.gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+        first, second, _ = sorted(slices, key=lambda node: node.args[2])
+        first.args, second.args = second.args, first.args
+
+    patch.setattr(graph_parts.Parts, "join", broken)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """One broken rule."""
@@ -577,6 +625,9 @@ MUTATIONS = [
     of(KEEP, "one over the other", same_columns, "kept"),
     of("shard", "sums of one rank alone", sums_of_one_rank, "two_ranks"),
     of("shard", "all ranks have the first part", same_part_for_all, "two_ranks"),
+    of("shard", "all ranks have the first heads", same_part_for_all, "two_ranks_of_states"),
+    of("shard", "heads of v read the first of k", first_of_shared, "two_ranks_of_states"),
+    of("shard", "k for q behind a convolution", keys_for_queries, "two_ranks_of_states"),
     of("insert_cached_state", "every layer has the first pool", states(first_pool), "states"),
     of("insert_cached_state", "no sequence begins but the first", states(never_new), "states"),
     of("gather_logits_before_lm_head", "the first row for all", first_row_for_all, "two_layers"),

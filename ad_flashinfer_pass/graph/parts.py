@@ -535,7 +535,7 @@ def _shared(kept: Ranges, group: int) -> Ranges:
     """
     read = [head // group for start, end in kept for head in range(start, end)] if group > 1 else []
     own = list(dict.fromkeys(read))
-    if read != [head for head in own for _ in range(len(read) // len(own))]:
+    if len(own) > 1 and read != [head for head in own for _ in range(group)]:
         raise CannotCutError(f"has {group} heads that read one, and a rank would get some of them")
     return joined((head, head + 1) for head in own) if own else kept
 

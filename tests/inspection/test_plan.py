@@ -185,3 +185,19 @@ def test_the_plan_of_several_gpus_is_that_of_one_of_them(size: int) -> None:
     whole, part = ({row.name: row.bytes for row in each.rows} for each in (one, some))
     norms = 2 * 2 * 1024 * 4
     assert part["weights of 2 layers"] == (whole["weights of 2 layers"] - norms) // size + norms
+
+
+def test_ranks_share_the_bytes_of_states(tmp_path: Path) -> None:
+    """Of a convolution's channels and of a recurrence's heads."""
+    architectures.small_config("qwen3_next", fewest_layers=2).save_pretrained(tmp_path)
+    keys: dict[str, Any] = {"model": str(tmp_path), "device": "cpu", "max_seq_len": 64}
+    one, two = (
+        [
+            row.bytes
+            for row in inspection.plan(AutoDeployConfig(**keys, world_size=n)).rows
+            if "states" in row.name
+        ]
+        for n in (1, 2)
+    )
+    assert len(one) == 2
+    assert [2 * each for each in two] == one

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -20,7 +21,9 @@ from ad_flashinfer_pass.errors import AdFlashinferError, RankError
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import GuidedDecodingParams
 from ad_flashinfer_pass.runtime.sequence_info import SequenceStep
+from tests import architectures
 from tests.forks import followers_are_forked, fork
+from tests.runtime import toy_tokenizers
 from tests.signals import hear_signals
 
 _PROMPTS = ["Once upon a time", "The dog", "One day, Lily and her mum went to the park. " * 3]
@@ -86,6 +89,22 @@ def test_a_step_that_is_refused_reaches_no_other_rank(one: LLM, two: LLM) -> Non
         two.model.step([SequenceStep([1, 2], 0, [])])
     steps = [SequenceStep([1, 2], 0, [1])]
     assert (one.model.step(steps) - two.model.step(steps)).abs().max() < 1e-4
+
+
+def test_ranks_share_states(tmp_path: Path) -> None:
+    """Each has those of its heads, in the slots that the first one gives: of requests that wait, and begin
+    where others ended."""
+    config = architectures.small_config("qwen3_next", fewest_layers=2, vocab_size=304)
+    architectures.random_model(config).save_pretrained(tmp_path)
+    toy_tokenizers.byte_level().save_pretrained(tmp_path)
+    prompts = [*_PROMPTS[:2], "One day, Lily and her mum went out."]
+    one, two = (built(model=str(tmp_path), world_size=n) for n in (1, 2))
+    assert two.model.ranks is not None
+    assert 2 * two.model.caches["recurrent_state_0"].nbytes == one.model.caches["recurrent_state_0"].nbytes
+    wanted, found = (llm.generate(prompts, max_new_tokens=24, ignore_eos=True) for llm in (one, two))
+    two.model.ranks.close()
+    assert [each.token_ids for each in found] == [each.token_ids for each in wanted]
+    assert [len(each.token_ids) for each in found] == [24] * 3
 
 
 def test_what_nobody_expects_in_a_rank_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,64 @@ def test_four_ranks_compute_the_model(name: str) -> None:
     ],
 )
 def test_other_families(family: str, splits: dict[str, tuple[int, ...]]) -> None:
-    """A latent and the projections of heads from it, sinks, states that stay whole, fused projections of
-    one KV head, transposed weights, tables of positions."""
+    """A latent and the projections of heads from it, sinks, experts beside states, fused projections of one
+    KV head, transposed weights, tables of positions."""
     together = check(architectures.random_model(architectures.small_config(family, fewest_layers=2)), 2)
     for name, shape in splits.items():
         assert shape in together.sizes(name)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "changes", "channels", "state"),
+    [
+        ("qwen3_next", 2, {}, 64, (2, 16, 16)),
+        ("qwen3_5_text", 4, {}, 48, (1, 16, 16)),
+        ("kimi_linear", 4, {}, 48, (1, 16, 16)),
+        ("nemotron_h", 2, {"n_groups": 2}, 80, (2, 32, 8)),
+        ("nemotron_h", 4, {"n_groups": 4}, 48, (1, 32, 8)),
+        ("falcon_h1", 4, {}, 48, (1, 32, 8)),
+        ("zamba2", 2, {"mamba_ngroups": 2}, 80, (4, 16, 8)),
+        ("jamba", 4, {}, 32, (32, 8)),
+        ("mamba", 2, {}, 64, (64, 8)),
+        ("lfm2", 4, {}, 16, None),
+    ],
+)
+def test_ranks_have_the_states_of_their_heads(
+    family: str, size: int, changes: dict[str, Any], channels: int, state: tuple[int, ...] | None
+) -> None:
+    """And the channels that they read: a head of K, or a group of B and C, that several ranks read is on
+    each. Projections by rows of q, k, v and z, or of z, x, B, C and dt; gates of low rank; a norm of whole
+    groups; time steps, B and C of all channels, which are a sum of the ranks."""
+    config = architectures.small_config(family, fewest_layers=2, **changes)
+    together = check(architectures.random_model(config), size)
+    pools = together.ranks[0].caches
+    assert pools["conv_state_0"].shape[1] == channels
+    assert state is None or tuple(pools["recurrent_state_0"].shape[1:]) == state
+    if state:  # one convolution for each, of all that it reads
+        assert sum("conv" in name for name in pools) == sum("recurrent" in name for name in pools)
+    for name, _ in together.graph.named_parameters():
+        if any(each in name for each in ("in_proj", "out_proj", "x_proj", "conv1d", "f_b_proj", "_conv_")):
+            assert name.rstrip("_").endswith("_part"), name
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "changes", "reason"),
+    [
+        ("mamba2", 2, {}, r"node pow_\d+ \(.* reads all of what would be cut"),
+        ("nemotron_h", 4, {"n_groups": 2}, "has 64 elements that belong together"),
+        ("qwen3_next", 4, {}, "has 2 elements that belong together"),
+    ],
+)
+def test_what_mixes_heads_of_several_ranks_keeps_states_whole(
+    family: str, size: int, changes: dict[str, Any], reason: str
+) -> None:
+    """A norm over all channels, or over a group of them that ranks would share; rows of a projection by heads
+    of K where there are fewer of these than ranks."""
+    config = architectures.small_config(family, fewest_layers=2, **changes)
+    together = check(architectures.random_model(config), size)
+    pools = together.ranks[0].caches
+    assert pools["recurrent_state_0"].shape[1] == 4
+    assert any(re.search(reason, skip.reason) for skip in together.reports[0].skipped)
 
 
 def test_sums_of_parallel_branches_are_one() -> None:

@@ -1,0 +1,62 @@
+"""Parts of nodes: which heads others read, and what is alike on all ranks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ad_flashinfer_pass.graph.parts import CannotCutError, Parts, _shared
+
+
+@pytest.mark.parametrize(
+    ("kept", "group", "read"),
+    [
+        (((2, 4),), 1, ((2, 4),)),
+        (((2, 4),), 2, ((1, 2),)),
+        (((1, 2),), 2, ((0, 1),)),
+        (((4, 8),), 2, ((2, 4),)),
+        (((2, 4),), 3, None),  # one of the first head's, one of the second's
+        (((3, 4), (0, 1)), 2, None),  # of both of them some
+    ],
+)
+def test_heads_that_are_read(
+    kept: tuple[tuple[int, int], ...], group: int, read: tuple[tuple[int, int], ...] | None
+) -> None:
+    """Whole groups of readers, or some of one."""
+    if read is not None:
+        assert _shared(kept, group) == read
+        return
+    with pytest.raises(CannotCutError, match=f"has {group} heads that read one"):
+        _shared(kept, group)
+
+
+class Beside(nn.Module):
+    """The results of linears, joined."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(2, width) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in self.linears], -1)
+
+
+@pytest.mark.parametrize("widths", [(4, 4), (4, 8), (8, 4, 4), (2, 6, 4)])
+def test_what_is_said_to_be_alike_on_all_ranks_is(widths: tuple[int, ...]) -> None:
+    """Every share of every run of what is joined, one for each rank or for several."""
+    graph = torch.export.export(Beside(widths), (torch.ones(3, 2),)).module()
+    (joined,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    num_alike = 0
+    for size, several, count in itertools.product((2, 4), (1, 2), (1, 2, 3, 4)):
+        for first in range(sum(widths) - size // several * count + 1):
+            ranks = [Parts(graph, rank, size) for rank in range(size)]
+            for parts in ranks:
+                start = first + parts.rank // several * count
+                parts.strictly(joined, -1, ((start, start + count),))
+            if any(parts.is_even for parts in ranks):
+                num_alike += 1
+                assert all(parts.seen == ranks[0].seen for parts in ranks)
+    assert num_alike >= len(set(widths))

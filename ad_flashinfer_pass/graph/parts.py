@@ -175,6 +175,8 @@ class Parts:
             seen, self.seen = self.seen, {node}
             try:
                 self._made[key] = self._of(node, dim, kept)
+                if g.value(self._made[key]).dim() != rank:  # as squeeze does of a single head
+                    raise CannotCutError("loses a dimension of size one")
             except CannotCutError as err:
                 self.seen = {node}
                 if not is_whole:
@@ -185,7 +187,7 @@ class Parts:
             finally:
                 self._seen_for[key], self.seen = self.seen, seen
         if self._made[key] is not node:
-            self.seen |= self._seen_for[key]
+            self.seen |= self._seen_for.get(key, {node})
         return self._made[key]
 
     def weight(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:

@@ -60,3 +60,27 @@ def test_what_is_said_to_be_alike_on_all_ranks_is(widths: tuple[int, ...]) -> No
                 num_alike += 1
                 assert all(parts.seen == ranks[0].seen for parts in ranks)
     assert num_alike >= len(set(widths))
+
+
+class Squeezed(nn.Module):
+    """The heads of a linear, with every dimension of size one taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).unflatten(-1, (4, 2)).squeeze()
+
+
+def test_a_part_has_the_rank_of_the_whole() -> None:
+    """One head is a dimension of size one, which the squeeze would take: it is cut behind that."""
+    x = torch.ones(3, 2)
+    graph = torch.export.export(Squeezed(), (x,)).module()
+    whole = graph(x)
+    node = graph.graph.output_node().args[0][0]
+    with pytest.raises(CannotCutError, match="loses a dimension of size one"):
+        Parts(graph, 0, 4).strictly(node, 1, ((1, 2),))
+    graph.graph.output_node().args = ((Parts(graph, 0, 4).of(node, 1, ((1, 2),)),),)
+    graph.recompile()
+    torch.testing.assert_close(graph(x), whole[:, 1:2])

@@ -11,6 +11,7 @@ graph that was made elsewhere, ``ExportedProgram.module()`` or from ``make_fx``,
 
 from __future__ import annotations
 
+import bisect
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -267,11 +268,29 @@ def _check_other_shapes(
             failed = "its code takes another path for a size of 1"
         if is_wrong:
             name, example = type(wrapped.model).__name__, f"{_EXAMPLE_BATCH} x {_EXAMPLE_SEQ}"
+            is_long = shape not in _OTHER_SHAPES and shape[1] > _EXAMPLE_SEQ
+            most = _longest(gm, wrapped, guards, ctx) if is_long else 0
+            bound = f"or set max_seq_len: {most}" if most else "or lower max_seq_len if that is the bound"
             raise ExportError(
                 f"{name} cannot be exported with dynamic batch and sequence: the graph made from {example} "
                 f"tokens is not right for {shape[0]} x {shape[1]} ({failed}). Let the model compute from "
-                "shapes with tensors, not with Python numbers, or lower max_seq_len if that is the bound."
+                f"shapes with tensors, not with Python numbers, {bound}."
             )
+
+
+def _longest(gm: fx.GraphModule, wrapped: Logits, guards: list[nn.Module], ctx: TransformContext) -> int:
+    """Tokens of a sequence up to which a graph is right that is not so up to max_seq_len.
+
+    By halving: below ``_LONGEST_RUN`` at most 12 runs, each of a length of which an assumption does not hold.
+    """
+
+    def is_wrong(length: int) -> bool:
+        shape = 1, length
+        failed = failed_guard(guards, wrapped.example(shape, "meta"))
+        return failed is not None and not _computes_the_same(gm, wrapped, shape, ctx.device)
+
+    lengths = range(ctx.sequence_info.max_seq_len)
+    return bisect.bisect_left(lengths, True, lo=_EXAMPLE_SEQ, key=is_wrong) - 1
 
 
 def failed_guard(guards: list[nn.Module], inputs: Sequence[Tensor]) -> str | None:

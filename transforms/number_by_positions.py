@@ -24,6 +24,8 @@ from ad_flashinfer_pass.registry import register
 
 aten = torch.ops.aten
 _KEPT = (aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.detach, aten.alias)
+_SHAPED = (aten.expand, aten.expand_as, aten.unsqueeze, aten.squeeze, aten.view, aten.reshape, aten.flatten)
+"""The same numbers in another shape."""
 
 
 @register("number_by_positions")
@@ -56,7 +58,7 @@ def number_by_positions(model: nn.Module, ctx: TransformContext) -> tuple[nn.Mod
 
 
 def _check_tables(gm: fx.GraphModule, positions: fx.Node, ctx: TransformContext) -> None:
-    """Nobody else looks at the tables of a module that was not loaded here, or that guesses for another.
+    """Refuse a table of positions that ends before max_seq_len; frequencies, which are computed, have none.
 
     Raises:
         ConfigError: one is too short; names it.
@@ -66,27 +68,36 @@ def _check_tables(gm: fx.GraphModule, positions: fx.Node, ctx: TransformContext)
     last = {positions: torch.tensor([[max_seq_len - 1]])}
     """Of nodes that are made of positions alone, what the last one gives."""
     for node in gm.graph.nodes:
-        if g.is_op(node, aten.embedding):
-            lookups = [(g.op_args(node)["weight"], 0, g.op_args(node)["indices"])]
-        elif g.is_op(node, aten.index):
-            table, indices = g.args(node)
-            lookups = [(table, dim, index) for dim, index in enumerate(indices)]
-        else:
-            sources = [source for source in node.all_input_nodes if g.is_tensor(source)]
-            if sources and all(source in last for source in sources) and g.is_tensor(node):
-                if g.is_op(node, *_KEPT):
-                    last[node] = last[sources[0]]
-                elif g.is_pointwise(node) and g.value(node).dtype == torch.int64:
-                    last[node] = node.target(*_with(node.args, last), **_with(node.kwargs, last))
-            continue
+        lookups = _lookups(node)
         for table, dim, index in lookups:
             rows = g.shape(table)[dim]
             missing = int(last[index]) + 1 - rows if index in last and isinstance(rows, int) else 0
             if missing > 0:
                 raise ConfigError(
-                    f"{of}{g.where(node)} has a table of {rows} positions, and max_seq_len is "
-                    f"{max_seq_len}; lower it by {missing}{other}."
+                    f"{of}{g.where(node)} has a table of {rows} positions, and max_seq_len is {max_seq_len}; "
+                    f"set max_seq_len: {max_seq_len - missing}{other}."
                 )
+        if lookups or not g.is_tensor(node):
+            continue
+        sources = node.all_input_nodes
+        if g.is_op(node, *_KEPT, *_SHAPED) and sources[0] in last:
+            last[node] = last[sources[0]]
+        elif g.is_pointwise(node) and g.value(node).dtype == torch.int64 and last.keys() >= {*sources}:
+            last[node] = node.target(*_with(node.args, last), **_with(node.kwargs, last))
+
+
+def _lookups(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node]]:
+    """What a node looks up: tables, a dimension of each, and the numbers of rows there."""
+    if g.is_op(node, aten.embedding):
+        args = g.op_args(node)
+        return [(args["weight"], 0, args["indices"])]
+    if g.is_op(node, aten.index_select, aten.gather):
+        args = g.op_args(node)
+        return [(args["self"], args["dim"], args["index"])]
+    if g.is_op(node, aten.index):
+        table, indices = g.args(node)
+        return [(table, dim, index) for dim, index in enumerate(indices)]
+    return []
 
 
 def _is_numbering(node: fx.Node, size: int | torch.SymInt) -> bool:

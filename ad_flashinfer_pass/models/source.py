@@ -227,11 +227,8 @@ def build_settings(hf_config: PretrainedConfig, config: AutoDeployConfig) -> dic
 def with_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> AutoDeployConfig:
     """The config with max_seq_len resolved: what it gives, else the positions of the model, at most 4,096.
 
-    Rotary positions are computed, so more of them work, if less well: a warning. Other models look
-    positions up in a table of max_position_embeddings rows, and more would read past its end.
-
-    Raises:
-        ConfigError: a table of positions is too short.
+    More positions than the model was made for are a warning: they work where they are computed, if less well,
+    and ``number_by_positions`` refuses a table that ends before them.
     """
     text = hf_config.get_text_config(decoder=True)
     named = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
@@ -240,21 +237,14 @@ def with_max_seq_len(hf_config: PretrainedConfig, config: AutoDeployConfig) -> A
         return config.model_copy(
             update={"max_seq_len": min(config.sequence_limit, limit or config.sequence_limit)}
         )
-    if limit is None or config.max_seq_len <= limit:
-        return config
-    if getattr(text, "rope_parameters", None):
+    if limit is not None and config.max_seq_len > limit:
         logger.warning(
             "max_seq_len %d is above the %d positions that the model was made for; text past those "
             "may be poor",
             config.max_seq_len,
             limit,
         )
-        return config
-    raise ConfigError(
-        f"max_seq_len must be at most {limit}, the model's max_position_embeddings, since its "
-        f"positions are a table, got {config.max_seq_len}; set max_seq_len: {limit} "
-        f"(--max-seq-len {limit})."
-    )
+    return config
 
 
 def first_line(err: BaseException) -> str:

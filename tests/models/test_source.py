@@ -259,14 +259,6 @@ def test_takes_decoders(config: PretrainedConfig) -> None:
     check_architecture(config, AutoDeployConfig())
 
 
-def test_table_of_positions_bounds_max_seq_len() -> None:
-    """Learned positions end where their table ends: more is an error with both numbers."""
-    config = transformers.GPT2Config(n_positions=100)
-    with_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
-    with pytest.raises(ConfigError, match=r"at most 100, .* got 101"):
-        with_max_seq_len(config, AutoDeployConfig(max_seq_len=101))
-
-
 @pytest.mark.parametrize(
     ("config", "found"),
     [
@@ -286,9 +278,18 @@ def test_max_seq_len_defaults_to_what_the_model_allows(
     assert not caplog.records
 
 
-def test_warns_past_rotary_positions(caplog: pytest.LogCaptureFixture) -> None:
-    """Rotary positions can be computed for any length: more than the model knows is a warning."""
-    config = transformers.LlamaConfig(max_position_embeddings=100)
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(max_position_embeddings=100),
+        transformers.ZambaConfig(max_position_embeddings=100),
+    ],
+    ids=["rotary", "no positions"],
+)
+def test_warns_past_the_positions_of_a_model(
+    config: PretrainedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More than the model knows can be computed; a table is refused where it is seen, in the graph."""
     with_max_seq_len(config, AutoDeployConfig(max_seq_len=100))
     assert not caplog.records
     with_max_seq_len(config, AutoDeployConfig(max_seq_len=101))

@@ -133,18 +133,23 @@ def test_refuses_models_that_do_not_go_together() -> None:
 
 @pytest.mark.parametrize(
     ("family", "positions"),
-    [("gpt2", "n_positions"), ("opt", "max_position_embeddings"), ("gptj", "n_positions")],
+    [
+        ("gpt2", "n_positions"),
+        ("opt", "max_position_embeddings"),
+        ("gptj", "n_positions"),
+        ("trocr", "max_position_embeddings"),
+    ],
 )
 def test_refuses_a_model_whose_table_of_positions_is_too_short(family: str, positions: str) -> None:
-    """Of 128 that the other model has; learned, behind an offset, and of a rope."""
+    """Of 128 that the other model has; learned, behind an offset, of a rope, and by an expanded arange."""
     config = architectures.small_config(family, **{positions: 124})
     config.vocab_size = 128
     short = architectures.random_model(config, "eager")
     with pytest.raises(
-        ConfigError, match=r"a table of 12\d positions, and max_seq_len is 128; lower it by 4, or give"
+        ConfigError, match=r"a table of 12\d positions, and max_seq_len is 128; set max_seq_len: 124, or"
     ):
         served("llama_gqa4", short)
-    with pytest.raises(ConfigError, match=r"12\d positions, and max_seq_len is 128; lower it by 4\."):
+    with pytest.raises(ConfigError, match=r"12\d positions, and max_seq_len is 128; set max_seq_len: 124\."):
         transform_module(short, AutoDeployConfig(max_seq_len=128))
     transform_module(short, AutoDeployConfig(max_seq_len=124))
     setattr(config, positions, 128)

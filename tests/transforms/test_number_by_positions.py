@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ad_flashinfer_pass.errors import PackingError
+from ad_flashinfer_pass.errors import ConfigError, ExportError, PackingError
+from ad_flashinfer_pass.pipeline import transform_module
 from tests.transforms.serving import assert_serves_like, cached
-from tests.transforms.small_models import HEAD_DIM, Attend, SmallModel, eager, sdpa, tokens
+from tests.transforms.small_models import HEAD_DIM, Attend, SmallModel, context, eager, sdpa, tokens
 
 Numbering = Callable[[Any, Tensor], Tensor]
 """(table, tokens' vectors [b, s, d]) -> what is added to them."""
@@ -74,6 +75,36 @@ def test_every_numbering_is_served_packed(name: str) -> None:
     model = Numbered(sdpa, NUMBERINGS[name])
 
     assert_serves_like(cached(model), WithPositions(model))
+
+
+@pytest.mark.parametrize("name", NUMBERINGS)
+def test_a_table_of_positions_bounds_max_seq_len(name: str) -> None:
+    """Of 256 rows; what is computed has none."""
+    model, most = Numbered(sdpa, NUMBERINGS[name]), 254 if name == "offset" else 256
+    transform_module(model, context(max_seq_len=300 if name == "computed" else most).config)
+    if name != "computed":
+        with pytest.raises((ConfigError, ExportError), match=rf"\b300\b.* set max_seq_len: {most}\."):
+            transform_module(model, context(max_seq_len=300).config)
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda table, p: table[p + 1],
+        lambda table, p: table.index_select(0, p.flatten()).view(*p.shape, -1),
+        lambda table, p: table.gather(0, p.reshape(-1, 1).expand(-1, table.shape[1])).view(*p.shape, -1),
+        lambda table, p: F.embedding(p[None].expand(1, -1, -1).int(), table).squeeze(0),
+    ],
+)
+def test_a_table_is_found_however_it_is_read(look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """By ``position_ids`` themselves."""
+    table = nn.Embedding(41, 32)
+    model = SmallModel(sdpa, mix=lambda self, x, p: x + look_up(table.weight, p), table=table)
+    transform_module(model, context(max_seq_len=40).config)
+    with pytest.raises(
+        ConfigError, match=r"of 41 positions, and max_seq_len is 64; set max_seq_len: 4[01]\."
+    ):
+        transform_module(model, context().config)
 
 
 def rotated(x: Tensor, by_table: bool) -> Tensor:

@@ -31,6 +31,8 @@ _SUMS, _TILES = 2**23, 2**15
 """Floats that the parts of one launch may leave in the workspace, and tiles of one launch that has parts."""
 _COLUMNS = 128
 """Of a result's row, that a program adds."""
+SHARED_BYTES = {False: 99 * 2**10, True: 227 * 2**10}
+"""That a program may have on capability 12.x, and on 9.x and 10.x, which are large."""
 _EIGHT_BITS = frozenset({torch.float8_e4m3fn})
 CAPABILITY = Capability(
     name="latent",
@@ -63,7 +65,7 @@ class _Workspace(NamedTuple):
     tiles: Tensor
     num_processors: int
     is_large: bool
-    """Whether a program may have 227 KiB of shared memory; else 99."""
+    """As in ``SHARED_BYTES``."""
 
 
 def _workspace(device: torch.device) -> _Workspace:
@@ -81,11 +83,22 @@ def _workspace(device: torch.device) -> _Workspace:
     )
 
 
-def default_config(rows: int, rank: int, is_large: bool) -> Config:
-    """The launch for so many rows that read the same keys, a latent of that size, and a GPU."""
-    if rows <= 16:
-        return Config(16, 64 if rank <= 256 else 32, 4, 6)
-    return Config(64, 64, 8, 2) if is_large and rows > 32 else Config(32, 32, 8, 4)
+def default_config(rows: int, rank: int, rest: int, is_large: bool) -> Config:
+    """The launch for so many rows that read the same keys, a latent, the rest of K, and a GPU."""
+    few = [Config(16, 64 if rank <= 256 else 32, 4, 6), Config(16, 32, 4, 4), Config(16, 16, 4, 4)]
+    some, many = Config(32, 32, 8, 4), Config(64, 64, 8, 2)
+    configs = few if rows <= 16 else [many, some, *few] if is_large and rows > 32 else [some, *few]
+    return next(each for each in configs if shared_bytes(each, rank, rest) <= SHARED_BYTES[is_large])
+
+
+def shared_bytes(config: Config, rank: int, rest: int) -> int:
+    """Shared memory of a program, at most: of queries, of a block of keys or two, and of softmax weights.
+
+    As Triton 3.6 and 3.9 have it, for 16 bits.
+    """
+    blocks = 2 if config.rows >= 64 or config.stages > 4 else 1
+    width = block_of(rank) + block_of(rest)
+    return 2 * width * (config.rows + blocks * config.block) + 2 * config.rows * config.block + 2048
 
 
 def default_splits(tiles: int, num_processors: int) -> int:
@@ -96,7 +109,8 @@ def default_splits(tiles: int, num_processors: int) -> int:
 def _options(site: Site, batch: int, device: torch.device) -> list[int]:
     """Fewer and more splits than the default."""
     space = workspaces.get(_workspace, device)
-    config = default_config(site.num_heads, site.v_head_dim, space.is_large)
+    rank, rest = site.v_head_dim, site.head_dim - site.v_head_dim
+    config = default_config(site.num_heads, rank, rest, space.is_large)
     splits = default_splits(batch * -(-site.num_heads // config.rows), space.num_processors)
     return sorted({max(1, splits // 2), min(MAX_SPLITS, 2 * splits)} - {splits})
 
@@ -164,7 +178,8 @@ def _attend(
     assert (kv_cache.stride(4), block_table.stride(1), seq_len_with_cache.stride(0)) == (1, 1, 1)
     space = workspaces.get(_workspace, query.device)
     if config is None:
-        config = default_config(heads if cu_seqlen is None else 64, rank, space.is_large)
+        rows = heads if cu_seqlen is None else 64
+        config = default_config(rows, rank, width - rank, space.is_large)
     if cu_seqlen is None:
         tiles = seqs * triton.cdiv(heads, config.rows)
     else:  # as many as there can be, however the tokens are those of the sequences

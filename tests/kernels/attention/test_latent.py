@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -130,3 +134,26 @@ def test_rows_without_tokens() -> None:
     prefill: Any = latent.prefill
     padded = prefill(*(x.to(DEVICE) for x in given), spec, 2).cpu()
     torch.testing.assert_close(padded, plain)
+
+
+def test_the_tiles_fit_into_shared_memory() -> None:
+    """As Triton says when it compiles for a GPU."""
+    cases = [(True, 64, 512, 128), (False, 64, 512, 64)]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.attention.latent_shared_memory", json.dumps(cases)],
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for (is_large, rows, rank, rest), taken in zip(cases, json.loads(run.stdout), strict=True):
+        config = latent.default_config(rows, rank, rest, is_large)
+        assert taken <= latent.shared_bytes(config, rank, rest) <= latent.SHARED_BYTES[is_large]
+
+
+def test_every_size_that_is_declared_has_tiles() -> None:
+    for width in latent.CAPABILITY.head_dims or ():
+        for rank in range(8, width + 1, 8):
+            for rows, is_large in itertools.product((1, 32, 64), (False, True)):
+                config = latent.default_config(rows, rank, width - rank, is_large)
+                assert latent.shared_bytes(config, rank, width - rank) <= latent.SHARED_BYTES[is_large]

@@ -1,36 +1,39 @@
-"""Our generate and transformers' own, in turn, on the CPU.
+"""Our generate and transformers' own, in turn, on one thread of a CPU.
 
-    python benchmarks/cpu_generate.py [--rounds 5]
+    python benchmarks/cpu_generate.py --json benchmarks/results/cpu_generate.json
 
-Same weights, dtype, threads, prompts and number of tokens. transformers runs with its dynamic cache, and
-pads a ragged batch on the left. Prints tokens/s of both, the ratio (above 1: ours is faster), and the share
-of our time that is spent outside the model's own matrix products, which are timed by themselves.
+Same weights, dtype, prompts and number of tokens. transformers runs with its dynamic cache, and pads a ragged
+batch on the left. Seconds are those of the processor, which other programs on the machine change less.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib import resources
+from importlib.metadata import version
+from operator import truediv
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
 
-# Prompt lengths of the batches, in tokens.
-_LENGTHS = {1: [32], 8: [8, 96, 24, 64, 32, 48, 16, 80]}
+_ROUNDS = 6
+_RAGGED = [8, 96, 24, 64, 32, 48, 16, 80]
 
 
 def demo_model() -> nn.Module:
@@ -39,25 +42,30 @@ def demo_model() -> nn.Module:
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def llama_100m() -> nn.Module:
-    """A Llama of 110 M parameters with random weights."""
+def smollm2_135m() -> nn.Module:
+    """The shape of SmolLM2-135M, from its config.json, with random weights."""
     config = transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def prompts_of(batch: int, vocab_size: int) -> list[list[int]]:
-    """Random prompts of the batch's lengths."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in _LENGTHS[batch]]
+_CASES: dict[str, tuple[Callable[[], nn.Module], list[tuple[list[int], int]]]] = {
+    "demo, 0.9 M": (demo_model, [([32], 128), (_RAGGED, 128)]),
+    "SmolLM2-135M's shape": (
+        smollm2_135m,
+        [([32], 40), ([32], 128), ([1960], 40), ([32] * 8, 40), (_RAGGED, 40)],
+    ),
+}
+"""Prompts' lengths and tokens of each, by model."""
 
 
 def transformers_generate(model: Any, prompts: list[list[int]], num_tokens: int) -> None:
@@ -83,87 +91,67 @@ def our_generate(llm: LLM, prompts: list[list[int]], num_tokens: int) -> None:
 
 
 def seconds_of(run: Callable[[], None]) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
+    """Of the processor, of one call."""
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def linear_seconds(llm: LLM, batch: int, num_tokens: int) -> float:
-    """Seconds that the model's own linear layers take for this many decode steps."""
-    weights = list(_linear_weights(llm.model.module))  # type: ignore[arg-type]
-    inputs = {weight.shape[1]: torch.randn(batch, 1, weight.shape[1]) for weight in weights}
-
-    def run() -> None:
-        with torch.inference_mode():
-            for _ in range(num_tokens):
-                for weight in weights:
-                    F.linear(inputs[weight.shape[1]], weight)
-
-    run()
-    return seconds_of(run)
-
-
-def _linear_weights(module: torch.fx.GraphModule) -> Iterator[Tensor]:
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        weight = node.args[1]
-        owner: Any = module
-        for part in weight.target.split("."):
-            owner = getattr(owner, part)
-        yield owner
-
-
-def compare(name: str, model: nn.Module, llm: LLM, batch: int, num_tokens: int, rounds: int) -> list[str]:
-    """One row of the table: both in turn, the median of each and of their ratio."""
-    prompts = prompts_of(batch, llm.model.vocab_size)
-    ours, theirs = [], []
-    for round_ in range(rounds + 1):
-        mine = seconds_of(lambda: our_generate(llm, prompts, num_tokens))
-        other = seconds_of(lambda: transformers_generate(model, prompts, num_tokens))
-        print(f"{name} batch {batch}: {mine:.2f} s, transformers {other:.2f} s", file=sys.stderr)
-        if round_:  # the first warms up
-            ours.append(mine)
-            theirs.append(other)
-    tokens, mine = batch * num_tokens, statistics.median(ours)
-    return [
-        name,
-        str(batch),
-        f"{tokens / mine:.0f}",
-        f"{tokens / statistics.median(theirs):.0f}",
-        f"{statistics.median(t / o for o, t in zip(ours, theirs, strict=True)):.2f}",
-        f"{1 - linear_seconds(llm, batch, num_tokens) / mine:.0%}",
-    ]
+def compare(model: nn.Module, llm: LLM, lengths: list[int], num_tokens: int) -> dict[str, Any]:
+    """In turns that begin with one or the other, after a round to warm up: medians, also of the ratio."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = llm.model.vocab_size
+    prompts = [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    runs = partial(our_generate, llm), partial(transformers_generate, model)
+    seconds: tuple[list[float], ...] = ([], [])
+    for first in range(1 + _ROUNDS):
+        for which in (first % 2, 1 - first % 2):
+            seconds[which].append(seconds_of(partial(runs[which], prompts, num_tokens)))
+    ours, theirs = (each[1:] for each in seconds)
+    return {
+        "prompts": lengths,
+        "tokens": num_tokens,
+        "seconds": round(statistics.median(ours), 3),
+        "transformers_seconds": round(statistics.median(theirs), 3),
+        "ratio": round(statistics.median(map(truediv, theirs, ours)), 3),
+    }
 
 
 def main() -> None:
-    """Run the comparison and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each; the median counts")
-    parser.add_argument("--threads", type=int, default=0, help="default: what torch chooses")
+    """Run every case."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    table = Table(
-        "model",
-        "batch",
-        "ours tokens/s",
-        "transformers tokens/s",
-        "ratio",
-        "outside matmuls",
-        title=f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{torch.get_num_threads()} threads, float32",
-    )
-    for name, make, num_tokens in (("demo", demo_model, 128), ("llama 110M", llama_100m, 32)):
+    record: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/cpu_generate.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, one thread, float32",
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "rows": [],
+    }
+    for name, (make, cases) in _CASES.items():
         model = make()
         llm = LLM(
-            transform_module(model, AutoDeployConfig(device="cpu", max_batch_size=8, max_seq_len=512))[0],
+            transform_module(model, AutoDeployConfig(device="cpu", max_batch_size=8, max_seq_len=2048))[0],
             enable_block_reuse=False,  # the same prompts again and again
         )
-        for batch in _LENGTHS:
-            table.add_row(*compare(name, model, llm, batch, num_tokens, args.rounds))
-    Console().print(table)
+        for lengths, num_tokens in cases:
+            record["rows"].append({"model": name, **compare(model, llm, lengths, num_tokens)})
+            print(record["rows"][-1], flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """As Linux names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 if __name__ == "__main__":

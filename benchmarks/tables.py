@@ -516,6 +516,22 @@ def loop() -> list[str]:
     return [*lines, "", _source(data)]
 
 
+def cpu_generate() -> list[str]:
+    """Of ``cpu_generate.json``: generate and transformers' own."""
+    data = _read("cpu_generate")
+    lines = _heading(
+        "model", "prompts, tokens", "new tokens each", "s", "transformers, s", "transformers / ours"
+    )
+    for row in data["rows"]:
+        lengths = row["prompts"]
+        low, high, num = min(lengths), max(lengths), len(lengths)
+        prompts = f"{num} of {low:,}" if low == high else f"{num} of {low:,} to {high:,}"
+        times = [f"{row[key]:.2f}" for key in ("seconds", "transformers_seconds")]
+        cells = [row["model"], prompts, str(row["tokens"]), *times, _number(row["ratio"], ".2f", above=1.0)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", _source(data)]
+
+
 def capture() -> list[str]:
     """Of ``decode_loop.json``: what the graphs took to capture, of steps with prefill and of decode steps."""
     kinds: dict[str, list[dict[str, Any]]] = {"steps with prefill": [], "decode steps": []}
@@ -576,7 +592,7 @@ PAGES = {
     "docs/debugging.md": (inspection,),
     "docs/performance.md": (
         *(load, contexts, steps, where, loop, experts, quantized, state, latent, capture, memory, transforms),
-        *(drafts, drafts_eagle3),
+        *(drafts, drafts_eagle3, cpu_generate),
     ),
     "docs/serving.md": (serve,),
     "docs/torch_compile.md": (compile_backend, compile_backend_cudagraph),

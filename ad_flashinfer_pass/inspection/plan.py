@@ -254,8 +254,13 @@ def _pages(ctx: TransformContext, memory: int | None, taken: int) -> Pages:
         return Pages(wanted=0, fitting=0, bytes_per_page=0)
     # Without a limit: more than any config can want.
     free = 2**62 if memory is None else memory - taken
+    if free < 0:
+        raise CapacityError(
+            f"weights and metadata take {taken} bytes, and there are {memory}; split the model over "
+            f"{'more' if ctx.config.world_size > 1 else 'several'} GPUs (--tp), or quantize it."
+        )
     try:
-        return count_pages(ctx, max(free, 0))
+        return count_pages(ctx, free)
     except CapacityError as err:
         raise CapacityError(f"of {memory} bytes, weights and metadata take {taken}; {err}") from None
 

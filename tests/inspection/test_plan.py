@@ -123,6 +123,10 @@ def test_too_little_memory_is_an_error_with_the_sum() -> None:
         CapacityError, match=r"of 3700000 bytes, weights and metadata take 3\d+; the KV cache"
     ):
         inspection.plan(AutoDeployConfig(), memory=3_700_000)
+    with pytest.raises(
+        CapacityError, match=r"take 3\d+ bytes, and there are 3000000; split .* several GPUs \(--tp\)"
+    ):
+        inspection.plan(AutoDeployConfig(), memory=3_000_000)
 
 
 def test_a_gpu_that_is_not_here_needs_its_compute_capability() -> None:

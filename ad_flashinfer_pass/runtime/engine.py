@@ -48,6 +48,14 @@ logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
+_FORBIDDING = (
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "bad_words_ids",
+    "min_tokens",
+    "guided_decoding",
+)
+"""Fields of ``SamplingParams`` by which some tokens cannot be chosen."""
 _PAGES_AHEAD = 2
 _PATIENCE = 0.05
 """Seconds that a call of ``step`` waits for grammars at most, where there is nothing else to do."""
@@ -722,8 +730,10 @@ class Engine:
         """Append a sampled token and see whether it ends the request."""
         if token < 0:
             num_tokens = len(request.token_ids)
+            forbidding = [name for name in _FORBIDDING if getattr(request.params, name)]
+            rest = f", or {' and '.join(forbidding)} left no token: forbid fewer" if forbidding else ""
             return self._fail(
-                request, f"the logits after {num_tokens} tokens hold NaN or +inf, or only -inf."
+                request, f"the logits after {num_tokens} tokens hold NaN or +inf, or only -inf{rest}."
             )
         if request.matcher is not None and not request.matcher.accept(token):
             return self._fail(request, f"the grammar does not allow the token {token}.")

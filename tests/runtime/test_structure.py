@@ -76,6 +76,20 @@ def test_a_form_that_is_none_is_the_error_of_its_request() -> None:
     assert "guided_decoding cannot be compiled" in (wrong.error or "")
 
 
+def test_an_error_names_what_left_no_token() -> None:
+    """A text that is whole can only end, which is too early; the model's logits are as good as before."""
+    engine = engine_of(0, has_states=False)
+    whole, other = run(
+        engine, [(PROMPTS[0], guided("[a-f]{3}", min_tokens=9)), (PROMPTS[0], SamplingParams())]
+    )
+    assert len(whole.token_ids) == 3
+    assert whole.error == (
+        "the logits after 6 tokens hold NaN or +inf, or only -inf, or min_tokens and guided_decoding left no "
+        "token: forbid fewer."
+    )
+    assert other.error is None
+
+
 def test_a_grammar_is_compiled_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """And its request can be cancelled before."""
     engine, gate = engine_of(1), Event()

@@ -65,25 +65,36 @@ def _check_tables(gm: fx.GraphModule, positions: fx.Node, ctx: TransformContext)
     """
     max_seq_len = ctx.config.sequence_limit
     of, other = ("speculative_config.model: ", ", or give another model") if ctx.is_draft else ("", "")
-    last = {positions: torch.tensor([[max_seq_len - 1]])}
-    """Of nodes that are made of positions alone, what the last one gives."""
+    found = {positions: torch.arange(max_seq_len)}
+    """Of nodes that are made of positions alone, what each position gives: of a query and a key the same."""
     for node in gm.graph.nodes:
         lookups = _lookups(node)
         for table, dim, index in lookups:
             rows = g.shape(table)[dim]
-            missing = int(last[index]) + 1 - rows if index in last and isinstance(rows, int) else 0
-            if missing > 0:
+            if index not in found or not isinstance(rows, int):
+                continue
+            lowest = -rows if g.is_op(node, aten.index) else 0
+            missing = (found[index] >= rows) | (found[index] < lowest)
+            if missing.any():
+                most = int(missing.int().argmax())
+                way = (
+                    f"set max_seq_len: {most}{other}"
+                    if most
+                    else "the first is none of them: give another model"
+                )
                 raise ConfigError(
                     f"{of}{g.where(node)} has a table of {rows} positions, and max_seq_len is {max_seq_len}; "
-                    f"set max_seq_len: {max_seq_len - missing}{other}."
+                    f"{way}."
                 )
+            if table.op == "get_attr" and len(g.shape(table)) == 1 and g.has_numbers(g.attribute(table)):
+                found[node] = g.attribute(table).cpu()[found[index]]  # rows of another table
         if lookups or not g.is_tensor(node):
             continue
         sources = node.all_input_nodes
-        if g.is_op(node, *_KEPT, *_SHAPED) and sources[0] in last:
-            last[node] = last[sources[0]]
-        elif g.is_pointwise(node) and g.value(node).dtype == torch.int64 and last.keys() >= {*sources}:
-            last[node] = node.target(*_with(node.args, last), **_with(node.kwargs, last))
+        if g.is_op(node, *_KEPT, *_SHAPED) and sources[0] in found:
+            found[node] = found[sources[0]].to(g.value(node).dtype)
+        elif g.is_pointwise(node) and sources and found.keys() >= {*sources}:
+            found[node] = node.target(*_with(node.args, found), **_with(node.kwargs, found))
 
 
 def _lookups(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node]]:

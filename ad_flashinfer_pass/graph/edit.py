@@ -145,6 +145,11 @@ def has_weights(gm: nn.Module) -> bool:
     return not any(p.is_meta or isinstance(p, FakeTensor) for p in gm.parameters())
 
 
+def has_numbers(tensor: Any) -> bool:
+    """Whether this is a tensor whose numbers can be read."""
+    return isinstance(tensor, Tensor) and type(tensor) is not FakeTensor and not tensor.is_meta
+
+
 def value(node: fx.Node) -> Any:
     """``meta["val"]``: a fake tensor, a SymInt, a tuple of them, or None."""
     return node.meta.get("val")
@@ -229,8 +234,7 @@ def halves_repeat(node: fx.Node) -> bool:
             return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, len(shape(node)) - 1)
         if node.op == "get_attr":
             table = attribute(node)
-            is_known = isinstance(table, Tensor) and type(table) is not FakeTensor and not table.is_meta
-            return is_known and table.shape[-1] % 2 == 0 and torch.equal(*table.chunk(2, -1))
+            return has_numbers(table) and table.shape[-1] % 2 == 0 and torch.equal(*table.chunk(2, -1))
         if is_op(node, torch.ops.aten.index.Tensor) and len(args(node)[1]) < len(shape(args(node)[0])):
             node = args(node)[0]
             continue

@@ -107,6 +107,53 @@ def test_a_table_is_found_however_it_is_read(look_up: Callable[[Tensor, Tensor],
         transform_module(model, context().config)
 
 
+@pytest.mark.parametrize(
+    ("rows", "place", "most"),
+    [
+        (40, lambda p: p // 2, None),
+        (30, lambda p: p // 2, 60),
+        (80, lambda p: p * 2, 40),
+        (40, lambda p: p.clamp(max=39), None),
+        (40, lambda p: p.clamp(max=45), 40),
+        (49, lambda p: p % 50, 49),
+        (64, lambda p: -1 - p, None),
+        (40, lambda p: -1 - p, 40),
+        (40, lambda p: 39 - p, None),
+        (19, lambda p: 39 - p, 0),
+        (40, lambda p: p.int() + 1, 39),
+        (40, lambda p: p.float().floor().long(), 40),
+    ],
+)
+def test_every_position_is_looked_up(rows: int, place: Callable[[Tensor], Tensor], most: int | None) -> None:
+    """Not the last one alone: what it says is the longest sequence of which torch finds all positions."""
+    table = nn.Embedding(rows, 32)
+    model = SmallModel(sdpa, mix=lambda self, x, p: x + table.weight[place(p)], table=table)
+    found = [n for n in range(1, 65) if ((at := place(torch.arange(n))) < rows).all() and (at >= -rows).all()]
+    assert (max(found, default=0) if most is not None else None) == most
+    if most is None:
+        transform_module(model, context().config)
+        return
+    way = f"set max_seq_len: {most}" if most else "the first is none of them: give another model"
+    with pytest.raises(ConfigError, match=rf"of {rows} positions, and max_seq_len is 64; {way}\."):
+        transform_module(model, context().config)
+    if most:
+        transform_module(model, context(max_seq_len=most).config)
+
+
+def test_rows_that_a_table_names_are_looked_up() -> None:
+    """A table of 40 rows, by another one that names row 40 for the token at 40."""
+    table = nn.Embedding(40, 32)
+    places = torch.arange(64) % 41
+    table.register_buffer("places", places)
+    model = SmallModel(
+        sdpa, mix=lambda self, x, p: x + table.weight[table.get_buffer("places")[p]], table=table
+    )
+    with pytest.raises(ConfigError, match=r"of 40 positions, and max_seq_len is 64; set max_seq_len: 40\."):
+        transform_module(model, context().config)
+    places %= 40
+    transform_module(model, context().config)
+
+
 def rotated(x: Tensor, by_table: bool) -> Tensor:
     """[b, n, s, d] by the place in the sequence."""
     inv_freq = 1.0 / 100 ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ad_flashinfer_pass.errors import UnsupportedError
 from ad_flashinfer_pass.graph import axes as ax
 from ad_flashinfer_pass.graph import edit as g
-from ad_flashinfer_pass.graph.parts import CannotCutError, Part, Parts, Ranges, over, times
+from ad_flashinfer_pass.graph.parts import BLOCK, CannotCutError, Part, Parts, Ranges, over, times
 from ad_flashinfer_pass.graph.weights import experts_of
 from ad_flashinfer_pass.records import Skip, TransformContext, TransformReport
 from ad_flashinfer_pass.registry import register
@@ -38,8 +38,6 @@ aten = torch.ops.aten
 _ours = torch.ops.ad_flashinfer
 _LINEARS = (aten.linear.default, aten.addmm.default, _ours.quantized_linear.default)
 _Made = TypeVar("_Made")
-_BLOCK = 128
-"""Elements of a row that have one scale where activations are rounded by blocks."""
 
 
 @register("shard")
@@ -269,24 +267,21 @@ class _Sharder:
         size = int(g.shape(x)[-1])
         kept = self._share(size)
         part = self.parts.strictly(x, -1, kept)
-        bias = None if bias is None else self._on_first_rank(bias)
-        if "mat1" in args:
-            new: tuple[Any, ...] = (bias, part, self.parts.weight(weight, 0, kept))
-        elif "x" not in args:
-            new = (part, self.parts.weight(weight, 1, kept), bias)
-        else:
-            new = self._quantized(args, part, kept, size, bias)
+        added = {} if bias is None else {bias: self._on_first_rank(bias)}
+        if "x" not in args:
+            columns = self.parts.weight(weight, 0 if "mat1" in args else 1, kept)
+            return self.parts.again(node, {x: part, weight: columns, **added})
         assert callable(node.target)
-        return self.parts.call(node, node.target, *new)
+        return self.parts.call(node, node.target, *self._quantized(args, part, kept, size, *added.values()))
 
     def _quantized(
-        self, args: Mapping[str, Any], x: fx.Node, kept: Ranges, size: int, bias: fx.Node | None
+        self, args: Mapping[str, Any], x: fx.Node, kept: Ranges, size: int, bias: fx.Node | None = None
     ) -> tuple[Any, ...]:
         weight = args["weight"]
         packed = size // int(g.shape(weight)[1])  # two numbers in a byte
         self._check_rounding(args["activation"], kept)
         scale, zero = (
-            None if args[name] is None else self.parts.scale(args[name], 1, size, kept)
+            None if args[name] is None else self.parts.scale(args[name], weight, 1, size, kept)
             for name in ("weight_scale", "zero_point")
         )
         part = self.parts.weight(weight, 1, over(kept, packed))
@@ -294,7 +289,7 @@ class _Sharder:
 
     def _check_rounding(self, how: str, kept: Ranges) -> None:
         if how == "block":
-            over(kept, _BLOCK)
+            over(kept, BLOCK)
         elif how == "token":
             self.notes["activations are rounded by the largest magnitude of a rank's part of a row"] = None
 
@@ -322,19 +317,25 @@ class _Sharder:
                 new[f"{name}_{part}"] = (
                     self.parts.weight(whole, dim, wanted)
                     if part in ("proj", "bias")
-                    else self.parts.scale(whole, 1, count, wanted)
+                    else self.parts.scale(whole, args[f"{name}_proj"], 1, count, wanted)
                 )
         new["down_proj"] = self.parts.weight(args["down_proj"], columns, over(kept, 2) if is_packed else kept)
         for name in ("down_scale", "down_zero_point"):
             if args.get(name) is not None:
-                new[name] = self.parts.scale(args[name], 2, size, kept)
+                new[name] = self.parts.scale(args[name], args["down_proj"], 2, size, kept)
         if args["down_bias"] is not None:
             new["down_bias"] = self._on_first_rank(args["down_bias"])
         replaced = {args[name]: part for name, part in new.items()}
         return self.parts.again(node, replaced)
 
     def _on_first_rank(self, bias: fx.Node) -> fx.Node:
-        """A bias, which only one rank adds to the sum."""
+        """A bias, which only one rank adds to the sum.
+
+        Raises:
+            CannotCutError: it is computed, and what is computed of zeros need not be zero.
+        """
+        if bias.op != "get_attr":
+            raise CannotCutError("adds what is computed")
         return bias if self.rank == 0 else self.parts.weight(bias, 0, ())
 
     def _reduce(self, node: fx.Node, part: fx.Node) -> None:

@@ -31,6 +31,8 @@ _REDUCTIONS = (
     *(aten._softmax, aten.softmax),
 )
 _NORMS = (aten.layer_norm, aten.rms_norm)
+BLOCK = 128
+"""Elements of a row, or rows, that have one scale in block fp8; the last block may have fewer."""
 _OF_ANY_SIZE = (*ax.VIEWS, *ax.PERMUTATIONS, *_REDUCTIONS, *_NORMS)
 """What can be cut along a dimension whose size is not known, as what is pointwise can."""
 
@@ -145,7 +147,8 @@ class Parts:
         """Raise in place of cutting what was computed whole."""
         self.is_even = True
         """Whether all ranks' parts are shown to be made of the same nodes: not where they may lie in one or
-        another of several that are joined, or in blocks of which the last is smaller."""
+        another of several that are joined, in blocks of which the last is smaller, or where ranks would have
+        some of the heads that read one."""
         self._made: dict[tuple[fx.Node, int, Ranges], fx.Node] = {}
         self._seen_for: dict[tuple[fx.Node, int, Ranges], set[fx.Node]] = {}
         self._values: dict[str, Any] = {}
@@ -330,7 +333,9 @@ class Parts:
         return self.again(node, {weight: self.weight(weight, 0, kept), **self._bias(bias, kept)})
 
     def _bias(self, bias: fx.Node | None, kept: Ranges) -> dict[fx.Node, fx.Node]:
-        return {} if bias is None else {bias: self.weight(bias, -1, kept)}
+        if bias is None or g.shape(bias)[-1:] in ((), (1,)):  # one number for all, as addmm may have it
+            return {}
+        return {bias: self.weight(bias, -1, kept)}
 
     def _addmm(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
         _check_last(node, dim)
@@ -353,14 +358,15 @@ class Parts:
         parts = {args["weight"]: self.weight(args["weight"], 0, kept), **self._bias(args["bias"], kept)}
         for name in ("weight_scale", "zero_point"):
             if args[name] is not None:
-                parts[args[name]] = self.scale(args[name], 0, rows, kept)
+                parts[args[name]] = self.scale(args[name], args["weight"], 0, rows, kept)
         return self.again(node, parts)
 
-    def scale(self, scale: fx.Node, dim: int, size: int, kept: Ranges) -> fx.Node:
+    def scale(self, scale: fx.Node, weight: fx.Node, dim: int, size: int, kept: Ranges) -> fx.Node:
         """The scales of a part of a weight.
 
         Args:
             scale: one for all places along the dimension, one for each, or one for each block.
+            weight: float8, whose blocks are of 128, or integers, whose groups are as long as each other.
             dim: of the scale, where the weight's is.
             size: of the weight along it.
             kept: places of the weight.
@@ -370,7 +376,10 @@ class Parts:
         """
         if g.value(scale).dim() <= 1 or g.shape(scale)[dim] == 1:
             return scale
-        block = _block(size, int(g.shape(scale)[dim]))
+        count = int(g.shape(scale)[dim])
+        block = BLOCK if g.value(weight).is_floating_point() and count < size else size // count
+        if -(-size // block) != count:
+            raise CannotCutError(f"has {count} scales for {size} elements")
         self.is_even &= size % block == 0
         return self.weight(scale, dim, _blocks(kept, block, size))
 
@@ -387,6 +396,7 @@ class Parts:
             for name, at in places.items():
                 if args[name] is not None:
                     group = int(g.shape(node)[2]) // int(g.shape(args[name])[at])
+                    self.is_even &= group == 1 or self._is_share(kept, group)
                     parts[args[name]] = self.of(args[name], at, _shared(kept, group))
         finally:
             self.is_strict = was_strict
@@ -394,6 +404,12 @@ class Parts:
         if "site_notes" in node.meta:
             made.meta["site_notes"] = node.meta["site_notes"]
         return made
+
+    def _is_share(self, kept: Ranges, group: int) -> bool:
+        """Whether each rank has so many heads that groups of them are whole, or those of one group alone."""
+        count = length(kept)
+        is_own = kept == ((self.rank * count, (self.rank + 1) * count),)
+        return is_own and (count % group == 0 or group % count == 0)
 
     def _view(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
         source: Any = node.args[0]
@@ -545,19 +561,6 @@ def _shared(kept: Ranges, group: int) -> Ranges:
 def _check_last(node: fx.Node, dim: int) -> None:
     if dim != g.value(node).dim() - 1:
         raise CannotCutError("is cut among tokens")
-
-
-def _block(size: int, count: int) -> int:
-    """Elements of one of ``count`` scales; the last has fewer if they do not divide the size.
-
-    Raises:
-        CannotCutError: that cannot be told.
-    """
-    if size % count == 0:
-        return size // count
-    if -(-size // 128) == count:
-        return 128
-    raise CannotCutError(f"has {count} scales for {size} elements")
 
 
 def _blocks(kept: Ranges, block: int, size: int) -> Ranges:

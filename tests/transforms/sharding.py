@@ -40,6 +40,8 @@ class Together:
             self.ranks.append(CachedModel(made, ctx.caches, ctx.sequence_info, ctx.vocab_size, ctx.weights))
             self.reports.append(reports[0])
             self.are_logits_alike = ctx.are_logits_alike
+        first, *others = [_collectives(rank.module) for rank in self.ranks]
+        assert all(other == first for other in others)  # else they would wait for each other for ever
 
     def step(self, sequences: Sequence[SequenceStep]) -> Tensor:
         """The logits, which all ranks have alike."""
@@ -57,3 +59,11 @@ class Together:
     def sizes(self, name: str) -> list[tuple[int, ...]]:
         """Shapes of the weights of the first rank whose names have that in them."""
         return [tuple(p.shape) for found, p in self.graph.named_parameters() if name in found]
+
+
+def _collectives(module: nn.Module) -> list[str]:
+    """What a rank asks of the others, in order."""
+    assert isinstance(module, fx.GraphModule)
+    ours = torch.ops.ad_flashinfer
+    nodes = [node for node in module.graph.nodes if g.is_op(node, ours.all_reduce, ours.all_gather)]
+    return [f"{node.target} {tuple(g.shape(node))}" for node in nodes]

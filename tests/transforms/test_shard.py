@@ -23,7 +23,7 @@ from tests import architectures
 from tests.models import float8_checkpoints, four_bit_checkpoints
 from tests.transforms.serving import assert_serves_like
 from tests.transforms.sharding import Together
-from tests.transforms.small_models import VOCAB, count
+from tests.transforms.small_models import VOCAB, SmallModel, count, sdpa
 
 _ours = torch.ops.ad_flashinfer
 # Linears that no rank can have a part of, by family: those that a norm over all heads reads.
@@ -134,17 +134,36 @@ def test_ranks_have_the_states_of_their_heads(
         ("mamba2", 2, {}, r"node pow_\d+ \(.* reads all of what would be cut"),
         ("nemotron_h", 4, {"n_groups": 2}, "has 64 elements that belong together"),
         ("qwen3_next", 4, {}, "has 2 elements that belong together"),
+        (
+            "qwen3_5_text",
+            6,
+            {
+                **{"linear_num_key_heads": 4, "linear_num_value_heads": 12},
+                **{"num_attention_heads": 6, "num_key_value_heads": 6},
+            },
+            "has 3 heads that read one",
+        ),
+        (
+            "falcon_h1",
+            6,
+            {
+                **{"mamba_n_groups": 4, "mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_ssm": 96},
+                **{"num_attention_heads": 6, "num_key_value_heads": 3},
+            },
+            "has 3 heads that read one",
+        ),
     ],
 )
 def test_what_mixes_heads_of_several_ranks_keeps_states_whole(
     family: str, size: int, changes: dict[str, Any], reason: str
 ) -> None:
     """A norm over all channels, or over a group of them that ranks would share; rows of a projection by heads
-    of K where there are fewer of these than ranks."""
+    of K where there are fewer of these than ranks; two heads a rank of which three read one of K, so that the
+    first rank could have its own and the second could not."""
     config = architectures.small_config(family, fewest_layers=2, **changes)
     together = check(architectures.random_model(config), size)
     pools = together.ranks[0].caches
-    assert pools["recurrent_state_0"].shape[1] == 4
+    assert pools["recurrent_state_0"].shape[1] == (4 if size < 6 else 12)
     assert any(re.search(reason, skip.reason) for skip in together.reports[0].skipped)
 
 
@@ -205,6 +224,17 @@ def test_a_block_of_one_scale_is_not_cut(tmp_path: Path) -> None:
     together = check(module, 2, 1e-9)
     whole = [skip.reason for skip in together.reports[0].skipped]
     assert sum("128 elements that belong together" in reason for reason in whole) == 2
+
+
+@pytest.mark.parametrize("form", ["block", "compressed_block"])
+def test_a_block_that_two_ranks_would_share_is_not_cut(form: str, tmp_path: Path) -> None:
+    """Query heads of 192 rows are a block and a half, not two blocks of 96."""
+    config = architectures.small_config(
+        "qwen3", fewest_layers=2, hidden_size=256, num_attention_heads=6, head_dim=32, intermediate_size=512
+    )
+    float8_checkpoints.write(tmp_path, float8_checkpoints.FORMATS[form], config=config)
+    module = load_model(AutoDeployConfig(model=str(tmp_path), device="cpu")).module.double()
+    assert (192, 256) in check(module, 2, 1e-6).sizes("q_proj")
 
 
 def test_mxfp4_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +366,42 @@ def test_what_only_some_ranks_can_split_stays_whole(width: int, has_norm: bool, 
     together = Together(model, size)
     assert_serves_like(together, model)  # type: ignore[arg-type]
     assert [report.num_matches for report in together.reports] == [0] * size
+
+
+class Held(nn.Module):
+    """A tensor."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.tensor = nn.Parameter(torch.randn(shape), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("added", "add", "num_sums"),
+    [
+        ((32,), lambda x, h, w, b: torch.addmm(b, h, w, beta=0.5, alpha=2.0), 2),
+        ((1,), lambda x, h, w, b: torch.addmm(b, h, w), 2),
+        ((1,), lambda x, h, w, b: torch.addmm(x, h, w), 1),
+        ((32,), lambda x, h, w, b: torch.addmm(b + 1.0, h, w), 1),
+        ((32, 64), lambda x, h, w, b: F.linear(h, b, w.amax(0).exp()), 1),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_sum_adds_is_added_once(added: tuple[int, ...], add: Any, num_sums: int, size: int) -> None:
+    """With its factors. One that is computed leaves the linear whole: of zeros it need not be zero."""
+
+    def mix(model: SmallModel, x: Tensor, position_ids: Tensor) -> Tensor:
+        first, second, bias, one = (each.get_parameter("tensor") for each in model.parts.children())
+        hidden = torch.addmm(one, x.flatten(0, 1), first).tanh()
+        out: Tensor = add(x.flatten(0, 1), hidden, second, bias).view(x.shape)
+        return out
+
+    torch.manual_seed(0)
+    parts = {"first": Held(32, 64), "second": Held(64, 32), "bias": Held(*added), "one": Held(1)}
+    model = SmallModel(sdpa, mix=mix, **parts)  # type: ignore[arg-type]
+    together = Together(model, size)
+    assert_serves_like(together, model)  # type: ignore[arg-type]
+    assert together.reports[0].num_matches == num_sums
 
 
 @pytest.mark.parametrize("rank", [2, -1])

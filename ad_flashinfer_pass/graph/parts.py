@@ -298,6 +298,7 @@ class Parts:
             (self._view, ax.VIEWS),
             (self._permutation, ax.PERMUTATIONS),
             (self._expansion, ax.EXPANSIONS),
+            (self._repetition, (aten.repeat_interleave.self_int,)),
             (self._slice, (aten.slice,)),
             (self._select, (aten.select,)),
             (self._cat, (aten.cat,)),
@@ -459,6 +460,17 @@ class Parts:
         if sizes[dim] != -1:
             sizes[dim] = length(kept)
         return self.call(node, aten.expand.default, part, sizes)
+
+    def _repetition(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
+        args = g.op_args(node)
+        source, repeats = args["self"], args["repeats"]
+        if args["dim"] is None:
+            raise CannotCutError("mixes dimensions")
+        if args["dim"] % g.value(node).dim() != dim:
+            return self.again(node, {source: self.of(source, dim, kept)})
+        self.is_even &= self._is_share(kept, repeats)
+        part = self.of(source, dim, read := _shared(kept, repeats))
+        return self.call(node, aten.repeat_interleave.self_int, part, length(kept) // length(read), dim)
 
     def _slice(self, node: fx.Node, dim: int, kept: Ranges) -> fx.Node:
         args = g.op_args(node)

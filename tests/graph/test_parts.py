@@ -84,3 +84,35 @@ def test_a_part_has_the_rank_of_the_whole() -> None:
     graph.graph.output_node().replace_input_with(node, Parts(graph, 0, 4).of(node, 1, ((1, 2),)))
     graph.recompile()
     torch.testing.assert_close(graph(x), whole[:, 1:2])
+
+
+class Repeated(nn.Module):
+    """Four heads of a linear, each some times."""
+
+    def __init__(self, repeats: int) -> None:
+        super().__init__()
+        self.linear, self.repeats = nn.Linear(2, 8), repeats
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).unflatten(-1, (4, 2)).repeat_interleave(self.repeats, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "size", "is_cut"),
+    [(1, 2, True), (2, 2, True), (2, 4, True), (2, 8, True), (3, 12, True), (3, 3, False), (3, 6, False)],
+)
+def test_parts_of_what_is_repeated(repeats: int, size: int, is_cut: bool) -> None:
+    """Whole heads each repeated, or some of the repetitions of one; of several heads some cannot be cut."""
+    torch.manual_seed(0)
+    graph = torch.export.export(Repeated(repeats), (x := torch.randn(3, 2),)).module()
+    whole, count = graph(x), 4 * repeats // size
+    (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.repeat_interleave.self_int)
+    parts, kept = Parts(graph, 1, size), ((count, 2 * count),)
+    if not is_cut:
+        with pytest.raises(CannotCutError, match="has 3 heads that read one"):
+            parts.strictly(node, 1, kept)
+        return
+    graph.graph.output_node().replace_input_with(node, parts.strictly(node, 1, kept))
+    graph.recompile()
+    torch.testing.assert_close(graph(x), whole[:, count : 2 * count])
+    assert parts.is_even

@@ -562,8 +562,6 @@ class Engine:
         # Of what is in flight only steps that go on by themselves can be followed by one that verifies.
         verifies = all_decode and self._may_verify(rows)
         verifies = verifies and (not self._in_flight or self._in_flight[-1].width > 1)
-        # A head reads what the model made of the token before, which of a sequence's first step nobody has.
-        verifies = verifies and set(rows) <= set(self._last_rows)
         width = self._width if verifies else 1
         is_same = self._continuable_epoch == self._scheduler.epoch and requests == self._last_rows
         try:

@@ -164,26 +164,6 @@ def test_requests_that_begin_alike_share_pages_of_both(written: Any) -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 2])
-def test_guesses_nothing_before_a_sequence_was_read(
-    steps_ahead: int, written: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a prompt all but the last token was in pages of another: the head has no state of that place yet."""
-    head = written("eagle3")
-    model = served(head, "eagle3")
-    watched, engine = Watched(model, monkeypatch), Engine(model, steps_ahead=steps_ahead)
-    other, prompt = architectures.random_prompts((5, 17), vocab_size=128)
-    for each in (prompt, other, prompt):
-        engine.add_request(each, SamplingParams(max_new_tokens=12))
-        while engine.has_work:
-            engine.step()
-    assert engine.metrics.num_cached_tokens == 16
-    guessed = [each for each in watched.found if each[2] and each[1] < len(each[0].token_ids)]
-    assert len(guessed) > 20
-    for sequence, place, guesses in guessed:
-        assert guesses == head.guesses(sequence.token_ids[: place + 1], len(guesses)), place
-
-
 def test_a_model_may_take_lengths_that_its_head_does_not() -> None:
     """Of longrope; chunks and steps of the model have one input more."""
     config = architectures.CONFIGS["llama_mha"](num_layers=3)

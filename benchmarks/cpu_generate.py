@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +30,9 @@ from ad_flashinfer_pass.config import AutoDeployConfig
 from ad_flashinfer_pass.pipeline import transform_module
 from ad_flashinfer_pass.runtime.llm import LLM
 from ad_flashinfer_pass.runtime.sampling import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is all that it can import from
+from benchmarks.inspection import processor
 
 _ROUNDS = 6
 _RAGGED = [8, 96, 24, 64, 32, 48, 16, 80]
@@ -130,7 +132,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/cpu_generate.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, one thread, float32",
+        "machine": f"{processor()}, one thread, float32",
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "rows": [],
     }
@@ -145,13 +147,6 @@ def main() -> None:
             print(record["rows"][-1], flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    """As Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 if __name__ == "__main__":

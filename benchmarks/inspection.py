@@ -99,7 +99,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/inspection.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} processors, {_THREADS} threads",
+        "machine": f"{processor()}, {os.cpu_count()} processors, {_THREADS} threads",
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "rows": [],
     }
@@ -116,8 +116,8 @@ def main() -> None:
                     args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _processor() -> str:
-    """As Linux names it."""
+def processor() -> str:
+    """The machine's, as Linux names it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
